@@ -1,0 +1,18 @@
+"""Large-kernel convolutional networks of self-moving points (SMPConv, CVPR 2023) for timm.
+
+Importing the package registers its models with timm, and does nothing else.
+"""
+from .layers import DepthwiseConv2d, SMPDepthwiseConv2d
+from .models import SMPConvNet
+from .ops import available_backends, depthwise_conv2d
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'DepthwiseConv2d',
+    'SMPConvNet',
+    'SMPDepthwiseConv2d',
+    '__version__',
+    'available_backends',
+    'depthwise_conv2d',
+]

@@ -1,0 +1,19 @@
+"""From points to kernels to blocks."""
+from .conv_norm import ConvNormAct, DepthwiseConv2d
+from .large_kernel import ConvFFN, LargeKernelBlock, LargeKernelConv
+from .points import clip_radius, interpolate, sample_kernel, sampling_grid, tents
+from .smp_conv import SMPDepthwiseConv2d
+
+__all__ = [
+    'ConvFFN',
+    'ConvNormAct',
+    'DepthwiseConv2d',
+    'LargeKernelBlock',
+    'LargeKernelConv',
+    'SMPDepthwiseConv2d',
+    'clip_radius',
+    'interpolate',
+    'sample_kernel',
+    'sampling_grid',
+    'tents',
+]

@@ -1,0 +1,121 @@
+"""Convolution, normalization, activation; and their folding into one convolution."""
+from typing import Any, Callable, Optional, Tuple, Union
+
+import torch
+from timm.layers import get_act_layer, get_norm_layer
+from torch import Tensor, nn
+
+from smpconv_models.ops import depthwise_conv2d
+
+from . import fuse
+
+NormLayer = Union[str, Callable[[int], nn.Module]]
+ActLayer = Union[str, Callable[[], nn.Module]]
+
+
+def create_norm(norm_layer: NormLayer, channels: int, device: Any = None, dtype: Any = None) -> nn.Module:
+    """``norm_layer(channels)`` on the given device: the layer may be any callable, or one of timm's names."""
+    make = get_norm_layer(norm_layer) if isinstance(norm_layer, str) else norm_layer
+    return make(channels).to(device=device, dtype=dtype)
+
+
+def create_act(act_layer: ActLayer) -> nn.Module:
+    """``act_layer()``: any callable, or one of timm's names."""
+    make = get_act_layer(act_layer) if isinstance(act_layer, str) else act_layer
+    return make()
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """``nn.Conv2d(C, C, kernel_size, padding='same', groups=C)`` on :func:`smpconv_models.ops.depthwise_conv2d`.
+
+    Same parameters, same state dict.
+
+    Args:
+        channels: Input and output channels C.
+        kernel_size: Odd, one number or (height, width).
+        dilation: One number or (height, width).
+        bias: Whether there is a bias ``(C,)``.
+        backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
+
+    Raises:
+        ValueError: An even kernel size.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            dilation: Union[int, Tuple[int, int]] = 1,
+            bias: bool = True,
+            backend: str = 'auto',
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        check_odd(kernel_size)
+        super().__init__(
+            channels, channels, kernel_size, padding='same', dilation=dilation, groups=channels, bias=bias,
+            device=device, dtype=dtype,
+        )
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        return depthwise_conv2d(input, self.weight, self.bias, dilation=self.dilation, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, backend={self.backend!r}'
+
+
+class ConvNormAct(nn.Module):
+    """``act(norm(conv(x)))``.
+
+    Args:
+        conv: Any convolution module with a weight ``(out, in / groups, kh, kw)``.
+        norm: A normalization of its output channels.
+        act: An activation, or None.
+    """
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, act: Optional[nn.Module] = None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Folds a batch norm into the convolution; other normalizations stay. In place, idempotent."""
+        affine = batch_norm_affine(self.norm)
+        if affine is not None:
+            set_weight_bias(self.conv, *fuse.fold_after(self.conv.weight, self.conv.bias, *affine))
+            self.norm = nn.Identity()
+
+
+def batch_norm_affine(norm: nn.Module) -> Optional[Tuple[Tensor, Tensor]]:
+    """What ``norm`` does in evaluation as (scale, shift) per channel, or None where it can't be written so.
+
+    Batch norms with running statistics can, frozen ones too. Subclasses that do more (an activation) can't.
+    """
+    frozen = type(norm).__name__ == 'FrozenBatchNorm2d'
+    if not frozen and type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return None
+    if norm.running_mean is None:
+        return None
+    with torch.no_grad():
+        return fuse.norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+def set_weight_bias(conv: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Gives ``conv`` new values, as parameters that keep its weight's layout and ``requires_grad``."""
+    requires_grad = conv.weight.requires_grad
+    # a copy into the old weight's strides keeps channels_last
+    conv.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(weight), requires_grad)
+    conv.bias = nn.Parameter(bias.detach().clone(), requires_grad)
+
+
+def check_odd(kernel_size: Union[int, Tuple[int, int]]) -> None:
+    """Raises ValueError unless every size is odd and positive."""
+    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    if any(size < 1 or size % 2 == 0 for size in sizes):
+        raise ValueError(f'kernel size must be odd and positive, got {kernel_size}')

@@ -1,0 +1,207 @@
+"""The blocks of the ImageNet models: RepLKNet's structure with kernels drawn from points."""
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from . import fuse
+from .conv_norm import (
+    ActLayer,
+    ConvNormAct,
+    DepthwiseConv2d,
+    NormLayer,
+    batch_norm_affine,
+    create_act,
+    create_norm,
+    set_weight_bias,
+)
+from .smp_conv import SMPDepthwiseConv2d
+
+
+class LargeKernelConv(nn.Module):
+    """A large SMP depthwise convolution and a small plain one in parallel, each with its norm, summed.
+
+    Args:
+        channels: Input and output channels.
+        kernel_size: Odd side of the large kernel.
+        num_points: Points of the large kernel.
+        small_kernel_size: Odd side of the small kernel, not above ``kernel_size``; 0 for none.
+        dilation: Of both.
+        norm_layer: Normalization of each branch.
+
+    Raises:
+        ValueError: Even kernel sizes, a small kernel larger than the large one, no points.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            kernel_size: int,
+            num_points: int,
+            small_kernel_size: int = 5,
+            dilation: int = 1,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if small_kernel_size > kernel_size:
+            raise ValueError(
+                f'small_kernel_size must not exceed the large kernel, {kernel_size}, got {small_kernel_size}')
+        self.large = ConvNormAct(
+            SMPDepthwiseConv2d(channels, kernel_size, num_points, dilation, **dd),
+            create_norm(norm_layer, channels, **dd),
+        )
+        self.small = ConvNormAct(
+            DepthwiseConv2d(channels, small_kernel_size, dilation, bias=False, **dd),
+            create_norm(norm_layer, channels, **dd),
+        ) if small_kernel_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.large(x)
+        if self.small is not None:
+            y = y + self.small(x)
+        return y
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The same function with the kernel drawn once: a single convolution where the norms can be folded."""
+        self.large.conv = bake(self.large.conv)
+        self.large.reparameterize()
+        if self.small is not None:
+            self.small.reparameterize()
+        branches = [branch for branch in (self.large, self.small) if branch is not None]
+        if any(not isinstance(branch.norm, nn.Identity) for branch in branches):
+            return self
+        merged = self.large.conv
+        if self.small is not None:
+            small = self.small.conv
+            set_weight_bias(merged, fuse.merge_parallel(merged.weight, small.weight), merged.bias + small.bias)
+        return merged
+
+
+@torch.no_grad()
+def bake(conv: nn.Module) -> nn.Module:
+    """A plain convolution with the kernel that ``conv``'s points draw now; other convolutions as they are."""
+    if not isinstance(conv, SMPDepthwiseConv2d):
+        return conv
+    kernel = conv.kernel()
+    baked = DepthwiseConv2d(
+        conv.channels, conv.kernel_size, conv.dilation, bias=False, backend=conv.backend,
+        device='meta', dtype=kernel.dtype,
+    )
+    requires_grad = any(parameter.requires_grad for parameter in conv.parameters())
+    baked.weight = nn.Parameter(kernel, requires_grad)
+    return baked.train(conv.training)
+
+
+class PreNormBlock(nn.Module):
+    """``x + drop_path(f(norm(x)))`` where f begins with a 1x1 convolution, ``pw1``, into which the norm folds."""
+
+    def __init__(self, norm: nn.Module, pw1: ConvNormAct, drop_path: float) -> None:
+        super().__init__()
+        self.norm = norm
+        self.pw1 = pw1
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Folds a batch norm into ``pw1``; its own parts are reached by the walk over the model."""
+        affine = batch_norm_affine(self.norm)
+        if affine is not None:
+            conv = self.pw1.conv
+            set_weight_bias(conv, *fuse.fold_before(conv.weight, conv.bias, *affine))
+            self.norm = nn.Identity()
+
+
+class LargeKernelBlock(PreNormBlock):
+    """Residual block: norm, 1x1 conv-norm-act, large kernel, act, 1x1 conv-norm.
+
+    Args:
+        dim: Channels.
+        kernel_size, num_points, small_kernel_size, dilation: As in :class:`LargeKernelConv`.
+        drop_path: Probability of dropping the branch, per sample.
+        act_layer, norm_layer: Activation and normalization.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            kernel_size: int,
+            num_points: int,
+            small_kernel_size: int = 5,
+            dilation: int = 1,
+            drop_path: float = 0.,
+            act_layer: ActLayer = nn.ReLU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            create_norm(norm_layer, dim, **dd),
+            pointwise(dim, dim, norm_layer, act_layer, **dd),
+            drop_path,
+        )
+        self.large_kernel = LargeKernelConv(
+            dim, kernel_size, num_points, small_kernel_size, dilation, norm_layer, **dd)
+        self.act = create_act(act_layer)
+        self.pw2 = pointwise(dim, dim, norm_layer, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pw1(self.norm(x))
+        y = self.act(self.large_kernel(y))
+        return x + self.drop_path(self.pw2(y))
+
+
+class ConvFFN(PreNormBlock):
+    """Residual block: norm, 1x1 conv-norm, act, 1x1 conv-norm.
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Hidden channels over ``dim``.
+        drop_path: Probability of dropping the branch, per sample.
+        act_layer, norm_layer: Activation and normalization.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            mlp_ratio: float = 4.,
+            drop_path: float = 0.,
+            act_layer: ActLayer = nn.GELU,
+            norm_layer: NormLayer = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        hidden = int(dim * mlp_ratio)
+        super().__init__(
+            create_norm(norm_layer, dim, **dd),
+            pointwise(dim, hidden, norm_layer, act_layer, **dd),
+            drop_path,
+        )
+        self.pw2 = pointwise(hidden, dim, norm_layer, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.pw2(self.pw1(self.norm(x))))
+
+
+def pointwise(
+        in_channels: int,
+        out_channels: int,
+        norm_layer: NormLayer,
+        act_layer: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+) -> ConvNormAct:
+    """1x1 convolution, norm and, if given, activation."""
+    return ConvNormAct(
+        nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype),
+        create_norm(norm_layer, out_channels, device=device, dtype=dtype),
+        None if act_layer is None else create_act(act_layer),
+    )

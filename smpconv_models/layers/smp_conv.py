@@ -1,0 +1,90 @@
+"""Convolutions whose kernels are drawn from self-moving points."""
+from typing import Any, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from smpconv_models.ops import depthwise_conv2d
+
+from . import points
+from .conv_norm import check_odd
+
+
+class SMPDepthwiseConv2d(nn.Module):
+    """Depthwise convolution with one set of points for all channels, the form of the ImageNet models.
+
+    The kernel of channel c is ``sum_i weight[c, i] * relu(1 - |x - coords[i]|_1 / radius[i])`` sampled on a regular
+    grid over [-1, 1]^2: equation 1 of the paper without the division by |N(x)|. Stride 1, zero padding, output as
+    large as the input, no bias.
+
+    In any trainer the radius that the forward pass uses lies within ``radius_range`` and keeps its gradient; the
+    coordinates are free.
+
+    Args:
+        channels: Input and output channels C.
+        kernel_size: Odd side length k of the kernel.
+        num_points: Points P, shared by all channels.
+        dilation: Spacing between kernel elements.
+        coords_std: Standard deviation of the coordinates at the start.
+        radius_range: Smallest and largest radius, in units in which the kernel's side is 2.
+        backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
+
+    Parameters: ``weight (C, P)``, ``coords (P, 2)`` as (x to the right, y up), ``radius (P,)``.
+
+    Raises:
+        ValueError: Even ``kernel_size``, or ``num_points`` below 1.
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            kernel_size: int,
+            num_points: int,
+            dilation: int = 1,
+            coords_std: float = 0.2,
+            radius_range: Tuple[float, float] = (1e-3, 1.),
+            backend: str = 'auto',
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_odd(kernel_size)
+        if num_points < 1:
+            raise ValueError(f'num_points must be at least 1, got {num_points}')
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.coords_std = coords_std
+        self.radius_range = radius_range
+        self.backend = backend
+        self.weight = nn.Parameter(torch.empty(channels, num_points, device=device, dtype=dtype))
+        self.coords = nn.Parameter(torch.empty(num_points, 2, device=device, dtype=dtype))
+        self.radius = nn.Parameter(torch.empty(num_points, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        points.init_weights_(self.weight)
+        points.init_coords_(self.coords, std=self.coords_std)
+        points.init_radius_(self.radius, self.kernel_size, ndim=2)
+
+    def kernel(self) -> Tensor:
+        """The kernel as ``conv2d`` takes it, ``(C, 1, k, k)``."""
+        radius = points.clip_radius(self.radius, self.radius_range[0], self.radius_range[1])
+        kernel = points.sample_kernel(
+            self.coords, radius, self.weight, [self.kernel_size, self.kernel_size], normalize=False)
+        return kernel.unsqueeze(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.kernel(), dilation=self.dilation, backend=self.backend)
+
+    @torch.no_grad()
+    def clip_radius_(self) -> None:
+        """Clips the parameter itself to ``radius_range``, as the paper does after each optimizer step."""
+        self.radius.clamp_(*self.radius_range)
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.channels}, kernel_size={self.kernel_size}, num_points={self.coords.shape[0]}, '
+            f'dilation={self.dilation}, backend={self.backend!r}'
+        )

@@ -1,0 +1,441 @@
+"""SMPConv networks for images.
+
+Paper: SMPConv: Self-moving Point Representations for Continuous Convolution, Sanghyeon Kim and Eunbyung Park, CVPR 2023,
+https://arxiv.org/abs/2304.02330. T and B are section 4.3 and appendix A.2, the mobile variants appendix B.1.
+
+Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose T and B checkpoints load here. The block structure is
+RepLKNet's (https://arxiv.org/abs/2203.06717). The implementation is this project's own, and so is the nano variant.
+"""
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from smpconv_models import checkpoint
+from smpconv_models.layers import ConvFFN, ConvNormAct, LargeKernelBlock
+from smpconv_models.layers.conv_norm import ActLayer, NormLayer, check_odd, create_act, create_norm
+from smpconv_models.layers.large_kernel import pointwise
+
+__all__ = ['SMPConvNet']
+
+
+def conv3x3(
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        dilation: int,
+        groups: int,
+        norm_layer: NormLayer,
+        act_layer: ActLayer,
+        device: Any = None,
+        dtype: Any = None,
+) -> ConvNormAct:
+    """3x3 convolution, norm, activation."""
+    return ConvNormAct(
+        nn.Conv2d(
+            in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False,
+            device=device, dtype=dtype,
+        ),
+        create_norm(norm_layer, out_channels, device=device, dtype=dtype),
+        create_act(act_layer),
+    )
+
+
+class SMPConvBlock(nn.Sequential):
+    """Two residual blocks: a large-kernel ``mixer`` over the map and an ``ffn`` over the channels."""
+
+    def __init__(
+            self,
+            dim: int,
+            kernel_size: int,
+            num_points: int,
+            small_kernel_size: int,
+            dilation: int,
+            mlp_ratio: float,
+            drop_path: float,
+            act_layer: ActLayer,
+            ffn_act_layer: ActLayer,
+            norm_layer: NormLayer,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.mixer = LargeKernelBlock(
+            dim, kernel_size, num_points, small_kernel_size, dilation, drop_path, act_layer, norm_layer, **dd)
+        self.ffn = ConvFFN(dim, mlp_ratio, drop_path, ffn_act_layer, norm_layer, **dd)
+
+
+class SMPConvStage(nn.Module):
+    """A ``downsample`` (identity in the first stage) and the ``blocks``."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class SMPConvNet(nn.Module):
+    """SMPConv network: a convolutional stem, stages of large-kernel blocks, norm, pooling, linear classifier.
+
+    Args:
+        in_chans: Channels of the input image.
+        num_classes: Classes; 0 leaves the classifier out.
+        global_pool: Pooling before the classifier, by timm's names; '' for none.
+        output_stride: Largest reduction of the map; where the stages would go beyond it they are dilated instead.
+        stem_stride: Reduction of the stem: 1, 2 or 4.
+        depths: Blocks of each stage.
+        dims: Channels of each stage.
+        kernel_sizes: Odd side of the large kernels of each stage.
+        points_divisor: A kernel of side k has ``k * k // points_divisor`` points.
+        mlp_ratio: Hidden channels of the ConvFFN over its channels.
+        small_kernel_size: Odd side of the kernel parallel to the large one; 0 for none.
+        act_layer: Activation of the stem, the downsampling and the large-kernel blocks; a callable or timm's name.
+        ffn_act_layer: Activation of the ConvFFN.
+        norm_layer: Normalization; any callable that takes the channels, or timm's name.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
+
+    Raises:
+        ValueError: Lengths that differ, even kernel sizes, a divisor that leaves no points, a stride that can't be.
+    """
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            output_stride: int = 32,
+            stem_stride: int = 4,
+            depths: Sequence[int] = (2, 2, 8, 2),
+            dims: Sequence[int] = (96, 192, 384, 768),
+            kernel_sizes: Sequence[int] = (31, 29, 27, 13),
+            points_divisor: int = 4,
+            mlp_ratio: float = 4.,
+            small_kernel_size: int = 5,
+            act_layer: ActLayer = 'relu',
+            ffn_act_layer: ActLayer = 'gelu',
+            norm_layer: NormLayer = 'batchnorm2d',
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_config(output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.feature_info: List[Dict[str, Any]] = []
+        shared: Dict[str, Any] = {'norm_layer': norm_layer, 'act_layer': act_layer, 'device': device, 'dtype': dtype}
+
+        first_stride = min(stem_stride, 2)
+        self.stem = nn.Sequential(
+            conv3x3(in_chans, dims[0], first_stride, 1, 1, **shared),
+            conv3x3(dims[0], dims[0], 1, 1, dims[0], **shared),
+            pointwise(dims[0], dims[0], **shared),
+            conv3x3(dims[0], dims[0], stem_stride // first_stride, 1, dims[0], **shared),
+        )
+
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        reduction, dilation = stem_stride, 1
+        for i, (dim, kernel_size) in enumerate(zip(dims, kernel_sizes)):
+            downsample: nn.Module = nn.Identity()
+            if i > 0:
+                stride = 2 if reduction < output_stride else 1
+                downsample = nn.Sequential(
+                    pointwise(dims[i - 1], dim, **shared),
+                    conv3x3(dim, dim, stride, dilation, dim, **shared),
+                )
+                reduction, dilation = reduction * stride, dilation * (2 // stride)
+            stages.append(SMPConvStage(downsample, [
+                SMPConvBlock(
+                    dim, kernel_size, kernel_size ** 2 // points_divisor, small_kernel_size, dilation, mlp_ratio,
+                    drop_path, ffn_act_layer=ffn_act_layer, **shared,
+                )
+                for drop_path in drop_path_rates[i]
+            ]))
+            self.feature_info.append({'num_chs': dim, 'reduction': reduction, 'module': f'stages.{i}'})
+        self.stages = nn.Sequential(*stages)
+
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.norm = create_norm(norm_layer, self.num_features, device=device, dtype=dtype)
+        self.head = ClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draws the initial weights.
+
+        Args:
+            needs_reset: Also reset the norms and points, whose constructors have done so; for a model that was made
+                on the meta device and moved by ``to_empty``.
+        """
+        self.apply(partial(_init_weights, needs_reset=needs_reset))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(('.coords', '.radius'))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def clip_radius_(self) -> None:
+        """Clips the radii to their range, as the paper does after each optimizer step."""
+        for module in self.modules():
+            if module is not self and hasattr(module, 'clip_radius_'):
+                module.clip_radius_()
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Forward pass that returns the stages' outputs.
+
+        Args:
+            x: Image ``(N, C, H, W)``.
+            indices: Stages to return: the last n if an int, all if None, else those listed (negative from the end).
+            norm: Apply the final norm to the last stage's output.
+            stop_early: Leave out the stages after the last one asked for.
+            output_fmt: 'NCHW', the only one there is.
+            intermediates_only: Return the list alone, without the final features.
+
+        Returns:
+            Final features and the list of stage outputs, or the list alone.
+        """
+        assert output_fmt == 'NCHW', f"output_fmt must be 'NCHW', got {output_fmt}"
+        intermediates: List[Tensor] = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last_index = len(self.stages) - 1
+
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript can't slice
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        index = 0
+        for index, stage in enumerate(stages):
+            x = stage(x)
+            if index in take_indices:
+                intermediates.append(self.norm(x) if norm and index == last_index else x)
+
+        if intermediates_only:
+            return intermediates
+        if index == last_index:
+            x = self.norm(x)
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Removes what ``forward_intermediates`` doesn't need for these stages; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shortened = max_index < len(self.stages) - 1
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        self.stages = self.stages[:max_index + 1]
+        if shortened:
+            self.num_features = self.feature_info[max_index]['num_chs']
+            self.head.in_features = self.num_features
+        if prune_head or shortened:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _check_config(
+        output_stride: int,
+        stem_stride: int,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        kernel_sizes: Sequence[int],
+        points_divisor: int,
+) -> None:
+    if stem_stride not in (1, 2, 4):
+        raise ValueError(f'stem_stride must be 1, 2 or 4, got {stem_stride}')
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
+    if not len(depths) == len(dims) == len(kernel_sizes):
+        raise ValueError(
+            f'depths, dims and kernel_sizes must have one entry for each stage, got {len(depths)}, {len(dims)} and '
+            f'{len(kernel_sizes)}'
+        )
+    for kernel_size in kernel_sizes:
+        check_odd(kernel_size)
+        if not 1 <= points_divisor <= kernel_size ** 2:
+            raise ValueError(
+                f'points_divisor must leave at least one point of a {kernel_size}x{kernel_size} kernel, so lie in '
+                f'[1, {kernel_size ** 2}], got {points_divisor}'
+            )
+
+
+def _init_weights(module: nn.Module, needs_reset: bool) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif needs_reset and hasattr(module, 'reset_parameters'):
+        module.reset_parameters()
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
+    """State dict of the original release or of ours -> ours.
+
+    Raises:
+        ValueError: It is another model's. A classifier or first convolution of another width is timm's to adapt.
+    """
+    if checkpoint.is_release(state_dict):
+        state_dict = checkpoint.from_release(state_dict)
+    adapted = ('stem.0.conv.weight', 'head.fc.weight', 'head.fc.bias')
+    mismatch = checkpoint.describe_mismatch(state_dict, model, ignore=adapted)
+    if mismatch is not None:
+        raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
+    return state_dict
+
+
+def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
+    return {
+        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
+        'paper_ids': 'arXiv:2304.02330',
+        'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
+        'origin_url': 'https://github.com/sangnekim/SMPConv', 'license': 'mit',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'smpconv_t.in1k': _cfg(),
+    'smpconv_b.in1k': _cfg(),
+    'smpconv_mobile31.untrained': _cfg(),
+    'smpconv_mobile51.untrained': _cfg(),
+    'smpconv_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+})
+
+
+def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    if pretrained:
+        # timm would unpickle first and complain in many lines
+        source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        if source.file:
+            checkpoint.check_file(source.file)
+    num_stages = len(kwargs['depths'])
+    if kwargs.get('features_only'):
+        _check_out_indices(kwargs.get('out_indices'), num_stages)
+    return build_model_with_cfg(
+        SMPConvNet, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _check_out_indices(out_indices: Union[None, int, Sequence[int]], num_stages: int) -> None:
+    if out_indices is None:
+        return
+    if isinstance(out_indices, int):
+        if not 1 <= out_indices <= num_stages:
+            raise ValueError(f'out_indices as a number of last stages must lie in [1, {num_stages}], got {out_indices}')
+    elif any(not -num_stages <= index < num_stages for index in out_indices):
+        raise ValueError(
+            f'out_indices must lie in [{-num_stages}, {num_stages - 1}], got {tuple(out_indices)}')
+
+
+@register_model
+def smpconv_t(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-T: 27 M parameters."""
+    model_args = dict(depths=(2, 2, 8, 2), dims=(96, 192, 384, 768), drop_path_rate=0.1)
+    return _create_smpconv('smpconv_t', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_b(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-B: 80 M parameters."""
+    model_args = dict(depths=(2, 2, 20, 2), dims=(128, 256, 512, 1024), drop_path_rate=0.5)
+    return _create_smpconv('smpconv_b', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_mobile31(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-mobile with kernels of up to 31x31."""
+    model_args = dict(depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), points_divisor=8, mlp_ratio=2.)
+    return _create_smpconv('smpconv_mobile31', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_mobile51(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-mobile with kernels of up to 51x51."""
+    model_args = dict(
+        depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), kernel_sizes=(51, 49, 47, 13), points_divisor=8, mlp_ratio=2.)
+    return _create_smpconv('smpconv_mobile51', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_nano(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    """SMPConv-nano, this project's own: for small images (32x32) and CPUs."""
+    model_args = dict(
+        depths=(1, 1, 2, 1), dims=(24, 48, 72, 96), kernel_sizes=(15, 13, 7, 5), stem_stride=2, mlp_ratio=2.,
+        small_kernel_size=3,
+    )
+    return _create_smpconv('smpconv_nano', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,58 @@
+"""The CPU path: plain convolutions, arranged so that oneDNN takes its fast kernels for forward and weight gradient.
+
+Measured on 2 cores of an AVX-512 machine (Zen 4), float32, batch 8, torch 2.15, November 2026:
+NCHW depthwise kernels of more than 13 elements a side fall to a slow loop (28x28, 192 channels: 13x13 2 ms, 15x15
+76 ms) while channels_last keeps a fast one (2 ms, 3 ms with both conversions), and up to 13 the NCHW kernel is the
+faster of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
+convolution it takes 13 ms.
+"""
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LARGEST_FAST_NCHW_KERNEL = 13
+
+
+def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
+    padding = [dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)]
+    return _depthwise(input, weight, bias, stride=[1, 1], padding=padding, dilation=dilation)
+
+
+def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
+    """dw[c, i, j] = sum over n, h, w of grad[n, c, h, w] * input[n, c, h + (i - p) d, w + (j - p) d].
+
+    For each image and channel that is a convolution of the input by the gradient, so the batch folds into the
+    channels: one forward convolution with N * C kernels as large as the map, whose stride is the dilation.
+    """
+    n, c, h, w = input.shape
+    kh, kw = kernel_size
+    if n * h * w == 0:
+        return input.new_zeros(c, 1, kh, kw)
+    per_image = _depthwise(
+        input.reshape(1, n * c, h, w), grad.reshape(n * c, 1, h, w), None,
+        stride=dilation,
+        padding=[dilation[0] * (kh // 2), dilation[1] * (kw // 2)],
+        dilation=[1, 1],
+    )
+    # the sum over images is where low precision would show
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return per_image.view(n, c, 1, kh, kw).sum(0, dtype=dtype).to(input.dtype)
+
+
+def why_not(device: torch.device) -> Optional[str]:
+    return None if device.type == 'cpu' else f'it runs on CPU tensors, got {device}'
+
+
+def _depthwise(
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        stride: List[int],
+        padding: List[int],
+        dilation: List[int],
+) -> Tensor:
+    if max(weight.shape[2:]) > _LARGEST_FAST_NCHW_KERNEL:
+        input = input.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups=weight.shape[0])

@@ -1,0 +1,100 @@
+"""The public function: meaning, validation, and which road a call takes."""
+import inspect
+from typing import Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _backends, _contract, _reference
+
+
+def depthwise_conv2d(
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        *,
+        dilation: Union[int, Tuple[int, int]] = 1,
+        backend: str = 'auto',
+) -> Tensor:
+    """Depthwise convolution with stride 1 and "same" zero padding, made for large kernels.
+
+    Equal in meaning to ``F.conv2d(input, weight, bias, padding='same', dilation=dilation, groups=C)``. The result
+    has the input's shape, dtype and layout (channels_last stays channels_last). Gradients of any order exist.
+
+    Under autocast the dtype is the one ``conv2d`` would take. Under scripting, tracing and exporting the call is a
+    plain ``conv2d``, whatever ``backend`` says; for fx it is one leaf.
+
+    Args:
+        input: ``(N, C, H, W)``, floating point, any layout; N may be 0, and the map smaller than the kernel.
+        weight: ``(C, 1, kh, kw)``, odd kernel height and width.
+        bias: ``(C,)`` or None.
+        dilation: Spacing between kernel elements in pixels, one number or (height, width).
+        backend: 'auto' takes the fastest that can run on the input's device, in the order of
+            :func:`available_backends`; a name takes that one or raises, it never falls back.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices, dilation or the backend's name don't fit.
+        RuntimeError: The named backend can't run on this device.
+
+    Numerics:
+        Accumulates in float32 for half precision as oneDNN and cuDNN do, in the input's dtype otherwise. On the CPU
+        the results are deterministic for a fixed number of threads.
+    """
+    return _depthwise_conv2d(input, weight, bias, dilation, backend)
+
+
+def _depthwise_conv2d(
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor] = None,
+        dilation: Union[int, Tuple[int, int]] = 1,
+        backend: str = 'auto',
+) -> Tensor:
+    """The leaf that fx records, and what TorchScript compiles."""
+    if isinstance(dilation, int):
+        dilation_list = [dilation, dilation]
+    else:
+        dilation_list = [dilation[0], dilation[1]]
+    if torch.jit.is_scripting():
+        return _reference.forward(input, weight, bias, dilation_list)
+    if has_torch_function_variadic(input, weight, bias):
+        tensors = (input, weight) if bias is None else (input, weight, bias)
+        return handle_torch_function(_depthwise_conv2d, tensors, input, weight, bias, dilation, backend)
+    _check(input, weight, bias, dilation_list, backend)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return _reference.forward(input, weight, bias, dilation_list)
+    return _contract.depthwise_conv2d(input, weight, bias, dilation_list, backend)
+
+
+# TorchScript has no keyword-only arguments; it reads a function's source through __wrapped__, so it gets the one
+# without. The signature people see stays.
+depthwise_conv2d.__signature__ = inspect.signature(depthwise_conv2d)  # type: ignore[attr-defined]
+depthwise_conv2d.__wrapped__ = _depthwise_conv2d  # type: ignore[attr-defined]
+
+
+def available_backends(device: Union[str, torch.device] = 'cpu') -> Tuple[str, ...]:
+    """Names of the backends that can run on ``device``, in the order in which ``backend='auto'`` takes them."""
+    return _backends.available(torch.device(device))
+
+
+def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: list, backend: str) -> None:
+    _backends.check_name(backend)
+    if input.ndim != 4:
+        raise ValueError(f'input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}')
+    channels = input.shape[1]
+    if weight.ndim != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
+        raise ValueError(f'weight must have shape ({channels}, 1, kh, kw), got {tuple(weight.shape)}')
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(f'kernel height and width must be odd, got {tuple(weight.shape[2:])}')
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f'bias must have shape ({channels},), got {tuple(bias.shape)}')
+    if min(dilation) < 1:
+        raise ValueError(f'dilation must be at least 1, got {tuple(dilation)}')
+    for name, tensor in (('input', input), ('weight', weight), ('bias', bias)):
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f'{name} must be of a floating dtype, got {tensor.dtype}')
+        if tensor.device != input.device:
+            raise ValueError(f'{name} must be on the device of input, {input.device}, got {tensor.device}')
