@@ -2,7 +2,7 @@
 
 Importing the package registers its models with timm, and does nothing else.
 """
-from .layers import DepthwiseConv2d, SMPDepthwiseConv2d
+from .layers import DepthwiseConv2d, SMPDepthwiseConv2d, clip_radius_
 from .models import SMPConvNet
 from .ops import available_backends, depthwise_conv2d
 
@@ -14,5 +14,6 @@ __all__ = [
     'SMPDepthwiseConv2d',
     '__version__',
     'available_backends',
+    'clip_radius_',
     'depthwise_conv2d',
 ]

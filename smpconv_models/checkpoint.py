@@ -10,7 +10,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ _MODEL_KEYS = ('state_dict', 'model')
 _WRAPPER_PREFIXES = ('_orig_mod.', 'module.')
 
 # Release name -> ours, tried in order on every key.
-_RELEASE_RULES: Tuple[Tuple[str, str], ...] = (
+_RELEASE_RULES: Tuple[Tuple[str, Union[str, Callable[[re.Match], str]]], ...] = (
     (r'^transitions\.(\d+)\.(\d+)\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.{m[2]}.'),
     (r'^stages\.(\d+)\.blocks\.(\d+)\.', lambda m: f'stages.{m[1]}.blocks.{int(m[2]) // 2}.{_branch(int(m[2]))}.'),
     (r'\.large_kernel\.smp\.', '.large_kernel.large.'),
@@ -88,7 +88,8 @@ def check_file(path: Union[str, Path]) -> None:
         ValueError: It doesn't exist, is empty, truncated or damaged, or is something else (an HTML page, say).
     """
     if not os.path.isfile(path):
-        raise ValueError(f'expected a checkpoint file, found {"a folder" if os.path.isdir(path) else "nothing"} at {path}')
+        found = 'a folder' if os.path.isdir(path) else 'nothing'
+        raise ValueError(f'expected a checkpoint file, found {found} at {path}')
     with open(path, 'rb') as file:
         start = file.read(512)
     if _is_safetensors(path):
@@ -188,3 +189,27 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
         f'{len(missing)} of {len(expected)} tensors missing, {len(unexpected)} unexpected, '
         f'{len(reshaped)} of another shape ({"; ".join(examples)})'
     )
+
+
+def load_into(model: nn.Module, checkpoint: Any, use_ema: bool = True) -> str:
+    """Loads a checkpoint's weights, ours or the original release's, into a model that must fit them exactly.
+
+    Args:
+        model: Where to.
+        checkpoint: What :func:`read_file` returned.
+        use_ema: Prefer the averaged weights.
+
+    Returns:
+        The key that the weights were under ('' for a bare state dict).
+
+    Raises:
+        ValueError: There are no weights, or they are another model's; the model is left as it was.
+    """
+    state_dict, key = select_state_dict(checkpoint, use_ema)
+    if is_release(state_dict):
+        state_dict = from_release(state_dict)
+    mismatch = describe_mismatch(state_dict, model)
+    if mismatch is not None:
+        raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
+    model.load_state_dict(state_dict)
+    return key

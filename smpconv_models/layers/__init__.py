@@ -2,7 +2,7 @@
 from .conv_norm import ConvNormAct, DepthwiseConv2d
 from .large_kernel import ConvFFN, LargeKernelBlock, LargeKernelConv
 from .points import clip_radius, interpolate, sample_kernel, sampling_grid, tents
-from .smp_conv import SMPDepthwiseConv2d
+from .smp_conv import SMPDepthwiseConv2d, clip_radius_
 
 __all__ = [
     'ConvFFN',
@@ -12,6 +12,7 @@ __all__ = [
     'LargeKernelConv',
     'SMPDepthwiseConv2d',
     'clip_radius',
+    'clip_radius_',
     'interpolate',
     'sample_kernel',
     'sampling_grid',

@@ -59,7 +59,8 @@ class DepthwiseConv2d(nn.Conv2d):
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
-        return depthwise_conv2d(input, self.weight, self.bias, dilation=self.dilation, backend=self.backend)
+        dilation = (self.dilation[0], self.dilation[1])
+        return depthwise_conv2d(input, self.weight, self.bias, dilation=dilation, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, backend={self.backend!r}'
@@ -88,11 +89,12 @@ class ConvNormAct(nn.Module):
         """Folds a batch norm into the convolution; other normalizations stay. In place, idempotent."""
         affine = batch_norm_affine(self.norm)
         if affine is not None:
-            set_weight_bias(self.conv, *fuse.fold_after(self.conv.weight, self.conv.bias, *affine))
+            conv: Any = self.conv
+            set_weight_bias(conv, *fuse.fold_after(conv.weight, conv.bias, *affine))
             self.norm = nn.Identity()
 
 
-def batch_norm_affine(norm: nn.Module) -> Optional[Tuple[Tensor, Tensor]]:
+def batch_norm_affine(norm: Any) -> Optional[Tuple[Tensor, Tensor]]:
     """What ``norm`` does in evaluation as (scale, shift) per channel, or None where it can't be written so.
 
     Batch norms with running statistics can, frozen ones too. Subclasses that do more (an activation) can't.
@@ -106,7 +108,7 @@ def batch_norm_affine(norm: nn.Module) -> Optional[Tuple[Tensor, Tensor]]:
         return fuse.norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
-def set_weight_bias(conv: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def set_weight_bias(conv: Any, weight: Tensor, bias: Tensor) -> None:
     """Gives ``conv`` new values, as parameters that keep its weight's layout and ``requires_grad``."""
     requires_grad = conv.weight.requires_grad
     # a copy into the old weight's strides keeps channels_last

@@ -76,9 +76,9 @@ class LargeKernelConv(nn.Module):
         branches = [branch for branch in (self.large, self.small) if branch is not None]
         if any(not isinstance(branch.norm, nn.Identity) for branch in branches):
             return self
-        merged = self.large.conv
+        merged: Any = self.large.conv
         if self.small is not None:
-            small = self.small.conv
+            small: Any = self.small.conv
             set_weight_bias(merged, fuse.merge_parallel(merged.weight, small.weight), merged.bias + small.bias)
         return merged
 
@@ -113,7 +113,7 @@ class PreNormBlock(nn.Module):
         """Folds a batch norm into ``pw1``; its own parts are reached by the walk over the model."""
         affine = batch_norm_affine(self.norm)
         if affine is not None:
-            conv = self.pw1.conv
+            conv: Any = self.pw1.conv
             set_weight_bias(conv, *fuse.fold_before(conv.weight, conv.bias, *affine))
             self.norm = nn.Identity()
 

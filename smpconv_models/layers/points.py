@@ -110,10 +110,9 @@ def sample_kernel(
     Returns:
         ``(..., C, *kernel_size)`` in the dtype of ``weights``.
     """
-    if not torch.jit.is_scripting():
-        if has_torch_function_variadic(coords, radius, weights):
-            return handle_torch_function(
-                sample_kernel, (coords, radius, weights), coords, radius, weights, kernel_size, normalize)
+    if has_torch_function_variadic(coords, radius, weights):
+        return handle_torch_function(
+            sample_kernel, (coords, radius, weights), coords, radius, weights, kernel_size, normalize)
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
     query = sampling_grid(kernel_size, device=coords.device, dtype=dtype)
     kernel = interpolate(query, coords, radius, weights, normalize)

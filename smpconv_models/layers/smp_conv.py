@@ -78,13 +78,19 @@ class SMPDepthwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.kernel(), dilation=self.dilation, backend=self.backend)
 
-    @torch.no_grad()
-    def clip_radius_(self) -> None:
-        """Clips the parameter itself to ``radius_range``, as the paper does after each optimizer step."""
-        self.radius.clamp_(*self.radius_range)
-
     def extra_repr(self) -> str:
         return (
             f'{self.channels}, kernel_size={self.kernel_size}, num_points={self.coords.shape[0]}, '
             f'dilation={self.dilation}, backend={self.backend!r}'
         )
+
+
+@torch.no_grad()
+def clip_radius_(model: nn.Module) -> None:
+    """Clips every radius parameter in ``model`` to its layer's range, as the paper does after each optimizer step.
+
+    Without it the forward pass still uses radii within the range, but the parameters may leave it.
+    """
+    for module in model.modules():
+        if isinstance(module, SMPDepthwiseConv2d):
+            module.radius.clamp_(*module.radius_range)

@@ -1,7 +1,7 @@
 """SMPConv networks for images.
 
-Paper: SMPConv: Self-moving Point Representations for Continuous Convolution, Sanghyeon Kim and Eunbyung Park, CVPR 2023,
-https://arxiv.org/abs/2304.02330. T and B are section 4.3 and appendix A.2, the mobile variants appendix B.1.
+Paper: SMPConv: Self-moving Point Representations for Continuous Convolution, Sanghyeon Kim and Eunbyung Park,
+CVPR 2023, https://arxiv.org/abs/2304.02330. T and B are section 4.3 and appendix A.2, the mobile variants B.1.
 
 Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose T and B checkpoints load here. The block structure is
 RepLKNet's (https://arxiv.org/abs/2203.06717). The implementation is this project's own, and so is the nano variant.
@@ -150,7 +150,7 @@ class SMPConvNet(nn.Module):
             conv3x3(dims[0], dims[0], stem_stride // first_stride, 1, dims[0], **shared),
         )
 
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         reduction, dilation = stem_stride, 1
         for i, (dim, kernel_size) in enumerate(zip(dims, kernel_sizes)):
@@ -172,11 +172,11 @@ class SMPConvNet(nn.Module):
             self.feature_info.append({'num_chs': dim, 'reduction': reduction, 'module': f'stages.{i}'})
         self.stages = nn.Sequential(*stages)
 
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.norm = create_norm(norm_layer, self.num_features, device=device, dtype=dtype)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
@@ -206,6 +206,7 @@ class SMPConvNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -217,14 +218,9 @@ class SMPConvNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self.head_hidden_size = self.head.num_features
-
-    @torch.jit.ignore
-    def clip_radius_(self) -> None:
-        """Clips the radii to their range, as the paper does after each optimizer step."""
-        for module in self.modules():
-            if module is not self and hasattr(module, 'clip_radius_'):
-                module.clip_radius_()
+        some_weight = next(self.stem.parameters())  # reset() looks in the head, which may have had no parameter
+        self.head.to(device=some_weight.device, dtype=some_weight.dtype)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,
@@ -333,8 +329,8 @@ def _init_weights(module: nn.Module, needs_reset: bool) -> None:
         trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif needs_reset and hasattr(module, 'reset_parameters'):
-        module.reset_parameters()
+    elif needs_reset and callable(reset_parameters := getattr(module, 'reset_parameters', None)):
+        reset_parameters()
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
@@ -391,7 +387,7 @@ def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SM
     )
 
 
-def _check_out_indices(out_indices: Union[None, int, Sequence[int]], num_stages: int) -> None:
+def _check_out_indices(out_indices: Union[int, Sequence[int], None], num_stages: int) -> None:
     if out_indices is None:
         return
     if isinstance(out_indices, int):

@@ -4,6 +4,7 @@ from typing import List, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad as conv_grad
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
@@ -17,7 +18,7 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
     channels = input.shape[1]
-    return torch.nn.grad.conv2d_weight(
+    return conv_grad.conv2d_weight(
         input, (channels, 1, kernel_size[0], kernel_size[1]), grad,
         padding=(dilation[0] * (kernel_size[0] // 2), dilation[1] * (kernel_size[1] // 2)),
         dilation=(dilation[0], dilation[1]),

@@ -1,0 +1,29 @@
+# README's two commands are `make train` and `make test`; each sets up what it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: train test lint timm-suite clean
+
+train: $(VENV)/demo
+	$(RUN) train.py --config recipes/digits.yaml
+
+test: $(VENV)/test
+	$(RUN) -m pytest
+
+lint: $(VENV)/dev
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+# timm's own model tests, over this package's models
+timm-suite: $(VENV)/test
+	$(RUN) tests/timm_suite.py
+
+# One environment; the file named after an extra says that it is installed.
+$(VENV)/%: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

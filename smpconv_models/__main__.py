@@ -1,0 +1,44 @@
+"""`python -m smpconv_models [PATTERN]`: the registered models with their parameters and multiply-accumulates, counted.
+
+MACs are those of one image of the model's default size: what a batch of two costs more than a batch of one, so the
+drawing of the kernels, which is done once for a batch, is not among them.
+"""
+import sys
+from typing import List
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(model: nn.Module, *image_size: int) -> int:
+    """Multiply-accumulates of one image ``(C, H, W)``; the model must be on the meta device and in evaluation mode."""
+    flops = []
+    for batch in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(batch, *image_size, device='meta'))
+        flops.append(counter.get_total_flops())
+    return (flops[1] - flops[0]) // 2
+
+
+def main(argv: List[str]) -> int:
+    pattern = argv[0] if argv else 'smpconv*'
+    names = timm.list_models(pattern)
+    if not names:
+        sys.stderr.write(f'no model matches {pattern!r}; this package has {timm.list_models("smpconv*")}\n')
+        return 2
+    print(f'{"model":20}  {"parameters":>12}  {"MACs (G)":>9}  {"input":>13}')
+    for name in names:
+        model = timm.create_model(name, device='meta').eval()
+        size = model.pretrained_cfg['input_size']
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        shape = 'x'.join(map(str, size))
+        print(f'{name:20}  {parameters:12,}  {count_macs(model, *size) / 1e9:9.3f}  {shape:>13}')
+    return 0
+
+
+if __name__ == '__main__':
+    import smpconv_models  # noqa: F401 (registers the models)
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""Command lines with a YAML file under them."""
+import argparse
+import difflib
+from typing import Any, Dict, List, Optional
+
+import yaml
+from timm.utils import ParseKwargs
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Optional[List[str]] = None) -> argparse.Namespace:
+    """Parses a command line whose ``--config`` names a YAML file of defaults; what the line says goes first.
+
+    The parser must have an option ``--config``. Keys of the file are the options' names without dashes in front.
+
+    Raises:
+        ValueError: The file can't be read, or has an unknown key or a value that its option doesn't take.
+    """
+    first, _ = parser.parse_known_args(argv)
+    if first.config is not None:
+        parser.set_defaults(**_typed(parser, _read(first.config), first.config))
+    return parser.parse_args(argv)
+
+
+def _read(path: str) -> Dict[str, Any]:
+    try:
+        with open(path) as file:
+            values = yaml.safe_load(file) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'--config {path} cannot be read: {error}') from error
+    except yaml.YAMLError as error:
+        raise ValueError(f'--config {path} is not YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(values, dict):
+        raise ValueError(f'--config {path} must hold keys and values, got {type(values).__name__}')
+    return values
+
+
+def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -> Dict[str, Any]:
+    actions = {action.dest: action for action in parser._actions}
+    typed = {}
+    for key, value in values.items():
+        dest = str(key).replace('-', '_')
+        if dest not in actions or dest in ('config', 'help'):
+            nearest = difflib.get_close_matches(dest, actions, n=1)
+            hint = f'; did you mean {nearest[0]}?' if nearest else ''
+            raise ValueError(f'{path}: unknown key {key!r}{hint}')
+        try:
+            typed[dest] = _convert(actions[dest], value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{path}: {key} does not take {value!r}: {error}') from error
+    return typed
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    """The value as the command line would have given it."""
+    if value is None:
+        return None
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise ValueError('expected true or false')
+        return value
+    if isinstance(action, ParseKwargs):
+        if not isinstance(value, dict):
+            raise ValueError('expected keys and values')
+        return value
+    if action.nargs is not None:
+        if not isinstance(value, list):
+            raise ValueError('expected a list')
+        if isinstance(action.nargs, int) and len(value) != action.nargs:
+            raise ValueError(f'expected {action.nargs} values')
+        return [_convert_one(action, item) for item in value]
+    return _convert_one(action, value)
+
+
+def _convert_one(action: argparse.Action, value: Any) -> Any:
+    if isinstance(value, (bool, list, dict)):
+        raise ValueError('expected a single value')
+    # through text, as YAML takes 3e-4 for text and 1 for a whole number
+    converted = action.type(str(value)) if callable(action.type) else str(value)
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f'expected one of {list(action.choices)}')
+    return converted

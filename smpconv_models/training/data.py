@@ -1,0 +1,183 @@
+"""Data sets and loaders: the embedded digits, and everything that timm reads."""
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_data_config
+from torch.utils.data import DataLoader, Dataset
+
+# Names under which timm looks for a split's folder.
+_SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+
+
+class Digits(Dataset):
+    """Handwritten digits, as scikit-learn ships them: 1,797 gray images of 8x8 pixels, 10 classes.
+
+    A stratified fifth (360 images) is held out as the validation split; the division is fixed.
+
+    Args:
+        split: 'train' or 'validation', or a synonym that timm knows.
+        transform: Applied to the PIL image; timm's loader sets it.
+
+    Raises:
+        ValueError: Another split's name, or scikit-learn isn't installed.
+    """
+
+    classes = tuple('0123456789')
+
+    def __init__(self, split: str, transform: Any = None) -> None:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise ValueError("the digits need scikit-learn: pip install 'smpconv_models[demo]'") from error
+        train_names, validation_names = _SPLIT_SYNONYMS
+        if split not in train_names + validation_names:
+            raise ValueError(f'split of the digits must be one of {train_names + validation_names}, got {split!r}')
+        images, labels = load_digits(return_X_y=True)
+        train, validation = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+        indices = train if split in train_names else validation
+        pixels = (images[indices] * (255 / 16)).round().astype('uint8').reshape(-1, 8, 8)
+        self.images = [Image.fromarray(image) for image in pixels]
+        self.labels = labels[indices].tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image = self.images[index]
+        return (image if self.transform is None else self.transform(image)), self.labels[index]
+
+
+def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) -> Dataset:
+    """The data set that the arguments name: 'digits', or anything of ``timm.data.create_dataset``.
+
+    Raises:
+        ValueError: There is no such data set, or no such split of it.
+    """
+    if args.dataset == 'digits':
+        return Digits(split)
+    if in_chans not in (1, 3):
+        raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {in_chans}')
+    if '/' not in args.dataset:
+        _check_folder(args.data_dir, split)
+    try:
+        return create_dataset(
+            args.dataset, root=args.data_dir, split=split, is_training=is_training, download=args.dataset_download,
+            batch_size=args.batch_size, seed=args.seed, input_img_mode='L' if in_chans == 1 else 'RGB',
+        )
+    except (AssertionError, ImportError, OSError, RuntimeError) as error:
+        name = args.dataset or 'image folder'
+        raise ValueError(f'{name!r} split {split!r} at {args.data_dir} cannot be opened: {error}') from error
+
+
+def _check_folder(data_dir: Optional[str], split: str) -> None:
+    """timm falls back to the root where a split's folder is missing, and would validate on the training images."""
+    if data_dir is None:
+        raise ValueError('--data-dir is needed: the folder that holds the training and validation images')
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise ValueError(f'--data-dir {data_dir}: no such folder')
+    names = next((names for names in _SPLIT_SYNONYMS if split in names), (split,))
+    if not any((root / name).is_dir() for name in names):
+        found = sorted(path.name for path in root.iterdir())[:8]
+        raise ValueError(f'--data-dir {data_dir}: expected a folder named {" or ".join(names)}, found {found}')
+
+
+def class_names(dataset: Any) -> Optional[List[str]]:
+    """The classes by index, where the data set knows them."""
+    if getattr(dataset, 'classes', None) is not None:
+        return list(dataset.classes)
+    class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if not class_to_idx:
+        return None
+    return sorted(class_to_idx, key=class_to_idx.__getitem__)
+
+
+def check_classes(train: Any, validation: Any, num_classes: Optional[int]) -> Optional[List[str]]:
+    """The classes of both splits, after a check that they are the same and as many as asked for.
+
+    Raises:
+        ValueError: The splits' classes differ, or there are not ``num_classes``.
+    """
+    names, validation_names = class_names(train), class_names(validation)
+    if names is not None and validation_names is not None and names != validation_names:
+        only_train, only_validation = set(names) - set(validation_names), set(validation_names) - set(names)
+        raise ValueError(
+            f'the splits must have the same classes; only in training: {sorted(only_train)[:5]}, '
+            f'only in validation: {sorted(only_validation)[:5]}'
+        )
+    if names is not None and num_classes is not None and len(names) != num_classes:
+        raise ValueError(f'the data set has {len(names)} classes, got --num-classes {num_classes}')
+    return names
+
+
+def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
+    """timm's data configuration of model and arguments; mean and std averaged where the channels aren't 3."""
+    overrides = {key: value for key, value in vars(args).items() if value is not None}
+    overrides['in_chans'] = model.in_chans
+    if args.input_size is None and args.img_size is None:
+        overrides['input_size'] = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    config = resolve_data_config(overrides, model=model)
+    for key in ('mean', 'std'):
+        if len(config[key]) != model.in_chans:
+            config[key] = (sum(config[key]) / len(config[key]),) * model.in_chans
+    return config
+
+
+def train_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> DataLoader:
+    """timm's training loader: shuffled, augmented, incomplete batches dropped.
+
+    Raises:
+        ValueError: The batch is larger than the data set.
+    """
+    if hasattr(dataset, '__len__') and len(dataset) < args.batch_size:
+        raise ValueError(f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}')
+    return create_loader(
+        dataset,
+        input_size=config['input_size'],
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation or config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        **_worker_options(args, device),
+    )
+
+
+def eval_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> DataLoader:
+    """timm's evaluation loader: in order, every image once."""
+    return create_loader(
+        dataset,
+        input_size=config['input_size'],
+        batch_size=args.validation_batch_size or args.batch_size,
+        is_training=False,
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        crop_pct=config['crop_pct'],
+        **_worker_options(args, device),
+    )
+
+
+def _worker_options(args: Namespace, device: torch.device) -> Dict[str, Any]:
+    # the prefetcher copies to the device ahead of time; it exists for accelerators
+    return dict(
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=device,
+        use_prefetcher=device.type == 'cuda' and not args.no_prefetcher,
+    )

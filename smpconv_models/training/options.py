@@ -1,0 +1,109 @@
+"""The command-line options of train.py and validate.py, by timm's names."""
+import argparse
+
+from timm.utils import ParseKwargs
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Where the images come from and how they are read."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-dir', metavar='DIR', help='folder of the data set')
+    group.add_argument(
+        '--dataset', metavar='NAME',
+        help="'digits' (embedded), torch/NAME, wds/NAME, hfds/NAME, tfds/NAME; without it --data-dir has a folder for "
+             'each split with a folder for each class')
+    group.add_argument('--dataset-download', action='store_true', help='let torchvision or the hub download it')
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='(default: %(default)s)')
+    group.add_argument(
+        '-vb', '--validation-batch-size', type=int, metavar='N', help='batch size of evaluation, if another')
+    group.add_argument(
+        '-j', '--workers', type=int, default=4, metavar='N', help='processes that load (default: %(default)s)')
+    group.add_argument('--pin-mem', action='store_true', help='pin memory in the loader')
+    group.add_argument('--no-prefetcher', action='store_true', help="do without timm's prefetcher on a GPU")
+    group.add_argument('--img-size', type=int, metavar='N', help="image side in pixels, else the model's")
+    group.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help='instead of --img-size')
+    group.add_argument('--crop-pct', type=float, metavar='X', help='part of the resized image kept in evaluation')
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', help="of the channels, else the model's")
+    group.add_argument('--std', type=float, nargs='+', metavar='X', help="of the channels, else the model's")
+    group.add_argument('--interpolation', metavar='NAME', help="of resizing, else the model's")
+    group.add_argument('--seed', type=int, default=42, metavar='N', help='(default: %(default)s)')
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', metavar='NAME', help="of this package or of timm's")
+    group.add_argument('--num-classes', type=int, metavar='N', help="else the data set's, else the model's")
+    group.add_argument('--in-chans', type=int, metavar='N', help='1 reads gray images')
+    group.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+        help="more arguments of the model's constructor")
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Where and in which precision and layout to run."""
+    group = parser.add_argument_group('device')
+    group.add_argument('--device', metavar='NAME', help='cuda if there is one, else cpu')
+    group.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    group.add_argument(
+        '--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='(default: %(default)s)')
+    group.add_argument('--channels-last', action='store_true', help='channels_last layout')
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """The recipe, and where its results go."""
+    group = parser.add_argument_group('run')
+    group.add_argument('--train-split', default='train', metavar='NAME', help='(default: %(default)s)')
+    group.add_argument('--val-split', default='validation', metavar='NAME', help='(default: %(default)s)')
+    group.add_argument('--output', default='output', metavar='DIR', help='(default: %(default)s)')
+    group.add_argument(
+        '--experiment', metavar='NAME', help='folder in --output, numbered if it exists; else model and time')
+    group.add_argument('--epochs', type=int, default=300, metavar='N', help='(default: %(default)s)')
+    group.add_argument('--pretrained', action='store_true', help="start from timm's pretrained weights")
+    group.add_argument('--grad-checkpointing', action='store_true', help='less memory, more time')
+    group.add_argument(
+        '--grad-accum-steps', type=int, default=1, metavar='N', help='batches of a step (default: %(default)s)')
+
+    group = parser.add_argument_group('optimizer')
+    group.add_argument('--opt', default='adamw', metavar='NAME', help='(default: %(default)s)')
+    group.add_argument('--opt-eps', type=float, metavar='X')
+    group.add_argument('--opt-betas', type=float, nargs='+', metavar='X')
+    group.add_argument('--weight-decay', type=float, default=0.05, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--clip-grad', type=float, metavar='X', help='largest norm of the gradient')
+    group.add_argument('--layer-decay', type=float, metavar='X', help='factor of the rate from layer to layer')
+    group.add_argument('--lr', type=float, default=1e-3, metavar='X', help='(default: %(default)s)')
+    group.add_argument(
+        '--sched', choices=('cosine', 'poly', 'step', 'tanh'), default='cosine',
+        help='of the rate, for each step (default: %(default)s)')
+    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='(default: %(default)s)')
+    group.add_argument('--warmup-lr', type=float, default=1e-6, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--min-lr', type=float, default=1e-6, metavar='X', help='(default: %(default)s)')
+
+    group = parser.add_argument_group('augmentation and regularization')
+    group.add_argument('--no-aug', action='store_true', help='no augmentation')
+    group.add_argument(
+        '--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X', help='area kept (default: %(default)s)')
+    group.add_argument(
+        '--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='X', help='aspect (default: 3/4 4/3)')
+    group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='(default: %(default)s)')
+    group.add_argument('--vflip', type=float, default=0., metavar='P', help='(default: %(default)s)')
+    group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--aa', metavar='NAME', help='AutoAugment or RandAugment policy')
+    group.add_argument('--reprob', type=float, default=0., metavar='P', help='random erasing (default: %(default)s)')
+    group.add_argument('--remode', default='pixel', metavar='NAME', help='(default: %(default)s)')
+    group.add_argument('--recount', type=int, default=1, metavar='N', help='(default: %(default)s)')
+    group.add_argument('--train-interpolation', metavar='NAME', help="of training, e.g. random; else the model's")
+    group.add_argument('--mixup', type=float, default=0., metavar='ALPHA', help='(default: %(default)s)')
+    group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA', help='(default: %(default)s)')
+    group.add_argument('--mixup-prob', type=float, default=1., metavar='P', help='(default: %(default)s)')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P', help='(default: %(default)s)')
+    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch', help='(default: batch)')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from here; 0: never')
+    group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='of labels (default: %(default)s)')
+    group.add_argument('--drop', type=float, metavar='P', help="dropout, else the model's")
+    group.add_argument('--drop-path', type=float, metavar='P', help="stochastic depth, else the model's")
+
+    group = parser.add_argument_group('averaging')
+    group.add_argument('--model-ema', action='store_true', help='average the weights')
+    group.add_argument('--model-ema-decay', type=float, default=0.9999, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise to it')
