@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint timm-suite clean
+.PHONY: train test lint bench timm-suite clean
 
 train: $(VENV)/demo
 	$(RUN) train.py --config recipes/digits.yaml
@@ -14,6 +14,10 @@ test: $(VENV)/test
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# what drawing the kernels costs; appends to benchmarks/results/
+bench: $(VENV)/demo
+	$(RUN) benchmarks/models.py
 
 # timm's own model tests, over this package's models
 timm-suite: $(VENV)/test

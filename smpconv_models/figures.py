@@ -49,25 +49,32 @@ def smp_layers(model: nn.Module) -> Dict[str, SMPDepthwiseConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SMPDepthwiseConv2d)}
 
 
-def save_run(path: Union[str, Path], rows: Sequence[Row], model: nn.Module, columns: int = 6) -> None:
-    """A PNG of a training run: losses and accuracy over the epochs, below them some kernels of every SMP layer.
+def save_run(
+        path: Union[str, Path],
+        rows: Sequence[Row],
+        model: nn.Module,
+        max_layers: int = 6,
+        columns: int = 6,
+) -> None:
+    """A PNG of a training run: losses and accuracy over the epochs, below them kernels of the SMP layers.
 
     Args:
         path: Where to.
         rows: An epoch each, with the keys of the run's ``summary.csv``.
         model: Whose kernels to show; without SMP layers there are the curves only.
-        columns: Channels shown of each layer.
+        max_layers: Layers shown at most, evenly over the depth.
+        columns: Channels shown of each.
     """
-    layers = smp_layers(model)
+    layers = _evenly(list(smp_layers(model).items()), max_layers)
     height = 3.2 + 1.5 * len(layers)
     figure = Figure(figsize=(10, height), layout='constrained')
     parts: Any = figure.subfigures(2, 1, height_ratios=(3.2, max(1.5 * len(layers), 1e-3)))
     curves, kernels = parts
     _draw_curves(curves.subplots(1, 2), rows)
     if layers:
-        kernels.suptitle('Kernels and their points: first channels of each layer', fontsize=10)
+        kernels.suptitle('Kernels and their points: the first channels of some layers', fontsize=10)
         grid = kernels.subplots(len(layers), columns, squeeze=False)
-        for row, (name, layer) in zip(grid, layers.items()):
+        for row, (name, layer) in zip(grid, layers):
             row[0].set_ylabel(_short(name, layer), fontsize=7)
             for channel, axes in enumerate(row):
                 if channel < layer.channels:
@@ -75,6 +82,13 @@ def save_run(path: Union[str, Path], rows: Sequence[Row], model: nn.Module, colu
                 else:
                     axes.axis('off')
     figure.savefig(path, dpi=130)
+
+
+def _evenly(items: List[Any], most: int) -> List[Any]:
+    """At most so many of the items, from the first to the last."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _short(name: str, layer: SMPDepthwiseConv2d) -> str:

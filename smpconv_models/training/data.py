@@ -177,6 +177,7 @@ def _worker_options(args: Namespace, device: torch.device) -> Dict[str, Any]:
     # the prefetcher copies to the device ahead of time; it exists for accelerators
     return dict(
         num_workers=args.workers,
+        persistent_workers=args.workers > 0,
         pin_memory=args.pin_mem,
         device=device,
         use_prefetcher=device.type == 'cuda' and not args.no_prefetcher,

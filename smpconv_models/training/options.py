@@ -1,5 +1,6 @@
 """The command-line options of train.py and validate.py, by timm's names."""
 import argparse
+import os
 
 from timm.utils import ParseKwargs
 
@@ -17,7 +18,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '-vb', '--validation-batch-size', type=int, metavar='N', help='batch size of evaluation, if another')
     group.add_argument(
-        '-j', '--workers', type=int, default=4, metavar='N', help='processes that load (default: %(default)s)')
+        '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='processes that load (default: %(default)s, 4 or the number of cores)')
     group.add_argument('--pin-mem', action='store_true', help='pin memory in the loader')
     group.add_argument('--no-prefetcher', action='store_true', help="do without timm's prefetcher on a GPU")
     group.add_argument('--img-size', type=int, metavar='N', help="image side in pixels, else the model's")

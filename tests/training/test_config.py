@@ -1,0 +1,79 @@
+"""YAML files under a command line."""
+import argparse
+from pathlib import Path
+
+import pytest
+from timm.utils import ParseKwargs
+
+from smpconv_models.training import config
+
+RECIPES = sorted((Path(__file__).parents[2] / 'recipes').glob('*.yaml'))
+
+
+@pytest.fixture
+def parser():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--config')
+    parser.add_argument('--lr', type=float, default=1.)
+    parser.add_argument('--epochs', type=int, default=10)
+    parser.add_argument('--scale', type=float, nargs=2)
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--mode', choices=('a', 'b'))
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    return parser
+
+
+@pytest.fixture
+def parse(parser, tmp_path):
+    def parse(text, *argv):
+        path = tmp_path / 'options.yaml'
+        path.write_text(text)
+        return config.parse_args(parser, ['--config', str(path), *argv])
+    return parse
+
+
+def test_values_are_typed_as_on_the_command_line(parse):
+    args = parse('lr: 3e-4\nepochs: 5\nscale: [1, 2]\nchannels-last: true\nmode: b\nmodel_kwargs: {depths: [1, 2]}\n')
+    assert args.lr == 3e-4 and isinstance(args.lr, float)
+    assert args.epochs == 5 and args.scale == [1., 2.] and args.channels_last is True and args.mode == 'b'
+    assert args.model_kwargs == {'depths': [1, 2]}
+
+
+def test_the_command_line_goes_first(parse):
+    assert parse('lr: 3e-4\nepochs: 5\n', '--epochs', '7').epochs == 7
+
+
+def test_null_leaves_an_option_open(parse):
+    assert parse('scale: null\n').scale is None
+
+
+@pytest.mark.parametrize('text, told', [
+    ('epoch: 5\n', "unknown key 'epoch'; did you mean epochs?"),
+    ('config: x\n', "unknown key 'config'"),
+    ('channels_last: "false"\n', "channels_last does not take 'false': expected true or false"),
+    ('lr: fast\n', "lr does not take 'fast'"),
+    ('lr: true\n', 'lr does not take True: expected a single value'),
+    ('epochs: 1.5\n', 'epochs does not take 1.5'),
+    ('scale: [1]\n', 'scale does not take [1]: expected 2 values'),
+    ('scale: 1\n', 'scale does not take 1: expected a list'),
+    ('mode: c\n', "mode does not take 'c': expected one of ['a', 'b']"),
+    ('model_kwargs: 3\n', 'model_kwargs does not take 3: expected keys and values'),
+    ('- 1\n', 'must hold keys and values, got list'),
+    ('a: [\n', 'is not YAML'),
+])
+def test_mistakes_are_told_in_one_line(parse, text, told):
+    with pytest.raises(ValueError) as error:
+        parse(text)
+    assert told in str(error.value) and 'options.yaml' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_missing_file_is_told(parser):
+    with pytest.raises(ValueError, match=r'--config nowhere\.yaml cannot be read'):
+        config.parse_args(parser, ['--config', 'nowhere.yaml'])
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(path):
+    import train
+    args = config.parse_args(train.create_parser(), ['--config', str(path)])
+    assert args.model.startswith('smpconv')

@@ -1,0 +1,188 @@
+"""train.py and validate.py, as a user calls them."""
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import make_folder
+
+import train
+import validate
+from smpconv_models import training
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    '--model', 'smpconv_nano', '--model-kwargs', 'depths=(1,1)', 'dims=(4,8)', 'kernel_sizes=(7,5)', '--workers', '0']
+
+
+def run(main, *argv):
+    return main([str(argument) for argument in argv])
+
+
+def refused(main, capsys, *argv):
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as stopped:
+        run(main, *argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """A short run on the digits with everything on, and what it printed."""
+    output = tmp_path_factory.mktemp('digits')
+    command = [
+        sys.executable, ROOT / 'train.py', '--config', ROOT / 'recipes' / 'digits.yaml', *TINY, '--output', output,
+        '--epochs', '2', '--warmup-epochs', '1', '--img-size', '16', '--mixup', '0.2', '--cutmix', '1',
+        '--batch-size', '128', '--grad-accum-steps', '2', '--clip-grad', '1', '--drop-path', '0.1', '--amp',
+        '--amp-dtype', 'bfloat16',
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output / 'digits', done.stdout
+
+
+def test_a_run_leaves_its_results(digits):
+    folder, printed = digits
+    names = {path.name for path in folder.iterdir()}
+    assert names == {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'summary.png'}
+    with open(folder / 'summary.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    lines = printed.splitlines()
+    assert lines[0].split()[0] == 'epoch' and lines[1].split()[0] == '0' and lines[2].split()[0] == '1'
+    assert f'top-1 of the held-out images: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
+    assert lines[4] == f'best checkpoint: {folder / "model_best.pth.tar"}'
+    assert lines[5] == f'picture: {folder / "summary.png"}'
+
+
+def test_radii_of_the_checkpoint_lie_in_their_range(digits):
+    checkpoint = torch.load(digits[0] / 'last.pth.tar', weights_only=True)
+    radii = [value for key, value in checkpoint['state_dict'].items() if key.endswith('.radius')]
+    assert radii and all((radius >= 1e-3).all() and (radius <= 1).all() for radius in radii)
+    assert checkpoint['classes'] == list('0123456789')
+
+
+def test_validate_repeats_the_accuracy(digits, capsys, tmp_path):
+    folder, _ = digits
+    best = torch.load(folder / 'model_best.pth.tar', weights_only=True)
+    results = tmp_path / 'results.json'
+    assert run(validate.main, '--checkpoint', folder / 'model_best.pth.tar', '--workers', 0,
+               '--amp', '--amp-dtype', 'bfloat16', '--results-file', results) == 0
+    line, text = capsys.readouterr().out.splitlines()
+    result = json.loads(text)
+    assert result['top1'] == pytest.approx(best['metric'], abs=1e-3) and result['images'] == 360
+    assert f'top-1 {result["top1"]:.2f} %' in line and json.loads(results.read_text()) == result
+
+
+def test_validate_takes_either_weights_and_reparameterizes(digits, capsys):
+    folder, _ = digits
+    found = {}
+    for options in ((), ('--no-use-ema',), ('--reparam',)):
+        run(validate.main, '--checkpoint', folder / 'last.pth.tar', '--workers', 0, *options)
+        found[options] = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert found[()]['weights'] == 'state_dict_ema' and found['--no-use-ema',]['weights'] == 'state_dict'
+    assert found[()]['loss'] != found['--no-use-ema',]['loss']
+    assert found['--reparam',]['loss'] == pytest.approx(found[()]['loss'], rel=1e-4)
+
+
+def test_a_saved_recipe_trains_again(digits, tmp_path):
+    assert run(train.main, '--config', digits[0] / 'args.yaml', '--output', tmp_path, '--epochs', 1) == 0
+    assert run(train.main, '--config', digits[0] / 'args.yaml', '--output', tmp_path, '--epochs', 1) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['digits', 'digits-1']  # nothing is overwritten
+
+
+def test_same_seed_same_run(tmp_path):
+    folder = make_folder(tmp_path / 'data')
+    metrics = []
+    for _ in range(2):
+        args = training.config.parse_args(train.create_parser(), [
+            *TINY, '--data-dir', str(folder), '--batch-size', '4', '--epochs', '2', '--warmup-epochs', '0',
+            '--img-size', '16', '--output', str(tmp_path / 'output')])
+        metrics.append(training.train(training.set_up(args))['top1'])
+        last = max((tmp_path / 'output').glob('*/last.pth.tar'), key=lambda path: path.stat().st_mtime_ns)
+        state = torch.load(last, weights_only=True)['state_dict']
+        metrics.append(sum(value.double().sum().item() for value in state.values()))
+    assert metrics[:2] == metrics[2:]
+
+
+def test_other_models_of_timm_train_and_evaluate(tmp_path, capsys):
+    folder = make_folder(tmp_path / 'data', classes=('a', 'b', 'c'))
+    run(train.main, '--model', 'test_resnet', '--data-dir', folder, '--batch-size', 4, '--epochs', 1, '--workers', 1,
+        '--warmup-epochs', 0, '--img-size', 32, '--output', tmp_path / 'output', '--experiment', 'run')
+    assert torch.load(tmp_path / 'output/run/last.pth.tar', weights_only=True)['classes'] == ['a', 'b', 'c']
+    run(validate.main, '--checkpoint', tmp_path / 'output/run/last.pth.tar', '--workers', 0)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['images'] == 9
+
+
+def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
+    folder = make_folder(tmp_path / 'data')
+    with pytest.raises(SystemExit) as stopped:
+        run(train.main, *TINY, '--data-dir', folder, '--batch-size', 4, '--epochs', 50, '--warmup-epochs', 0,
+            '--img-size', 16, '--opt', 'sgd', '--lr', 1e30, '--output', tmp_path / 'output')
+    assert stopped.value.code == 1
+    assert 'the loss is nan in epoch' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('argv, told', [
+    ([], '--model is needed'),
+    (['--model', 'smpconv_x'], "no model is named 'smpconv_x'; this package has ['smpconv_b'"),
+    ([*TINY[:2], '--model-kwargs', 'nothing=1'], "unexpected keyword argument 'nothing'"),
+    ([*TINY[:2], '--model-kwargs', 'kernel_sizes=(4,4,4,4)'], 'kernel size must be odd and positive, got 4'),
+    ([*TINY[:2], '--model-kwargs', 'points_divisor=500'], 'points_divisor must leave at least one point'),
+    ([*TINY, '--num-classes', '7'], 'the data set has 10 classes, got --num-classes 7'),
+    ([*TINY, '--batch-size', '0'], '--batch-size must be at least 1, got 0'),
+    ([*TINY, '--batch-size', '2000'], '--batch-size must not exceed the 1437 training images, got 2000'),
+    ([*TINY, '--batch-size', '33', '--mixup', '0.2'], '--batch-size must be even with Mixup or CutMix, got 33'),
+    ([*TINY, '--epochs', '2', '--warmup-epochs', '3'], '--warmup-epochs must not exceed the 2 epochs, got 3'),
+    ([*TINY, '--grad-accum-steps', '100'], '--grad-accum-steps 100 is more than the 11 batches of an epoch'),
+    ([*TINY, '--device', 'cuda:77'], '--device cuda:77 cannot be used'),
+    ([*TINY, '--dataset', '', '--data-dir', 'nowhere'], '--data-dir nowhere: no such folder'),
+    ([*TINY, '--train-split', 'test'], "split of the digits must be one of"),
+    (['--model', 'smpconv_t', '--pretrained'], 'No pretrained weights exist'),
+    (['--config', 'nowhere.yaml'], '--config nowhere.yaml cannot be read'),
+])
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, argv, told):
+    line = refused(train.main, capsys, '--dataset', 'digits', '--in-chans', 1, *argv, '--output', tmp_path / 'output')
+    assert line.startswith('train.py: error: ') and told in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('content, told', [
+    (None, 'found nothing at'),
+    (b'', 'is empty'),
+    (b'<html>sign in</html>', 'is an HTML or XML page'),
+    (b'PK\x03\x04' + b'0' * 200, 'is a truncated or damaged checkpoint'),
+    (b'version https://git-lfs.github.com/spec/v1\n', 'is a Git LFS pointer'),
+])
+def test_validate_refuses_what_is_no_checkpoint(tmp_path, capsys, content, told):
+    path = tmp_path / 'checkpoint.pth'
+    if content is not None:
+        path.write_bytes(content)
+    line = refused(validate.main, capsys, '--checkpoint', path, '--dataset', 'digits', '--model', 'smpconv_nano')
+    assert line.startswith('validate.py: error: ') and told in line and str(path) in line
+
+
+def test_validate_refuses_another_models_checkpoint(digits, capsys):
+    line = refused(validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar', '--model', 'smpconv_mobile31')
+    assert 'the checkpoint does not fit the model' in line and 'expected' in line and 'got' in line
+
+
+def test_validate_refuses_another_data_set(digits, capsys, tmp_path):
+    make_folder(tmp_path)
+    line = refused(
+        validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar', '--dataset', '', '--data-dir', tmp_path)
+    assert 'the data set has 2 classes' in line
+
+
+@pytest.mark.slow  # two minutes of training
+def test_the_digits_recipe_reaches_its_accuracy(tmp_path, capsys):
+    run(train.main, '--config', ROOT / 'recipes' / 'digits.yaml', '--output', tmp_path)
+    checkpoint = torch.load(tmp_path / 'digits' / 'last.pth.tar', weights_only=True)
+    assert checkpoint['metric'] >= 98.5
+    run(validate.main, '--checkpoint', tmp_path / 'digits' / 'last.pth.tar')
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['top1'] == pytest.approx(checkpoint['metric'], abs=1e-3)
