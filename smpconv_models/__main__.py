@@ -4,7 +4,7 @@ MACs are those of one image of the model's default size: what a batch of two cos
 drawing of the kernels, which is done once for a batch, is not among them.
 """
 import sys
-from typing import List
+from typing import Any, List
 
 import timm
 import torch
@@ -31,7 +31,7 @@ def main(argv: List[str]) -> int:
     print(f'{"model":20}  {"parameters":>12}  {"MACs (G)":>9}  {"input":>13}')
     for name in names:
         model = timm.create_model(name, device='meta').eval()
-        size = model.pretrained_cfg['input_size']
+        size: Any = timm.get_pretrained_cfg_value(name, 'input_size')
         parameters = sum(parameter.numel() for parameter in model.parameters())
         shape = 'x'.join(map(str, size))
         print(f'{name:20}  {parameters:12,}  {count_macs(model, *size) / 1e9:9.3f}  {shape:>13}')

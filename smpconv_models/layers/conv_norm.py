@@ -15,14 +15,21 @@ ActLayer = Union[str, Callable[[], nn.Module]]
 
 def create_norm(norm_layer: NormLayer, channels: int, device: Any = None, dtype: Any = None) -> nn.Module:
     """``norm_layer(channels)`` on the given device: the layer may be any callable, or one of timm's names."""
-    make = get_norm_layer(norm_layer) if isinstance(norm_layer, str) else norm_layer
-    return make(channels).to(device=device, dtype=dtype)
+    return _by_name(norm_layer, get_norm_layer, 'norm_layer')(channels).to(device=device, dtype=dtype)
 
 
 def create_act(act_layer: ActLayer) -> nn.Module:
     """``act_layer()``: any callable, or one of timm's names."""
-    make = get_act_layer(act_layer) if isinstance(act_layer, str) else act_layer
-    return make()
+    return _by_name(act_layer, get_act_layer, 'act_layer')()
+
+
+def _by_name(layer: Any, look_up: Callable[[str], Any], argument: str) -> Callable[..., nn.Module]:
+    if not isinstance(layer, str):
+        return layer
+    try:
+        return look_up(layer)
+    except KeyError:
+        raise ValueError(f"{argument} must be a callable or one of timm's names, got {layer!r}") from None
 
 
 class DepthwiseConv2d(nn.Conv2d):

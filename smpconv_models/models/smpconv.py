@@ -110,7 +110,8 @@ class SMPConvNet(nn.Module):
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
 
     Raises:
-        ValueError: Lengths that differ, even kernel sizes, a divisor that leaves no points, a stride that can't be.
+        ValueError: Lengths that differ, even kernel sizes, a divisor that leaves no points, a stride or rate that
+            can't be.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class SMPConvNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_config(output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
+        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -322,6 +324,12 @@ def _check_config(
                 f'points_divisor must leave at least one point of a {kernel_size}x{kernel_size} kernel, so lie in '
                 f'[1, {kernel_size ** 2}], got {points_divisor}'
             )
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f'{name} must lie in [0, 1), got {rate}')
 
 
 def _init_weights(module: nn.Module, needs_reset: bool) -> None:

@@ -1,0 +1,40 @@
+"""What several test folders need."""
+import torch
+from torch import nn
+
+
+def randomize_(module, seed=0):
+    """Parameters and batch-norm statistics that are not trivial, and positive where they must be. In place."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor, low, high):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for submodule in module.modules():
+            for name, parameter in submodule.named_parameters(recurse=False):
+                if name == 'radius':
+                    uniform(parameter, 0.1, 0.9)
+                elif name == 'coords':
+                    uniform(parameter, -1, 1)
+                elif name == 'bias':
+                    uniform(parameter, -0.5, 0.5)
+                elif parameter.ndim == 1:
+                    uniform(parameter, 0.5, 1.5)
+                else:
+                    fan_in = parameter[0].numel()
+                    uniform(parameter, -(3 / fan_in) ** 0.5, (3 / fan_in) ** 0.5)
+            if getattr(submodule, 'running_mean', None) is not None:
+                uniform(submodule.running_mean, -0.5, 0.5)
+                uniform(submodule.running_var, 0.5, 2.)
+    return module
+
+
+def relative_error(got, expected):
+    """Largest difference over the largest value, in float64."""
+    got, expected = got.double(), expected.double()
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def has_batch_norm(module):
+    return any(isinstance(submodule, nn.modules.batchnorm._BatchNorm) for submodule in module.modules())

@@ -1,0 +1,223 @@
+"""Convolution-norm-activation, the large kernel with its parallel, the two residual blocks, and their folding."""
+import pytest
+import torch
+from common import has_batch_norm, randomize_, relative_error
+from timm.layers import BatchNormAct2d, GroupNorm, freeze_batch_norm_2d
+from torch import nn
+
+from smpconv_models.layers import (
+    ConvFFN,
+    ConvNormAct,
+    DepthwiseConv2d,
+    LargeKernelBlock,
+    LargeKernelConv,
+    SMPDepthwiseConv2d,
+)
+from smpconv_models.layers.conv_norm import create_act, create_norm
+from smpconv_models.layers.large_kernel import bake, pointwise
+
+# of float64: the folded sum is another order of the same terms
+EXACT = 1e-12
+
+
+def image(channels=4, **kwargs):
+    return torch.randn(2, channels, 9, 7, dtype=torch.float64, **kwargs)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize(('kernel_size', 'dilation'), [(5, 1), ((3, 7), (2, 1)), (3, 3)])
+def test_depthwise_conv_is_nn_conv(kernel_size, dilation, bias):
+    layer = DepthwiseConv2d(4, kernel_size, dilation, bias, dtype=torch.float64)
+    plain = nn.Conv2d(
+        4, 4, kernel_size, padding='same', dilation=dilation, groups=4, bias=bias, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    x = image()
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=EXACT)
+    assert "backend='auto'" in repr(layer)
+
+
+@pytest.mark.parametrize('kernel_size', [4, (3, 2), 0])
+def test_depthwise_conv_takes_odd_kernels_only(kernel_size):
+    with pytest.raises(ValueError) as error:
+        DepthwiseConv2d(4, kernel_size)
+    assert str(error.value) == f'kernel size must be odd and positive, got {kernel_size}'
+
+
+def conv_norm(norm):
+    conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    return randomize_(ConvNormAct(conv, norm, nn.ReLU()).double()).eval()
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.SyncBatchNorm, lambda c: freeze_batch_norm_2d(nn.BatchNorm2d(c))])
+def test_conv_norm_folds(norm):
+    layer = conv_norm(norm(4)) if norm is not nn.SyncBatchNorm else conv_norm(nn.BatchNorm2d(4))
+    x = image(3)
+    expected = layer(x)
+    if norm is nn.SyncBatchNorm:  # on a CPU it can be folded but not run
+        layer = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    layer.reparameterize()
+    assert isinstance(layer.norm, nn.Identity)
+    assert relative_error(layer(x), expected) < EXACT
+
+
+@pytest.mark.parametrize('norm', [
+    lambda: GroupNorm(4, 2),
+    lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    lambda: BatchNormAct2d(4),
+])
+def test_norms_that_cannot_be_folded_stay(norm):
+    """Batch norm with an activation of its own, or without statistics, is not an affine map in evaluation."""
+    layer = conv_norm(norm())
+    x = image(3)
+    expected, kind = layer(x), type(layer.norm)
+    layer.reparameterize()
+    assert type(layer.norm) is kind
+    assert torch.equal(layer(x), expected)
+
+
+def test_folding_keeps_layout_training_flag_and_requires_grad():
+    layer = conv_norm(nn.BatchNorm2d(4)).train().to(memory_format=torch.channels_last)
+    layer.conv.weight.requires_grad_(False)
+    strides = layer.conv.weight.stride()
+    layer.reparameterize()
+    assert layer.conv.weight.stride() == strides
+    assert not layer.conv.weight.requires_grad and not layer.conv.bias.requires_grad
+    assert layer.training and layer.conv.training
+
+
+def test_bake_draws_the_kernel_once():
+    layer = randomize_(SMPDepthwiseConv2d(4, 5, 6, dilation=2, backend='reference', dtype=torch.float64))
+    x, baked = image(), bake(layer)
+    assert type(baked) is DepthwiseConv2d
+    assert (baked.dilation, baked.backend, baked.bias) == ((2, 2), 'reference', None)
+    assert torch.equal(baked(x), layer(x))
+    assert bake(baked) is baked
+
+
+def large_kernel(**kwargs):
+    arguments = dict(channels=4, kernel_size=7, num_points=9, dtype=torch.float64)
+    return randomize_(LargeKernelConv(**dict(arguments, **kwargs))).eval()
+
+
+@pytest.mark.parametrize('changes', [
+    {}, dict(small_kernel_size=0), dict(small_kernel_size=7), dict(small_kernel_size=1), dict(dilation=2)], ids=str)
+def test_large_kernel_fuses_into_one_convolution(changes):
+    layer = large_kernel(**changes)
+    x = image()
+    expected = layer(x)
+    fused = layer.fuse()
+    assert type(fused) is DepthwiseConv2d
+    assert relative_error(fused(x), expected) < EXACT
+
+
+def test_large_kernel_is_the_sum_of_its_branches():
+    layer = large_kernel()
+    x = image()
+    assert relative_error(layer(x), layer.large(x) + layer.small(x)) < EXACT
+    assert relative_error(layer(x), layer.large(x)) > 0.01
+
+
+def test_large_kernel_with_group_norm_is_baked_only():
+    layer = large_kernel(norm_layer=lambda channels: GroupNorm(channels, 2))
+    x = image()
+    expected = layer(x)
+    fused = layer.fuse()
+    assert type(fused.large.conv) is DepthwiseConv2d
+    assert relative_error(fused(x), expected) < EXACT
+
+
+def test_large_kernel_with_norms_of_two_kinds():
+    """One branch folds, the other can't: nothing is merged and nothing is lost."""
+    layer = large_kernel()
+    layer.small.norm = randomize_(GroupNorm(4, 2).double())
+    x = image()
+    expected = layer(x)
+    fused = layer.fuse()
+    assert fused is layer
+    assert relative_error(fused(x), expected) < EXACT
+    assert relative_error(fused.fuse()(x), expected) < EXACT  # a second time changes nothing
+
+
+def block(kind, **kwargs):
+    if kind is LargeKernelBlock:
+        kwargs = dict(dict(dim=4, kernel_size=7, num_points=9), **kwargs)
+    else:
+        kwargs = dict(dict(dim=4, mlp_ratio=2.5), **kwargs)
+    return randomize_(kind(**kwargs, dtype=torch.float64)).eval()
+
+
+def reparameterize_(module):
+    """What timm's walk over a model does, for one block."""
+    module.reparameterize()
+    for name, child in module.named_children():
+        if hasattr(child, 'fuse'):
+            setattr(module, name, child.fuse())
+        elif hasattr(child, 'reparameterize'):
+            child.reparameterize()
+
+
+@pytest.mark.parametrize('kind', [LargeKernelBlock, ConvFFN])
+def test_blocks_fold(kind):
+    layer = block(kind)
+    x = image()
+    expected = layer(x)
+    reparameterize_(layer)
+    assert not has_batch_norm(layer)
+    assert relative_error(layer(x), expected) < EXACT
+
+
+def test_large_kernel_block_is_what_its_docstring_says():
+    layer = block(LargeKernelBlock)
+    x = image()
+    y = layer.pw1.norm(layer.pw1.conv(layer.norm(x))).relu()
+    y = layer.large_kernel(y).relu()
+    assert torch.equal(layer(x), x + layer.pw2.norm(layer.pw2.conv(y)))
+
+
+def test_ffn_is_what_its_docstring_says():
+    layer = block(ConvFFN)
+    assert layer.pw1.conv.out_channels == 10  # int(4 * 2.5)
+    x = image()
+    y = nn.functional.gelu(layer.pw1.norm(layer.pw1.conv(layer.norm(x))))
+    assert torch.equal(layer(x), x + layer.pw2.norm(layer.pw2.conv(y)))
+
+
+@pytest.mark.parametrize('kind', [LargeKernelBlock, ConvFFN])
+def test_drop_path_drops_whole_samples_in_training_only(kind):
+    layer = block(kind, drop_path=0.5)
+    x = torch.randn(64, 4, 3, 3, dtype=torch.float64)
+    assert (layer(x) != x).flatten(1).any(1).all()
+    torch.manual_seed(0)
+    kept = (layer.train()(x) != x).flatten(1).any(1).sum()
+    assert 16 < kept < 48  # 4 standard deviations about 32
+
+
+@pytest.mark.parametrize('norm_layer', [nn.BatchNorm2d, 'batchnorm2d', lambda channels: nn.BatchNorm2d(channels)])
+def test_create_norm(norm_layer):
+    norm = create_norm(norm_layer, 5, device='meta', dtype=torch.float64)
+    assert type(norm).__name__ == 'BatchNorm2d'
+    assert (norm.num_features, norm.weight.device.type, norm.weight.dtype) == (5, 'meta', torch.float64)
+
+
+@pytest.mark.parametrize('act_layer', [nn.GELU, 'gelu', lambda: nn.GELU()])
+def test_create_act(act_layer):
+    x = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(create_act(act_layer)(x), nn.functional.gelu(x))
+
+
+def test_pointwise_has_no_activation_unless_told():
+    x = image()
+    assert (pointwise(4, 5, nn.BatchNorm2d, dtype=torch.float64)(x) < 0).any()
+    assert (pointwise(4, 5, nn.BatchNorm2d, nn.ReLU, dtype=torch.float64)(x) >= 0).all()
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(small_kernel_size=9), 'small_kernel_size must not exceed the large kernel, 7, got 9'),
+    (dict(small_kernel_size=4), 'kernel size must be odd and positive, got 4'),
+    (dict(kernel_size=8), 'kernel size must be odd and positive, got 8'),
+    (dict(num_points=0), 'num_points must be at least 1, got 0'),
+])
+def test_errors(changes, message):
+    with pytest.raises(ValueError) as error:
+        large_kernel(**changes)
+    assert str(error.value) == message

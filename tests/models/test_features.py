@@ -1,0 +1,88 @@
+"""timm's feature wrappers, all of which must give what the stages give."""
+import re
+
+import pytest
+import torch
+from common import randomize_
+from nets import tiny
+
+CLASSES = ['list', 'dict', 'hook', 'fx', 'getter']
+INDICES = [None, (0,), (1,), (2,), (3,), (0, 2), (1, 2, 3), (-1,), (-2,), (-4, -1)]
+
+
+def network(**kwargs):
+    return randomize_(tiny(**kwargs)).eval()
+
+
+def features(x, feature_cls, out_indices, **kwargs):
+    """A wrapper with the weights of ``network``, and its outputs as a list."""
+    extra = {} if out_indices is None else dict(out_indices=out_indices)
+    model = tiny(features_only=True, feature_cls=feature_cls, **extra, **kwargs).eval()
+    source = network(**kwargs).state_dict()
+    # two keep the network as an attribute, the others write stages.0 as stages_0
+    model.load_state_dict({
+        key: source[re.sub(r'^(stem|stages)_', r'\1.', re.sub(r'^(graph_module|model)\.', '', key))]
+        for key in model.state_dict()
+    })
+    outputs = model(x)
+    return model, list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
+
+
+def stages(x, **kwargs):
+    return network(**kwargs).forward_intermediates(x, intermediates_only=True)
+
+
+FX_WARNING = pytest.mark.filterwarnings('ignore:NOTE. The nodes obtained by tracing')  # of torchvision, always
+
+
+@FX_WARNING
+@pytest.mark.parametrize('out_indices', INDICES, ids=str)
+@pytest.mark.parametrize('feature_cls', CLASSES)
+def test_features_are_the_stages_outputs(feature_cls, out_indices):
+    x = torch.randn(2, 3, 64, 96)
+    model, got = features(x, feature_cls, out_indices)
+    expected = [stages(x)[i] for i in out_indices or range(4)]
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected):
+        assert torch.equal(a, b)
+    assert model.feature_info.channels() == [b.shape[1] for b in expected]
+    assert model.feature_info.reduction() == [64 // b.shape[2] for b in expected]
+
+
+def test_the_last_n_by_number():
+    x = torch.randn(1, 3, 64, 64)
+    _, got = features(x, 'getter', 2)
+    assert all(torch.equal(a, b) for a, b in zip(got, stages(x)[2:]))
+    assert len(got) == 2
+
+
+@FX_WARNING
+@pytest.mark.parametrize('feature_cls', CLASSES)
+def test_features_with_output_stride(feature_cls):
+    x = torch.randn(1, 3, 64, 64)
+    model, got = features(x, feature_cls, (1, 3), output_stride=8)
+    assert all(torch.equal(a, b) for a, b in zip(got, stages(x, output_stride=8)[1::2]))
+    assert model.feature_info.reduction() == [8, 8]
+
+
+@FX_WARNING
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'fx'])
+def test_features_train(feature_cls):
+    model = tiny(features_only=True, feature_cls=feature_cls, out_indices=(1, 3))
+    outputs = model(torch.randn(2, 3, 64, 64))
+    sum(out.sum() for out in (outputs.values() if isinstance(outputs, dict) else outputs)).backward()
+    points = [parameter for name, parameter in model.named_parameters() if name.endswith(('coords', 'radius'))]
+    assert len(points) == 10
+    assert all(parameter.grad.abs().max() > 0 for parameter in points)
+
+
+def test_unneeded_stages_are_left_out():
+    model = tiny(features_only=True, out_indices=(0, 1))
+    assert not any(name.startswith(('stages_2', 'stages_3', 'norm', 'head')) for name, _ in model.named_parameters())
+
+
+def test_scripted_features():
+    x = torch.randn(1, 3, 64, 64)
+    model, expected = features(x, 'list', (0, 3))
+    for a, b in zip(torch.jit.script(model)(x), expected):
+        torch.testing.assert_close(a, b)

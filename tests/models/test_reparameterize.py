@@ -1,0 +1,163 @@
+"""Folding whole networks by timm's own function."""
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from common import randomize_, relative_error
+from nets import tiny
+from timm.layers import GroupNorm, freeze_batch_norm_2d
+from timm.utils import reparameterize_model
+from torch import nn
+
+from smpconv_models.layers import SMPDepthwiseConv2d
+
+
+def network(**kwargs):
+    return randomize_(tiny(**kwargs)).eval()
+
+
+def kinds(model, *classes):
+    return [name for name, module in model.named_modules() if isinstance(module, classes)]
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(small_kernel_size=0), dict(output_stride=8), dict(output_stride=16), dict(drop_path_rate=0.2),
+    dict(num_classes=0, global_pool=''), dict(stem_stride=1)], ids=str)
+def test_same_function(kwargs):
+    model = network(**kwargs)
+    x = torch.randn(2, 3, 64, 96)
+    expected = model(x)
+    state_dict = deepcopy(model.state_dict())
+    folded = reparameterize_model(model)
+    assert relative_error(folded(x), expected) < 1e-5
+    # the model itself is left as it was
+    assert all(torch.equal(value, state_dict[key]) for key, value in model.state_dict().items())
+
+
+def test_exact_in_double():
+    """What float32 can't tell from rounding: 1e-12 leaves no room for a wrong border or epsilon."""
+    model = network(dtype=torch.float64)
+    x = torch.randn(2, 3, 40, 56, dtype=torch.float64)
+    expected = model(x)
+    folded = reparameterize_model(model)
+    assert relative_error(folded(x), expected) < 1e-12
+
+
+def test_only_the_final_norm_is_left():
+    model = network()
+    folded = reparameterize_model(model)
+    assert kinds(folded, nn.BatchNorm2d) == ['norm']
+    assert kinds(folded, SMPDepthwiseConv2d) == []
+    assert len(list(folded.modules())) < len(list(model.modules()))
+
+
+def test_idempotent():
+    once = reparameterize_model(network())
+    twice = reparameterize_model(once)
+    first, second = once.state_dict(), twice.state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_in_place():
+    model = network()
+    assert reparameterize_model(model, inplace=True) is model
+    assert kinds(model, nn.BatchNorm2d) == ['norm']
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_keeps_dtype(dtype):
+    folded = reparameterize_model(network().to(dtype))
+    floating = [value for value in folded.state_dict().values() if value.is_floating_point()]
+    assert {value.dtype for value in floating} == {dtype}
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(dtype):
+    """Folding rounds kernels once more: a few roundings of the output, no more."""
+    model = network(dims=(24, 32, 40, 48)).to(dtype)
+    x = torch.randn(2, 3, 64, 64).to(dtype)
+    exact = deepcopy(model).float()(x.float())
+    assert relative_error(reparameterize_model(model)(x), exact) < 8 * torch.finfo(dtype).eps
+
+
+def test_keeps_channels_last():
+    model = network().to(memory_format=torch.channels_last)
+    folded = reparameterize_model(model)
+    for name, parameter in folded.named_parameters():
+        if parameter.ndim == 4:
+            assert parameter.is_contiguous(memory_format=torch.channels_last), name
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    assert relative_error(folded(x), model(x)) < 1e-5
+    assert folded.forward_features(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('requires_grad', [True, False])
+def test_keeps_requires_grad(requires_grad):
+    folded = reparameterize_model(network().requires_grad_(requires_grad))
+    assert {parameter.requires_grad for parameter in folded.parameters()} == {requires_grad}
+
+
+def test_new_parameters_are_leaves_that_train():
+    folded = reparameterize_model(network())
+    folded(torch.randn(2, 3, 64, 64)).sum().backward()
+    for parameter in folded.parameters():
+        assert parameter.is_leaf and parameter.grad is not None
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_keeps_the_training_flag(training):
+    folded = reparameterize_model(network().train(training))
+    assert {module.training for module in folded.modules()} == {training}
+
+
+@pytest.mark.parametrize('name', timm.list_models('smpconv*'))
+def test_on_meta(name):
+    model = timm.create_model(name, device='meta').eval()
+    folded = reparameterize_model(model)
+    assert all(value.is_meta for value in folded.state_dict().values())
+    assert kinds(folded, nn.BatchNorm2d) == ['norm']
+    assert folded(torch.empty(1, 3, 64, 64, device='meta')).shape == (1, 1000)
+
+
+def test_group_norm_stays_and_kernels_are_baked():
+    model = network(norm_layer=lambda channels: GroupNorm(channels, 4))
+    x = torch.randn(2, 3, 64, 96)
+    folded = reparameterize_model(model)
+    assert kinds(folded, SMPDepthwiseConv2d) == []
+    assert kinds(folded, GroupNorm) == kinds(model, GroupNorm)
+    assert relative_error(folded(x), model(x)) < 1e-5
+    twice = reparameterize_model(folded)
+    assert all(torch.equal(value, twice.state_dict()[key]) for key, value in folded.state_dict().items())
+
+
+def test_frozen_batch_norm_folds():
+    model = network()
+    x = torch.randn(2, 3, 64, 96)
+    expected = model(x)
+    folded = reparameterize_model(freeze_batch_norm_2d(model))
+    assert relative_error(folded(x), expected) < 1e-5
+    assert [name for name, module in folded.named_modules() if 'BatchNorm' in type(module).__name__] == ['norm']
+
+
+def test_features_only_folds():
+    model = network(features_only=True, out_indices=(1, 3))
+    x = torch.randn(2, 3, 64, 96)
+    folded = reparameterize_model(model)
+    assert kinds(folded, nn.BatchNorm2d) == []
+    for got, expected in zip(folded(x), model(x)):
+        assert relative_error(got, expected) < 1e-5
+
+
+def test_folded_network_scripts_compiles_and_exports():
+    torch.compiler.reset()
+    folded = reparameterize_model(network())
+    x = torch.randn(2, 3, 64, 64)
+    expected = folded(x)
+    for converted in (
+            torch.jit.script(folded),
+            torch.compile(folded, fullgraph=True, backend='aot_eager'),
+            torch.export.export(folded, (x,), strict=True).module(),
+    ):
+        assert relative_error(converted(x), expected) < 1e-5

@@ -1,0 +1,195 @@
+"""Every backend against float64, over one grid; and the layout, emptiness and choice of what it returns."""
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from grid import DTYPES, LAYOUTS, SHAPES, assert_as_exact_as, make, plain_conv, terms, with_gradients
+
+from smpconv_models.ops import available_backends, depthwise_conv2d
+
+BACKENDS = ('auto', *available_backends())
+EVERYWHERE = [(dtype, layout, name) for dtype in DTYPES for layout in LAYOUTS for name in SHAPES]
+# compiling costs 50 times the call: every shape once, and every dtype and layout of one shape
+COMPILED = [case for case in EVERYWHERE if case[:2] == (torch.float32, 'nchw') or case[2] == 'k15']
+
+
+def _id(value):
+    return str(value).removeprefix('torch.')
+
+
+def check(function, dtype, layout, name):
+    shape = SHAPES[name]
+    x, weight, bias, grad = make(shape, dtype, layout)
+    got = with_gradients(
+        lambda *args: function(*args, dilation=shape.dilation), x, weight, bias, grad)
+    plain = with_gradients(
+        lambda *args: plain_conv(*args, shape.dilation), x, weight, bias, grad)
+    exact = with_gradients(
+        lambda *args: depthwise_conv2d(*args, dilation=shape.dilation, backend='reference'),
+        x.double(), weight.double(), bias.double(), grad.double(),
+    )
+    for key, num_terms in terms(shape).items():
+        assert got[key].dtype == dtype
+        assert got[key].shape == exact[key].shape
+        assert_as_exact_as(got[key], plain[key], exact[key], num_terms)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize(('dtype', 'layout', 'name'), EVERYWHERE, ids=_id)
+def test_result_and_gradients(dtype, layout, name, backend):
+    def function(*args, **kwargs):
+        return depthwise_conv2d(*args, **kwargs, backend=backend)
+    check(function, dtype, layout, name)
+
+
+@pytest.mark.parametrize(('dtype', 'layout', 'name'), COMPILED, ids=_id)
+def test_compiled_result_and_gradients(dtype, layout, name):
+    torch.compiler.reset()
+    check(torch.compile(depthwise_conv2d, fullgraph=True, dynamic=True, backend='aot_eager'), dtype, layout, name)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('name', ['k5_odd_map', 'k31'])
+def test_output_keeps_layout(name, backend):
+    for layout in LAYOUTS:
+        x, weight, bias, _ = make(SHAPES[name], torch.float32, layout)
+        y = depthwise_conv2d(x, weight, bias, backend=backend)
+        memory_format = torch.channels_last if layout == 'channels_last' else torch.contiguous_format
+        assert y.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_inputs_are_not_written_to(layout, backend):
+    x, weight, bias, grad = make(SHAPES['k15'], torch.float32, layout)
+    before = [tensor.clone() for tensor in (x, weight, bias, grad)]
+    with_gradients(lambda *args: depthwise_conv2d(*args, backend=backend), x, weight, bias, grad)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, weight, bias, grad)))
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_non_contiguous_weight_bias_and_expanded_gradient(backend):
+    shape = SHAPES['rectangular']
+    x, weight, bias, _ = make(shape, torch.float32)
+    weight = weight.transpose(2, 3).contiguous().transpose(2, 3)
+    bias = torch.stack([bias, bias], 1)[:, 0]
+    grad = torch.ones(1).expand(shape.n, shape.c, shape.h, shape.w)
+    got = with_gradients(lambda *args: depthwise_conv2d(*args, backend=backend), x, weight, bias, grad)
+    plain = with_gradients(lambda *args: plain_conv(*args, 1), x, weight, bias, grad)
+    exact = with_gradients(
+        lambda *args: plain_conv(*args, 1), *(tensor.double() for tensor in (x, weight, bias, grad)))
+    for key, num_terms in terms(shape).items():
+        assert_as_exact_as(got[key], plain[key], exact[key], num_terms)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('kernel_size', [3, 31])
+def test_empty_batch(kernel_size, backend):
+    """Nothing in, nothing out; the parameters' gradients are zero, not unwritten."""
+    x, weight, bias = torch.randn(0, 3, 5, 7), torch.randn(3, 1, kernel_size, kernel_size), torch.randn(3)
+    got = with_gradients(lambda *args: depthwise_conv2d(*args, backend=backend), x, weight, bias, x)
+    assert got['y'].shape == got['dx'].shape == (0, 3, 5, 7)
+    assert torch.equal(got['dw'], torch.zeros_like(weight))
+    assert torch.equal(got['db'], torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('wanted', [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_any_subset_of_gradients(wanted, backend):
+    x, weight, bias, grad = make(SHAPES['k5_odd_map'], torch.float64)
+    expected = list(with_gradients(lambda *args: plain_conv(*args, 1), x, weight, bias, grad).values())[1:]
+    tensors = [x, weight, bias]
+    for index in wanted:
+        tensors[index].requires_grad_()
+    y = depthwise_conv2d(*tensors, backend=backend)
+    for index, got in zip(wanted, torch.autograd.grad(y, [tensors[index] for index in wanted], grad)):
+        torch.testing.assert_close(got, expected[index], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('dilation', [1, (2, 1)])
+def test_gradcheck(dilation, backend):
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 1, 3, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def function(x, weight, bias):
+        return depthwise_conv2d(x, weight, bias, dilation=dilation, backend=backend)
+    assert torch.autograd.gradcheck(function, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias))
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_gradgradcheck_of_the_weight_gradient(backend):
+    """The third order exists as well: the second operator's own backward pass is differentiable."""
+    grad = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def function(grad, x):
+        return torch.ops.smpconv_models.depthwise_conv2d_weight_grad(grad, x, [3, 3], [1, 1], backend)
+    assert torch.autograd.gradcheck(function, (grad, x))
+    assert torch.autograd.gradgradcheck(function, (grad, x))
+
+
+def test_deterministic():
+    x, weight, bias, grad = make(SHAPES['k31'], torch.float32)
+    first, second = (with_gradients(depthwise_conv2d, x, weight, bias, grad) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_available_backends():
+    assert available_backends() == available_backends('cpu') == available_backends(torch.device('cpu'))
+    assert available_backends() == ('cpu', 'reference')
+    assert available_backends('meta') == ('reference',)
+
+
+def test_auto_takes_the_first_available(monkeypatch):
+    from smpconv_models.ops import _backends
+    taken = []
+    cpu = _backends.load('cpu')
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, 'forward', lambda *args: taken.append('cpu') or forward(*args))
+    depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
+    assert taken == ['cpu']
+
+
+def test_auto_passes_over_and_says_why(monkeypatch, caplog):
+    """The branch that a machine with every backend never takes."""
+    from smpconv_models.ops import _backends
+    monkeypatch.setattr(_backends.load('cpu'), 'why_not', lambda device: 'its reason')
+    with caplog.at_level(logging.DEBUG, logger='smpconv_models'):
+        y = depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
+    assert torch.equal(y, torch.ones(1, 1, 2, 2))
+    assert 'its reason' in caplog.text
+    assert available_backends() == ('reference',)
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: its reason"):
+        depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1), backend='cpu')
+
+
+def test_a_named_backend_never_falls_back():
+    """Nor where there is nothing to compute: meta tensors are not on the CPU."""
+    x, weight = torch.empty(1, 2, 4, 4, device='meta'), torch.empty(2, 1, 3, 3, device='meta')
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run here: .*meta"):
+        depthwise_conv2d(x, weight, backend='cpu')
+
+
+FEW_CHANNELS = """
+import torch
+from smpconv_models.ops import depthwise_conv2d
+for channels in (2, 3, 16):
+    x = torch.randn(1, channels, 31, 33).to(torch.{dtype}).requires_grad_()
+    weight = torch.randn(channels, 1, 31, 31).to(torch.{dtype}).requires_grad_()
+    y = depthwise_conv2d(x, weight)
+    torch.autograd.grad(y, (x, weight), y.detach())
+"""
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_few_channels_return(dtype):
+    """In a process of its own: what is held is that the call comes back at all."""
+    try:
+        subprocess.run([sys.executable, '-c', FEW_CHANNELS.format(dtype=dtype)], check=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        pytest.fail('no result after 30 s')
