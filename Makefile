@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
+# OpenMP's threads would else spin while other processes want the cores (see train.py)
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: train test lint bench timm-suite clean
 
 train: $(VENV)/demo

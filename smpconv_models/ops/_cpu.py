@@ -14,6 +14,10 @@ from torch import Tensor
 
 _LARGEST_FAST_NCHW_KERNEL = 13
 
+# oneDNN's channels_last kernel for bfloat16 never returns for 2 to 16 channels, from 15x15 on maps of about 30 pixels a
+# side (torch 2.15 with AVX512-BF16); such few channels cost little in float32.
+_MOST_UNSAFE_BFLOAT16_CHANNELS = 16
+
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     padding = [dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)]
@@ -53,6 +57,11 @@ def _depthwise(
         padding: List[int],
         dilation: List[int],
 ) -> Tensor:
+    channels = weight.shape[0]
     if max(weight.shape[2:]) > _LARGEST_FAST_NCHW_KERNEL:
         input = input.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups=weight.shape[0])
+        if input.dtype == torch.bfloat16 and channels <= _MOST_UNSAFE_BFLOAT16_CHANNELS:
+            bias = None if bias is None else bias.float()
+            output = F.conv2d(input.float(), weight.float(), bias, stride, padding, dilation, groups=channels)
+            return output.to(torch.bfloat16)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups=channels)

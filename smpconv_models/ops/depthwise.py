@@ -55,6 +55,8 @@ def _depthwise_conv2d(
     if isinstance(dilation, int):
         dilation_list = [dilation, dilation]
     else:
+        if len(dilation) != 2:
+            raise ValueError(f'dilation must be one number or two, got {dilation}')
         dilation_list = [dilation[0], dilation[1]]
     if torch.jit.is_scripting():
         return _reference.forward(input, weight, bias, dilation_list)
