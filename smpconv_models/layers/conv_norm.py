@@ -98,7 +98,7 @@ class ConvNormAct(nn.Module):
         if affine is not None:
             conv: Any = self.conv
             set_weight_bias(conv, *fuse.fold_after(conv.weight, conv.bias, *affine))
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
 
 
 def batch_norm_affine(norm: Any) -> Optional[Tuple[Tensor, Tensor]]:

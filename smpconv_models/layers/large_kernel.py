@@ -115,7 +115,7 @@ class PreNormBlock(nn.Module):
         if affine is not None:
             conv: Any = self.pw1.conv
             set_weight_bias(conv, *fuse.fold_before(conv.weight, conv.bias, *affine))
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
 
 
 class LargeKernelBlock(PreNormBlock):

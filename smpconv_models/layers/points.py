@@ -57,7 +57,7 @@ def interpolate(
     """
     g = tents(query, coords, radius)
     if normalize:
-        g = g / ((g > 0).sum(dim=-2, keepdim=True) + eps)
+        g = g / ((g > 0).sum(dim=-2, keepdim=True, dtype=g.dtype) + eps)
     return (weights.to(g.dtype) @ g).to(weights.dtype)
 
 

@@ -141,7 +141,6 @@ class SMPConvNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.feature_info: List[Dict[str, Any]] = []
         shared: Dict[str, Any] = {'norm_layer': norm_layer, 'act_layer': act_layer, 'device': device, 'dtype': dtype}
 
         first_stride = min(stem_stride, 2)
@@ -154,6 +153,7 @@ class SMPConvNet(nn.Module):
 
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
+        feature_info: List[Dict[str, Any]] = []
         reduction, dilation = stem_stride, 1
         for i, (dim, kernel_size) in enumerate(zip(dims, kernel_sizes)):
             downsample: nn.Module = nn.Identity()
@@ -171,8 +171,9 @@ class SMPConvNet(nn.Module):
                 )
                 for drop_path in drop_path_rates[i]
             ]))
-            self.feature_info.append({'num_chs': dim, 'reduction': reduction, 'module': f'stages.{i}'})
+            feature_info.append({'num_chs': dim, 'reduction': reduction, 'module': f'stages.{i}'})
         self.stages = nn.Sequential(*stages)
+        self.feature_info = feature_info
 
         self.num_features = dims[-1]
         self.norm = create_norm(norm_layer, self.num_features, device=device, dtype=dtype)
@@ -279,7 +280,7 @@ class SMPConvNet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         shortened = max_index < len(self.stages) - 1
         if prune_norm or shortened:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         self.stages = self.stages[:max_index + 1]
         if shortened:
             self.num_features = self.feature_info[max_index]['num_chs']
@@ -317,6 +318,8 @@ def _check_config(
             f'depths, dims and kernel_sizes must have one entry for each stage, got {len(depths)}, {len(dims)} and '
             f'{len(kernel_sizes)}'
         )
+    if not depths:
+        raise ValueError('there must be at least one stage, got empty depths')
     for kernel_size in kernel_sizes:
         check_odd(kernel_size)
         if not 1 <= points_divisor <= kernel_size ** 2:
@@ -380,10 +383,10 @@ default_cfgs = generate_default_cfgs({
 
 def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
     if pretrained:
-        # timm would unpickle first and complain in many lines
         source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         if source.file:
-            checkpoint.check_file(source.file)
+            # read once before timm does, whose complaints of a bad file are long and of many kinds
+            checkpoint.select_state_dict(checkpoint.read_file(source.file))
     num_stages = len(kwargs['depths'])
     if kwargs.get('features_only'):
         _check_out_indices(kwargs.get('out_indices'), num_stages)

@@ -54,6 +54,7 @@ def _conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[
 
 @_conv.register_fake
 def _(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
+    _backends.select(backend, input.device)  # a named backend that can't run raises on meta tensors too
     return input.new_empty(input.shape).contiguous(memory_format=_layout(input))
 
 

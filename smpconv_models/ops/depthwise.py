@@ -4,6 +4,7 @@ from typing import Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _backends, _contract, _reference
@@ -22,8 +23,9 @@ def depthwise_conv2d(
     Equal in meaning to ``F.conv2d(input, weight, bias, padding='same', dilation=dilation, groups=C)``. The result
     has the input's shape, dtype and layout (channels_last stays channels_last). Gradients of any order exist.
 
-    Under autocast the dtype is the one ``conv2d`` would take. Under scripting, tracing and exporting the call is a
-    plain ``conv2d``, whatever ``backend`` says; for fx it is one leaf.
+    Under autocast the dtype is the one ``conv2d`` would take. Under scripting, tracing and exporting, and within
+    ``torch.func`` transforms and forward-mode differentiation, the call is a plain ``conv2d``, whatever ``backend``
+    says; for fx it is one leaf.
 
     Args:
         input: ``(N, C, H, W)``, floating point, any layout; N may be 0, and the map smaller than the kernel.
@@ -63,8 +65,10 @@ def _depthwise_conv2d(
     if has_torch_function_variadic(input, weight, bias):
         tensors = (input, weight) if bias is None else (input, weight, bias)
         return handle_torch_function(_depthwise_conv2d, tensors, input, weight, bias, dilation, backend)
+    if torch.jit.is_tracing():  # before the check, whose conditions tracing would warn of
+        return _reference.forward(input, weight, bias, dilation_list)
     _check(input, weight, bias, dilation_list, backend)
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed():
         return _reference.forward(input, weight, bias, dilation_list)
     return _contract.depthwise_conv2d(input, weight, bias, dilation_list, backend)
 
@@ -78,6 +82,11 @@ depthwise_conv2d.__wrapped__ = _depthwise_conv2d  # type: ignore[attr-defined]
 def available_backends(device: Union[str, torch.device] = 'cpu') -> Tuple[str, ...]:
     """Names of the backends that can run on ``device``, in the order in which ``backend='auto'`` takes them."""
     return _backends.available(torch.device(device))
+
+
+def _is_transformed() -> bool:
+    """Within torch.func's transforms or forward-mode differentiation, which PyTorch's custom operators can't follow."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: list, backend: str) -> None:
