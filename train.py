@@ -27,8 +27,9 @@ from smpconv_models.training import config, options, set_up, train
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = config.Parser(
+        prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line goes first')
     options.add_data_options(parser)
     options.add_model_options(parser)
@@ -51,10 +52,13 @@ def main(argv=None) -> int:
     except FloatingPointError as error:
         parser.exit(1, f'train.py: error: {error}\n')
     print(
-        f'top-1 of the held-out images: {result["top1"]:.2f} % after {args.epochs} epochs in {result["seconds"]:.0f} s '
-        f'(best {result["best_top1"]:.2f} %, epoch {result["best_epoch"]})'
+        f'top-1 of the held-out images: {result["top1"]:.2f} % after {args.epochs} epochs '
+        f'in {result["seconds"]:.0f} s'
     )
-    print(f'best checkpoint: {result["checkpoint"]}')
+    print(
+        f'best checkpoint: {result["checkpoint"]} (top-1 {result["best_top1"]:.2f} %, epoch {result["best_epoch"]}, '
+        'chosen by these images)'
+    )
     print(f'picture: {result["picture"]}')
     return 0
 

@@ -17,12 +17,13 @@ import sys
 from pathlib import Path
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models.training import options, validate
+from smpconv_models.training import config, options, validate
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = config.Parser(
+        prog='validate.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument('--checkpoint', metavar='FILE', help="train.py's, timm's or the original release's")
     parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the averaged weights')
@@ -40,6 +41,8 @@ def main(argv=None) -> int:
     parser = create_parser()
     args = parser.parse_args(argv)
     try:
+        if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
+            raise ValueError(f'--results-file {args.results_file}: there is no such folder')
         result = validate(args)
     except ValueError as error:
         parser.exit(2, f'validate.py: error: {error}\n')

@@ -24,7 +24,7 @@ def draw_kernel(axes: Axes, layer: SMPDepthwiseConv2d, channel: int) -> None:
     coords = _array(layer.coords)
     radius = _array(clip_radius(layer.radius, *layer.radius_range))
     weights = _array(layer.weight[channel])
-    edge = 1 + 1 / (layer.kernel_size - 1)  # elements' centres span [-1, 1]
+    edge = 1 + 1 / max(layer.kernel_size - 1, 1)  # elements' centres span [-1, 1]
     limit = abs(kernel).max() or 1.
     axes.imshow(kernel, extent=(-edge, edge, -edge, edge), cmap='RdBu_r', vmin=-limit, vmax=limit)
     diamonds = [

@@ -362,3 +362,20 @@ def test_load_into_another_model_changes_nothing(released):
         checkpoint.load_into(model, released[0])
     assert_one_line(error)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_features_have_no_use_for_the_files_classes(tmp_path, released):
+    """Of whatever number, and whatever the configuration says of it."""
+    state_dict, image, _, stages = released
+    backbone = timm.create_model(
+        'smpconv_t', pretrained=True, features_only=True,
+        pretrained_cfg_overlay=dict(file=str(release_file(tmp_path / 'smpconv.pth.tar', state_dict))), **TINY).eval()
+    for given, expected in zip(backbone(image), stages):
+        assert relative_error(given, expected) < 1e-5
+
+
+def test_classes_that_nobody_declared_are_told(tmp_path, released):
+    path = release_file(tmp_path / 'smpconv.pth.tar', released[0])
+    with pytest.raises(ValueError) as error:
+        create(path, num_classes=1000, file_classes=1000)
+    assert 'head.fc.weight expected (1000, 32), got (10, 32)' in str(error.value) and '\n' not in str(error.value)

@@ -27,6 +27,12 @@ def test_a_run_is_drawn(tmp_path, model):
     assert picture.shape[1] == 1300 and picture.std() > 10
 
 
+def test_the_smallest_kernel_is_drawn():
+    axes = Figure().add_subplot()
+    figures.draw_kernel(axes, SMPDepthwiseConv2d(1, 1, 1), 0)
+    assert axes.images[0].get_array().shape == (1, 1)
+
+
 def test_layers_are_picked_over_the_whole_depth():
     assert figures._evenly(list(range(14)), 6) == [0, 3, 5, 8, 10, 13]
     assert figures._evenly([1, 2], 6) == [1, 2]

@@ -41,97 +41,94 @@ def test_public_names_exist(module):
 
 # --- who imports whom ---
 
+# The table of CONTRIBUTING.md: part -> what it may import besides the standard library and itself.
+OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
+CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
+PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
+MAY_IMPORT = {
+    'smpconv_models/ops': ('torch',),
+    'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
+    'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT),
+    'smpconv_models/checkpoint.py': ('torch', 'safetensors'),
+    'smpconv_models/figures.py': ('torch', 'numpy', 'matplotlib', LAYERS),
+    'smpconv_models/training': ('torch', 'timm', 'PIL', 'sklearn', 'tqdm', 'yaml', LAYERS, CHECKPOINT, FIGURES),
+    'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
+    'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
+    'train.py': ('smpconv_models', TRAINING),
+    'validate.py': ('smpconv_models', TRAINING),
+    'benchmarks': ('torch', 'timm', 'tqdm', 'measure', 'smpconv_models'),
+}
+
+
+def files(part):
+    path = PACKAGE.parent / part
+    return sorted(path.rglob('*.py')) if path.is_dir() else [path]
+
 
 def imports(path):
-    """Absolute names of what a file imports, with whether each import is inside a function."""
-    tree = ast.parse(path.read_text())
-    package = path.relative_to(PACKAGE.parent).with_suffix('').parts[:-1]
-    in_functions = {
-        id(node) for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(function)
-    }
-    for node in ast.walk(tree):
+    """Absolute names of all that a file imports, ``from a import b`` as a.b."""
+    package = path.relative_to(PACKAGE.parent).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[:len(package) - node.level + 1] if node.level else ()
             module = '.'.join([*base, *([node.module] if node.module else [])])
-            # "from . import x" names the module x; "from .x import y" something in it
-            names = [f'{module}.{alias.name}' for alias in node.names] if node.module is None else [module]
-        else:
-            continue
-        for name in names:
-            yield name, id(node) in in_functions
+            yield from (f'{module}.{alias.name}' for alias in node.names)
 
 
-def is_under(name, *parents):
+def is_allowed(name, part):
+    """Whether a part may import a name: of itself, of the standard library, or under an allowed one.
+
+    The bare package is no permission for its modules: ``import smpconv_models`` registers the models, that is all.
+    """
+    if name == 'smpconv_models':
+        return name in MAY_IMPORT[part]
+    itself = part.removesuffix('.py').replace('/', '.')
+    parents = {itself, *MAY_IMPORT[part], *sys.stdlib_module_names} - {'smpconv_models'}
     return any(name == parent or name.startswith(parent + '.') for parent in parents)
 
 
-def is_standard(name):
-    return name.partition('.')[0] in sys.stdlib_module_names
-
-
-def outside(folder, *allowed):
-    """(file, name) of every import that is neither the standard library's nor allowed."""
-    paths = sorted((PACKAGE / folder).rglob('*.py')) if (PACKAGE / folder).is_dir() else [PACKAGE / folder]
+@pytest.mark.parametrize('part', MAY_IMPORT)
+def test_imports_keep_their_direction(part):
+    paths = files(part)
     assert paths
-    return [
-        (path.name, name) for path in paths for name, _ in imports(path)
-        if not is_standard(name) and not is_under(name, *allowed)
-    ]
+    assert [(path.name, name) for path in paths for name in imports(path) if not is_allowed(name, part)] == []
 
 
-OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
-
-
-def test_ops_import_torch_and_themselves():
-    found = outside('ops', 'torch', OPS)
-    assert [(file, name) for file, name in found if not is_under(name, 'triton')] == []
-
-
-def test_triton_is_imported_by_its_backend_only():
-    for path in PACKAGE.rglob('*.py'):
-        if '_triton' not in path.relative_to(PACKAGE).parts:
-            assert not any(is_under(name, 'triton') for name, _ in imports(path)), path
-
-
-def test_layers_import_ops_public_names():
-    assert outside('layers', 'torch', 'timm.layers', LAYERS, OPS) == []
-    for path in (PACKAGE / 'layers').glob('*.py'):
-        assert not any(name.startswith(f'{OPS}.') for name, _ in imports(path)), path
-
-
-def test_models_import_what_is_below_them():
-    assert outside('models', 'torch', 'timm', MODELS, LAYERS, 'smpconv_models.checkpoint', 'smpconv_models') == []
-    for path in (PACKAGE / 'models').glob('*.py'):
-        assert not any(is_under(name, OPS, 'smpconv_models.training') for name, _ in imports(path)), path
-
-
-def test_checkpoint_imports_torch_and_safetensors():
-    assert outside('checkpoint.py', 'torch', 'safetensors') == []
+def test_every_file_has_its_rule():
+    ruled = {path for part in MAY_IMPORT for path in files(part)}
+    assert set(PACKAGE.rglob('*.py')) <= ruled
 
 
 def test_backends_do_not_know_each_other():
     backends = {'_reference', '_cpu', '_triton'}
     for name in backends:
-        files = [PACKAGE / 'ops' / f'{name}.py', *(PACKAGE / 'ops' / name).rglob('*.py')]
-        for path in filter(Path.is_file, files):
-            others = [f'{OPS}.{other}' for other in backends - {name}]
-            assert not any(is_under(imported, *others, 'timm', LAYERS) for imported, _ in imports(path)), path
+        paths = [*(PACKAGE / 'ops').glob(f'{name}.py'), *(PACKAGE / 'ops').glob(f'{name}/*.py')]
+        others = tuple(f'{OPS}.{other}' for other in backends - {name})
+        assert not [(path.name, found) for path in paths for found in imports(path) if found.startswith(others)]
 
 
-def test_the_check_sees_imports(tmp_path, monkeypatch):
+@pytest.mark.parametrize(('part', 'line'), [
+    ('smpconv_models/models', 'from smpconv_models import training'),
+    ('smpconv_models/models', 'import smpconv_models.figures'),
+    ('smpconv_models/models', 'from smpconv_models.ops import depthwise_conv2d'),
+    ('smpconv_models/layers', 'from smpconv_models.ops import _cpu'),
+    ('smpconv_models/layers', 'from ..ops._cpu import forward'),
+    ('smpconv_models/layers', 'from timm.models import create_model'),
+    ('smpconv_models/ops', 'def f():\n    import timm'),
+    ('smpconv_models/figures.py', 'import smpconv_models.models.smpconv'),
+    ('smpconv_models/checkpoint.py', 'from . import layers'),
+    ('train.py', 'import smpconv_models.ops._cpu'),
+])
+def test_the_check_sees_what_is_forbidden(tmp_path, monkeypatch, part, line):
     """Otherwise an empty list would prove nothing."""
-    monkeypatch.setitem(globals(), 'PACKAGE', tmp_path / 'package')
-    (tmp_path / 'package' / 'part').mkdir(parents=True)
-    (tmp_path / 'package' / 'part' / 'file.py').write_text(
-        'import os, numpy.linalg\nfrom . import a\nfrom .b import c\nfrom .. import d\nfrom ..e import f\n'
-        'def g():\n    from timm.layers import h\n')
-    assert list(imports(tmp_path / 'package' / 'part' / 'file.py')) == [
-        ('os', False), ('numpy.linalg', False), ('package.part.a', False), ('package.part.b', False),
-        ('package.d', False), ('package.e', False), ('timm.layers', True)]
-    assert outside('part', 'package') == [('file.py', 'numpy.linalg'), ('file.py', 'timm.layers')]
+    monkeypatch.setitem(globals(), 'PACKAGE', tmp_path / 'smpconv_models')
+    path = tmp_path / part if part.endswith('.py') else tmp_path / part / 'file.py'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+    found = [name for path in files(part) for name in imports(path)]
+    assert found and not all(is_allowed(name, part) for name in found)
 
 
 # --- what importing does ---
@@ -197,7 +194,8 @@ print(any(name.partition('.')[0] == 'triton' for name in set(sys.modules) - modu
 """
     new_modules, has_triton = in_fresh_process(script).splitlines()
     assert has_triton == 'False'
-    assert [name for name in new_modules.split() if not is_standard(name) and not is_under(name, 'torch', 'timm')] == []
+    expected = {*sys.stdlib_module_names, 'torch', 'timm'}
+    assert {name.partition('.')[0] for name in new_modules.split()} <= expected
 
 
 def test_importing_loads_no_backend_and_no_training_and_prints_nothing():

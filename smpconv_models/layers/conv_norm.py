@@ -93,10 +93,15 @@ class ConvNormAct(nn.Module):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Folds a batch norm into the convolution; other normalizations stay. In place, idempotent."""
+        """Draws the kernel if it is of points and folds a batch norm into it. In place, idempotent.
+
+        What can't be folded stays: other normalizations, and convolutions that aren't ``nn.Conv2d``.
+        """
+        if callable(fuse_conv := getattr(self.conv, 'fuse', None)):
+            self.conv = fuse_conv()
+        conv: Any = self.conv
         affine = batch_norm_affine(self.norm)
-        if affine is not None:
-            conv: Any = self.conv
+        if affine is not None and isinstance(conv, nn.Conv2d):
             set_weight_bias(conv, *fuse.fold_after(conv.weight, conv.bias, *affine))
             self.norm = nn.Identity().train(self.training)
 

@@ -68,34 +68,23 @@ class LargeKernelConv(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The same function with the kernel drawn once: a single convolution where the norms can be folded."""
-        self.large.conv = bake(self.large.conv)
+        """The same function with the kernel drawn once: a single convolution where the norms can be folded.
+
+        Works in place, so that what shares the module shares the result; called again it returns the same.
+        """
         self.large.reparameterize()
         if self.small is not None:
             self.small.reparameterize()
-        branches = [branch for branch in (self.large, self.small) if branch is not None]
-        if any(not isinstance(branch.norm, nn.Identity) for branch in branches):
+            if not isinstance(self.small.norm, nn.Identity):
+                return self
+        if not isinstance(self.large.norm, nn.Identity):
             return self
         merged: Any = self.large.conv
         if self.small is not None:
             small: Any = self.small.conv
             set_weight_bias(merged, fuse.merge_parallel(merged.weight, small.weight), merged.bias + small.bias)
+            self.small = None
         return merged
-
-
-@torch.no_grad()
-def bake(conv: nn.Module) -> nn.Module:
-    """A plain convolution with the kernel that ``conv``'s points draw now; other convolutions as they are."""
-    if not isinstance(conv, SMPDepthwiseConv2d):
-        return conv
-    kernel = conv.kernel()
-    baked = DepthwiseConv2d(
-        conv.channels, conv.kernel_size, conv.dilation, bias=False, backend=conv.backend,
-        device='meta', dtype=kernel.dtype,
-    )
-    requires_grad = any(parameter.requires_grad for parameter in conv.parameters())
-    baked.weight = nn.Parameter(kernel, requires_grad)
-    return baked.train(conv.training)
 
 
 class PreNormBlock(nn.Module):

@@ -53,7 +53,8 @@ def interpolate(
         eps: Added to that number, so that queries out of all points' reach get 0.
 
     Returns:
-        ``(..., C, Q)`` in the dtype of ``weights``; computed in the widest of the dtypes.
+        ``(..., C, Q)`` in the dtype of ``weights``. Computed in the widest of the dtypes; under autocast the product
+        of weights and tents is in autocast's.
     """
     g = tents(query, coords, radius)
     if normalize:
@@ -123,7 +124,9 @@ def clip_radius(radius: Tensor, low: float, high: float) -> Tensor:
     """The radius held in [low, high] in the forward pass, with the gradient of the identity.
 
     A plain clamp would cut the gradient of a radius that an optimizer has carried out of the range, and leave it there.
+    Infinite radii are held without a gradient; NaN stays NaN, so that it is seen.
     """
+    radius = radius.nan_to_num(nan=float('nan'), posinf=high, neginf=low)
     return radius.clamp(low, high).detach() + (radius - radius.detach())
 
 

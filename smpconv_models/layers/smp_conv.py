@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from smpconv_models.ops import depthwise_conv2d
 
 from . import points
-from .conv_norm import check_odd
+from .conv_norm import DepthwiseConv2d, check_odd
 
 
 class SMPDepthwiseConv2d(nn.Module):
@@ -67,6 +67,7 @@ class SMPDepthwiseConv2d(nn.Module):
         points.init_weights_(self.weight)
         points.init_coords_(self.coords, std=self.coords_std)
         points.init_radius_(self.radius, self.kernel_size, ndim=2)
+        clip_radius_(self)  # 3x3 kernels would start beyond the range
 
     def kernel(self) -> Tensor:
         """The kernel as ``conv2d`` takes it, ``(C, 1, k, k)``."""
@@ -77,6 +78,18 @@ class SMPDepthwiseConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.kernel(), dilation=self.dilation, backend=self.backend)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> DepthwiseConv2d:
+        """A plain convolution with the kernel that the points draw now; trainable if any of them is."""
+        kernel = self.kernel()
+        conv = DepthwiseConv2d(
+            self.channels, self.kernel_size, self.dilation, bias=False, backend=self.backend, device='meta',
+            dtype=kernel.dtype,
+        )
+        conv.weight = nn.Parameter(kernel, any(parameter.requires_grad for parameter in self.parameters()))
+        return conv.train(self.training)
 
     def extra_repr(self) -> str:
         return (

@@ -276,7 +276,10 @@ class SMPConvNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Removes what ``forward_intermediates`` doesn't need for these stages; returns their indices."""
+        """Removes what ``forward_intermediates`` doesn't need for these stages; returns their indices.
+
+        The head goes with the last stage, whatever ``prune_head`` says: it fits that stage's channels only.
+        """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         shortened = max_index < len(self.stages) - 1
         if prune_norm or shortened:
@@ -348,11 +351,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Di
     """State dict of the original release or of ours -> ours.
 
     Raises:
-        ValueError: It is another model's. A classifier or first convolution of another width is timm's to adapt.
+        ValueError: It is another model's. Where the model differs from its ``pretrained_cfg`` in classes or input
+            channels, timm drops the classifier or adapts the first convolution.
     """
     if checkpoint.is_release(state_dict):
         state_dict = checkpoint.from_release(state_dict)
-    adapted = ('stem.0.conv.weight', 'head.fc.weight', 'head.fc.bias')
+    cfg = getattr(model, 'pretrained_cfg', {})
+    adapted = []
+    if model.in_chans != cfg.get('input_size', (model.in_chans,))[0]:
+        adapted.append('stem.0.conv.weight')
+    if model.num_classes != cfg.get('num_classes', model.num_classes):
+        adapted += ['head.fc.weight', 'head.fc.bias']
     mismatch = checkpoint.describe_mismatch(state_dict, model, ignore=adapted)
     if mismatch is not None:
         raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
@@ -389,6 +398,7 @@ def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SM
             checkpoint.select_state_dict(checkpoint.read_file(source.file))
     num_stages = len(kwargs['depths'])
     if kwargs.get('features_only'):
+        kwargs.setdefault('num_classes', 0)  # features have no use for a classifier, nor for a file's
         _check_out_indices(kwargs.get('out_indices'), num_stages)
     return build_model_with_cfg(
         SMPConvNet, variant, pretrained,

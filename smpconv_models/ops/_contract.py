@@ -7,6 +7,7 @@ Two operators close the algebra, so that gradients of any order exist:
 
 Results keep the input's layout: channels_last where the input is, else contiguous.
 """
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -41,6 +42,13 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """The operands have their dtype by now; a backward pass within autocast must not lower it again."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def _layout(input: Tensor) -> torch.memory_format:
     channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -48,7 +56,8 @@ def _layout(input: Tensor) -> torch.memory_format:
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d', mutates_args=())
 def _conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
-    output = _backends.select(backend, input.device).forward(input, weight, bias, dilation)
+    with _without_autocast(input.device.type):
+        output = _backends.select(backend, input.device).forward(input, weight, bias, dilation)
     return output.contiguous(memory_format=_layout(input))
 
 
@@ -60,7 +69,8 @@ def _(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d_weight_grad', mutates_args=())
 def _weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str) -> Tensor:
-    weight_grad = _backends.select(backend, input.device).weight_grad(grad, input, kernel_size, dilation)
+    with _without_autocast(input.device.type):
+        weight_grad = _backends.select(backend, input.device).weight_grad(grad, input, kernel_size, dilation)
     return weight_grad.contiguous()
 
 

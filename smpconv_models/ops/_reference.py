@@ -1,4 +1,7 @@
-"""The definition every backend is held to: plain ``conv2d``, any device, any floating dtype."""
+"""The definition every backend is held to: plain ``conv2d``, any device, any floating dtype.
+
+Its speed and its faults are PyTorch's; see _cpu.py for one that never returns.
+"""
 from typing import List, Optional
 
 import torch

@@ -1,10 +1,17 @@
 """Command lines with a YAML file under them."""
 import argparse
 import difflib
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
 from timm.utils import ParseKwargs
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {message}\n')
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -45,7 +52,7 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
             raise ValueError(f'{path}: unknown key {key!r}{hint}')
         try:
             typed[dest] = _convert(actions[dest], value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f'{path}: {key} does not take {value!r}: {error}') from error
     return typed
 

@@ -19,6 +19,7 @@ class Digits(Dataset):
 
     Args:
         split: 'train' or 'validation', or a synonym that timm knows.
+        mode: PIL's mode of the images, 'L' (gray) or 'RGB'.
         transform: Applied to the PIL image; timm's loader sets it.
 
     Raises:
@@ -27,7 +28,7 @@ class Digits(Dataset):
 
     classes = tuple('0123456789')
 
-    def __init__(self, split: str, transform: Any = None) -> None:
+    def __init__(self, split: str, mode: str = 'L', transform: Any = None) -> None:
         try:
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
@@ -40,7 +41,7 @@ class Digits(Dataset):
         train, validation = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
         indices = train if split in train_names else validation
         pixels = (images[indices] * (255 / 16)).round().astype('uint8').reshape(-1, 8, 8)
-        self.images = [Image.fromarray(image) for image in pixels]
+        self.images = [Image.fromarray(image).convert(mode) for image in pixels]
         self.labels = labels[indices].tolist()
         self.transform = transform
 
@@ -58,16 +59,17 @@ def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) 
     Raises:
         ValueError: There is no such data set, or no such split of it.
     """
-    if args.dataset == 'digits':
-        return Digits(split)
     if in_chans not in (1, 3):
         raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {in_chans}')
+    mode = 'L' if in_chans == 1 else 'RGB'
+    if args.dataset == 'digits':
+        return Digits(split, mode)
     if '/' not in args.dataset:
         _check_folder(args.data_dir, split)
     try:
         return create_dataset(
             args.dataset, root=args.data_dir, split=split, is_training=is_training, download=args.dataset_download,
-            batch_size=args.batch_size, seed=args.seed, input_img_mode='L' if in_chans == 1 else 'RGB',
+            batch_size=args.batch_size, seed=args.seed, input_img_mode=mode,
         )
     except (AssertionError, ImportError, OSError, RuntimeError) as error:
         name = args.dataset or 'image folder'
@@ -136,7 +138,7 @@ def train_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: 
     """
     if hasattr(dataset, '__len__') and len(dataset) < args.batch_size:
         raise ValueError(f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}')
-    return create_loader(
+    return _create_loader(
         dataset,
         input_size=config['input_size'],
         batch_size=args.batch_size,
@@ -160,7 +162,7 @@ def train_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: 
 
 def eval_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> DataLoader:
     """timm's evaluation loader: in order, every image once."""
-    return create_loader(
+    return _create_loader(
         dataset,
         input_size=config['input_size'],
         batch_size=args.validation_batch_size or args.batch_size,
@@ -169,8 +171,16 @@ def eval_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: t
         mean=config['mean'],
         std=config['std'],
         crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
         **_worker_options(args, device),
     )
+
+
+def _create_loader(dataset: Any, **options: Any) -> DataLoader:
+    try:
+        return create_loader(dataset, **options)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'the images cannot be loaded so: {type(error).__name__} {error}') from error
 
 
 def _worker_options(args: Namespace, device: torch.device) -> Dict[str, Any]:

@@ -14,7 +14,7 @@ def param_groups(
 ) -> List[Dict[str, Any]]:
     """timm's parameter groups, with the radii of the points in groups of their own at a lower rate.
 
-    No weight decay on 1-D parameters, biases, and what the model's ``no_weight_decay()`` lists: coordinates and radii.
+    No weight decay on 1-D parameters, biases, coordinates, radii, and what the model's ``no_weight_decay()`` lists.
     The rates are relative, under ``lr_scale``, which timm's schedulers multiply by.
 
     Args:
@@ -23,13 +23,18 @@ def param_groups(
         layer_decay: Factor of the rate from each layer to the one before it; None for one rate.
         radius_lr_scale: Rate of the radii over that of their layer's other parameters (0.1 in the paper, A.1).
     """
-    no_decay = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    layers = [module for module in model.modules() if isinstance(module, SMPDepthwiseConv2d)]
+    radii = {id(layer.radius) for layer in layers}
+    free = radii | {id(layer.coords) for layer in layers}
+    # by module, not by the model's word alone: a wrapper (features_only) has lost it
+    no_decay = {name for name, param in model.named_parameters() if id(param) in free}
+    if hasattr(model, 'no_weight_decay'):
+        no_decay |= set(model.no_weight_decay())
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_decay)
     else:
         groups = param_groups_layer_decay(
             model, weight_decay, layer_decay=layer_decay, no_weight_decay_list=no_decay)
-    radii = {id(module.radius) for module in model.modules() if isinstance(module, SMPDepthwiseConv2d)}
     split = []
     for group in groups:
         for is_radius in (False, True):

@@ -1,8 +1,33 @@
 """The command-line options of train.py and validate.py, by timm's names."""
 import argparse
+import math
 import os
+from typing import Any, Callable
 
 from timm.utils import ParseKwargs
+
+INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest')
+
+
+def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """A converter for argparse: a finite number of this kind in [low, high]."""
+    expected = f'in [{low:g}, {high:g}]' if high < math.inf else f'at least {low:g}'
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f'must be {expected}, got {text}')
+        return value
+
+    convert.__name__ = 'whole number' if kind is int else 'number'  # argparse names it where the text is neither
+    return convert
+
+
+count = number(int, 1)
+whole = number(int, 0)
+positive = number(float, 1e-30)
+non_negative = number(float, 0)
+fraction = number(float, 0, 1)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -14,29 +39,31 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="'digits' (embedded), torch/NAME, wds/NAME, hfds/NAME, tfds/NAME; without it --data-dir has a folder for "
              'each split with a folder for each class')
     group.add_argument('--dataset-download', action='store_true', help='let torchvision or the hub download it')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='(default: %(default)s)')
+    group.add_argument('-b', '--batch-size', type=count, default=128, metavar='N', help='(default: %(default)s)')
     group.add_argument(
-        '-vb', '--validation-batch-size', type=int, metavar='N', help='batch size of evaluation, if another')
+        '-vb', '--validation-batch-size', type=count, metavar='N', help='batch size of evaluation, if another')
     group.add_argument(
-        '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
+        '-j', '--workers', type=whole, default=min(4, os.cpu_count() or 1), metavar='N',
         help='processes that load (default: %(default)s, 4 or the number of cores)')
     group.add_argument('--pin-mem', action='store_true', help='pin memory in the loader')
     group.add_argument('--no-prefetcher', action='store_true', help="do without timm's prefetcher on a GPU")
-    group.add_argument('--img-size', type=int, metavar='N', help="image side in pixels, else the model's")
-    group.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help='instead of --img-size')
-    group.add_argument('--crop-pct', type=float, metavar='X', help='part of the resized image kept in evaluation')
-    group.add_argument('--mean', type=float, nargs='+', metavar='X', help="of the channels, else the model's")
-    group.add_argument('--std', type=float, nargs='+', metavar='X', help="of the channels, else the model's")
-    group.add_argument('--interpolation', metavar='NAME', help="of resizing, else the model's")
-    group.add_argument('--seed', type=int, default=42, metavar='N', help='(default: %(default)s)')
+    group.add_argument('--img-size', type=count, metavar='N', help="image side in pixels, else the model's")
+    group.add_argument('--input-size', type=count, nargs=3, metavar=('C', 'H', 'W'), help='instead of --img-size')
+    group.add_argument('--crop-pct', type=positive, metavar='X', help='part of the resized image kept in evaluation')
+    group.add_argument(
+        '--mean', type=number(float, -math.inf), nargs='+', metavar='X',
+        help="of the channels, else the model's")
+    group.add_argument('--std', type=positive, nargs='+', metavar='X', help="of the channels, else the model's")
+    group.add_argument('--interpolation', choices=INTERPOLATIONS, help="of resizing, else the model's")
+    group.add_argument('--seed', type=whole, default=42, metavar='N', help='(default: %(default)s)')
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model."""
     group = parser.add_argument_group('model')
     group.add_argument('--model', metavar='NAME', help="of this package or of timm's")
-    group.add_argument('--num-classes', type=int, metavar='N', help="else the data set's, else the model's")
-    group.add_argument('--in-chans', type=int, metavar='N', help='1 reads gray images')
+    group.add_argument('--num-classes', type=count, metavar='N', help="else the data set's, else the model's")
+    group.add_argument('--in-chans', type=count, metavar='N', help='1 reads gray images')
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
         help="more arguments of the model's constructor")
@@ -60,52 +87,63 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--output', default='output', metavar='DIR', help='(default: %(default)s)')
     group.add_argument(
         '--experiment', metavar='NAME', help='folder in --output, numbered if it exists; else model and time')
-    group.add_argument('--epochs', type=int, default=300, metavar='N', help='(default: %(default)s)')
+    group.add_argument('--epochs', type=count, default=300, metavar='N', help='(default: %(default)s)')
     group.add_argument('--pretrained', action='store_true', help="start from timm's pretrained weights")
     group.add_argument('--grad-checkpointing', action='store_true', help='less memory, more time')
     group.add_argument(
-        '--grad-accum-steps', type=int, default=1, metavar='N', help='batches of a step (default: %(default)s)')
+        '--grad-accum-steps', type=count, default=1, metavar='N', help='batches of a step (default: %(default)s)')
 
     group = parser.add_argument_group('optimizer')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='(default: %(default)s)')
-    group.add_argument('--opt-eps', type=float, metavar='X')
-    group.add_argument('--opt-betas', type=float, nargs='+', metavar='X')
-    group.add_argument('--weight-decay', type=float, default=0.05, metavar='X', help='(default: %(default)s)')
-    group.add_argument('--clip-grad', type=float, metavar='X', help='largest norm of the gradient')
-    group.add_argument('--layer-decay', type=float, metavar='X', help='factor of the rate from layer to layer')
-    group.add_argument('--lr', type=float, default=1e-3, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--opt-eps', type=positive, metavar='X')
+    group.add_argument('--opt-betas', type=fraction, nargs='+', metavar='X')
+    group.add_argument('--weight-decay', type=non_negative, default=0.05, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--clip-grad', type=positive, metavar='X', help='largest norm of the gradient')
+    group.add_argument(
+        '--layer-decay', type=number(float, 1e-30, 1), metavar='X',
+        help='factor of the rate from layer to layer')
+    group.add_argument('--lr', type=non_negative, default=1e-3, metavar='X', help='(default: %(default)s)')
     group.add_argument(
         '--sched', choices=('cosine', 'poly', 'step', 'tanh'), default='cosine',
         help='of the rate, for each step (default: %(default)s)')
-    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='(default: %(default)s)')
-    group.add_argument('--warmup-lr', type=float, default=1e-6, metavar='X', help='(default: %(default)s)')
-    group.add_argument('--min-lr', type=float, default=1e-6, metavar='X', help='(default: %(default)s)')
+    group.add_argument(
+        '--decay-epochs', type=count, default=30, metavar='N', help='of --sched step (default: %(default)s)')
+    group.add_argument(
+        '--decay-rate', type=fraction, default=0.1, metavar='X', help='of --sched step, poly (default: %(default)s)')
+    group.add_argument('--warmup-epochs', type=whole, default=5, metavar='N', help='(default: %(default)s)')
+    group.add_argument('--warmup-lr', type=non_negative, default=1e-6, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--min-lr', type=non_negative, default=1e-6, metavar='X', help='(default: %(default)s)')
 
     group = parser.add_argument_group('augmentation and regularization')
     group.add_argument('--no-aug', action='store_true', help='no augmentation')
     group.add_argument(
-        '--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X', help='area kept (default: %(default)s)')
+        '--scale', type=number(float, 1e-30, 1), nargs=2, default=[0.08, 1.0], metavar='X',
+        help='area kept (default: %(default)s)')
     group.add_argument(
-        '--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='X', help='aspect (default: 3/4 4/3)')
-    group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='(default: %(default)s)')
-    group.add_argument('--vflip', type=float, default=0., metavar='P', help='(default: %(default)s)')
-    group.add_argument('--color-jitter', type=float, default=0.4, metavar='X', help='(default: %(default)s)')
+        '--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar='X', help='aspect (default: 3/4 4/3)')
+    group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='(default: %(default)s)')
+    group.add_argument('--vflip', type=fraction, default=0., metavar='P', help='(default: %(default)s)')
+    group.add_argument('--color-jitter', type=non_negative, default=0.4, metavar='X', help='(default: %(default)s)')
     group.add_argument('--aa', metavar='NAME', help='AutoAugment or RandAugment policy')
-    group.add_argument('--reprob', type=float, default=0., metavar='P', help='random erasing (default: %(default)s)')
-    group.add_argument('--remode', default='pixel', metavar='NAME', help='(default: %(default)s)')
-    group.add_argument('--recount', type=int, default=1, metavar='N', help='(default: %(default)s)')
-    group.add_argument('--train-interpolation', metavar='NAME', help="of training, e.g. random; else the model's")
-    group.add_argument('--mixup', type=float, default=0., metavar='ALPHA', help='(default: %(default)s)')
-    group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA', help='(default: %(default)s)')
-    group.add_argument('--mixup-prob', type=float, default=1., metavar='P', help='(default: %(default)s)')
-    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P', help='(default: %(default)s)')
+    group.add_argument('--reprob', type=fraction, default=0., metavar='P', help='random erasing (default: %(default)s)')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='(default: %(default)s)')
+    group.add_argument('--recount', type=count, default=1, metavar='N', help='(default: %(default)s)')
+    group.add_argument(
+        '--train-interpolation', choices=(*INTERPOLATIONS, 'random'),
+        help="of training, else the model's")
+    group.add_argument('--mixup', type=non_negative, default=0., metavar='ALPHA', help='(default: %(default)s)')
+    group.add_argument('--cutmix', type=non_negative, default=0., metavar='ALPHA', help='(default: %(default)s)')
+    group.add_argument('--mixup-prob', type=fraction, default=1., metavar='P', help='(default: %(default)s)')
+    group.add_argument('--mixup-switch-prob', type=fraction, default=0.5, metavar='P', help='(default: %(default)s)')
     group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch', help='(default: batch)')
-    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from here; 0: never')
-    group.add_argument('--smoothing', type=float, default=0.1, metavar='X', help='of labels (default: %(default)s)')
-    group.add_argument('--drop', type=float, metavar='P', help="dropout, else the model's")
-    group.add_argument('--drop-path', type=float, metavar='P', help="stochastic depth, else the model's")
+    group.add_argument('--mixup-off-epoch', type=whole, default=0, metavar='N', help='no mixing from here; 0: never')
+    group.add_argument(
+        '--smoothing', type=number(float, 0, 0.999), default=0.1, metavar='X',
+        help='of labels (default: %(default)s)')
+    group.add_argument('--drop', type=fraction, metavar='P', help="dropout, else the model's")
+    group.add_argument('--drop-path', type=fraction, metavar='P', help="stochastic depth, else the model's")
 
     group = parser.add_argument_group('averaging')
     group.add_argument('--model-ema', action='store_true', help='average the weights')
-    group.add_argument('--model-ema-decay', type=float, default=0.9999, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--model-ema-decay', type=fraction, default=0.9999, metavar='X', help='(default: %(default)s)')
     group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise to it')

@@ -68,13 +68,11 @@ def set_up(args: Namespace) -> Run:
     config = data.data_config(args, model)
     train_loader = data.train_loader(args, train_set, config, device)
     mixup = _create_mixup(args, model.num_classes)
-    optimizer = create_optimizer_v2(
-        param_groups(model, args.weight_decay, args.layer_decay), opt=args.opt, lr=args.lr,
-        weight_decay=args.weight_decay, **_given(args, eps='opt_eps', betas='opt_betas'),
-    )
+    optimizer = _create_optimizer(args, model)
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
-        warmup_lr=args.warmup_lr, min_lr=args.min_lr, step_on_epochs=False,
+        warmup_lr=args.warmup_lr, min_lr=args.min_lr, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
+        step_on_epochs=False,
         updates_per_epoch=_updates_per_epoch(args, train_loader),
     )
     return Run(
@@ -242,9 +240,6 @@ def _plain(args: Namespace) -> Dict[str, Any]:
 
 
 def _check(args: Namespace) -> None:
-    for name in ('epochs', 'batch_size', 'grad_accum_steps'):
-        if getattr(args, name) < 1:
-            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
     if args.warmup_epochs > args.epochs:
         raise ValueError(f'--warmup-epochs must not exceed the {args.epochs} epochs, got {args.warmup_epochs}')
     if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0):
@@ -257,11 +252,23 @@ def _given(args: Namespace, **names: str) -> Dict[str, Any]:
 
 
 def _updates_per_epoch(args: Namespace, loader: DataLoader) -> int:
-    updates = len(loader) // args.grad_accum_steps
+    try:
+        updates = len(loader) // args.grad_accum_steps
+    except TypeError as error:
+        raise ValueError(f'the data set must know its length, for the schedule: {error}') from error
     if updates == 0:
         raise ValueError(
             f'--grad-accum-steps {args.grad_accum_steps} is more than the {len(loader)} batches of an epoch')
     return updates
+
+
+def _create_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    given = _given(args, eps='opt_eps', betas='opt_betas')
+    try:
+        return create_optimizer_v2(groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **given)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f'--opt {args.opt} with {given or "its defaults"} cannot be created: {error}') from error
 
 
 def _create_ema(args: Namespace, model: nn.Module) -> Optional[ModelEmaV3]:

@@ -1,8 +1,11 @@
 """Convolution-norm-activation, the large kernel with its parallel, the two residual blocks, and their folding."""
+import copy
+
 import pytest
 import torch
 from common import has_batch_norm, randomize_, relative_error
 from timm.layers import BatchNormAct2d, GroupNorm, freeze_batch_norm_2d
+from timm.utils import reparameterize_model
 from torch import nn
 
 from smpconv_models.layers import (
@@ -14,7 +17,7 @@ from smpconv_models.layers import (
     SMPDepthwiseConv2d,
 )
 from smpconv_models.layers.conv_norm import create_act, create_norm
-from smpconv_models.layers.large_kernel import bake, pointwise
+from smpconv_models.layers.large_kernel import pointwise
 
 # of float64: the folded sum is another order of the same terms
 EXACT = 1e-12
@@ -85,13 +88,12 @@ def test_folding_keeps_layout_training_flag_and_requires_grad():
     assert layer.training and layer.conv.training
 
 
-def test_bake_draws_the_kernel_once():
+def test_fuse_draws_the_kernel_once():
     layer = randomize_(SMPDepthwiseConv2d(4, 5, 6, dilation=2, backend='reference', dtype=torch.float64))
-    x, baked = image(), bake(layer)
+    x, baked = image(), layer.fuse()
     assert type(baked) is DepthwiseConv2d
     assert (baked.dilation, baked.backend, baked.bias) == ((2, 2), 'reference', None)
     assert torch.equal(baked(x), layer(x))
-    assert bake(baked) is baked
 
 
 def large_kernel(**kwargs):
@@ -221,3 +223,25 @@ def test_errors(changes, message):
     with pytest.raises(ValueError) as error:
         large_kernel(**changes)
     assert str(error.value) == message
+
+
+def test_a_shared_large_kernel_is_folded_once():
+    shared = large_kernel()
+    model = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared)]).eval()
+    x = image()
+    expected = shared(x)
+    for part in reparameterize_model(model):
+        assert relative_error(part(x), expected) < EXACT
+    shared.fuse()
+    assert relative_error(shared(x), expected) < EXACT
+    assert shared.fuse() is shared.fuse()
+
+
+def test_points_are_drawn_wherever_they_stand():
+    layer = randomize_(SMPDepthwiseConv2d(4, 5, 6, dtype=torch.float64))
+    norm = randomize_(nn.BatchNorm2d(4, dtype=torch.float64))
+    model = nn.Sequential(layer, ConvNormAct(copy.deepcopy(layer), norm), ConvNormAct(layer, nn.Identity())).eval()
+    plain = reparameterize_model(model)
+    assert not any(isinstance(module, SMPDepthwiseConv2d) for module in plain.modules())
+    x = image()
+    assert relative_error(plain(x), model(x)) < EXACT

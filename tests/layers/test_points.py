@@ -207,6 +207,12 @@ def test_clipped_radius_passes_every_gradient():
     assert torch.equal(torch.autograd.grad(clip_radius(radius, 1e-3, 1.), radius, grad)[0], grad)
 
 
+def test_clip_radius_holds_infinities_and_shows_nan():
+    radius = torch.tensor([float('inf'), float('-inf'), float('nan')])
+    high, low, undefined = clip_radius(radius, 1e-3, 1.).tolist()
+    assert (high, low) == (1., pytest.approx(1e-3)) and undefined != undefined
+
+
 def test_initial_coords():
     coords = points.init_coords_(torch.empty(20000, 2), std=0.2)
     assert coords.abs().max() <= 1

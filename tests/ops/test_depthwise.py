@@ -129,6 +129,18 @@ def test_autocast_takes_mixed_dtypes_and_can_be_left():
             assert depthwise_conv2d(x.float(), weight).dtype == torch.float32
 
 
+def test_backward_within_autocast_keeps_float32():
+    """As plain conv2d's does, whose forward was outside."""
+    x, weight = torch.randn(1, 2, 5, 6, requires_grad=True), torch.randn(2, 1, 15, 15, requires_grad=True)
+    gradients = []
+    for function in (depthwise_conv2d, lambda x, weight: plain_conv(x, weight, None, 1)):
+        y = function(x, weight)
+        with torch.autocast('cpu', torch.bfloat16):
+            gradients.append(torch.autograd.grad(y, (x, weight), torch.ones_like(y)))
+    for got, expected in zip(*gradients):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_meta(layout):
     x = lay_out(torch.randn(2, 3, 6, 5, dtype=torch.float16), layout).to('meta').requires_grad_()

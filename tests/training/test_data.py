@@ -48,6 +48,12 @@ def test_digits_splits_share_no_image_and_hold_every_class_alike():
     assert np.allclose(shares, 0.2, atol=0.01)
 
 
+def test_digits_come_in_colour_for_models_that_want_it():
+    gray, colour = Digits('val'), Digits('val', 'RGB')
+    assert (gray[0][0].mode, colour[0][0].mode) == ('L', 'RGB')
+    assert np.array_equal(np.asarray(colour[0][0])[..., 1], np.asarray(gray[0][0]))
+
+
 def test_digits_know_their_splits():
     with pytest.raises(ValueError, match="got 'test'"):
         Digits('test')
@@ -113,7 +119,8 @@ def test_data_config_follows_the_channels(changes, size, mean):
 
 def test_loaders_augment_training_and_repeat_nothing_in_evaluation():
     args = arguments(dataset='digits', batch_size=100)
-    config = dict(input_size=(1, 16, 16), mean=(0.3,), std=(0.4,), interpolation='bicubic', crop_pct=1.)
+    config = dict(
+        input_size=(1, 16, 16), mean=(0.3,), std=(0.4,), interpolation='bicubic', crop_pct=1., crop_mode='center')
     train = data.train_loader(args, Digits('train'), config, torch.device('cpu'))
     assert len(train) == 14  # the incomplete batch is dropped
     images, _ = next(iter(train))

@@ -1,5 +1,6 @@
 """Parameter groups: what decays, and at which rate."""
 import pytest
+import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -44,6 +45,13 @@ def test_radii_keep_their_tenth_under_layer_decay(model):
     for name in radii:
         assert options[name][1] == pytest.approx(0.1 * options[name.replace('.radius', '.coords')][1])
     assert len({scale for _, scale in options.values()}) > 3  # the layers differ
+
+
+def test_a_wrapper_does_not_lose_the_points():
+    backbone = timm.create_model('smpconv_nano', features_only=True)
+    options = options_of(backbone, param_groups(backbone, 0.05))
+    assert {options[name] for name in options if name.endswith('.coords')} == {(0., 1.)}
+    assert {options[name] for name in options if name.endswith('.radius')} == {(0., 0.1)}
 
 
 def test_scheduler_applies_the_scale(model):

@@ -56,7 +56,8 @@ def test_a_run_leaves_its_results(digits):
     lines = printed.splitlines()
     assert lines[0].split()[0] == 'epoch' and lines[1].split()[0] == '0' and lines[2].split()[0] == '1'
     assert f'top-1 of the held-out images: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
-    assert lines[4] == f'best checkpoint: {folder / "model_best.pth.tar"}'
+    best = max(float(row['ema_top1']) for row in rows)
+    assert lines[4].startswith(f'best checkpoint: {folder / "model_best.pth.tar"} (top-1 {best:.2f} %, epoch ')
     assert lines[5] == f'picture: {folder / "summary.png"}'
 
 
@@ -135,14 +136,25 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY[:2], '--model-kwargs', 'kernel_sizes=(4,4,4,4)'], 'kernel size must be odd and positive, got 4'),
     ([*TINY[:2], '--model-kwargs', 'points_divisor=500'], 'points_divisor must leave at least one point'),
     ([*TINY, '--num-classes', '7'], 'the data set has 10 classes, got --num-classes 7'),
-    ([*TINY, '--batch-size', '0'], '--batch-size must be at least 1, got 0'),
+    ([*TINY, '--batch-size', '0'], '--batch-size: must be at least 1, got 0'),
     ([*TINY, '--batch-size', '2000'], '--batch-size must not exceed the 1437 training images, got 2000'),
     ([*TINY, '--batch-size', '33', '--mixup', '0.2'], '--batch-size must be even with Mixup or CutMix, got 33'),
     ([*TINY, '--epochs', '2', '--warmup-epochs', '3'], '--warmup-epochs must not exceed the 2 epochs, got 3'),
     ([*TINY, '--grad-accum-steps', '100'], '--grad-accum-steps 100 is more than the 11 batches of an epoch'),
     ([*TINY, '--device', 'cuda:77'], '--device cuda:77 cannot be used'),
     ([*TINY, '--dataset', '', '--data-dir', 'nowhere'], '--data-dir nowhere: no such folder'),
-    ([*TINY, '--train-split', 'test'], "split of the digits must be one of"),
+    ([*TINY, '--train-split', 'test'], 'split of the digits must be one of'),
+    ([*TINY, '--lr', 'nan'], 'argument --lr: must be at least 0, got nan'),
+    ([*TINY, '--smoothing', '1.5'], 'argument --smoothing: must be in [0, 0.999], got 1.5'),
+    ([*TINY, '--warmup-epochs', '-1'], 'argument --warmup-epochs: must be at least 0, got -1'),
+    ([*TINY, '--img-size', '0'], 'argument --img-size: must be at least 1, got 0'),
+    ([*TINY, '--epochs', 'ten'], "argument --epochs: invalid whole number value: 'ten'"),
+    ([*TINY, '--interpolation', 'nonsense'], "argument --interpolation: invalid choice: 'nonsense'"),
+    ([*TINY, '--aa', 'nonsense'], 'the images cannot be loaded so'),
+    ([*TINY, '--opt', 'nonsense'], '--opt nonsense with its defaults cannot be created'),
+    ([*TINY, '--opt-betas', '0.9'], "--opt adamw with {'betas': [0.9]} cannot be created"),
+    ([*TINY, '--nonsense'], 'unrecognized arguments: --nonsense'),
+    ([*TINY, '--in-chans', '4'], 'got in_chans 4'),
     (['--model', 'smpconv_t', '--pretrained'], 'No pretrained weights exist'),
     (['--config', 'nowhere.yaml'], '--config nowhere.yaml cannot be read'),
 ])
@@ -150,6 +162,17 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, argv, told):
     line = refused(train.main, capsys, '--dataset', 'digits', '--in-chans', 1, *argv, '--output', tmp_path / 'output')
     assert line.startswith('train.py: error: ') and told in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_colour_models_train_on_the_digits(tmp_path):
+    assert run(train.main, *TINY, '--dataset', 'digits', '--epochs', 1, '--warmup-epochs', 0, '--img-size', 16,
+               '--sched', 'step', '--decay-epochs', 1, '--output', tmp_path) == 0
+
+
+def test_results_need_a_folder(digits, capsys, tmp_path):
+    line = refused(validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar',
+                   '--results-file', tmp_path / 'nowhere' / 'results.json')
+    assert 'results.json: there is no such folder' in line
 
 
 @pytest.mark.parametrize('content, told', [
