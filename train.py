@@ -11,7 +11,7 @@ model_best.pth.tar and summary.png (the curves, and the learned kernels with the
 the paper's: no weight decay on coordinates, radii, biases and 1-D parameters, radii at a tenth of the rate and clipped
 to their range after each step.
 
-Exit codes: 0 done, 1 the loss became infinite or NaN, 2 wrong arguments or data (nothing is written).
+Exit codes: 0 done, 1 the loss became infinite or NaN, 2 wrong arguments or data (nothing is written), 130 interrupted.
 """
 import argparse
 import logging
@@ -23,7 +23,7 @@ import sys
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models.training import config, options, set_up, train
+from smpconv_models.training import config, create_folder, options, set_up, train
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -45,12 +45,15 @@ def main(argv=None) -> int:
     try:
         args = config.parse_args(parser, argv)
         run = set_up(args)
+        folder = create_folder(args)
     except ValueError as error:
-        parser.exit(2, f'train.py: error: {error}\n')
+        parser.error(str(error))
     try:
-        result = train(run)
+        result = train(run, folder)
     except FloatingPointError as error:
-        parser.exit(1, f'train.py: error: {error}\n')
+        parser.exit(1, f'train.py: error: {error}; what was done is in {folder}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, f'train.py: interrupted; what was done is in {folder}\n')
     print(
         f'top-1 of the held-out images: {result["top1"]:.2f} % after {args.epochs} epochs '
         f'in {result["seconds"]:.0f} s'

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluates a checkpoint on the images of one split, each counted once.
+"""Evaluates a checkpoint on the images of one split.
 
     python validate.py --checkpoint output/digits/model_best.pth.tar
     python validate.py --checkpoint SMPConv_T.pth --model smpconv_t --data-dir IMAGENET
@@ -36,16 +36,27 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_writable(path: str) -> None:
+    """Raises ValueError now rather than an OSError after the evaluation."""
+    try:
+        with open(path, 'a'):
+            pass
+    except OSError as error:
+        raise ValueError(f'--results-file {path} cannot be written: {error.strerror}') from error
+
+
 def main(argv=None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     parser = create_parser()
     args = parser.parse_args(argv)
     try:
-        if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
-            raise ValueError(f'--results-file {args.results_file}: there is no such folder')
+        if args.results_file:
+            check_writable(args.results_file)
         result = validate(args)
     except ValueError as error:
-        parser.exit(2, f'validate.py: error: {error}\n')
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, 'validate.py: interrupted\n')
     print(
         f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} % of {result["images"]} images '
         f'({result["model"]}, {result["weights"]})'

@@ -78,7 +78,19 @@ def read_file(path: Union[str, Path]) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f'{path} cannot be loaded as plain tensors and data: {first_line(error)}') from error
+        reason = _why_refused(path, error)
+        raise ValueError(f'{path} is not a checkpoint of plain tensors and data: {reason}') from error
+
+
+def _why_refused(path: Union[str, Path], error: Exception) -> str:
+    """Torch's own message advises to unpickle everything; what it would have run is the better reason."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return first_line(error)
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except (ValueError, RuntimeError, pickle.UnpicklingError):  # only zip files can be asked
+        unsafe = []
+    return f'it wants to call {", ".join(unsafe)}' if unsafe else 'it holds other objects'
 
 
 def check_file(path: Union[str, Path]) -> None:

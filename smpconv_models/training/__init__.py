@@ -2,6 +2,6 @@
 from .data import Digits
 from .evaluate import evaluate, validate
 from .optim import param_groups
-from .train import set_up, train
+from .train import create_folder, set_up, train
 
-__all__ = ['Digits', 'evaluate', 'param_groups', 'set_up', 'train', 'validate']
+__all__ = ['Digits', 'create_folder', 'evaluate', 'param_groups', 'set_up', 'train', 'validate']

@@ -47,7 +47,7 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
     for key, value in values.items():
         dest = str(key).replace('-', '_')
         if dest not in actions or dest in ('config', 'help'):
-            nearest = difflib.get_close_matches(dest, actions, n=1)
+            nearest = difflib.get_close_matches(dest, set(actions) - {'config', 'help'}, n=1)
             hint = f'; did you mean {nearest[0]}?' if nearest else ''
             raise ValueError(f'{path}: unknown key {key!r}{hint}')
         try:
@@ -60,6 +60,8 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
 def _convert(action: argparse.Action, value: Any) -> Any:
     """The value as the command line would have given it."""
     if value is None:
+        if action.default is not None:
+            raise ValueError('expected a value')
         return None
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):

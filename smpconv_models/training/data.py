@@ -12,6 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 _SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 
+# Of the names under which timm reads other data sets than folders.
+_PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+
+
 class Digits(Dataset):
     """Handwritten digits, as scikit-learn ships them: 1,797 gray images of 8x8 pixels, 10 classes.
 
@@ -64,7 +68,10 @@ def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) 
     mode = 'L' if in_chans == 1 else 'RGB'
     if args.dataset == 'digits':
         return Digits(split, mode)
-    if '/' not in args.dataset:
+    prefix, slash, _ = args.dataset.partition('/')
+    if args.dataset and not (slash and prefix.lower() in _PREFIXES):
+        raise ValueError(f"--dataset must be 'digits' or begin with one of {_PREFIXES} and /, got {args.dataset!r}")
+    if not args.dataset:
         _check_folder(args.data_dir, split)
     try:
         return create_dataset(
@@ -99,28 +106,38 @@ def class_names(dataset: Any) -> Optional[List[str]]:
     return sorted(class_to_idx, key=class_to_idx.__getitem__)
 
 
-def check_classes(train: Any, validation: Any, num_classes: Optional[int]) -> Optional[List[str]]:
-    """The classes of both splits, after a check that they are the same and as many as asked for.
+def check_classes(trained: Optional[List[str]], evaluated: Optional[List[str]]) -> None:
+    """Compares the classes that a model is trained on with those it is evaluated on, where both are known.
 
     Raises:
-        ValueError: The splits' classes differ, or there are not ``num_classes``.
+        ValueError: They differ, by name or by index.
     """
-    names, validation_names = class_names(train), class_names(validation)
-    if names is not None and validation_names is not None and names != validation_names:
-        only_train, only_validation = set(names) - set(validation_names), set(validation_names) - set(names)
-        raise ValueError(
-            f'the splits must have the same classes; only in training: {sorted(only_train)[:5]}, '
-            f'only in validation: {sorted(only_validation)[:5]}'
-        )
-    if names is not None and num_classes is not None and len(names) != num_classes:
-        raise ValueError(f'the data set has {len(names)} classes, got --num-classes {num_classes}')
-    return names
+    if trained is None or evaluated is None or trained == evaluated:
+        return
+    raise ValueError(
+        f'the classes of training and evaluation must be the same: {len(trained)} and {len(evaluated)}, '
+        f'only in training {sorted(set(trained) - set(evaluated))[:5]}, '
+        f'only in evaluation {sorted(set(evaluated) - set(trained))[:5]}'
+    )
+
+
+def check_num_classes(names: Optional[List[str]], num_classes: int) -> None:
+    """Raises ValueError unless a model has an output for each class of the data set, where these are known."""
+    if names is not None and len(names) != num_classes:
+        raise ValueError(f'the data set has {len(names)} classes, the model {num_classes}')
 
 
 def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
-    """timm's data configuration of model and arguments; mean and std averaged where the channels aren't 3."""
+    """timm's data configuration of model and arguments; the model's mean and std are averaged for other channels.
+
+    Raises:
+        ValueError: As many means or deviations were given as there are neither channels nor one.
+    """
     overrides = {key: value for key, value in vars(args).items() if value is not None}
     overrides['in_chans'] = model.in_chans
+    for key in ('mean', 'std'):
+        if len(overrides.get(key, (0,))) not in (1, model.in_chans):
+            raise ValueError(f'--{key} takes 1 or {model.in_chans} values, got {overrides[key]}')
     if args.input_size is None and args.img_size is None:
         overrides['input_size'] = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
     config = resolve_data_config(overrides, model=model)

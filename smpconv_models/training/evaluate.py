@@ -1,7 +1,7 @@
 """Evaluation: the metrics of a model on a loader, and of a checkpoint on a data set."""
 from argparse import Namespace
 from contextlib import AbstractContextManager
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
@@ -26,8 +26,8 @@ def select_device(name: Optional[str]) -> torch.device:
         return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f'--device {name} cannot be used: {checkpoint.first_line(error)}') from error
     return device
 
@@ -99,7 +99,9 @@ def validate(args: Namespace) -> Dict[str, Any]:
     model.to(device).to(memory_format=memory_format(args)).eval()
     config = data.data_config(args, model)
     dataset = data.open_dataset(args, args.split, model.in_chans, is_training=False)
-    data.check_classes(dataset, dataset, model.num_classes)
+    names = data.class_names(dataset)
+    data.check_classes(loaded.get('classes'), names)
+    data.check_num_classes(names, model.num_classes)
     metrics = evaluate(model, data.eval_loader(args, dataset, config, device), device, args)
     return {
         'model': args.model,
@@ -121,22 +123,37 @@ def validate(args: Namespace) -> Dict[str, Any]:
 
 
 # What a checkpoint of ours says of how its model was trained, and an evaluation should repeat unless told otherwise.
-_INHERITED = ('model', 'dataset', 'data_dir', 'img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+_INHERITED = ('model', 'img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+_INHERITED_TOGETHER = ('dataset', 'data_dir')  # either one given means other images
 
 
 def inherit(args: Namespace, loaded: Dict[str, Any]) -> None:
     """Fills the arguments that were left open from the training arguments in a checkpoint, in place."""
-    trained = loaded.get('args', {})
-    trained = trained if isinstance(trained, dict) else vars(trained)
-    for key in _INHERITED:
+    trained = loaded.get('args')
+    if isinstance(trained, Namespace):  # timm's
+        trained = vars(trained)
+    if not isinstance(trained, dict):
+        trained = {}
+    keys: Tuple[str, ...] = _INHERITED
+    if all(getattr(args, key) is None for key in _INHERITED_TOGETHER):
+        keys += _INHERITED_TOGETHER
+    for key in keys:
         if getattr(args, key) is None:
             setattr(args, key, trained.get(key))
     args.dataset = args.dataset or ''
 
 
 def model_arguments(args: Namespace, defaults: Dict[str, Any]) -> Dict[str, Any]:
-    """What the arguments say of the model's constructor, over ``defaults`` where they leave it open."""
-    in_chans = args.in_chans if args.input_size is None else args.input_size[0]
+    """What the arguments say of the model's constructor, over ``defaults`` where they leave it open.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    in_chans = args.in_chans
+    if args.input_size is not None:
+        if in_chans not in (None, args.input_size[0]):
+            raise ValueError(f'--in-chans {in_chans} contradicts --input-size {args.input_size}')
+        in_chans = args.input_size[0]
     given = {'num_classes': args.num_classes, 'in_chans': in_chans, **args.model_kwargs}
     return {**defaults, **{key: value for key, value in given.items() if value is not None}}
 
@@ -153,5 +170,5 @@ def create_model(name: Optional[str], **kwargs: Any) -> Any:
         raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}')
     try:
         return timm.create_model(name, **kwargs)
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except (AssertionError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(f'{name} cannot be created: {checkpoint.first_line(error)}') from error

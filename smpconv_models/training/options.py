@@ -9,9 +9,13 @@ from timm.utils import ParseKwargs
 INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest')
 
 
+TINIEST = 1e-30  # instead of an open interval at 0
+
+
 def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Callable[[str], Any]:
     """A converter for argparse: a finite number of this kind in [low, high]."""
-    expected = f'in [{low:g}, {high:g}]' if high < math.inf else f'at least {low:g}'
+    least = 'above 0' if low == TINIEST else f'at least {low:g}'
+    expected = least if high == math.inf else f'{least} and at most {high:g}'
 
     def convert(text: str) -> Any:
         value = kind(text)
@@ -25,7 +29,7 @@ def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Ca
 
 count = number(int, 1)
 whole = number(int, 0)
-positive = number(float, 1e-30)
+positive = number(float, TINIEST)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 
@@ -55,7 +59,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="of the channels, else the model's")
     group.add_argument('--std', type=positive, nargs='+', metavar='X', help="of the channels, else the model's")
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help="of resizing, else the model's")
-    group.add_argument('--seed', type=whole, default=42, metavar='N', help='(default: %(default)s)')
+    group.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=42, metavar='N', help='(default: %(default)s)')
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +104,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--weight-decay', type=non_negative, default=0.05, metavar='X', help='(default: %(default)s)')
     group.add_argument('--clip-grad', type=positive, metavar='X', help='largest norm of the gradient')
     group.add_argument(
-        '--layer-decay', type=number(float, 1e-30, 1), metavar='X',
+        '--layer-decay', type=number(float, TINIEST, 1), metavar='X',
         help='factor of the rate from layer to layer')
-    group.add_argument('--lr', type=non_negative, default=1e-3, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--lr', type=positive, default=1e-3, metavar='X', help='(default: %(default)s)')
     group.add_argument(
         '--sched', choices=('cosine', 'poly', 'step', 'tanh'), default='cosine',
         help='of the rate, for each step (default: %(default)s)')
@@ -117,7 +121,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('augmentation and regularization')
     group.add_argument('--no-aug', action='store_true', help='no augmentation')
     group.add_argument(
-        '--scale', type=number(float, 1e-30, 1), nargs=2, default=[0.08, 1.0], metavar='X',
+        '--scale', type=number(float, TINIEST, 1), nargs=2, default=[0.08, 1.0], metavar='X',
         help='area kept (default: %(default)s)')
     group.add_argument(
         '--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar='X', help='aspect (default: 3/4 4/3)')

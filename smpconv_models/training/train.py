@@ -1,6 +1,8 @@
 """The training run: set-up, the loop over epochs, and what it leaves behind."""
+import importlib.util
 import logging
 import math
+import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +18,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from smpconv_models import figures
 from smpconv_models.layers import clip_radius_
 
 from . import data, output
@@ -51,6 +52,7 @@ def set_up(args: Namespace) -> Run:
     """
     _check(args)
     args.dataset = args.dataset or ''
+    args.data_dir = args.data_dir and os.path.abspath(args.data_dir)  # for a later evaluation from elsewhere
     device = select_device(args.device)
     random_seed(args.seed, 0)
     in_chans = model_arguments(args, {'in_chans': 3})['in_chans']
@@ -58,10 +60,12 @@ def set_up(args: Namespace) -> Run:
         data.open_dataset(args, split, in_chans, is_training)
         for split, is_training in ((args.train_split, True), (args.val_split, False))
     )
-    classes = data.check_classes(train_set, val_set, args.num_classes)
+    classes = data.class_names(train_set)
+    data.check_classes(classes, data.class_names(val_set))
     model_kwargs = model_arguments(args, {} if classes is None else {'num_classes': len(classes)})
     model_kwargs |= _given(args, drop_rate='drop', drop_path_rate='drop_path')
     model = create_model(args.model, pretrained=args.pretrained, **model_kwargs)
+    data.check_num_classes(classes, model.num_classes)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     model.to(device).to(memory_format=memory_format(args))
@@ -92,14 +96,30 @@ def set_up(args: Namespace) -> Run:
     )
 
 
-def train(run: Run) -> Dict[str, Any]:
+def create_folder(args: Namespace) -> Path:
+    """A new folder in ``args.output``, numbered if there is one of its name, with ``args.yaml`` in it.
+
+    Raises:
+        ValueError: It can't be made.
+    """
+    experiment = args.experiment or f'{args.model}-{time.strftime("%Y%m%d-%H%M%S")}'
+    try:
+        folder = Path(get_outdir(args.output, experiment, inc=True))
+        output.save_arguments(folder / 'args.yaml', _plain(args))
+    except OSError as error:
+        raise ValueError(f'--output {args.output} cannot be written to: {error}') from error
+    return folder
+
+
+def train(run: Run, folder: Path) -> Dict[str, Any]:
     """Trains, evaluates after each epoch, and keeps the last and the best checkpoint.
 
-    Writes into a new folder of ``args.output``: ``args.yaml``, ``summary.csv`` with a row for each epoch,
-    ``last.pth.tar``, ``model_best.pth.tar`` and ``summary.png`` with the curves and the learned kernels.
+    Writes ``summary.csv`` with a row for each epoch, ``last.pth.tar``, ``model_best.pth.tar`` and, at the end however
+    it comes, ``summary.png`` with the curves and the learned kernels.
 
     Args:
         run: From :func:`set_up`.
+        folder: From :func:`create_folder`.
 
     Returns:
         ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, both of the averaged weights where there
@@ -108,25 +128,26 @@ def train(run: Run) -> Dict[str, Any]:
     Raises:
         FloatingPointError: The loss is no longer finite.
     """
-    args = run.args
-    experiment = args.experiment or f'{args.model}-{time.strftime("%Y%m%d-%H%M%S")}'
-    folder = Path(get_outdir(args.output, experiment, inc=True))
-    output.save_arguments(folder / 'args.yaml', _plain(args))
+    from smpconv_models import figures  # here, as evaluation does without matplotlib
+
     _logger.info('epoch  train loss  val loss   top-1  EMA top-1  learning rate  seconds')
     start = time.perf_counter()
     rows: List[Dict[str, Any]] = []
     best: Dict[str, Any] = {}
-    for epoch in range(args.epochs):
-        row = _epoch(run, epoch)
-        rows.append(row)
-        output.append_row(folder / 'summary.csv', row)
-        _logger.info(_format(row))
-        state = _state(run, epoch, _score(row))
-        output.save_checkpoint(folder / 'last.pth.tar', state)
-        if not best or _score(row) > _score(best):
-            best = row
-            output.save_checkpoint(folder / 'model_best.pth.tar', state)
-    figures.save_run(folder / 'summary.png', rows, _evaluated(run))
+    try:
+        for epoch in range(run.args.epochs):
+            row = _epoch(run, epoch)
+            rows.append(row)
+            output.append_row(folder / 'summary.csv', row)
+            state = _state(run, epoch, _score(row))
+            output.save_checkpoint(folder / 'last.pth.tar', state)
+            if not best or _score(row) > _score(best):
+                best = row
+                output.save_checkpoint(folder / 'model_best.pth.tar', state)
+            _logger.info(_format(row))  # what is told is saved
+    finally:
+        if rows:
+            figures.save_run(folder / 'summary.png', rows, _evaluated(run))
     return {
         'top1': _score(rows[-1]),
         'best_top1': _score(best),
@@ -240,6 +261,12 @@ def _plain(args: Namespace) -> Dict[str, Any]:
 
 
 def _check(args: Namespace) -> None:
+    if importlib.util.find_spec('matplotlib') is None:
+        raise ValueError("the picture needs matplotlib: pip install 'smpconv_models[train]'")
+    if args.experiment is not None and Path(args.experiment).name != args.experiment:
+        raise ValueError(f'--experiment must be the name of a folder, got {args.experiment}')
+    if args.scale[0] > args.scale[1] or args.ratio[0] > args.ratio[1]:
+        raise ValueError(f'--scale and --ratio take the smaller value first, got {args.scale} and {args.ratio}')
     if args.warmup_epochs > args.epochs:
         raise ValueError(f'--warmup-epochs must not exceed the {args.epochs} epochs, got {args.warmup_epochs}')
     if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0):

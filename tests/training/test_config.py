@@ -58,6 +58,7 @@ def test_null_leaves_an_option_open(parse):
     ('scale: 1\n', 'scale does not take 1: expected a list'),
     ('mode: c\n', "mode does not take 'c': expected one of ['a', 'b']"),
     ('model_kwargs: 3\n', 'model_kwargs does not take 3: expected keys and values'),
+    ('epochs: null\n', 'epochs does not take None: expected a value'),
     ('- 1\n', 'must hold keys and values, got list'),
     ('a: [\n', 'is not YAML'),
 ])

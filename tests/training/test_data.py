@@ -64,7 +64,7 @@ def test_folders_are_read_through_timm(tmp_path):
     train = data.open_dataset(args, 'train', 3, is_training=True)
     validation = data.open_dataset(args, 'validation', 3, is_training=False)
     assert len(train) == len(validation) == 6
-    assert data.check_classes(train, validation, None) == ['cat', 'dog']
+    assert data.class_names(train) == data.class_names(validation) == ['cat', 'dog']
     assert train[0][0].mode == 'RGB'
     assert data.open_dataset(args, 'train', 1, is_training=True)[0][0].mode == 'L'
 
@@ -92,10 +92,10 @@ def test_classes_must_agree(tmp_path):
     make_folder(tmp_path, splits=('val',), classes=('cat', 'dgo'))
     args = arguments(data_dir=str(tmp_path))
     train, validation = (data.open_dataset(args, split, 3, False) for split in ('train', 'val'))
-    with pytest.raises(ValueError, match=r"only in training: \['dog'\], only in validation: \['dgo'\]"):
-        data.check_classes(train, validation, None)
-    with pytest.raises(ValueError, match='the data set has 2 classes, got --num-classes 3'):
-        data.check_classes(train, train, 3)
+    with pytest.raises(ValueError, match=r"2 and 2, only in training \['dog'\], only in evaluation \['dgo'\]"):
+        data.check_classes(data.class_names(train), data.class_names(validation))
+    with pytest.raises(ValueError, match='the data set has 2 classes, the model 3'):
+        data.check_num_classes(data.class_names(train), 3)
 
 
 def test_unusual_channels_are_told():

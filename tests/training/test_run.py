@@ -1,6 +1,7 @@
 """train.py and validate.py, as a user calls them."""
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_same_seed_same_run(tmp_path):
         args = training.config.parse_args(train.create_parser(), [
             *TINY, '--data-dir', str(folder), '--batch-size', '4', '--epochs', '2', '--warmup-epochs', '0',
             '--img-size', '16', '--output', str(tmp_path / 'output')])
-        metrics.append(training.train(training.set_up(args))['top1'])
+        metrics.append(training.train(training.set_up(args), training.create_folder(args))['top1'])
         last = max((tmp_path / 'output').glob('*/last.pth.tar'), key=lambda path: path.stat().st_mtime_ns)
         state = torch.load(last, weights_only=True)['state_dict']
         metrics.append(sum(value.double().sum().item() for value in state.values()))
@@ -135,17 +136,17 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY[:2], '--model-kwargs', 'nothing=1'], "unexpected keyword argument 'nothing'"),
     ([*TINY[:2], '--model-kwargs', 'kernel_sizes=(4,4,4,4)'], 'kernel size must be odd and positive, got 4'),
     ([*TINY[:2], '--model-kwargs', 'points_divisor=500'], 'points_divisor must leave at least one point'),
-    ([*TINY, '--num-classes', '7'], 'the data set has 10 classes, got --num-classes 7'),
+    ([*TINY, '--num-classes', '7'], 'the data set has 10 classes, the model 7'),
     ([*TINY, '--batch-size', '0'], '--batch-size: must be at least 1, got 0'),
     ([*TINY, '--batch-size', '2000'], '--batch-size must not exceed the 1437 training images, got 2000'),
     ([*TINY, '--batch-size', '33', '--mixup', '0.2'], '--batch-size must be even with Mixup or CutMix, got 33'),
     ([*TINY, '--epochs', '2', '--warmup-epochs', '3'], '--warmup-epochs must not exceed the 2 epochs, got 3'),
     ([*TINY, '--grad-accum-steps', '100'], '--grad-accum-steps 100 is more than the 11 batches of an epoch'),
     ([*TINY, '--device', 'cuda:77'], '--device cuda:77 cannot be used'),
-    ([*TINY, '--dataset', '', '--data-dir', 'nowhere'], '--data-dir nowhere: no such folder'),
+    ([*TINY, '--dataset', '', '--data-dir', 'nowhere'], 'nowhere: no such folder'),
     ([*TINY, '--train-split', 'test'], 'split of the digits must be one of'),
-    ([*TINY, '--lr', 'nan'], 'argument --lr: must be at least 0, got nan'),
-    ([*TINY, '--smoothing', '1.5'], 'argument --smoothing: must be in [0, 0.999], got 1.5'),
+    ([*TINY, '--lr', 'nan'], 'argument --lr: must be above 0, got nan'),
+    ([*TINY, '--smoothing', '1.5'], 'argument --smoothing: must be at least 0 and at most 0.999, got 1.5'),
     ([*TINY, '--warmup-epochs', '-1'], 'argument --warmup-epochs: must be at least 0, got -1'),
     ([*TINY, '--img-size', '0'], 'argument --img-size: must be at least 1, got 0'),
     ([*TINY, '--epochs', 'ten'], "argument --epochs: invalid whole number value: 'ten'"),
@@ -153,13 +154,21 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--aa', 'nonsense'], 'the images cannot be loaded so'),
     ([*TINY, '--opt', 'nonsense'], '--opt nonsense with its defaults cannot be created'),
     ([*TINY, '--opt-betas', '0.9'], "--opt adamw with {'betas': [0.9]} cannot be created"),
+    ([*TINY, '--mean', '1', '2'], '--mean takes 1 or 1 values, got [1.0, 2.0]'),
+    ([*TINY, '--input-size', '3', '16', '16'], '--in-chans 1 contradicts --input-size [3, 16, 16]'),
+    ([*TINY, '--scale', '1', '0.1'], '--scale and --ratio take the smaller value first'),
+    ([*TINY, '--model-kwargs', 'num_classes=5'], 'the data set has 10 classes, the model 5'),
+    ([*TINY, '--dataset', 'cifar10'], "--dataset must be 'digits' or begin with one of"),
+    ([*TINY, '--device', 'meta'], '--device meta cannot be used'),
+    ([*TINY, '--experiment', '../escape'], '--experiment must be the name of a folder, got ../escape'),
+    ([*TINY, '--output', '/proc/nothing'], '--output /proc/nothing cannot be written to'),
     ([*TINY, '--nonsense'], 'unrecognized arguments: --nonsense'),
     ([*TINY, '--in-chans', '4'], 'got in_chans 4'),
     (['--model', 'smpconv_t', '--pretrained'], 'No pretrained weights exist'),
     (['--config', 'nowhere.yaml'], '--config nowhere.yaml cannot be read'),
 ])
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, argv, told):
-    line = refused(train.main, capsys, '--dataset', 'digits', '--in-chans', 1, *argv, '--output', tmp_path / 'output')
+    line = refused(train.main, capsys, '--dataset', 'digits', '--in-chans', 1, '--output', tmp_path / 'output', *argv)
     assert line.startswith('train.py: error: ') and told in line
     assert list(tmp_path.iterdir()) == []
 
@@ -172,7 +181,7 @@ def test_colour_models_train_on_the_digits(tmp_path):
 def test_results_need_a_folder(digits, capsys, tmp_path):
     line = refused(validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar',
                    '--results-file', tmp_path / 'nowhere' / 'results.json')
-    assert 'results.json: there is no such folder' in line
+    assert 'results.json cannot be written: No such file or directory' in line
 
 
 @pytest.mark.parametrize('content, told', [
@@ -199,7 +208,39 @@ def test_validate_refuses_another_data_set(digits, capsys, tmp_path):
     make_folder(tmp_path)
     line = refused(
         validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar', '--dataset', '', '--data-dir', tmp_path)
-    assert 'the data set has 2 classes' in line
+    assert "only in evaluation ['cat', 'dog']" in line
+
+
+def test_a_folder_given_goes_before_the_checkpoints_data_set(digits, capsys, tmp_path):
+    """Not: the digits again, whatever folder was asked for."""
+    make_folder(tmp_path)
+    line = refused(validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar', '--data-dir', tmp_path)
+    assert "only in evaluation ['cat', 'dog']" in line
+
+
+def test_validate_compares_the_classes_by_name(tmp_path, capsys):
+    make_folder(tmp_path / 'a', classes=('cat', 'dog'))
+    make_folder(tmp_path / 'b', classes=('cat', 'eagle'))
+    run(train.main, *TINY, '--data-dir', tmp_path / 'a', '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0,
+        '--img-size', 16, '--output', tmp_path, '--experiment', 'run')
+    capsys.readouterr()
+    line = refused(validate.main, capsys, '--checkpoint', tmp_path / 'run/last.pth.tar', '--data-dir', tmp_path / 'b')
+    assert "only in training ['dog'], only in evaluation ['eagle']" in line
+
+
+def test_an_interrupted_run_keeps_what_it_did(tmp_path):
+    """Ctrl-C after the first epoch: one line, exit code 130, the picture of what there is."""
+    command = [sys.executable, ROOT / 'train.py', *TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16',
+               '--epochs', '100', '--output', tmp_path, '--experiment', 'run']
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(list(map(str, command)), **pipes) as process:
+        while not process.stdout.readline().strip().startswith('0 '):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.strip().endswith(f'interrupted; what was done is in {tmp_path / "run"}')
+    assert len(error.strip().splitlines()) == 1
+    assert (tmp_path / 'run' / 'summary.png').exists() and (tmp_path / 'run' / 'last.pth.tar').exists()
 
 
 @pytest.mark.slow  # two minutes of training
