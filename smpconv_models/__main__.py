@@ -3,8 +3,9 @@
 MACs are those of one image of the model's default size: what a batch of two costs more than a batch of one, so the
 drawing of the kernels, which is done once for a batch, is not among them.
 """
+import argparse
 import sys
-from typing import Any, List
+from typing import Any, List, Optional
 
 import timm
 import torch
@@ -22,8 +23,11 @@ def count_macs(model: nn.Module, *image_size: int) -> int:
     return (flops[1] - flops[0]) // 2
 
 
-def main(argv: List[str]) -> int:
-    pattern = argv[0] if argv else 'smpconv*'
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog='python -m smpconv_models', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('pattern', nargs='?', default='smpconv*', help="of timm's models (default: %(default)s)")
+    pattern = parser.parse_args(argv).pattern
     names = timm.list_models(pattern)
     if not names:
         sys.stderr.write(f'no model matches {pattern!r}; this package has {timm.list_models("smpconv*")}\n')
@@ -41,4 +45,4 @@ def main(argv: List[str]) -> int:
 if __name__ == '__main__':
     import smpconv_models  # noqa: F401 (registers the models)
 
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

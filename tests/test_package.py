@@ -1,5 +1,6 @@
 """What importing does and doesn't, who imports whom, and the names that people rely on."""
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,13 @@ print(*timm.list_models('smpconv*'))
 """
     assert in_fresh_process(script).split() == [
         'smpconv_b', 'smpconv_mobile31', 'smpconv_mobile51', 'smpconv_nano', 'smpconv_t']
+
+
+# --- documents ---
+
+
+@pytest.mark.parametrize('document', ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'])
+def test_links_to_files_hold(document):
+    text = (PACKAGE.parent / document).read_text()
+    links = re.findall(r'\]\(([^)#]+)\)', text)
+    assert all((PACKAGE.parent / link).exists() for link in links if '://' not in link)

@@ -43,7 +43,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="'digits' (embedded), torch/NAME, wds/NAME, hfds/NAME, tfds/NAME; without it --data-dir has a folder for "
              'each split with a folder for each class')
     group.add_argument('--dataset-download', action='store_true', help='let torchvision or the hub download it')
-    group.add_argument('-b', '--batch-size', type=count, default=128, metavar='N', help='(default: %(default)s)')
+    group.add_argument(
+        '-b', '--batch-size', type=count, default=128, metavar='N', help='(default: %(default)s)')
     group.add_argument(
         '-vb', '--validation-batch-size', type=count, metavar='N', help='batch size of evaluation, if another')
     group.add_argument(
@@ -59,7 +60,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="of the channels, else the model's")
     group.add_argument('--std', type=positive, nargs='+', metavar='X', help="of the channels, else the model's")
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help="of resizing, else the model's")
-    group.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=42, metavar='N', help='(default: %(default)s)')
+    group.add_argument(
+        '--seed', type=number(int, 0, 2 ** 32 - 1), default=42, metavar='N', help='(default: %(default)s)')
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
