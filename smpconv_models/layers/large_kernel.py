@@ -82,7 +82,9 @@ class LargeKernelConv(nn.Module):
         merged: Any = self.large.conv
         if self.small is not None:
             small: Any = self.small.conv
-            set_weight_bias(merged, fuse.merge_parallel(merged.weight, small.weight), merged.bias + small.bias)
+            bias = sum(conv.bias for conv in (merged, small) if conv.bias is not None)
+            bias = bias + merged.weight.new_zeros(merged.out_channels)  # neither has one where the norm is none
+            set_weight_bias(merged, fuse.merge_parallel(merged.weight, small.weight), bias)
             self.small = None
         return merged
 

@@ -225,6 +225,13 @@ def test_errors(changes, message):
     assert str(error.value) == message
 
 
+def test_without_norms_the_kernels_are_merged():
+    layer = large_kernel(norm_layer=lambda channels: nn.Identity())
+    x = image()
+    expected = layer(x)
+    assert relative_error(layer.fuse()(x), expected) < EXACT
+
+
 def test_a_shared_large_kernel_is_folded_once():
     shared = large_kernel()
     model = nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared)]).eval()
