@@ -10,7 +10,7 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 from torch.nn.init import trunc_normal_
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 
 def tents(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
@@ -121,11 +121,13 @@ def sample_kernel(
 
 
 def clip_radius(radius: Tensor, low: float, high: float) -> Tensor:
-    """The radius held in [low, high] in the forward pass, with the gradient of the identity.
+    """The radius held in [low, high] in the forward pass, with the gradient of the identity. One leaf for fx.
 
     A plain clamp would cut the gradient of a radius that an optimizer has carried out of the range, and leave it there.
     Infinite radii are held without a gradient; NaN stays NaN, so that it is seen.
     """
+    if has_torch_function_unary(radius):
+        return handle_torch_function(clip_radius, (radius,), radius, low, high)
     radius = radius.nan_to_num(nan=float('nan'), posinf=high, neginf=low)
     return radius.clamp(low, high).detach() + (radius - radius.detach())
 

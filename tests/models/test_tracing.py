@@ -49,6 +49,10 @@ def test_fx(kwargs):
     assert_same(torch.fx.symbolic_trace, **kwargs)
 
 
+def test_the_fx_graph_can_be_scripted():
+    assert_same(lambda model: torch.jit.script(torch.fx.symbolic_trace(model)))
+
+
 def test_fx_has_one_leaf_for_each_kernel_and_convolution():
     from smpconv_models.layers import points
     traced = torch.fx.symbolic_trace(network())

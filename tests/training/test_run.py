@@ -243,7 +243,8 @@ def test_an_interrupted_run_keeps_what_it_did(tmp_path):
     assert (tmp_path / 'run' / 'summary.png').exists() and (tmp_path / 'run' / 'last.pth.tar').exists()
 
 
-@pytest.mark.slow  # two minutes of training
+@pytest.mark.slow  # two minutes of training, more on a busy machine
+@pytest.mark.timeout(1800)
 def test_the_digits_recipe_reaches_its_accuracy(tmp_path, capsys):
     run(train.main, '--config', ROOT / 'recipes' / 'digits.yaml', '--output', tmp_path)
     checkpoint = torch.load(tmp_path / 'digits' / 'last.pth.tar', weights_only=True)
