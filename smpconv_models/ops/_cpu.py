@@ -11,8 +11,13 @@ from typing import List, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad as conv_grad
 
 _LARGEST_FAST_NCHW_KERNEL = 13
+
+# PyTorch's weight gradient of 3x3 kernels is fast: 28x28, 192 channels, channels_last: 0.7 ms, folded 3.5 ms, and 5x5
+# 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms.
+_LARGEST_FAST_WEIGHT_GRAD_KERNEL = 3
 
 # Dilated by 2, 28x28, 192 channels: 13x13 65 ms, and 4 ms as four maps of 14x14; 5x5 1.4 ms, and 9 ms so.
 _LARGEST_FAST_DILATED_KERNEL = 5
@@ -37,10 +42,14 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
     For each image and channel that is a convolution of the input by the gradient, so the batch folds into the
     channels: one forward convolution with N * C kernels as large as the map.
     """
+    kh, kw = kernel_size
+    if max(kh, kw) <= _LARGEST_FAST_WEIGHT_GRAD_KERNEL:
+        padding = (dilation[0] * (kh // 2), dilation[1] * (kw // 2))
+        size, groups = (input.shape[1], 1, kh, kw), input.shape[1]
+        return conv_grad.conv2d_weight(input, size, grad, padding=padding, dilation=tuple(dilation), groups=groups)
     if max(dilation) > 1:
         grad, input = _phases(grad, dilation), _phases(input, dilation)
     n, c, h, w = input.shape
-    kh, kw = kernel_size
     if n * h * w == 0:
         return input.new_zeros(c, 1, kh, kw)
     per_image = _depthwise(

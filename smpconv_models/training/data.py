@@ -37,7 +37,7 @@ class Digits(Dataset):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         except ImportError as error:
-            raise ValueError("the digits need scikit-learn: pip install 'smpconv_models[demo]'") from error
+            raise ValueError('the digits need scikit-learn: pip install scikit-learn') from error
         train_names, validation_names = _SPLIT_SYNONYMS
         if split not in train_names + validation_names:
             raise ValueError(f'split of the digits must be one of {train_names + validation_names}, got {split!r}')

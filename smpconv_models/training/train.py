@@ -262,7 +262,7 @@ def _plain(args: Namespace) -> Dict[str, Any]:
 
 def _check(args: Namespace) -> None:
     if importlib.util.find_spec('matplotlib') is None:
-        raise ValueError("the picture needs matplotlib: pip install 'smpconv_models[train]'")
+        raise ValueError('the picture of the run needs matplotlib: pip install matplotlib')
     if args.experiment is not None and Path(args.experiment).name != args.experiment:
         raise ValueError(f'--experiment must be the name of a folder, got {args.experiment}')
     if args.scale[0] > args.scale[1] or args.ratio[0] > args.ratio[1]:
