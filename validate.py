@@ -8,7 +8,7 @@
 A checkpoint of train.py says itself which model and data it is about; options say otherwise. The averaged weights are
 taken where there are any, unless --no-use-ema. Prints the accuracy, then all figures as one line of JSON.
 
-Exit codes: 0 done, 2 wrong arguments, checkpoint or data.
+Exit codes: 0 done, 2 wrong arguments, checkpoint or data (nothing is written), 130 interrupted.
 """
 import argparse
 import json
@@ -37,10 +37,13 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def check_writable(path: str) -> None:
-    """Raises ValueError now rather than an OSError after the evaluation."""
+    """Raises ValueError now rather than an OSError after the evaluation; leaves nothing behind."""
+    is_new = not Path(path).exists()
     try:
         with open(path, 'a'):
             pass
+        if is_new:
+            Path(path).unlink()
     except OSError as error:
         raise ValueError(f'--results-file {path} cannot be written: {error.strerror}') from error
 

@@ -203,6 +203,25 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
     )
 
 
+def adapt(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> StateDict:
+    """A state dict of ours or of the original release by our names, after a check that it is the model's.
+
+    Args:
+        state_dict: As in the file, without wrappers' prefixes.
+        model: Which must fit it exactly.
+        ignore: Our names that may differ.
+
+    Raises:
+        ValueError: It is another model's.
+    """
+    if is_release(state_dict):
+        state_dict = from_release(state_dict)
+    mismatch = describe_mismatch(state_dict, model, ignore)
+    if mismatch is not None:
+        raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
+    return state_dict
+
+
 def load_into(model: nn.Module, checkpoint: Any, use_ema: bool = True) -> str:
     """Loads a checkpoint's weights, ours or the original release's, into a model that must fit them exactly.
 
@@ -218,10 +237,5 @@ def load_into(model: nn.Module, checkpoint: Any, use_ema: bool = True) -> str:
         ValueError: There are no weights, or they are another model's; the model is left as it was.
     """
     state_dict, key = select_state_dict(checkpoint, use_ema)
-    if is_release(state_dict):
-        state_dict = from_release(state_dict)
-    mismatch = describe_mismatch(state_dict, model)
-    if mismatch is not None:
-        raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
-    model.load_state_dict(state_dict)
+    model.load_state_dict(adapt(state_dict, model))
     return key

@@ -10,6 +10,7 @@ from matplotlib.patches import Polygon
 from torch import Tensor, nn
 
 from smpconv_models.layers import SMPDepthwiseConv2d, clip_radius
+from smpconv_models.layers.smp_conv import smp_layers
 
 Row = Dict[str, Any]
 
@@ -42,11 +43,6 @@ def draw_kernel(axes: Axes, layer: SMPDepthwiseConv2d, channel: int) -> None:
 
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().float().cpu().numpy()
-
-
-def smp_layers(model: nn.Module) -> Dict[str, SMPDepthwiseConv2d]:
-    """The layers of a model whose kernels are drawn from points, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SMPDepthwiseConv2d)}
 
 
 def save_run(

@@ -1,5 +1,5 @@
 """Convolutions whose kernels are drawn from self-moving points."""
-from typing import Any, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +98,16 @@ class SMPDepthwiseConv2d(nn.Module):
         )
 
 
+def smp_layers(model: nn.Module) -> Dict[str, SMPDepthwiseConv2d]:
+    """The layers of a model whose kernels are drawn from points, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SMPDepthwiseConv2d)}
+
+
 @torch.no_grad()
 def clip_radius_(model: nn.Module) -> None:
     """Clips every radius parameter in ``model`` to its layer's range, as the paper does after each optimizer step.
 
     Without it the forward pass still uses radii within the range, but the parameters may leave it.
     """
-    for module in model.modules():
-        if isinstance(module, SMPDepthwiseConv2d):
-            module.radius.clamp_(*module.radius_range)
+    for layer in smp_layers(model).values():
+        layer.radius.clamp_(*layer.radius_range)

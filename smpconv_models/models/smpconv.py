@@ -354,18 +354,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Di
         ValueError: It is another model's. Where the model differs from its ``pretrained_cfg`` in classes or input
             channels, timm drops the classifier or adapts the first convolution.
     """
-    if checkpoint.is_release(state_dict):
-        state_dict = checkpoint.from_release(state_dict)
     cfg = getattr(model, 'pretrained_cfg', {})
     adapted = []
     if model.in_chans != cfg.get('input_size', (model.in_chans,))[0]:
         adapted.append('stem.0.conv.weight')
     if model.num_classes != cfg.get('num_classes', model.num_classes):
         adapted += ['head.fc.weight', 'head.fc.bias']
-    mismatch = checkpoint.describe_mismatch(state_dict, model, ignore=adapted)
-    if mismatch is not None:
-        raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
-    return state_dict
+    return checkpoint.adapt(state_dict, model, ignore=adapted)
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:

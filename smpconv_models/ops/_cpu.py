@@ -42,11 +42,15 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
     For each image and channel that is a convolution of the input by the gradient, so the batch folds into the
     channels: one forward convolution with N * C kernels as large as the map.
     """
+    channels = input.shape[1]
     kh, kw = kernel_size
     if max(kh, kw) <= _LARGEST_FAST_WEIGHT_GRAD_KERNEL:
-        padding = (dilation[0] * (kh // 2), dilation[1] * (kw // 2))
-        size, groups = (input.shape[1], 1, kh, kw), input.shape[1]
-        return conv_grad.conv2d_weight(input, size, grad, padding=padding, dilation=tuple(dilation), groups=groups)
+        return conv_grad.conv2d_weight(
+            input, (channels, 1, kh, kw), grad,
+            padding=(dilation[0] * (kh // 2), dilation[1] * (kw // 2)),
+            dilation=(dilation[0], dilation[1]),
+            groups=channels,
+        )
     if max(dilation) > 1:
         grad, input = _phases(grad, dilation), _phases(input, dilation)
     n, c, h, w = input.shape

@@ -42,12 +42,12 @@ def _read(path: str) -> Dict[str, Any]:
 
 
 def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -> Dict[str, Any]:
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('config', 'help')}
     typed = {}
     for key, value in values.items():
         dest = str(key).replace('-', '_')
-        if dest not in actions or dest in ('config', 'help'):
-            nearest = difflib.get_close_matches(dest, set(actions) - {'config', 'help'}, n=1)
+        if dest not in actions:
+            nearest = difflib.get_close_matches(dest, actions, n=1)
             hint = f'; did you mean {nearest[0]}?' if nearest else ''
             raise ValueError(f'{path}: unknown key {key!r}{hint}')
         try:

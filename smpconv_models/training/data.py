@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 # Names under which timm looks for a split's folder.
 _SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
-
 # Of the names under which timm reads other data sets than folders.
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
@@ -68,11 +67,10 @@ def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) 
     mode = 'L' if in_chans == 1 else 'RGB'
     if args.dataset == 'digits':
         return Digits(split, mode)
-    prefix, slash, _ = args.dataset.partition('/')
-    if args.dataset and not (slash and prefix.lower() in _PREFIXES):
-        raise ValueError(f"--dataset must be 'digits' or begin with one of {_PREFIXES} and /, got {args.dataset!r}")
     if not args.dataset:
         _check_folder(args.data_dir, split)
+    elif not args.dataset.lower().startswith(tuple(f'{prefix}/' for prefix in _PREFIXES)):
+        raise ValueError(f"--dataset must be 'digits' or begin with one of {_PREFIXES} and /, got {args.dataset!r}")
     try:
         return create_dataset(
             args.dataset, root=args.data_dir, split=split, is_training=is_training, download=args.dataset_download,
@@ -156,8 +154,7 @@ def train_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: 
     if hasattr(dataset, '__len__') and len(dataset) < args.batch_size:
         raise ValueError(f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}')
     return _create_loader(
-        dataset,
-        input_size=config['input_size'],
+        args, dataset, config, device,
         batch_size=args.batch_size,
         is_training=True,
         no_aug=args.no_aug,
@@ -171,41 +168,41 @@ def train_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: 
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
         interpolation=args.train_interpolation or config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        **_worker_options(args, device),
     )
 
 
 def eval_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> DataLoader:
     """timm's evaluation loader: in order, every image once."""
     return _create_loader(
-        dataset,
-        input_size=config['input_size'],
+        args, dataset, config, device,
         batch_size=args.validation_batch_size or args.batch_size,
         is_training=False,
         interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
-        **_worker_options(args, device),
     )
 
 
-def _create_loader(dataset: Any, **options: Any) -> DataLoader:
+def _create_loader(
+        args: Namespace,
+        dataset: Any,
+        config: Dict[str, Any],
+        device: torch.device,
+        **options: Any,
+) -> DataLoader:
     try:
-        return create_loader(dataset, **options)
+        return create_loader(
+            dataset,
+            input_size=config['input_size'],
+            mean=config['mean'],
+            std=config['std'],
+            num_workers=args.workers,
+            persistent_workers=args.workers > 0,
+            pin_memory=args.pin_mem,
+            device=device,
+            # it copies to the device ahead of time, and exists for accelerators
+            use_prefetcher=device.type == 'cuda' and not args.no_prefetcher,
+            **options,
+        )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'the images cannot be loaded so: {type(error).__name__} {error}') from error
-
-
-def _worker_options(args: Namespace, device: torch.device) -> Dict[str, Any]:
-    # the prefetcher copies to the device ahead of time; it exists for accelerators
-    return dict(
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        pin_memory=args.pin_mem,
-        device=device,
-        use_prefetcher=device.type == 'cuda' and not args.no_prefetcher,
-    )

@@ -27,7 +27,7 @@ def select_device(name: Optional[str]) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (AssertionError, RuntimeError) as error:
         raise ValueError(f'--device {name} cannot be used: {checkpoint.first_line(error)}') from error
     return device
 

@@ -3,7 +3,7 @@ from typing import Any, Dict, List, Optional
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from smpconv_models.layers import SMPDepthwiseConv2d
+from smpconv_models.layers.smp_conv import smp_layers
 
 
 def param_groups(
@@ -23,7 +23,7 @@ def param_groups(
         layer_decay: Factor of the rate from each layer to the one before it; None for one rate.
         radius_lr_scale: Rate of the radii over that of their layer's other parameters (0.1 in the paper, A.1).
     """
-    layers = [module for module in model.modules() if isinstance(module, SMPDepthwiseConv2d)]
+    layers = smp_layers(model).values()
     radii = {id(layer.radius) for layer in layers}
     free = radii | {id(layer.coords) for layer in layers}
     # by module, not by the model's word alone: a wrapper (features_only) has lost it

@@ -184,6 +184,11 @@ def test_results_need_a_folder(digits, capsys, tmp_path):
     assert 'results.json cannot be written: No such file or directory' in line
 
 
+def test_a_refused_evaluation_writes_no_results(capsys, tmp_path):
+    refused(validate.main, capsys, '--checkpoint', tmp_path / 'nowhere.pth', '--results-file', tmp_path / 'results.json')
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize('content, told', [
     (None, 'found nothing at'),
     (b'', 'is empty'),
