@@ -185,7 +185,8 @@ def test_results_need_a_folder(digits, capsys, tmp_path):
 
 
 def test_a_refused_evaluation_writes_no_results(capsys, tmp_path):
-    refused(validate.main, capsys, '--checkpoint', tmp_path / 'nowhere.pth', '--results-file', tmp_path / 'results.json')
+    results = tmp_path / 'results.json'
+    refused(validate.main, capsys, '--checkpoint', tmp_path / 'nowhere.pth', '--results-file', results)
     assert list(tmp_path.iterdir()) == []
 
 
