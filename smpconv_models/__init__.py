@@ -2,7 +2,7 @@
 
 Importing the package registers its models with timm, and does nothing else.
 """
-from .layers import DepthwiseConv2d, SMPDepthwiseConv2d, clip_radius_
+from .layers import DepthwiseConv2d, SMPDepthwiseConv2d, accelerate_depthwise, clip_radius_
 from .models import SMPConvNet
 from .ops import available_backends, depthwise_conv2d
 
@@ -13,6 +13,7 @@ __all__ = [
     'SMPConvNet',
     'SMPDepthwiseConv2d',
     '__version__',
+    'accelerate_depthwise',
     'available_backends',
     'clip_radius_',
     'depthwise_conv2d',

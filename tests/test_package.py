@@ -25,13 +25,13 @@ def in_fresh_process(script):
 
 def test_public_names_are_frozen():
     assert smpconv_models.__all__ == [
-        'DepthwiseConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d', '__version__', 'available_backends', 'clip_radius_',
-        'depthwise_conv2d',
+        'DepthwiseConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d', '__version__', 'accelerate_depthwise',
+        'available_backends', 'clip_radius_', 'depthwise_conv2d',
     ]
     assert ops.__all__ == ['available_backends', 'depthwise_conv2d']
     assert layers.__all__ == [
         'ConvFFN', 'ConvNormAct', 'DepthwiseConv2d', 'LargeKernelBlock', 'LargeKernelConv', 'SMPDepthwiseConv2d',
-        'clip_radius', 'clip_radius_', 'interpolate', 'sample_kernel', 'sampling_grid', 'tents',
+        'accelerate_depthwise', 'clip_radius', 'clip_radius_', 'interpolate', 'sample_kernel', 'sampling_grid', 'tents',
     ]
 
 

@@ -1,4 +1,5 @@
 """From points to kernels to blocks."""
+from .accelerate import accelerate_depthwise
 from .conv_norm import ConvNormAct, DepthwiseConv2d
 from .large_kernel import ConvFFN, LargeKernelBlock, LargeKernelConv
 from .points import clip_radius, interpolate, sample_kernel, sampling_grid, tents
@@ -11,6 +12,7 @@ __all__ = [
     'LargeKernelBlock',
     'LargeKernelConv',
     'SMPDepthwiseConv2d',
+    'accelerate_depthwise',
     'clip_radius',
     'clip_radius_',
     'interpolate',
