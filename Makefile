@@ -18,8 +18,9 @@ lint: $(VENV)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-# what drawing the kernels costs; appends to benchmarks/results/
+# the depthwise operation beside PyTorch's, and what drawing the kernels costs; appends to benchmarks/results/
 bench: $(VENV)/demo
+	$(RUN) benchmarks/depthwise.py
 	$(RUN) benchmarks/models.py
 
 # timm's own model tests, over this package's models

@@ -77,7 +77,7 @@ def main() -> int:
         print(f'{name:16} {value * 1e3:8.1f} ms   {value / seconds["plain"]:.3f} x plain')
     for name, value in creation.items():
         print(f'create {name:13} {value * 1e3:4.0f} ms   {value / creation["convnext_tiny"]:.3f} x convnext_tiny')
-    measure.append('models.jsonl', {
+    measure.append(measure.RESULTS / 'models.jsonl', {
         'model': args.model, 'batch_size': args.batch_size, 'seconds': seconds, 'creation_seconds': creation})
     return 0
 

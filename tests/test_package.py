@@ -46,8 +46,10 @@ def test_public_names_exist(module):
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
+BENCHMARKS = tuple(path.stem for path in (PACKAGE.parent / 'benchmarks').glob('*.py'))  # scripts see their neighbours
 MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
+    'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._phases'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
     'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT),
     'smpconv_models/checkpoint.py': ('torch', 'safetensors'),
@@ -57,13 +59,16 @@ MAY_IMPORT = {
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', TRAINING),
     'validate.py': ('smpconv_models', TRAINING),
-    'benchmarks': ('torch', 'timm', 'tqdm', 'measure', 'smpconv_models'),
+    'benchmarks': ('torch', 'timm', 'tqdm', 'matplotlib', 'smpconv_models', *BENCHMARKS),
 }
 
 
 def files(part):
+    """The files of a part, but for those of a part within it."""
     path = PACKAGE.parent / part
-    return sorted(path.rglob('*.py')) if path.is_dir() else [path]
+    within = [PACKAGE.parent / other for other in MAY_IMPORT if other.startswith(part + '/')]
+    found = sorted(path.rglob('*.py')) if path.is_dir() else [path]
+    return [file for file in found if not any(file.is_relative_to(other) for other in within)]
 
 
 def imports(path):
@@ -118,6 +123,7 @@ def test_backends_do_not_know_each_other():
     ('smpconv_models/layers', 'from ..ops._cpu import forward'),
     ('smpconv_models/layers', 'from timm.models import create_model'),
     ('smpconv_models/ops', 'def f():\n    import timm'),
+    ('smpconv_models/ops', 'def f():\n    import triton'),
     ('smpconv_models/figures.py', 'import smpconv_models.models.smpconv'),
     ('smpconv_models/checkpoint.py', 'from . import layers'),
     ('train.py', 'import smpconv_models.ops._cpu'),
@@ -204,7 +210,7 @@ def test_importing_loads_no_backend_and_no_training_and_prints_nothing():
 import sys
 import smpconv_models
 loaded = [name for name in sys.modules if name.startswith('smpconv_models.ops._')]
-assert 'smpconv_models.ops._cpu' not in loaded, loaded
+assert not {'smpconv_models.ops._cpu', 'smpconv_models.ops._triton'} & set(loaded), loaded
 assert 'smpconv_models.training' not in sys.modules
 """
     result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)

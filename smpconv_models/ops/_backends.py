@@ -1,19 +1,21 @@
 """The backends by name, and the order in which ``auto`` asks them.
 
-A backend is a module of this package with ``forward``, ``weight_grad`` and ``why_not``; it is imported when it is
-first asked. ``why_not(device)`` is its one check: None when it can run, else the reason, as the end of a sentence.
+A backend is a module of this package, imported when it is first asked, with ``forward``, ``weight_grad`` and two
+checks that answer None or a reason, as the end of a sentence: ``why_not(device, dtype)`` where it can't run, and
+``why_slower(size, kernel_size, dtype)`` where the next in the order is faster, which only ``auto`` asks.
 """
 import importlib
 import logging
 from types import ModuleType
-from typing import Tuple
+from typing import Sequence, Tuple
 
 import torch
+from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
 # Fastest first; the last one runs everywhere.
-AUTO_ORDER: Tuple[str, ...] = ('cpu', 'reference')
+AUTO_ORDER: Tuple[str, ...] = ('cpu', 'triton', 'reference')
 
 
 def load(name: str) -> ModuleType:
@@ -27,21 +29,21 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {AUTO_ORDER}, got {name!r}")
 
 
-def select(name: str, device: torch.device) -> ModuleType:
-    """The backend to run on ``device``: the one named, or for 'auto' the first that can.
+def select(name: str, input: Tensor, kernel_size: Sequence[int]) -> ModuleType:
+    """The backend to run on ``input``: the one named, or for 'auto' the first that can and is not slower.
 
     Raises:
         RuntimeError: The backend was named and can't run there; a named backend never falls back.
     """
     if name != 'auto':
         backend = load(name)
-        reason = backend.why_not(device)
+        reason = backend.why_not(input.device, input.dtype)
         if reason is not None:
             raise RuntimeError(f'backend {name!r} cannot run here: {reason}')
         return backend
     for candidate in AUTO_ORDER:
         backend = load(candidate)
-        reason = backend.why_not(device)
+        reason = backend.why_not(input.device, input.dtype) or backend.why_slower(input.shape, kernel_size, input.dtype)
         if reason is None:
             return backend
         _logger.debug('backend %r passed over: %s', candidate, reason)

@@ -57,20 +57,21 @@ def _layout(input: Tensor) -> torch.memory_format:
 @torch.library.custom_op('smpconv_models::depthwise_conv2d', mutates_args=())
 def _conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
     with _without_autocast(input.device.type):
-        output = _backends.select(backend, input.device).forward(input, weight, bias, dilation)
+        output = _backends.select(backend, input, weight.shape[2:]).forward(input, weight, bias, dilation)
     return output.contiguous(memory_format=_layout(input))
 
 
 @_conv.register_fake
 def _(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
-    _backends.select(backend, input.device)  # a named backend that can't run raises on meta tensors too
+    if backend != 'auto':
+        _backends.select(backend, input, weight.shape[2:])  # one that can't run raises on meta tensors too
     return input.new_empty(input.shape).contiguous(memory_format=_layout(input))
 
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d_weight_grad', mutates_args=())
 def _weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str) -> Tensor:
     with _without_autocast(input.device.type):
-        weight_grad = _backends.select(backend, input.device).weight_grad(grad, input, kernel_size, dilation)
+        weight_grad = _backends.select(backend, input, kernel_size).weight_grad(grad, input, kernel_size, dilation)
     return weight_grad.contiguous()
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
+from . import _phases
+
 _LARGEST_FAST_NCHW_KERNEL = 13
 
 # PyTorch's weight gradient of 3x3 kernels is fast: 28x28, 192 channels, channels_last: 0.7 ms, folded 3.5 ms, and 5x5
@@ -30,8 +32,8 @@ _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     kh, kw = weight.shape[2:]
     if max(dilation) > 1 and max(kh, kw) > _LARGEST_FAST_DILATED_KERNEL:
-        output = _depthwise(_phases(input, dilation), weight, bias, [kh // 2, kw // 2])
-        return _merge_phases(output, dilation, input.shape)
+        output = _depthwise(_phases.split(input, dilation), weight, bias, [kh // 2, kw // 2])
+        return _phases.merge(output, dilation, input.shape)
     padding = [dilation[0] * (kh // 2), dilation[1] * (kw // 2)]
     return _depthwise(input, weight, bias, padding, dilation)
 
@@ -52,7 +54,7 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
             groups=channels,
         )
     if max(dilation) > 1:
-        grad, input = _phases(grad, dilation), _phases(input, dilation)
+        grad, input = _phases.split(grad, dilation), _phases.split(input, dilation)
     n, c, h, w = input.shape
     if n * h * w == 0:
         return input.new_zeros(c, 1, kh, kw)
@@ -63,8 +65,12 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
     return per_image.view(n, c, 1, kh, kw).sum(0, dtype=dtype).to(input.dtype)
 
 
-def why_not(device: torch.device) -> Optional[str]:
+def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
     return None if device.type == 'cpu' else f'it runs on CPU tensors, got {device}'
+
+
+def why_slower(size: Sequence[int], kernel_size: Sequence[int], dtype: torch.dtype) -> Optional[str]:
+    return None
 
 
 def _depthwise(
@@ -82,24 +88,3 @@ def _depthwise(
             output = _depthwise(input.float(), weight.float(), bias, padding, dilation)
             return output.to(torch.bfloat16)
     return F.conv2d(input, weight, bias, padding=padding, dilation=dilation, groups=channels)
-
-
-def _phases(input: Tensor, dilation: List[int]) -> Tensor:
-    """Every dh-th row and dw-th column as an image of its own: a dilated convolution is a plain one on each.
-
-    ``(N, C, H, W)`` -> ``(N * dh * dw, C, ceil(H / dh), ceil(W / dw))``, zeros where the map ends.
-    """
-    n, c, h, w = input.shape
-    dh, dw = dilation
-    rows, columns = -(-h // dh), -(-w // dw)
-    padded = F.pad(input, (0, columns * dw - w, 0, rows * dh - h))
-    return padded.reshape(n, c, rows, dh, columns, dw).permute(0, 3, 5, 1, 2, 4).reshape(n * dh * dw, c, rows, columns)
-
-
-def _merge_phases(phases: Tensor, dilation: List[int], size: Sequence[int]) -> Tensor:
-    """The inverse of :func:`_phases`, for a map of ``size`` (N, C, H, W)."""
-    n, c, h, w = size
-    dh, dw = dilation
-    rows, columns = phases.shape[2:]
-    merged = phases.reshape(n, dh, dw, c, rows, columns).permute(0, 3, 4, 1, 5, 2)
-    return merged.reshape(n, c, rows * dh, columns * dw)[:, :, :h, :w]

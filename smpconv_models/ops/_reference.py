@@ -2,7 +2,7 @@
 
 Its speed and its faults are PyTorch's; see _cpu.py for one that never returns.
 """
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
     )
 
 
-def why_not(device: torch.device) -> Optional[str]:
+def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
     """Runs wherever PyTorch does."""
+    return None
+
+
+def why_slower(size: Sequence[int], kernel_size: Sequence[int], dtype: torch.dtype) -> Optional[str]:
+    """Nothing comes after it."""
     return None

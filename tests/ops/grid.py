@@ -36,13 +36,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ('nchw', 'channels_last', 'slice')
 
 
-def make(shape, dtype, layout='nchw'):
+def make(shape, dtype, layout='nchw', device='cpu'):
     """Input, weight, bias and output gradient; input and gradient in the layout asked for."""
+    def randn(*size):
+        return torch.randn(*size, dtype=dtype).to(device)
     return (
-        lay_out(torch.randn(shape.n, shape.c, shape.h, shape.w, dtype=dtype), layout),
-        torch.randn(shape.c, 1, shape.kh, shape.kw, dtype=dtype),
-        torch.randn(shape.c, dtype=dtype),
-        lay_out(torch.randn(shape.n, shape.c, shape.h, shape.w, dtype=dtype), layout),
+        lay_out(randn(shape.n, shape.c, shape.h, shape.w), layout),
+        randn(shape.c, 1, shape.kh, shape.kw),
+        randn(shape.c),
+        lay_out(randn(shape.n, shape.c, shape.h, shape.w), layout),
     )
 
 
@@ -52,7 +54,7 @@ def lay_out(tensor, layout):
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == 'slice':
         n, c, h, w = tensor.shape
-        part = torch.full((n + 1, c + 2, h + 3, w + 4), 1e4, dtype=tensor.dtype)[1:, 1:c + 1, 2:h + 2, 3:w + 3]
+        part = tensor.new_full((n + 1, c + 2, h + 3, w + 4), 1e4)[1:, 1:c + 1, 2:h + 2, 3:w + 3]
         return part.copy_(tensor)
     return tensor
 

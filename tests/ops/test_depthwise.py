@@ -219,7 +219,7 @@ BAD = {
     'bias_of_other_channels': (dict(bias=torch.ones(2)), 'bias must have shape (3,), got (2,)'),
     'no_dilation': (dict(dilation=(1, 0)), 'dilation must be at least 1, got (1, 0)'),
     'unknown_backend': (
-        dict(backend='cuda'), "backend must be 'auto' or one of ('cpu', 'reference'), got 'cuda'"),
+        dict(backend='cuda'), "backend must be 'auto' or one of ('cpu', 'triton', 'reference'), got 'cuda'"),
     'integer_input': (
         dict(input=torch.ones(2, 3, 5, 7, dtype=torch.int64)), 'input must be of a floating dtype, got torch.int64'),
     'integer_weight': (

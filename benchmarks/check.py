@@ -1,0 +1,82 @@
+"""No time without a right result: the functions that are to be timed, held to float64."""
+import math
+from typing import Dict, Iterator, Tuple
+
+import torch
+from layer import RETURNED, Functions, plain
+from torch import Tensor
+
+CHANNELS = 8
+LOOSEST = 0.05  # a larger relative error is another meaning, whatever the precision
+
+Errors = Dict[str, float]  # by result
+
+
+class WrongResult(Exception):
+    """A function that was to be timed computes something else."""
+
+
+def check(paths: Dict[str, Functions], x: Tensor, weight: Tensor, grad: Tensor) -> Dict[str, Errors]:
+    """Calls every function; the error of each path in y, dx and dw, the worst of those that return it.
+
+    Errors are relative, in the Frobenius norm. The truth is computed for a few channels, evenly chosen: those of a
+    depthwise convolution are independent. The functions do all of theirs, and every element must be finite.
+
+    Raises:
+        WrongResult: An error is above its limit, or NaN.
+    """
+    channels = torch.linspace(0, len(weight) - 1, min(CHANNELS, len(weight)), device=x.device).round().long()
+    exact = _exact(x[:, channels].double(), weight[channels].double(), grad[:, channels].double())
+    errors: Dict[str, Errors] = {}
+    for path, functions in paths.items():
+        errors[path] = dict.fromkeys(exact, 0.)
+        limits = _limits(path, errors, x, weight)
+        for name, function in functions.items():
+            _poison(x, weight)
+            for result, tensor in zip(RETURNED[name], function()):
+                given = tensor.detach().index_select(0 if result == 'dw' else 1, channels).double()
+                error = relative_error(given, exact[result]) if tensor.isfinite().all() else math.nan
+                if not error <= limits[result]:  # NaN is not
+                    raise WrongResult(
+                        f'{result} of {path} is wrong: relative error {error:.1e}, limit {limits[result]:.1e}')
+                errors[path][result] = max(errors[path][result], error)
+    return errors
+
+
+def relative_error(given: Tensor, exact: Tensor) -> float:
+    return ((given - exact).norm() / exact.norm()).item()
+
+
+def _exact(x: Tensor, weight: Tensor, grad: Tensor) -> Dict[str, Tensor]:
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = plain(x, weight)
+    return dict(zip(RETURNED['all'], (y.detach(), *torch.autograd.grad(y, (x, weight), grad))))
+
+
+def _limits(path: str, errors: Dict[str, Errors], x: Tensor, weight: Tensor) -> Errors:
+    """The relative error that each result may have.
+
+    A sum of n products of standard normals is about sqrt(n), and the roundings of its partial sums, a random walk, add
+    up to less than n * eps, so to sqrt(n) * eps of the sum. Ours accumulate in float32 and round to the dtype at the
+    end, by a quarter of its eps on average: one eps leaves room for a few partial results of that dtype. Plain conv2d
+    may accumulate in the dtype itself (its dx in float16 does on CPUs); then ours may err by twice as much as it does.
+    """
+    eps, accumulator_eps = torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps
+    terms = {'y': weight[0].numel(), 'dx': weight[0].numel(), 'dw': x[:, 0].numel()}
+    if path.startswith('plain/'):
+        return {result: min(eps + eps * n ** 0.5, LOOSEST) for result, n in terms.items()}
+    return {
+        result: max(eps + accumulator_eps * n ** 0.5, *(2 * error for error in _of_plain(errors, result)))
+        for result, n in terms.items()
+    }
+
+
+def _of_plain(errors: Dict[str, Errors], result: str) -> Iterator[float]:
+    return (by_result[result] for path, by_result in errors.items() if path.startswith('plain/'))
+
+
+def _poison(*tensors: Tensor) -> None:
+    """NaN in memory that is handed out next, so that an element which nobody writes is not an earlier right result."""
+    held: Tuple[Tensor, ...] = tuple(torch.full_like(tensor, math.nan) for tensor in tensors * 2)
+    del held

@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""The depthwise convolution beside PyTorch's, layer by layer, and whole training steps.
+
+    python benchmarks/depthwise.py                          everything; on CUDA where there is one, else on the CPU
+    python benchmarks/depthwise.py --cases t_56 t_28        some layers
+    python benchmarks/depthwise.py --cases training_step    the networks only
+    python benchmarks/depthwise.py --dtypes bfloat16 float16 float32
+
+A layer: depthwise_conv2d with backend 'auto', and those of --backends, beside F.conv2d, each called with NCHW and with
+channels_last (nhwc) tensors. Four results: y, dx, dw, and all three as training computes them. First the very
+functions that are to be timed are checked against float64; a wrong one ends the run. Then they are timed in turn, and
+medians taken. float32 means float32: TF32 is off.
+
+A training step: smpconv_t, the same network with plain convolutions, and timm's convnext_tiny; float32 on the CPU,
+bfloat16 autocast on CUDA.
+
+Appends to depthwise.jsonl and training_step.jsonl in --results. A run of all cases also draws the picture there.
+
+Exit codes: 0 done, 1 a result is wrong, 2 wrong arguments, 130 interrupted.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NoReturn, Optional
+
+import check
+import layer
+import measure
+import report
+import torch
+import training_step
+from cases import CASES, Case
+from tqdm import tqdm
+
+import smpconv_models
+
+TRAINING_STEP = 'training_step'
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+DEFAULTS = {'cpu': dict(batch_size=8, dtypes=['float32']), 'cuda': dict(batch_size=64, dtypes=['bfloat16'])}
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = Parser(
+        prog='depthwise.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    names = [*CASES, TRAINING_STEP]
+    parser.add_argument('--cases', nargs='+', choices=names, metavar='NAME', help=f'of {", ".join(names)} (all)')
+    parser.add_argument('--device', choices=tuple(DEFAULTS), help='(cuda where there is one)')
+    parser.add_argument('--dtypes', nargs='+', choices=tuple(DTYPES), metavar='DTYPE',
+                        help=f'of {", ".join(DTYPES)} (float32 on the CPU, bfloat16 on CUDA)')
+    parser.add_argument('--backends', nargs='+', metavar='NAME', help="besides 'auto' (triton where it runs)")
+    parser.add_argument('--batch-size', type=_positive(int), metavar='N', help='(8 on the CPU, 64 on CUDA)')
+    parser.add_argument('--rounds', type=_positive(int), metavar='N', default=51,
+                        help='calls of each function that are timed, at most (%(default)s)')
+    parser.add_argument('--seconds', type=_positive(float), metavar='S', default=0.5,
+                        help='after which a function drops out, though not before its third call; a training step '
+                             'after ten times as long (%(default)s)')
+    parser.add_argument('--results', type=Path, metavar='DIR', default=measure.RESULTS, help='(benchmarks/results)')
+    parser.add_argument('--picture', type=Path, metavar='FILE', help='(depthwise_DEVICE.png in --results)')
+    args = parser.parse_args(argv)
+    _complete(parser, args)
+    return args
+
+
+def _positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
+        return value
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+def _complete(parser: Parser, args: argparse.Namespace) -> None:
+    """Defaults that depend on other options, and what only the machine can tell."""
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('there is no CUDA device')
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    for name, value in DEFAULTS[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    available = smpconv_models.available_backends(args.device)
+    if args.backends is None:
+        args.backends = [name for name in available if name == 'triton']
+    if unknown := set(args.backends) - set(available):
+        parser.error(f'backends on {args.device} are {", ".join(available)}, got {", ".join(sorted(unknown))}')
+    if args.cases is None and args.picture is None:
+        args.picture = args.results / f'depthwise_{args.device}.png'
+    if args.picture and args.picture.suffix not in report.PICTURES:
+        parser.error(f'--picture must end in one of {", ".join(report.PICTURES)}, got {args.picture}')
+    for option, folder in (('results', args.results), ('picture', args.picture and args.picture.parent)):
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f'--{option} cannot be written: {error}')
+
+
+def measure_layer(case: Case, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
+    """A row: errors and seconds of every path.
+
+    Raises:
+        WrongResult: Nothing was timed.
+    """
+    batch = case.batch or args.batch_size
+    inputs = layer.make_inputs(case, batch, DTYPES[dtype], torch.device(args.device))
+    paths = layer.paths(args.backends, *inputs)
+    errors = check.check(paths, *inputs)
+    medians = {
+        result: measure.interleaved(
+            {path: functions[result] for path, functions in paths.items()}, args.rounds, args.seconds, args.device)
+        for result in report.RESULTS
+    }
+    return {
+        'case': case.name, 'network': case.network, 'times': case.times, 'batch': batch, 'channels': case.channels,
+        'height': case.height, 'width': case.width, 'kernel': case.kernel, 'dtype': dtype,
+        'errors': errors,
+        'seconds': {path: {result: medians[result][path] for result in report.RESULTS} for path in paths},
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.conv.fp32_precision = 'ieee'
+    names = args.cases or [*CASES, TRAINING_STEP]
+    layers = [(name, dtype) for name in names if name != TRAINING_STEP for dtype in args.dtypes]
+    rows = []
+    for name, dtype in tqdm(layers, desc='layers', disable=None):
+        try:
+            row = measure_layer(CASES[name], dtype, args)
+        except check.WrongResult as error:
+            raise check.WrongResult(f'{name}, {dtype}: {error}') from error
+        rows.append(measure.append(args.results / 'depthwise.jsonl', row, args.device))
+        tqdm.write(report.times(rows[-1:]))
+    summarize(rows, args)
+    if TRAINING_STEP in names:
+        row = training_step.run(args.batch_size, torch.device(args.device), args.rounds, 10 * args.seconds)
+        print(training_step.text(measure.append(args.results / 'training_step.jsonl', row, args.device)))
+
+
+def summarize(rows: List[Dict[str, Any]], args: argparse.Namespace) -> None:
+    for dtype in args.dtypes:
+        of_dtype = [row for row in rows if row['dtype'] == dtype]
+        for table, given in ((report.times, report.sums(of_dtype)), (report.verdicts, of_dtype)):
+            if given:
+                print(f'\n{table(given)}')
+    if rows and args.picture:
+        report.picture(rows, args.picture)
+        print(f'\npicture: {args.picture}')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except check.WrongResult as error:
+        print(f'depthwise.py: error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

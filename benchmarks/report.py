@@ -1,0 +1,183 @@
+"""What the rows of benchmarks/results/depthwise.jsonl say: times side by side, ratios, sums over networks, a picture.
+
+A path is an operation and the layout it was called with: plain is `F.conv2d`, auto this package's choice, other names
+are its backends; nhwc is channels_last. Results are y, dx, dw, and all three as one training step computes them.
+"""
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
+
+import floors
+from cases import CASES
+from matplotlib.figure import Figure
+
+RESULTS = ('y', 'dx', 'dw', 'all')
+LAYOUTS = ('nchw', 'nhwc')
+PICTURES = ('.png', '.svg', '.pdf')
+NOISE = 1.05  # ratios up to this are called equal
+
+Row = Dict[str, Any]
+
+
+# --- what follows from a row ---
+
+
+def speed_up(row: Row, result: str, layout: str) -> float:
+    """Of auto over plain, in the same layout."""
+    return row['seconds'][f'plain/{layout}'][result] / row['seconds'][f'auto/{layout}'][result]
+
+
+def worst(row: Row, layout: str) -> Tuple[float, str]:
+    """The largest auto/plain in the same layout, and whose."""
+    return max((1 / speed_up(row, result, layout), result) for result in RESULTS)
+
+
+def better_plain(row: Row, result: str) -> float:
+    return min(row['seconds'][f'plain/{layout}'][result] for layout in LAYOUTS)
+
+
+def over_better_plain(row: Row, path: str, result: str) -> float:
+    return row['seconds'][path][result] / better_plain(row, result)
+
+
+def floor_seconds(row: Row, result: str) -> float:
+    """See floors.py. Three results have three floors; a fused pass that shares the reading could go below."""
+    if 'layers' in row:
+        return sum(layer['times'] * floor_seconds(layer, result) for layer in row['layers'])
+    floor = floors.seconds(*(row[key] for key in ('batch', 'channels', 'height', 'width', 'kernel')))
+    return 3 * floor if result == 'all' else floor
+
+
+def has_floor(row: Row) -> bool:
+    return 'cuda' in row and row['dtype'] in ('bfloat16', 'float16')
+
+
+def sums(rows: Sequence[Row]) -> List[Row]:
+    """A row for each network and dtype of which every layer is there: the seconds of all, as often as they occur."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row['network'] is not None:
+            groups[row['network'], row['dtype']].append(row)
+    layers = Counter(case.network for case in CASES.values())
+    return [_sum(group) for (network, _), group in groups.items() if len(group) == layers[network]]
+
+
+def _sum(group: List[Row]) -> Row:
+    first = group[0]
+    seconds = {
+        path: {result: sum(row['times'] * row['seconds'][path][result] for row in group) for result in RESULTS}
+        for path in first['seconds']
+    }
+    return {**first, 'case': first['network'], 'seconds': seconds, 'layers': group}
+
+
+# --- as text ---
+
+
+def times(rows: Sequence[Row]) -> str:
+    """Four lines for each row: seconds by path, speed-ups, and how near the floor."""
+    return _table([_headings(rows[0]), *(line for row in rows for line in _lines(row))])
+
+
+def _headings(row: Row) -> List[str]:
+    unit = 'us' if 'cuda' in row else 'ms'
+    headings = [f'{row["dtype"]}, {unit}', '', *row['seconds']]
+    headings += [f'speed-up {layout}' for layout in LAYOUTS]
+    if has_floor(row):
+        headings += ['H200 floor', *(f'its share {layout}' for layout in LAYOUTS)]
+    return headings
+
+
+def _lines(row: Row) -> Iterable[List[str]]:
+    scale = 1e6 if 'cuda' in row else 1e3
+    for result in RESULTS:
+        line = [_label(row) if result == RESULTS[0] else '', result]
+        line += [_number(seconds[result] * scale) for seconds in row['seconds'].values()]
+        line += [f'{speed_up(row, result, layout):.2f}' for layout in LAYOUTS]
+        if has_floor(row):
+            floor = floor_seconds(row, result)
+            line.append(_number(floor * scale))
+            line += [f'{floor / row["seconds"][f"auto/{layout}"][result]:.0%}' for layout in LAYOUTS]
+        yield line
+
+
+def _label(row: Row) -> str:
+    if 'layers' in row:
+        return f'{row["case"]}, batch {row["batch"]}, sum'
+    return f'{row["case"]}: {row["batch"]}x{row["channels"]}x{row["height"]}x{row["width"]} k{row["kernel"]}'
+
+
+def _number(value: float) -> str:
+    return f'{value:.2f}' if value < 100 else f'{value:.0f}'
+
+
+def verdicts(rows: Sequence[Row]) -> str:
+    """A line for each row with what must not be slower, as ratios of times: lower is better.
+
+    y of auto over the better of plain's two layouts; auto over plain in the same layout, the worst of y, dx, dw, all;
+    y, dx, dw, all of the named backends over the better of plain's two layouts.
+    """
+    named = [path for path in rows[0]['seconds'] if path.partition('/')[0] not in ('plain', 'auto')]
+    headings = [
+        f'{rows[0]["dtype"]}, ratios',
+        *(f'y/better {layout}' for layout in LAYOUTS),
+        *(f'auto/plain, worst {layout}' for layout in LAYOUTS),
+        *(f'{path}/better: {", ".join(RESULTS)}' for path in named),
+        '',
+    ]
+    return _table([headings, *(_verdict(row, named) for row in rows)])
+
+
+def _verdict(row: Row, named: Sequence[str]) -> List[str]:
+    worsts = [worst(row, layout) for layout in LAYOUTS]
+    return [
+        _label(row),
+        *(f'{over_better_plain(row, f"auto/{layout}", "y"):.2f}' for layout in LAYOUTS),
+        *(f'{ratio:.2f} {result:>3}' for ratio, result in worsts),
+        *('  '.join(f'{over_better_plain(row, path, result):.2f}' for result in RESULTS) for path in named),
+        'SLOWER' if any(ratio > NOISE for ratio, _ in worsts) else '',
+    ]
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, all others to the right; wide enough for tables of single rows to line up."""
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    first = max(first, 36)
+    return '\n'.join(
+        '  '.join([line[0].ljust(first), *(text.rjust(width) for text, width in zip(line[1:], others))]).rstrip()
+        for line in lines
+    )
+
+
+# --- as a picture ---
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Speed-ups over plain `F.conv2d` in the same layout: a panel for each dtype and layout, a group for each row."""
+    dtypes = list(dict.fromkeys(row['dtype'] for row in rows))
+    most = max(sum(row['dtype'] == dtype for row in rows) for dtype in dtypes)
+    figure = Figure(figsize=(12, len(dtypes) * (1.5 + 0.42 * most)), layout='constrained')
+    panels = figure.subplots(len(dtypes), len(LAYOUTS), squeeze=False, sharex=True, sharey='row')
+    for dtype, pair in zip(dtypes, panels):
+        for layout, axes in zip(LAYOUTS, pair):
+            _draw(axes, [row for row in rows if row['dtype'] == dtype], layout)
+            axes.set_title(f'{dtype}, {"channels_last" if layout == "nhwc" else "NCHW"}', fontsize=10)
+    panels[0, 0].legend(fontsize=8)
+    figure.suptitle(f'depthwise_conv2d over F.conv2d in the same layout: {rows[0]["device"]}, torch {rows[0]["torch"]}')
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axes: Any, rows: Sequence[Row], layout: str) -> None:
+    height = 0.8 / len(RESULTS)
+    for i, result in enumerate(RESULTS):
+        positions = [y + (i - (len(RESULTS) - 1) / 2) * height for y in range(len(rows))]
+        # bars begin at 1: to the right is faster, to the left slower
+        widths = [speed_up(row, result, layout) - 1 for row in rows]
+        axes.barh(positions, widths, height, left=1, label=result)
+    axes.axvline(1, color='black', linewidth=0.8)
+    axes.set_xscale('log')
+    axes.xaxis.set_major_formatter('{x:g}x')
+    axes.set(xlabel='times as fast', yticks=range(len(rows)), yticklabels=[_label(row) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis='y', labelsize=8)
+    axes.grid(axis='x', alpha=0.3)

@@ -1,0 +1,23 @@
+"""A dilated convolution as plain ones: every dh-th row and dw-th column is an image of its own."""
+from typing import List, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def split(input: Tensor, dilation: List[int]) -> Tensor:
+    """``(N, C, H, W)`` -> ``(N * dh * dw, C, ceil(H / dh), ceil(W / dw))``, zeros where the map ends."""
+    n, c, h, w = input.shape
+    dh, dw = dilation
+    rows, columns = -(-h // dh), -(-w // dw)
+    padded = F.pad(input, (0, columns * dw - w, 0, rows * dh - h))
+    return padded.reshape(n, c, rows, dh, columns, dw).permute(0, 3, 5, 1, 2, 4).reshape(n * dh * dw, c, rows, columns)
+
+
+def merge(phases: Tensor, dilation: List[int], size: Sequence[int]) -> Tensor:
+    """The inverse of :func:`split`, for a map of ``size`` (N, C, H, W)."""
+    n, c, h, w = size
+    dh, dw = dilation
+    rows, columns = phases.shape[2:]
+    merged = phases.reshape(n, dh, dw, c, rows, columns).permute(0, 3, 4, 1, 5, 2)
+    return merged.reshape(n, c, rows * dh, columns * dw)[:, :, :h, :w]

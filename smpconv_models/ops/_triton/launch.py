@@ -1,0 +1,151 @@
+"""From tensors to kernels: layouts, sizes, grids."""
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Callable, Dict, List, Optional
+
+import torch
+import triton
+from torch import Tensor
+
+from . import kernels, tuning
+from .tuning import BlockGradTile, BlockTile, MapGradTile, MapTile
+
+_ELEMENTS_A_PROGRAM = 1024      # of the two kernels that only copy and add
+
+
+def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Forward pass in the form that fits the map. Maps (:func:`rows_first`) and weight are contiguous."""
+    name = tuning.forward_form(*input.shape[2:])
+    tile = tuning.tile(name, input, list(weight.shape[2:]), mode(input.dtype))
+    return _FORMS[name](input, weight, bias, tile)
+
+
+def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
+    """Weight gradient in the form that fits the map."""
+    name = tuning.weight_grad_form(*input.shape[2:])
+    tile = tuning.tile(name, input, kernel_size, mode(input.dtype))
+    return _FORMS[name](grad, input, kernel_size, tile)
+
+
+def map_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: MapTile) -> Tensor:
+    """Forward pass in the whole-map form."""
+    n, c, h, w = input.shape
+    kh, kw = weight.shape[2:]
+    output = input.new_empty(input.shape)
+    a = _alignment(h * w, input)
+    grid = (triton.cdiv(h * w, tile.bo) * triton.cdiv(n, tile.bn) * c,)
+    with _device(input):
+        kernels.map_forward[grid](
+            input, weight, bias, output, n, c, w, h * w // a, *_strides(input, a),
+            A=a, KH=kh, KW=kw, COVERS=kh >= 2 * h - 1 and kw >= 2 * w - 1,
+            HAS_BIAS=bias is not None, PRECISION=_precision(input.dtype),
+            BN=tile.bn, BI=tile.bi, BO=tile.bo, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )
+    return output
+
+
+def map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: MapGradTile) -> Tensor:
+    """Weight gradient in the whole-map form, for maps that ``tile`` holds."""
+    n, c, h, w = input.shape
+    kh, kw = kernel_size
+    weight_grad = input.new_empty((c, 1, kh, kw))
+    a = _alignment(h * w, grad, input)
+    with _device(input):
+        kernels.map_weight_grad[(c,)](
+            grad, input, weight_grad, n, h, w, h * w // a, *_strides(grad, a), *_strides(input, a),
+            A=a, KH=kh, KW=kw, PRECISION=_precision(input.dtype),
+            BN=tile.bn, BI=tile.bi, BO=tile.bo, BQ=128, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )
+    return weight_grad
+
+
+def block_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: BlockTile) -> Tensor:
+    """Forward pass in the block form."""
+    n, c, h, w = input.shape
+    kh, kw = weight.shape[2:]
+    output = input.new_empty(input.shape)
+    left, chunks = tile.window(w, kw)
+    rows = weight.new_empty((c, kh + 2 * (tile.r - 1), chunks, tile.s, tile.tc))
+    a = _alignment(w, input)
+    blocks = triton.cdiv(n * triton.cdiv(w, tile.s), tile.bp)
+    with _device(input):
+        kernels.expand_rows[(triton.cdiv(rows.numel(), _ELEMENTS_A_PROGRAM),)](
+            weight, rows, rows.numel(), KH=kh, KW=kw, R=tile.r, S=tile.s,
+            LEFT=left, CHUNKS=chunks, TC=tile.tc, BLOCK=_ELEMENTS_A_PROGRAM,
+        )
+        kernels.block_forward[(blocks * triton.cdiv(h, tile.r) * c,)](
+            input, rows, bias, output, n, c, h, w // a, *_strides(input, a),
+            A=a, KH=kh, HAS_BIAS=bias is not None, PRECISION=_precision(input.dtype),
+            R=tile.r, S=tile.s, LEFT=left, CHUNKS=chunks, TC=tile.tc, BP=tile.bp,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )
+    return output
+
+
+def block_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: BlockGradTile) -> Tensor:
+    """Weight gradient in the block form."""
+    n, c, h, w = input.shape
+    kh, kw = kernel_size
+    weight_grad = input.new_empty((c, 1, kh, kw))
+    left, chunks = tile.window(w, kw)
+    programs = c * tile.groups(kh) * chunks
+    splits = tile.splits(n, w, programs)
+    parts = input.new_empty((splits * programs, 4, tile.d, tile.tc), dtype=torch.float32)
+    a = _alignment(w, grad, input)
+    with _device(input):
+        kernels.block_weight_grad[(splits * programs,)](
+            grad, input, parts, n, c, h, w // a, *_strides(grad, a), *_strides(input, a), splits,
+            A=a, KH=kh, PRECISION=_precision(input.dtype),
+            R=tile.r, S=tile.s, LEFT=left, CHUNKS=chunks, TC=tile.tc, D=tile.d, BN=tile.bn, BJ=tile.bj,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )
+        kernels.add_parts[(triton.cdiv(weight_grad.numel(), _ELEMENTS_A_PROGRAM),)](
+            parts, weight_grad, c, splits, KH=kh, KW=kw, R=tile.r, LEFT=left, CHUNKS=chunks,
+            TC=tile.tc, D=tile.d, BLOCK=_ELEMENTS_A_PROGRAM,
+        )
+    return weight_grad
+
+
+_FORMS: Dict[str, Callable[..., Tensor]] = {
+    'map_forward': map_forward, 'map_weight_grad': map_weight_grad,
+    'block_forward': block_forward, 'block_weight_grad': block_weight_grad,
+}
+
+
+def mode(dtype: torch.dtype) -> str:
+    """How products are made: 'half', or for float32 'tf32' or 'exact', as PyTorch is set for convolutions."""
+    if dtype != torch.float32:
+        return 'half'
+    tf32 = torch.backends.cudnn.conv.fp32_precision == 'tf32'  # type: ignore[attr-defined]
+    return 'tf32' if tf32 and torch.version.hip is None else 'exact'
+
+
+def probe(device: torch.device) -> None:
+    """Compiles and runs a kernel that does nothing."""
+    with torch.cuda.device(device):
+        kernels.nothing[(1,)]()
+
+
+def rows_first(tensor: Tensor) -> Tensor:
+    """A tensor whose maps are contiguous, as the kernels read them; a slice of images or channels is one already."""
+    h, w = tensor.shape[2:]
+    contiguous = (h == 1 or tensor.stride(2) == w) and (w == 1 or tensor.stride(3) == 1)
+    return tensor if contiguous else tensor.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return 'tf32' if mode(dtype) == 'tf32' else 'ieee'
+
+
+def _strides(tensor: Tensor, alignment: int) -> List[int]:
+    return [tensor.stride(0) // alignment, tensor.stride(1) // alignment]
+
+
+def _alignment(width: int, *tensors: Tensor) -> int:
+    """The largest power of two up to 16 that divides a width and the strides of images and channels."""
+    return math.gcd(16, width, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
+
+
+def _device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

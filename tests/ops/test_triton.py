@@ -1,0 +1,322 @@
+"""The Triton kernels: their meaning, under Triton's interpreter or on a GPU; and what keeps the backend from running.
+
+The interpreter is chosen when Triton is imported, so test_triton_interpreted.py runs this file again in a process of
+its own; on a machine with a CUDA device, ``pytest -m gpu`` runs it there.
+"""
+import json
+import logging
+import mmap
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from grid import LAYOUTS, SHAPES, Shape, assert_as_exact_as, make, plain_conv, terms, with_gradients
+
+from smpconv_models.ops import _triton, available_backends, depthwise_conv2d
+
+pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
+from smpconv_models.ops._triton import launch, tuning
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = 'cpu' if INTERPRETED else 'cuda'
+on_device = [] if INTERPRETED else pytest.mark.gpu
+MODES = {
+    'float16': (torch.float16, 'tf32'), 'bfloat16': (torch.bfloat16, 'tf32'),
+    'tf32': (torch.float32, 'tf32'), 'exact': (torch.float32, 'ieee'),
+}
+
+# What the grid of all backends lacks: maps wider than a block, and as wide as a multiple of its columns.
+WIDE = {
+    'k29': Shape(2, 2, 28, 28, 29, 29),
+    'k31_three_chunks': Shape(1, 1, 19, 70, 31, 31),
+    'k51_five_chunks': Shape(1, 1, 11, 100, 51, 51),
+    'k7_one_chunk': Shape(3, 2, 21, 56, 7, 7),
+    'k3_aligned': Shape(2, 1, 9, 64, 3, 3),
+    'tall': Shape(2, 2, 65, 6, 17, 3),
+    'one_row': Shape(2, 1, 1, 300, 1, 63),
+    'one_column': Shape(2, 1, 150, 1, 63, 1),
+    'k63': Shape(1, 1, 17, 33, 63, 63),
+    'many_images': Shape(70, 1, 5, 18, 5, 5),
+}
+ALL = {**{name: replace(shape, c=2) for name, shape in SHAPES.items() if shape.dilation == (1, 1)}, **WIDE}
+
+
+@pytest.fixture
+def fp32_precision():
+    """Sets PyTorch's precision of float32 convolutions for the time of a test."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+
+    def set_to(precision):
+        conv.fp32_precision = precision
+    yield set_to
+    conv.fp32_precision = before
+
+
+@pytest.fixture
+def mode(request, fp32_precision):
+    dtype, precision = MODES[request.param]
+    if INTERPRETED and (reason := _triton.why_not(torch.device(DEVICE), dtype)):
+        pytest.skip(reason)
+    fp32_precision(precision)
+    return dtype
+
+
+def expected(shape, x, weight, bias, grad):
+    """What a plain convolution of the same dtype gives, and the truth."""
+    exact = with_gradients(
+        lambda *args: plain_conv(*args, 1), *(tensor.cpu().double() for tensor in (x, weight, bias, grad)))
+    plain = with_gradients(lambda *args: plain_conv(*args, 1), x, weight, bias, grad)
+    return plain, exact
+
+
+def assert_close(got, plain, exact, num_terms, dtype):
+    """Products of tf32 have 11 bits, and a GPU cuts the others off; the interpreter's are of float32."""
+    if launch.mode(dtype) == 'tf32' and not INTERPRETED:
+        assert (got.cpu().double() - exact).norm() <= 2 ** -10 * exact.norm()
+    else:
+        assert_as_exact_as(got.cpu(), plain.cpu(), exact, num_terms)
+
+
+FORMS = {
+    'map_forward': (launch.map_forward, tuning._default_map),
+    'block_forward': (launch.block_forward, tuning._default_block),
+    'map_weight_grad': (launch.map_weight_grad, tuning._default_map_grad),
+    'block_weight_grad': (launch.block_weight_grad, tuning._default_block_grad),
+}
+FITTING = [
+    (form, name) for form in FORMS for name, shape in ALL.items()
+    if form == 'block_forward' or form == 'block_weight_grad'
+    or (form == 'map_forward' and shape.h * shape.w <= 400)
+    or (form == 'map_weight_grad' and tuning.weight_grad_form(shape.h, shape.w) == form)
+]
+
+
+def run_form(form, shape, tensors, tile):
+    x, weight, bias, grad = tensors
+    if form.endswith('forward'):
+        return FORMS[form][0](x, weight, bias, tile)
+    return FORMS[form][0](grad, x, [shape.kh, shape.kw], tile)
+
+
+def check_form(form, shape, dtype, tile):
+    tensors = make(shape, dtype, device=DEVICE)
+    plain, exact = expected(shape, *tensors)
+    key = 'y' if form.endswith('forward') else 'dw'
+    got = run_form(form, shape, tensors, tile)
+    assert_close(got, plain[key], exact[key], terms(shape)[key], dtype)
+
+
+class TestKernels:
+    pytestmark = on_device
+
+    @pytest.mark.parametrize('mode', MODES, indirect=True)
+    @pytest.mark.parametrize(('form', 'name'), FITTING)
+    def test_every_form_on_every_shape(self, form, name, mode):
+        """Whichever form would be chosen."""
+        shape = ALL[name]
+        tile = FORMS[form][1](shape.n, shape.h, shape.w, [shape.kh, shape.kw], launch.mode(mode))
+        check_form(form, shape, mode, tile)
+
+    @pytest.mark.parametrize(('form', 'tile'), [
+        ('map_forward', tuning.MapTile(bn=16, bi=64, bo=16)),
+        ('block_forward', tuning.BlockTile(r=1, s=16, tc=64, bp=16)),
+        ('block_forward', tuning.BlockTile(r=16, s=16, tc=16, bp=64)),
+        ('block_forward', tuning.BlockTile(r=2, s=32, tc=16, bp=32)),
+        ('map_weight_grad', tuning.MapGradTile(bn=32, bi=512, bo=32)),
+        ('block_weight_grad', tuning.BlockGradTile(r=2, s=16, d=16, tc=32, bn=1, bj=16)),
+        ('block_weight_grad', tuning.BlockGradTile(r=4, s=32, d=4, tc=64, bn=2, bj=8)),
+        ('block_weight_grad', tuning.BlockGradTile(r=1, s=16, d=2, tc=16, bn=16, bj=1)),
+    ], ids=str)
+    def test_other_tiles(self, form, tile):
+        check_form(form, Shape(3, 2, 15, 23 if form.startswith('block') else 13, 9, 11), torch.float32, tile)
+
+    @pytest.mark.parametrize('path', sorted(tuning._CONFIGS.glob('*.json')), ids=lambda path: path.stem)
+    def test_tuned_tiles(self, path):
+        for entry in json.loads(path.read_text()):
+            tile = tuning.TILES[entry['kernel']](**entry['tile'])
+            check_form(entry['kernel'], Shape(1, 1, entry['height'], entry['width'], *entry['kernel_size']),
+                       torch.float16 if entry['mode'] == 'half' else torch.float32, tile)
+
+    def test_sum_in_parts(self, monkeypatch):
+        """Few channels: several programs share a sum."""
+        shape = Shape(33, 1, 5, 40, 5, 5)
+        tile = tuning.BlockGradTile(r=4, s=16, d=8, tc=16, bn=4, bj=4)
+        assert tile.splits(shape.n, shape.w, 6) == 9
+        check_form('block_weight_grad', shape, torch.float32, tile)
+
+    def test_tiny_kernel_on_a_map_of_one_block(self):
+        """The window leaves out what lies outside the map, on both sides."""
+        assert tuning._default_block(1, 40, 10, [15, 15], 'half').window(10, 15) == (0, 1)
+        check_form('block_forward', Shape(2, 2, 40, 10, 15, 15), torch.float32, tuning._default_block(
+            2, 40, 10, [15, 15], 'half'))
+
+    @pytest.mark.parametrize('form', FORMS)
+    def test_offsets_beyond_32_bits(self, form):
+        """Two images two billion elements apart, in memory that is only reserved."""
+        shape = Shape(2, 2, 6, 9, 3, 5)
+        tensors = [tensor.half() for tensor in make(shape, torch.float32, device=DEVICE)]
+        tile = FORMS[form][1](shape.n, shape.h, shape.w, [shape.kh, shape.kw], 'half')
+        near = run_form(form, shape, tensors, tile)
+        tensors[0] = apart(tensors[0], 2 ** 31 + 17)
+        assert torch.equal(near, run_form(form, shape, tensors, tile))
+
+    @pytest.mark.skipif(INTERPRETED, reason='test_backends.py has it')
+    @pytest.mark.parametrize('mode', MODES, indirect=True)
+    @pytest.mark.parametrize('layout', LAYOUTS)
+    @pytest.mark.parametrize('name', [*SHAPES, 'k29', 'k7_one_chunk'])
+    def test_public_function(self, name, layout, mode):
+        shape = {**SHAPES, **WIDE}[name]
+        x, weight, bias, grad = make(shape, mode, layout, device=DEVICE)
+        got = with_gradients(
+            lambda *args: depthwise_conv2d(*args, dilation=shape.dilation, backend='triton'), x, weight, bias, grad)
+        plain = with_gradients(lambda *args: plain_conv(*args, shape.dilation), x, weight, bias, grad)
+        exact = with_gradients(
+            lambda *args: plain_conv(*args, shape.dilation),
+            *(tensor.cpu().double() for tensor in (x, weight, bias, grad)))
+        for key, num_terms in terms(shape).items():
+            assert got[key].dtype == mode
+            assert_close(got[key], plain[key], exact[key], num_terms, mode)
+
+    def test_deterministic(self):
+        x, weight, bias, grad = make(WIDE['k7_one_chunk'], torch.float16, device=DEVICE)
+        first, second = (with_gradients(
+            lambda *args: depthwise_conv2d(*args, backend='triton'), x, weight, bias, grad) for _ in range(2))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def apart(tensor, stride):
+    """The same images, ``stride`` elements from each other."""
+    n, c, h, w = tensor.shape
+    size = (n - 1) * stride + c * h * w
+    if DEVICE == 'cpu':
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=torch.float16)
+    else:
+        memory = torch.zeros(size, dtype=torch.float16, device=DEVICE)
+    return memory.as_strided((n, c, h, w), (stride, h * w, w, 1)).copy_(tensor)
+
+
+# --- what runs where ---
+
+
+def test_mode_follows_the_settings_for_convolutions(fp32_precision):
+    assert launch.mode(torch.bfloat16) == launch.mode(torch.float16) == 'half'
+    fp32_precision('tf32')
+    assert launch.mode(torch.float32) == 'tf32'
+    fp32_precision('ieee')
+    assert launch.mode(torch.float32) == 'exact'
+    torch.backends.cudnn.allow_tf32 = True
+    assert launch.mode(torch.float32) == 'tf32'
+
+
+def test_slices_of_images_and_channels_are_not_copied():
+    x = torch.randn(4, 6, 5, 7)
+    for same in (x, x[1:3], x[:, 2:5], x[::2, ::3], x[:, :, 1:4]):
+        assert launch.rows_first(same) is same
+    for other in (x[..., 1:5], x.transpose(2, 3), x[:, :, ::2], x.contiguous(memory_format=torch.channels_last)):
+        assert launch.rows_first(other).is_contiguous()
+
+
+@pytest.mark.parametrize(('height', 'width', 'forward', 'weight_grad'), [
+    (7, 7, 'map_forward', 'map_weight_grad'),
+    (14, 14, 'block_forward', 'map_weight_grad'),
+    (16, 16, 'block_forward', 'block_weight_grad'),     # no room to rotate a row
+    (4, 60, 'block_forward', 'block_weight_grad'),
+    (56, 56, 'block_forward', 'block_weight_grad'),
+])
+def test_forms(height, width, forward, weight_grad):
+    assert tuning.forward_form(height, width) == forward
+    assert tuning.weight_grad_form(height, width) == weight_grad
+
+
+def test_window():
+    """31 wide: 15 columns to each side, from a multiple of 8 on, in chunks of 16; a map of one block has no sides."""
+    assert tuning._window(16, 16, 56, 31) == (16, 3)
+    assert tuning._window(16, 32, 56, 7) == (8, 1)
+    assert tuning._window(32, 32, 28, 29) == (0, 1)
+    assert tuning._window(16, 16, 20, 51) == (16, 3)
+
+
+def test_a_tuned_tile_serves_from_half_its_batch(monkeypatch, tmp_path):
+    entry = dict(kernel='block_forward', mode='half', batch=64, height=56, width=56, kernel_size=[31, 31],
+                 tile=dict(r=8, s=16, tc=16, bp=256, num_warps=8), source='a test')
+    (tmp_path / 'sm_90.json').write_text(json.dumps([entry]))
+    monkeypatch.setattr(tuning, '_CONFIGS', tmp_path)
+    monkeypatch.setattr(tuning, '_capability', lambda device: 90)
+    for cached in (tuning._entries, tuning._tuned):
+        cached.cache_clear()
+
+    def bp(batch, width=56):
+        return tuning.tile('block_forward', torch.empty(batch, 1, 56, width, device='meta'), [31, 31], 'half').bp
+    assert bp(64) == bp(32) == bp(1000) == 256
+    assert bp(31) == bp(64, width=57) == 128
+    for cached in (tuning._entries, tuning._tuned):
+        cached.cache_clear()
+
+
+@pytest.mark.skipif(INTERPRETED, reason='the interpreter runs on the CPU')
+def test_named_where_it_cannot_run():
+    x, weight = torch.ones(1, 2, 4, 4), torch.ones(2, 1, 3, 3)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: it runs on CUDA tensors"):
+        depthwise_conv2d(x, weight, backend='triton')
+    assert 'triton' not in available_backends()
+    with pytest.raises(RuntimeError, match='float16, bfloat16 and float32, got'):
+        depthwise_conv2d(x.double(), weight.double(), backend='triton')
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Asks for the toolchain's fault on a CUDA device of a given capability, as if there were one."""
+    def ask(capability, probe=None):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+        if probe is not None:
+            monkeypatch.setattr(launch, 'probe', probe)
+        return _triton.why_not(torch.device('cuda:0'), torch.float16)
+    _triton._broken_toolchain.cache_clear()
+    yield ask
+    _triton._broken_toolchain.cache_clear()
+
+
+def test_no_compiler(broken, caplog):
+    def probe(device):
+        raise RuntimeError('Failed to find C compiler.')
+    with caplog.at_level(logging.WARNING, logger='smpconv_models'):
+        reasons = {broken((9, 0), probe) for _ in range(3)}
+    assert reasons == {'Triton could not run a kernel: Failed to find C compiler.'}
+    assert len(caplog.records) == 1 and 'Failed to find C compiler.' in caplog.text
+
+
+def test_a_working_toolchain_has_no_reason(broken):
+    assert broken((8, 0), lambda device: None) is None
+
+
+def test_old_gpu(broken):
+    assert broken((7, 5)) == 'it needs compute capability (8, 0), got (7, 5)'
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason='the probe would succeed')
+def test_the_probe_itself_fails_without_a_gpu(broken):
+    assert broken((9, 0)).startswith('Triton could not run a kernel: ')
+
+
+def test_no_device(monkeypatch):
+    _triton._broken_toolchain.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert _triton.why_not(torch.device('cuda'), torch.float16) == 'PyTorch sees no CUDA device'
+    _triton._broken_toolchain.cache_clear()
+
+
+@pytest.mark.parametrize(('size', 'kernel_size', 'dtype', 'reason'), [
+    ((64, 128, 56, 56), (31, 31), torch.bfloat16, None),
+    ((64, 96, 56, 56), (7, 7), torch.float16, None),
+    ((64, 96, 56, 56), (1, 11), torch.float16, None),
+    ((64, 128, 56, 56), (5, 5), torch.bfloat16, 'smaller'),
+    ((1, 96, 14, 14), (27, 27), torch.bfloat16, 'too little'),
+    ((64, 128, 56, 56), (31, 31), torch.float32, 'no tensor cores'),
+])
+def test_where_auto_leaves_it_to_pytorch(fp32_precision, size, kernel_size, dtype, reason):
+    fp32_precision('ieee')
+    said = _triton.why_slower(size, kernel_size, dtype)
+    assert (said is None) if reason is None else (reason in said)

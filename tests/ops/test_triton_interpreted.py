@@ -1,0 +1,24 @@
+"""Runs what needs a device in a process whose Triton interprets: the switch is read when Triton is imported."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
+HERE = Path(__file__).parent
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(('file', 'which'), [
+    ('test_triton.py', 'triton'),
+    ('test_backends.py', 'triton and not k31 and not k51'),     # 17 channels of them take 5 s a case
+])
+def test_under_the_interpreter(file, which):
+    """The kernels' own tests, and of the tests of all backends those of this one."""
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(HERE / file), '-k', which]
+    result = subprocess.run(
+        command, env={**os.environ, 'TRITON_INTERPRET': '1'}, cwd=HERE.parents[1], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert ' passed' in result.stdout

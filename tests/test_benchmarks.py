@@ -1,0 +1,243 @@
+"""benchmarks/depthwise.py: what it measures is what it says, and nothing wrong is timed."""
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import smpconv_models
+
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+TINY = ['--device', 'cpu', '--batch-size', '1', '--rounds', '1']
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a module of benchmarks/ by name, as a script there would."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """The runner sets them for its process."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.conv.fp32_precision
+    yield
+    cudnn.benchmark, cudnn.conv.fp32_precision = before
+
+
+# --- the cases ---
+
+
+def large_depthwise_layers(name):
+    """(channels, height, width, kernel) of every layer that the cases take from a network, and how often."""
+    with torch.device('meta'):
+        network = timm.create_model(name).eval()
+    found = []
+
+    def note(module, args, output):
+        kernel = module.kernel_size if isinstance(module.kernel_size, int) else module.kernel_size[0]
+        found.append((*output.shape[1:], kernel))
+
+    for module in network.modules():
+        is_plain = type(module) is nn.Conv2d and module.groups == module.in_channels and module.stride == (1, 1)
+        if isinstance(module, smpconv_models.SMPDepthwiseConv2d) or (name == 'convnext_tiny' and is_plain):
+            module.register_forward_hook(note)
+    network(torch.empty(1, 3, 224, 224, device='meta'))
+    return Counter(found)
+
+
+@pytest.mark.parametrize('network', ['smpconv_t', 'smpconv_b', 'smpconv_mobile51', 'convnext_tiny'])
+def test_cases_are_the_layers_of_the_networks(load, network):
+    cases = [case for case in load('cases').CASES.values() if case.network == network]
+    assert {(case.channels, case.height, case.width, case.kernel): case.times for case in cases} \
+        == large_depthwise_layers(network)
+
+
+def test_every_network_is_compared_with_the_real_one(load):
+    assert {case.network for case in load('cases').CASES.values()} \
+        == {'smpconv_t', 'smpconv_b', 'smpconv_mobile51', 'convnext_tiny', None}
+
+
+# --- the check ---
+
+
+@pytest.mark.parametrize('layout', ['nchw', 'nhwc'])
+@pytest.mark.parametrize('name', ['plain', 'auto'])
+def test_a_path_keeps_its_layout(load, name, layout):
+    layer = load('layer')
+    inputs = layer.make_inputs(load('cases').Case('tiny', 20, 9, 7, 5), 2, torch.float32, torch.device('cpu'))
+    y, dx, dw = layer.paths([], *inputs)[f'{name}/{layout}']['all']()
+    assert y.shape == dx.shape and dw.shape == inputs[1].shape
+    assert all(tensor.is_contiguous(memory_format=layer.FORMATS[layout]) for tensor in (y, dx))
+    assert not all(tensor.is_contiguous(memory_format=other) for tensor in (y, dx)
+                   for key, other in layer.FORMATS.items() if key != layout)
+
+
+def scaled(x, weight):
+    return smpconv_models.depthwise_conv2d(x, weight * 1.0001)
+
+
+def without_input_gradient(x, weight):
+    return smpconv_models.depthwise_conv2d(x.detach() + 0 * x, weight)
+
+
+def without_weight_gradient(x, weight):
+    return smpconv_models.depthwise_conv2d(x, weight.detach() + 0 * weight)
+
+
+def with_one_nan(x, weight):
+    y = smpconv_models.depthwise_conv2d(x, weight)
+    nan = torch.zeros_like(y)
+    nan[0, 1, 0, 0] = float('nan')  # in a channel that is not compared
+    return y + nan
+
+
+@pytest.mark.parametrize(('wrong', 'result'), [
+    (scaled, 'y'), (without_input_gradient, 'dx'), (without_weight_gradient, 'dw'), (with_one_nan, 'y'),
+])
+@pytest.mark.parametrize('layout', ['nchw', 'nhwc'])
+def test_a_wrong_function_is_found(load, wrong, result, layout):
+    torch.manual_seed(0)
+    layer, check = load('layer'), load('check')
+    case = load('cases').Case('tiny', 20, 9, 7, 5)
+    inputs = layer.make_inputs(case, 2, torch.float32, torch.device('cpu'))
+    paths = layer.paths([], *inputs)
+    assert set(check.check(paths, *inputs)) == {'plain/nchw', 'plain/nhwc', 'auto/nchw', 'auto/nhwc'}
+    x, weight, grad = (tensor.contiguous(memory_format=layer.FORMATS[layout]) for tensor in inputs)
+    paths[f'auto/{layout}'] = layer.functions(wrong, x, weight, grad)
+    with pytest.raises(check.WrongResult, match=f'{result} of auto/{layout} is wrong: relative error .*, limit'):
+        check.check(paths, *inputs)
+
+
+def test_nothing_wrong_is_timed(load, monkeypatch, tmp_path, capsys):
+    op = smpconv_models.depthwise_conv2d
+    monkeypatch.setattr(smpconv_models, 'depthwise_conv2d', lambda x, weight, backend: 2 * op(x, weight))
+    monkeypatch.setattr(load('measure'), 'interleaved', lambda *args: pytest.fail('it was timed'))
+    assert load('depthwise').main(['--cases', 'k5_7', *TINY, '--results', str(tmp_path)]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith('depthwise.py: error: k5_7, float32: y of auto/nchw is wrong: relative error 1.0e+00')
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_differ_in_the_convolution_alone(load):
+    networks = load('training_step').make_networks('meta')
+    ours, plain, other = networks.values()
+    layers = (smpconv_models.SMPDepthwiseConv2d, smpconv_models.DepthwiseConv2d)
+    for network, backend in ((ours, 'auto'), (plain, 'reference')):
+        found = [module.backend for module in network.modules() if isinstance(module, layers)]
+        assert found == [backend] * 28
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    assert not any(isinstance(module, layers) for module in other.modules())
+
+
+# --- the numbers ---
+
+
+@pytest.mark.parametrize(('size', 'kernel', 'products'), [
+    (56, 31, 1051), (28, 29, 859), (14, 27, 196), (7, 13, 49),
+])
+def test_products_of_the_floor(load, size, kernel, products):
+    """Counted apart, block by block, when the form was designed."""
+    assert round(load('floors').products_per_output(size, size, kernel)) == products
+
+
+def test_floors(load):
+    seconds = load('floors').seconds
+    assert seconds(64, 96, 56, 56, 31) == pytest.approx(51e-6, rel=0.02)  # bound by products
+    assert seconds(64, 384, 14, 14, 27) == pytest.approx(4.5e-6, rel=0.02)  # by bytes
+
+
+def row(case, seconds, **changes):
+    return {
+        'case': case.name, 'network': case.network, 'times': case.times, 'batch': 2, 'channels': case.channels,
+        'height': case.height, 'width': case.width, 'kernel': case.kernel, 'dtype': 'float32', 'seconds': {
+            path: dict.fromkeys(('y', 'dx', 'dw', 'all'), value) for path, value in seconds.items()},
+        **changes,
+    }
+
+
+def test_sums_weigh_each_layer(load):
+    cases, report = load('cases').CASES, load('report')
+    seconds = {'plain/nchw': 6., 'plain/nhwc': 4., 'auto/nchw': 2., 'auto/nhwc': 1.}
+    rows = [row(case, seconds) for case in cases.values() if case.network == 'smpconv_t']
+    total, = report.sums([*rows, row(cases['k3_112'], seconds), row(cases['b_56'], seconds)])
+    assert total['seconds']['plain/nchw']['dw'] == 14 * 6
+    assert report.speed_up(total, 'y', 'nhwc') == 4
+    assert report.floor_seconds(total, 'y') > 8 * report.floor_seconds(rows[2], 'y')
+
+
+def test_what_is_slower_is_marked(load):
+    case, report = load('cases').CASES['t_56'], load('report')
+    fast = row(case, {'plain/nchw': 6., 'plain/nhwc': 4., 'auto/nchw': 5., 'auto/nhwc': 4.1})
+    slow = row(case, {'plain/nchw': 6., 'plain/nhwc': 4., 'auto/nchw': 5., 'auto/nhwc': 4.4})
+    fast_line, slow_line = report.verdicts([fast, slow]).splitlines()[1:]
+    assert slow_line.split()[-1] == 'SLOWER' and 'SLOWER' not in fast_line
+    assert fast_line.split()[3:5] == ['1.25', '1.02']
+
+
+def test_cuda_shows_floors_and_named_backends(load):
+    case, report = load('cases').CASES['t_56'], load('report')
+    seconds = {'plain/nchw': 6e-4, 'plain/nhwc': 4e-4, 'auto/nchw': 1e-4, 'auto/nhwc': 2e-4,
+               'triton/nchw': 1e-4, 'triton/nhwc': 2e-4}
+    rows = [row(case, seconds, dtype='bfloat16', batch=64, cuda='13.2')]
+    heading, y, *_ = report.times(rows).splitlines()
+    assert heading.startswith('bfloat16, us') and 'H200 floor' in heading
+    floor, *shares = y.split()[-3:]
+    assert round(float(floor)) == 51 and shares == ['51%', '26%']
+    heading, line = report.verdicts(rows).splitlines()
+    assert 'triton/nchw/better: y, dx, dw, all' in heading and '0.25  0.25  0.25  0.25' in line
+
+
+def test_a_slow_function_drops_out_after_three_rounds(load):
+    calls = Counter()
+    load('measure').interleaved({
+        'slow': lambda: calls.update(['slow'] + 0 * [sum(range(10 ** 5))]),
+        'fast': lambda: calls.update(['fast']),
+    }, rounds=50, seconds=1e-3)
+    assert calls == {'slow': 1 + 3, 'fast': 1 + 50}
+
+
+# --- the command line ---
+
+
+def test_runs_a_case_and_keeps_the_row(tmp_path):
+    command = [sys.executable, BENCHMARKS / 'depthwise.py', '--cases', 'k5_7', *TINY, '--dtypes', 'float32', 'bfloat16',
+               '--backends', 'reference', '--results', tmp_path, '--picture', tmp_path / 'speed.png']
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('k5_7: 1x768x7x7 k5') == 4
+    rows = [json.loads(line) for line in (tmp_path / 'depthwise.jsonl').read_text().splitlines()]
+    assert [row['dtype'] for row in rows] == ['float32', 'bfloat16']
+    for row in rows:
+        assert {'date', 'device', 'torch', 'case', 'batch', 'channels', 'height', 'width', 'kernel'} <= set(row)
+        paths = {f'{name}/{layout}' for name in ('plain', 'auto', 'reference') for layout in ('nchw', 'nhwc')}
+        assert set(row['seconds']) == set(row['errors']) == paths
+        assert all(set(times) == {'y', 'dx', 'dw', 'all'} for times in row['seconds'].values())
+        assert all(value > 0 for times in row['seconds'].values() for value in times.values())
+    assert (tmp_path / 'speed.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['--cases', 'nothing'], "invalid choice: 'nothing' (choose from 't_56', "),
+    (['--device', 'cuda'], 'there is no CUDA device'),
+    (['--device', 'cpu', '--backends', 'nothing'], 'got nothing'),
+    (['--rounds', '0'], 'must be above 0'),
+    (['--results', __file__], '--results'),
+    (['--picture', f'{__file__}/picture.png'], '--picture'),
+    (['--picture', 'picture.nothing'], '--picture'),
+])
+def test_mistakes_are_one_line(load, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        load('depthwise').main(arguments)
+    output = capsys.readouterr()
+    assert (exit.value.code, output.out, output.err.count('\n')) == (2, '', 1)
+    assert message in output.err
