@@ -162,7 +162,7 @@ def test_auto_takes_the_first_available(monkeypatch):
 def test_auto_passes_over_and_says_why(monkeypatch, caplog):
     """The branch that a machine with every backend never takes."""
     from smpconv_models.ops import _backends
-    monkeypatch.setattr(_backends.load('cpu'), 'why_not', lambda device: 'its reason')
+    monkeypatch.setattr(_backends.load('cpu'), 'why_not', lambda device, dtype=None: 'its reason')
     with caplog.at_level(logging.DEBUG, logger='smpconv_models'):
         y = depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
     assert torch.equal(y, torch.ones(1, 1, 2, 2))
