@@ -18,10 +18,11 @@ lint: $(VENV)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-# the depthwise operation beside PyTorch's, and what drawing the kernels costs; appends to benchmarks/results/
+# the depthwise operation beside PyTorch's, and what drawing the kernels costs; appends to benchmarks/results/.
+# Threads wait as they do for users: nothing else should run.
 bench: $(VENV)/demo
-	$(RUN) benchmarks/depthwise.py
-	$(RUN) benchmarks/models.py
+	env -u OMP_WAIT_POLICY $(RUN) benchmarks/depthwise.py
+	env -u OMP_WAIT_POLICY $(RUN) benchmarks/models.py
 
 # timm's own model tests, over this package's models
 timm-suite: $(VENV)/test

@@ -2,12 +2,12 @@
 
 A backend is a module of this package, imported when it is first asked, with ``forward``, ``weight_grad`` and two
 checks that answer None or a reason, as the end of a sentence: ``why_not(device, dtype)`` where it can't run, and
-``why_slower(size, kernel_size, dtype)`` where the next in the order is faster, which only ``auto`` asks.
+``why_slower(call)`` where plain ``conv2d`` is faster, which only ``auto`` asks.
 """
 import importlib
 import logging
 from types import ModuleType
-from typing import Sequence, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,22 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {AUTO_ORDER}, got {name!r}")
 
 
-def select(name: str, input: Tensor, kernel_size: Sequence[int]) -> ModuleType:
+class Call(NamedTuple):
+    """What a choice depends on."""
+    size: Sequence[int]
+    dtype: torch.dtype
+    kernel_size: Sequence[int]
+    dilation: Sequence[int]
+    trains_weight: bool
+
+
+def select(
+        name: str,
+        input: Tensor,
+        kernel_size: Sequence[int],
+        dilation: Sequence[int],
+        trains_weight: bool = True,
+) -> ModuleType:
     """The backend to run on ``input``: the one named, or for 'auto' the first that can and is not slower.
 
     Raises:
@@ -41,9 +56,10 @@ def select(name: str, input: Tensor, kernel_size: Sequence[int]) -> ModuleType:
         if reason is not None:
             raise RuntimeError(f'backend {name!r} cannot run here: {reason}')
         return backend
+    call = Call(input.shape, input.dtype, kernel_size, dilation, trains_weight)
     for candidate in AUTO_ORDER:
         backend = load(candidate)
-        reason = backend.why_not(input.device, input.dtype) or backend.why_slower(input.shape, kernel_size, input.dtype)
+        reason = backend.why_not(input.device, input.dtype) or backend.why_slower(call)
         if reason is None:
             return backend
         _logger.debug('backend %r passed over: %s', candidate, reason)

@@ -8,13 +8,15 @@ Two operators close the algebra, so that gradients of any order exist:
 Results keep the input's layout: channels_last where the input is, else contiguous.
 """
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _backends
+from . import _backends, _reference
 
 
 def depthwise_conv2d(
@@ -24,10 +26,12 @@ def depthwise_conv2d(
         dilation: List[int],
         backend: str,
 ) -> Tensor:
-    """Autocasts as ``conv2d`` does, then calls the operator."""
-    device_type = input.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    """Autocasts as ``conv2d`` does, then calls the operator, or the backend itself where the operator adds nothing.
+
+    The operator's own time, some 50 microseconds, is that of a small layer.
+    """
+    if _is_autocast(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     if not input.dtype == weight.dtype == (weight.dtype if bias is None else bias.dtype):
@@ -35,7 +39,38 @@ def depthwise_conv2d(
             f'input, weight and bias must have one dtype, got {input.dtype}, {weight.dtype} and '
             f'{None if bias is None else bias.dtype}'
         )
+    if not torch.compiler.is_compiling():
+        trains_weight = torch.is_grad_enabled() and weight.requires_grad
+        chosen = _backends.select(backend, input, weight.shape[2:], dilation, trains_weight)
+        if chosen is _reference or not _is_watched(input, weight, bias):
+            return _run(chosen, input, weight, bias, dilation)
     return _conv(input, weight, bias, dilation, backend)
+
+
+def _is_watched(*tensors: Optional[Tensor]) -> bool:
+    """Whether autograd, a dispatch mode or a tensor's own type wants to see the operator."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        is_in_torch_dispatch_mode()
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given)
+    )
+
+
+def _run(
+        chosen: ModuleType,
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        dilation: List[int],
+) -> Tensor:
+    with _without_autocast(input.device.type):
+        output = chosen.forward(input, weight, bias, dilation)
+    return output.contiguous(memory_format=_layout(input))
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,9 +79,7 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
     """The operands have their dtype by now; a backward pass within autocast must not lower it again."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if _is_autocast(device_type) else nullcontext()
 
 
 def _layout(input: Tensor) -> torch.memory_format:
@@ -56,22 +89,21 @@ def _layout(input: Tensor) -> torch.memory_format:
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d', mutates_args=())
 def _conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
-    with _without_autocast(input.device.type):
-        output = _backends.select(backend, input, weight.shape[2:]).forward(input, weight, bias, dilation)
-    return output.contiguous(memory_format=_layout(input))
+    return _run(_backends.select(backend, input, weight.shape[2:], dilation), input, weight, bias, dilation)
 
 
 @_conv.register_fake
 def _(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
     if backend != 'auto':
-        _backends.select(backend, input, weight.shape[2:])  # one that can't run raises on meta tensors too
+        _backends.select(backend, input, weight.shape[2:], dilation)  # one that can't run raises on meta tensors too
     return input.new_empty(input.shape).contiguous(memory_format=_layout(input))
 
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d_weight_grad', mutates_args=())
 def _weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str) -> Tensor:
     with _without_autocast(input.device.type):
-        weight_grad = _backends.select(backend, input, kernel_size).weight_grad(grad, input, kernel_size, dilation)
+        chosen = _backends.select(backend, input, kernel_size, dilation)
+        weight_grad = chosen.weight_grad(grad, input, kernel_size, dilation)
     return weight_grad.contiguous()
 
 

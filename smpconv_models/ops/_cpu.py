@@ -6,7 +6,7 @@ NCHW depthwise kernels of more than 13 elements a side fall to a slow loop (28x2
 faster of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
 convolution it takes 13 ms.
 """
-from typing import List, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,10 @@ _LARGEST_FAST_NCHW_KERNEL = 13
 # 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms.
 _LARGEST_FAST_WEIGHT_GRAD_KERNEL = 3
 
-# What is folded at a time should stay in the cache: 56x56, 96 channels, 31x31: 2 images 31 ms, all 8 65 ms; a map of
-# 200x304, 16 channels 55 ms, all 96 186 ms. The kernels take 16 channels a vector.
-_CACHED_BYTES = 13 * 2 ** 18
-_LEAST_FOLDED_CHANNELS = 16
+# What is folded at a time should stay in the cache: 31x31 on 56x56 costs 18 us a folded channel with 32 of them, 29 with
+# 192, 34 with 768; 29x29 on 28x28 3.9 us with 192, 5.8 with 768. The kernels take 16 channels a vector.
+_CACHED_BYTES = 2 ** 20
+_CHANNELS_A_VECTOR = 16
 
 # Dilated by 2, 28x28, 192 channels: 13x13 65 ms, and 4 ms as four maps of 14x14; 5x5 1.4 ms, and 9 ms so.
 _LARGEST_FAST_DILATED_KERNEL = 5
@@ -62,21 +62,28 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
         grad, input = _phases.split(grad, dilation), _phases.split(input, dilation)
     if input.numel() == 0:
         return input.new_zeros(channels, 1, kh, kw)
-    at_once = max(_LEAST_FOLDED_CHANNELS, _CACHED_BYTES // (input[0, 0].numel() * input.itemsize))
+    map_bytes = input[0, 0].numel() * input.itemsize
+    at_once = _even_part(channels, _CACHED_BYTES // map_bytes, _CHANNELS_A_VECTOR)
+    images = _even_part(len(input), _CACHED_BYTES // (map_bytes * channels), 1)
     return torch.cat([
-        _folded_weight_grad(some_grad, some_input, kernel_size, max(1, at_once // channels))
+        _folded_weight_grad(some_grad, some_input, kernel_size, images)
         for some_grad, some_input in zip(grad.split(at_once, 1), input.split(at_once, 1))
     ])
 
 
+def _even_part(total: int, most: int, multiple: int) -> int:
+    """The size of the fewest equal parts of ``total`` that are about ``most``, a multiple of ``multiple``."""
+    parts = -(-total // max(most, multiple))
+    return -(-total // (parts * multiple)) * multiple
+
+
 def _folded_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], images: int) -> Tensor:
-    """Folds about ``images`` at a time."""
+    """Folds ``images`` at a time."""
     h, w = input.shape[2:]
     kh, kw = kernel_size
     in_nchw = max(h, w) <= _LARGEST_FAST_NCHW_KERNEL and kh <= h and kw <= w
     folded = _folded_nchw if in_nchw else _folded_channels_last
-    pieces = -(-input.shape[0] // images)
-    sums = [folded(*some, kernel_size) for some in zip(grad.chunk(pieces), input.chunk(pieces))]
+    sums = [folded(*some, kernel_size) for some in zip(grad.split(images), input.split(images))]
     return torch.stack(sums).sum(0).to(input.dtype)[:, None]
 
 
@@ -101,7 +108,7 @@ def _folded_channels_last(grad: Tensor, input: Tensor, kernel_size: List[int]) -
 def _channels_last(input: Tensor) -> Tensor:
     """channels_last with the strides by which oneDNN knows it: those of sizes of 1 may be any to PyTorch."""
     input = input.contiguous(memory_format=torch.channels_last)
-    n, c, h, w = input.shape
+    c, h, w = input.shape[1:]
     return input.as_strided(input.shape, (c * h * w, 1, w * c, c))
 
 
@@ -109,7 +116,13 @@ def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Option
     return None if device.type == 'cpu' else f'it runs on CPU tensors, got {device}'
 
 
-def why_slower(size: Sequence[int], kernel_size: Sequence[int], dtype: torch.dtype) -> Optional[str]:
+def why_slower(call: Any) -> Optional[str]:
+    """Where the work would be conv2d's own anyway, calling it straight saves the operator's overhead."""
+    largest = max(call.kernel_size)
+    if max(call.dilation) > 1 and largest > _LARGEST_FAST_DILATED_KERNEL:
+        return None
+    if largest <= (_LARGEST_FAST_WEIGHT_GRAD_KERNEL if call.trains_weight else _LARGEST_FAST_NCHW_KERNEL):
+        return 'its kernels are conv2d\'s for so small a kernel'
     return None
 
 

@@ -155,8 +155,19 @@ def test_auto_takes_the_first_available(monkeypatch):
     cpu = _backends.load('cpu')
     forward = cpu.forward
     monkeypatch.setattr(cpu, 'forward', lambda *args: taken.append('cpu') or forward(*args))
-    depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
+    depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 15, 15))
     assert taken == ['cpu']
+
+
+@pytest.mark.parametrize(('kernel_size', 'dilation', 'trains_weight', 'expected'), [
+    (3, 1, True, 'reference'), (5, 1, True, 'cpu'),
+    (13, 1, False, 'reference'), (15, 1, False, 'cpu'), (13, 2, False, 'cpu'),
+])
+def test_auto_leaves_small_kernels_to_conv2d(kernel_size, dilation, trains_weight, expected):
+    """Where the CPU backend would call the very same kernels."""
+    from smpconv_models.ops import _backends
+    chosen = _backends.select('auto', torch.ones(1, 1, 2, 2), [kernel_size] * 2, [dilation] * 2, trains_weight)
+    assert chosen is _backends.load(expected)
 
 
 def test_auto_passes_over_and_says_why(monkeypatch, caplog):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from grid import LAYOUTS, SHAPES, Shape, assert_as_exact_as, make, plain_conv, terms, with_gradients
 
-from smpconv_models.ops import _triton, available_backends, depthwise_conv2d
+from smpconv_models.ops import _backends, _triton, available_backends, depthwise_conv2d
 
 pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
 from smpconv_models.ops._triton import launch, tuning
@@ -318,5 +318,5 @@ def test_no_device(monkeypatch):
 ])
 def test_where_auto_leaves_it_to_pytorch(fp32_precision, size, kernel_size, dtype, reason):
     fp32_precision('ieee')
-    said = _triton.why_slower(size, kernel_size, dtype)
+    said = _triton.why_slower(_backends.Call(size, dtype, kernel_size, (1, 1), trains_weight=True))
     assert (said is None) if reason is None else (reason in said)

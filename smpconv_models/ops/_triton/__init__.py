@@ -1,9 +1,10 @@
 """The GPU path: matrix products on tensor cores, compiled by Triton at the first call. See kernels.py."""
 import functools
 import logging
+import math
 import os
 import subprocess
-from typing import List, Optional, Sequence
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
@@ -49,14 +50,13 @@ def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Option
     return _broken_toolchain(device)
 
 
-def why_slower(size: Sequence[int], kernel_size: Sequence[int], dtype: torch.dtype) -> Optional[str]:
-    if max(kernel_size) < _LEAST_KERNEL:
+def why_slower(call: Any) -> Optional[str]:
+    if max(call.kernel_size) < _LEAST_KERNEL:
         return f'the kernel is smaller than {_LEAST_KERNEL}'
-    n, c, h, w = size
-    if n * c * h * w * kernel_size[0] * kernel_size[1] < _LEAST_PRODUCTS:
+    if math.prod(call.size) * math.prod(call.kernel_size) < _LEAST_PRODUCTS:
         return 'there is too little to compute'
     from . import launch
-    if launch.mode(dtype) == 'exact':
+    if launch.mode(call.dtype) == 'exact':
         return 'exact float32 products have no tensor cores'
     return None
 
