@@ -21,8 +21,8 @@ _LARGEST_FAST_NCHW_KERNEL = 13
 # 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms.
 _LARGEST_FAST_WEIGHT_GRAD_KERNEL = 3
 
-# What is folded at a time should stay in the cache: 31x31 on 56x56 costs 18 us a folded channel with 32 of them, 29 with
-# 192, 34 with 768; 29x29 on 28x28 3.9 us with 192, 5.8 with 768. The kernels take 16 channels a vector.
+# What is folded at a time should stay in the cache: 31x31 on 56x56 costs 18 us a folded channel with 32 of them, 29
+# with 192, 34 with 768; 29x29 on 28x28 3.9 us with 192, 5.8 with 768. The kernels take 16 channels a vector.
 _CACHED_BYTES = 2 ** 20
 _CHANNELS_A_VECTOR = 16
 
