@@ -17,6 +17,7 @@ import ahead_of_time
 import pytest
 import torch
 import triton
+
 from smpconv_models.ops._triton import launch, tuning
 
 BATCH = 64
@@ -78,11 +79,10 @@ def predict(launched):
 
 def mix(built):
     """Instructions of one step, by kind."""
-    kinds = {'products': ahead_of_time.PRODUCT, 'copies': r'LDGSTS', 'loads': r'LDG\b', 'shared': r'(LDS|STS|LDSM|STSM)'}
+    kinds = {'products': ahead_of_time.PRODUCT.pattern, 'copies': r'(@\S+ )?LDGSTS', 'loads': r'(@\S+ )?LDG\b',
+             'shared': r'(@\S+ )?(LDS|STS|LDSM|STSM)\b'}
     counted = {
-        kind: sum(bool(re.match(rf'(@\S+ )?{getattr(pattern, "pattern", pattern)}', line)) for line in built.loop)
-        for kind, pattern in kinds.items()
-    }
+        kind: sum(bool(re.match(pattern, line)) for line in built.loop) for kind, pattern in kinds.items()}
     return ', '.join(f'{count} {kind}' for kind, count in counted.items() if count)
 
 
@@ -117,7 +117,8 @@ def main():
     print('\n| kernel | map | registers | shared memory | instructions | in a step | of them |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
     for (name, size), built in builds.items():
-        print(f'| {name} | {size} | {built.registers} | {built.shared} | {built.total} | {len(built.loop)} | {mix(built)} |')
+        cells = (name, size, built.registers, built.shared, built.total, len(built.loop), mix(built))
+        print(f'| {" | ".join(map(str, cells))} |')
 
 
 if __name__ == '__main__':
