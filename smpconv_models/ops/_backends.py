@@ -4,6 +4,7 @@ A backend is a module of this package, imported when it is first asked, with ``f
 checks that answer None or a reason, as the end of a sentence: ``why_not(device, dtype)`` where it can't run, and
 ``why_slower(call)`` where plain ``conv2d`` is faster, which only ``auto`` asks.
 """
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -57,13 +58,21 @@ def select(
             raise RuntimeError(f'backend {name!r} cannot run here: {reason}')
         return backend
     call = Call(input.shape, input.dtype, kernel_size, dilation, trains_weight)
-    for candidate in AUTO_ORDER:
-        backend = load(candidate)
-        reason = backend.why_not(input.device, input.dtype) or backend.why_slower(call)
+    return next(backend for backend in _runnable(input.device, input.dtype) if backend.why_slower(call) is None)
+
+
+@functools.cache  # asked at every call, it would be a tenth of a small layer
+def _runnable(device: torch.device, dtype: torch.dtype) -> Tuple[ModuleType, ...]:
+    """The backends that can run, in order. Says once why others can't."""
+    found = []
+    for name in AUTO_ORDER:
+        backend = load(name)
+        reason = backend.why_not(device, dtype)
         if reason is None:
-            return backend
-        _logger.debug('backend %r passed over: %s', candidate, reason)
-    raise AssertionError('the reference backend runs everywhere')
+            found.append(backend)
+        else:
+            _logger.debug('backend %r passed over for %s on %s: %s', name, dtype, device, reason)
+    return tuple(found)
 
 
 def available(device: torch.device) -> Tuple[str, ...]:

@@ -32,16 +32,18 @@ def depthwise_conv2d(
         weight: ``(C, 1, kh, kw)``, odd kernel height and width.
         bias: ``(C,)`` or None.
         dilation: Spacing between kernel elements in pixels, one number or (height, width).
-        backend: 'auto' takes the fastest that can run on the input's device, in the order of
-            :func:`available_backends`; a name takes that one or raises, it never falls back.
+        backend: 'auto' takes the first of :func:`available_backends` that isn't slower than plain ``conv2d``, which
+            small kernels and small layers are left to; a name takes that one or raises, it never falls back.
 
     Raises:
         ValueError: Shapes, dtypes, devices, dilation or the backend's name don't fit.
-        RuntimeError: The named backend can't run on this device.
+        RuntimeError: The named backend can't run on this device, or there is no memory left.
 
     Numerics:
-        Accumulates in float32 for half precision as oneDNN and cuDNN do, in the input's dtype otherwise. On the CPU
-        the results are deterministic for a fixed number of threads.
+        Accumulates in float32 for half precision, in the input's dtype otherwise. 'cpu' and 'triton' are deterministic,
+        'cpu' for a fixed number of threads; 'reference' is as deterministic as PyTorch is set to be. float32 on CUDA
+        follows ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones.
+        'triton' multiplies zeros too: an infinite or NaN element reaches outputs beyond the kernel, of its own map.
     """
     return _depthwise_conv2d(input, weight, bias, dilation, backend)
 

@@ -190,6 +190,14 @@ def test_a_named_backend_never_falls_back():
         depthwise_conv2d(x, weight, backend='cpu')
 
 
+def test_out_of_memory_is_pytorchs_own_error():
+    """And the process goes on."""
+    x, weight = torch.zeros(1).expand(2 ** 20, 2 ** 20, 32, 32), torch.zeros(1).expand(2 ** 20, 1, 15, 15)
+    with pytest.raises(RuntimeError, match='alloc'):
+        depthwise_conv2d(x, weight)
+    assert depthwise_conv2d(x[:1, :3], weight[:3]).shape == (1, 3, 32, 32)
+
+
 FEW_CHANNELS = """
 import torch
 from smpconv_models.ops import depthwise_conv2d

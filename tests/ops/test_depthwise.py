@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from grid import LAYOUTS, lay_out, plain_conv
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from smpconv_models.ops import available_backends, depthwise_conv2d
+
+KERNEL_SIZES = (3, 15)      # the first is left to conv2d
 
 
 class Conv(nn.Module):
@@ -111,18 +114,22 @@ def test_strict_export_is_plain_aten():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('given', [torch.float32, torch.float64, torch.bfloat16])
-def test_autocast_takes_the_dtype_that_conv2d_takes(given, dtype):
+@pytest.mark.parametrize('kernel_size', KERNEL_SIZES)
+def test_autocast_takes_the_dtype_that_conv2d_takes(given, dtype, kernel_size):
     x = torch.randn(1, 2, 5, 6, dtype=given, requires_grad=True)
-    weight, bias = torch.randn(2, 1, 3, 3, dtype=given), torch.ones(2, dtype=given)
+    weight, bias = torch.randn(2, 1, kernel_size, kernel_size, dtype=given), torch.ones(2, dtype=given)
     with torch.autocast('cpu', dtype):
         y, expected = depthwise_conv2d(x, weight, bias), plain_conv(x, weight, bias, 1)
+        with torch.no_grad():
+            assert torch.equal(depthwise_conv2d(x, weight, bias), y)
     assert y.dtype == expected.dtype
     assert torch.autograd.grad(y.sum(), x)[0].dtype == given
     torch.testing.assert_close(y, expected)
 
 
-def test_autocast_takes_mixed_dtypes_and_can_be_left():
-    x, weight = torch.randn(1, 2, 5, 6, dtype=torch.bfloat16), torch.randn(2, 1, 3, 3)
+@pytest.mark.parametrize('kernel_size', KERNEL_SIZES)
+def test_autocast_takes_mixed_dtypes_and_can_be_left(kernel_size):
+    x, weight = torch.randn(1, 2, 5, 6, dtype=torch.bfloat16), torch.randn(2, 1, kernel_size, kernel_size)
     with torch.autocast('cpu', torch.bfloat16):
         assert depthwise_conv2d(x, weight).dtype == torch.bfloat16
         with torch.autocast('cpu', enabled=False):
@@ -142,9 +149,10 @@ def test_backward_within_autocast_keeps_float32():
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_meta(layout):
+@pytest.mark.parametrize('kernel_size', KERNEL_SIZES)
+def test_meta(layout, kernel_size):
     x = lay_out(torch.randn(2, 3, 6, 5, dtype=torch.float16), layout).to('meta').requires_grad_()
-    weight = torch.empty(3, 1, 7, 7, device='meta', dtype=torch.float16, requires_grad=True)
+    weight = torch.empty(3, 1, kernel_size, kernel_size, device='meta', dtype=torch.float16, requires_grad=True)
     y = depthwise_conv2d(x, weight)
     assert (y.device.type, y.dtype, y.shape) == ('meta', torch.float16, x.shape)
     assert y.is_contiguous(memory_format=torch.channels_last) == (layout == 'channels_last')
@@ -164,6 +172,23 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * plain_counter.get_total_flops()
+
+
+def test_flops_are_counted_without_gradients():
+    """Calls that autograd doesn't watch skip the operator, but not where a counter does."""
+    x, weight = torch.randn(2, 3, 6, 5), torch.randn(3, 1, 15, 15)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        depthwise_conv2d(x, weight)
+    counted = counter.get_flop_counts()['Global']
+    assert counted == {torch.ops.smpconv_models.depthwise_conv2d: 2 * 2 * 3 * 6 * 5 * 15 * 15}
+
+
+def test_subclasses_see_the_operator():
+    """FakeTensor is one that has no data to compute with."""
+    with FakeTensorMode() as mode:
+        x, weight = torch.empty(2, 3, 6, 5), torch.empty(3, 1, 15, 15)
+    assert mode is x.fake_mode
+    assert type(depthwise_conv2d(x, weight)) is FakeTensor
 
 
 def test_functional_call():

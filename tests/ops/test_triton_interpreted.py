@@ -13,10 +13,11 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(('file', 'which'), [
     ('test_triton.py', 'triton'),
+    ('test_depthwise.py', 'triton'),
     ('test_backends.py', 'triton and not k31 and not k51'),     # 17 channels of them take 5 s a case
 ])
 def test_under_the_interpreter(file, which):
-    """The kernels' own tests, and of the tests of all backends those of this one."""
+    """The kernels' own tests, and of the tests of all backends those that are this one's."""
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(HERE / file), '-k', which]
     result = subprocess.run(
         command, env={**os.environ, 'TRITON_INTERPRET': '1'}, cwd=HERE.parents[1], capture_output=True, text=True)
