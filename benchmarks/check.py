@@ -12,7 +12,7 @@ LOOSEST = 0.05  # a larger relative error is another meaning, whatever the preci
 Errors = Dict[str, float]  # by result
 
 
-class WrongResult(Exception):
+class WrongResultError(Exception):
     """A function that was to be timed computes something else."""
 
 
@@ -23,7 +23,7 @@ def check(paths: Dict[str, Functions], x: Tensor, weight: Tensor, grad: Tensor) 
     depthwise convolution are independent. The functions do all of theirs, and every element must be finite.
 
     Raises:
-        WrongResult: An error is above its limit, or NaN.
+        WrongResultError: An error is above its limit, or NaN.
     """
     channels = torch.linspace(0, len(weight) - 1, min(CHANNELS, len(weight)), device=x.device).round().long()
     exact = _exact(x[:, channels].double(), weight[channels].double(), grad[:, channels].double())
@@ -37,7 +37,7 @@ def check(paths: Dict[str, Functions], x: Tensor, weight: Tensor, grad: Tensor) 
                 given = tensor.detach().index_select(0 if result == 'dw' else 1, channels).double()
                 error = relative_error(given, exact[result]) if tensor.isfinite().all() else math.nan
                 if not error <= limits[result]:  # NaN is not
-                    raise WrongResult(
+                    raise WrongResultError(
                         f'{result} of {path} is wrong: relative error {error:.1e}, limit {limits[result]:.1e}')
                 errors[path][result] = max(errors[path][result], error)
     return errors

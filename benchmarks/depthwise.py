@@ -108,7 +108,7 @@ def measure_layer(case: Case, dtype: str, args: argparse.Namespace) -> Dict[str,
     """A row: errors and seconds of every path.
 
     Raises:
-        WrongResult: Nothing was timed.
+        WrongResultError: Nothing was timed.
     """
     batch = case.batch or args.batch_size
     inputs = layer.make_inputs(case, batch, DTYPES[dtype], torch.device(args.device))
@@ -137,8 +137,8 @@ def run(args: argparse.Namespace) -> None:
     for name, dtype in tqdm(layers, desc='layers', disable=None):
         try:
             row = measure_layer(CASES[name], dtype, args)
-        except check.WrongResult as error:
-            raise check.WrongResult(f'{name}, {dtype}: {error}') from error
+        except check.WrongResultError as error:
+            raise check.WrongResultError(f'{name}, {dtype}: {error}') from error
         rows.append(measure.append(args.results / 'depthwise.jsonl', row, args.device))
         tqdm.write(report.times(rows[-1:]))
     summarize(rows, args)
@@ -162,7 +162,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
     try:
         run(args)
-    except check.WrongResult as error:
+    except check.WrongResultError as error:
         print(f'depthwise.py: error: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

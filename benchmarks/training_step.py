@@ -9,7 +9,7 @@ import measure
 import timm
 import torch
 import torch.nn.functional as F
-from check import WrongResult, relative_error
+from check import WrongResultError, relative_error
 from torch import Tensor, nn
 
 import smpconv_models
@@ -22,7 +22,7 @@ def run(batch: int, device: torch.device, rounds: int, seconds: float) -> Dict[s
     """A row: the seconds of each network's step.
 
     Raises:
-        WrongResult: Our gradients are further from float64's than twice plain convolutions' are.
+        WrongResultError: Our gradients are further from float64's than twice plain convolutions' are.
     """
     networks = make_networks(device)
     check_gradients(networks, device)
@@ -68,7 +68,8 @@ def check_gradients(networks: Dict[str, nn.Module], device: torch.device) -> Non
     ours, plain = (
         relative_error(_gradients(networks[name], images, labels).double(), exact) for name in (OURS, PLAIN))
     if not ours <= 2 * plain:  # NaN is not
-        raise WrongResult(f'gradients of {OURS} are wrong: relative error {ours:.1e}, with plain conv2d {plain:.1e}')
+        raise WrongResultError(
+            f'gradients of {OURS} are wrong: relative error {ours:.1e}, with plain conv2d {plain:.1e}')
 
 
 def _gradients(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

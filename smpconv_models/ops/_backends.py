@@ -48,6 +48,8 @@ def select(
 ) -> ModuleType:
     """The backend to run on ``input``: the one named, or for 'auto' the first that can and is not slower.
 
+    Within the operator the weight counts as trained: where it isn't, the operator was skipped, or nothing is lost.
+
     Raises:
         RuntimeError: The backend was named and can't run there; a named backend never falls back.
     """

@@ -13,7 +13,6 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _backends, _reference
@@ -51,7 +50,7 @@ def _is_watched(*tensors: Optional[Tensor]) -> bool:
     """Whether autograd, a dispatch mode or a tensor's own type wants to see the operator."""
     given = [tensor for tensor in tensors if tensor is not None]
     return (
-        is_in_torch_dispatch_mode()
+        torch._C._len_torch_dispatch_stack() > 0
         or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given)
     )

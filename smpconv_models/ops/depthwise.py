@@ -32,18 +32,22 @@ def depthwise_conv2d(
         weight: ``(C, 1, kh, kw)``, odd kernel height and width.
         bias: ``(C,)`` or None.
         dilation: Spacing between kernel elements in pixels, one number or (height, width).
-        backend: 'auto' takes the first of :func:`available_backends` that isn't slower than plain ``conv2d``, which
-            small kernels and small layers are left to; a name takes that one or raises, it never falls back.
+        backend: 'auto' takes the first of :func:`available_backends` that is expected to be faster than plain
+            ``conv2d``, which small kernels and small layers are left to, with some 10 microseconds of Python before
+            it; a name takes that one or raises, it never falls back.
 
     Raises:
         ValueError: Shapes, dtypes, devices, dilation or the backend's name don't fit.
         RuntimeError: The named backend can't run on this device, or there is no memory left.
 
     Numerics:
-        Accumulates in float32 for half precision, in the input's dtype otherwise. 'cpu' and 'triton' are deterministic,
-        'cpu' for a fixed number of threads; 'reference' is as deterministic as PyTorch is set to be. float32 on CUDA
-        follows ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones.
-        'triton' multiplies zeros too: an infinite or NaN element reaches outputs beyond the kernel, of its own map.
+        'cpu' and 'triton' accumulate in float32 for half precision and in the input's dtype otherwise; in the weight
+        gradient 'cpu' rounds each image's share to half precision first. 'reference' is PyTorch's, which on CPUs may
+        accumulate float16 in float16. 'cpu' and 'triton' are deterministic, 'cpu' for a fixed number of threads;
+        'reference' is as deterministic as PyTorch is set to be. float32 on CUDA follows
+        ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton'
+        multiplies zeros too: an infinite or NaN element reaches outputs beyond the kernel, of its own map (or, in the
+        weight and in the weight gradient, of its own channel).
     """
     return _depthwise_conv2d(input, weight, bias, dilation, backend)
 
@@ -100,6 +104,8 @@ def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: list
         raise ValueError(f'weight must have shape ({channels}, 1, kh, kw), got {tuple(weight.shape)}')
     if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
         raise ValueError(f'kernel height and width must be odd, got {tuple(weight.shape[2:])}')
+    if channels == 0:
+        raise ValueError(f'input must have at least one channel, got shape {tuple(input.shape)}')
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f'bias must have shape ({channels},), got {tuple(bias.shape)}')
     if min(dilation) < 1:

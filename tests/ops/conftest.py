@@ -10,6 +10,18 @@ def poisoned_and_seeded(poison):
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fp32_precision():
+    """Sets PyTorch's precision of float32 convolutions for the time of a test."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+
+    def set_to(precision):
+        conv.fp32_precision = precision
+    yield set_to
+    conv.fp32_precision = before
+
+
 @pytest.fixture(autouse=True)
 def no_choice_remembered():
     _backends._runnable.cache_clear()

@@ -1,4 +1,5 @@
 """Every backend against float64, over one grid; and the layout, emptiness and choice of what it returns."""
+import functools
 import logging
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 import torch
 from grid import DTYPES, LAYOUTS, SHAPES, assert_as_exact_as, make, plain_conv, terms, with_gradients
 
-from smpconv_models.ops import _triton, available_backends, depthwise_conv2d
+from smpconv_models.ops import _backends, _triton, available_backends, depthwise_conv2d
 
 BACKENDS = ('auto', *available_backends())      # under Triton's interpreter, Triton too: see test_triton_interpreted.py
 IN_FLOAT64 = tuple(name for name in BACKENDS if name != 'triton')
@@ -150,7 +151,6 @@ def test_available_backends():
 
 
 def test_auto_takes_the_first_available(monkeypatch):
-    from smpconv_models.ops import _backends
     taken = []
     cpu = _backends.load('cpu')
     forward = cpu.forward
@@ -165,14 +165,12 @@ def test_auto_takes_the_first_available(monkeypatch):
 ])
 def test_auto_leaves_small_kernels_to_conv2d(kernel_size, dilation, trains_weight, expected):
     """Where the CPU backend would call the very same kernels."""
-    from smpconv_models.ops import _backends
     chosen = _backends.select('auto', torch.ones(1, 1, 2, 2), [kernel_size] * 2, [dilation] * 2, trains_weight)
     assert chosen is _backends.load(expected)
 
 
 def test_auto_passes_over_and_says_why(monkeypatch, caplog):
     """The branch that a machine with every backend never takes."""
-    from smpconv_models.ops import _backends
     monkeypatch.setattr(_backends.load('cpu'), 'why_not', lambda device, dtype=None: 'its reason')
     with caplog.at_level(logging.DEBUG, logger='smpconv_models'):
         y = depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
@@ -188,6 +186,58 @@ def test_a_named_backend_never_falls_back():
     x, weight = torch.empty(1, 2, 4, 4, device='meta'), torch.empty(2, 1, 3, 3, device='meta')
     with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run here: .*meta"):
         depthwise_conv2d(x, weight, backend='cpu')
+
+
+@pytest.mark.parametrize('limits', [
+    dict(_CACHED_BYTES=1),                                              # an image and a vector of channels at a time
+    dict(_MOST_PLAN_BYTES=0),
+    dict(_MOST_PLAN_BYTES=0, _MOST_PLAN_BYTES_WITH_HALO=0, _CACHED_BYTES=5000),
+], ids=str)
+@pytest.mark.parametrize('name', ['k5_odd_map', 'k13_map_below_kernel', 'k31', 'rectangular', 'dilated', 'one_pixel'])
+def test_cpu_weight_gradient_in_parts_and_with_halos(monkeypatch, name, limits):
+    """What large maps and batches take."""
+    cpu = _backends.load('cpu')
+    for constant, value in limits.items():
+        monkeypatch.setattr(cpu, constant, value)
+    for layout in LAYOUTS:
+        check(functools.partial(depthwise_conv2d, backend='cpu'), torch.float32, layout, name)
+
+
+MEMORY = """
+import sys, threading, time, torch
+from smpconv_models import depthwise_conv2d
+
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * 4096
+
+def watch():
+    global peak
+    while running:
+        peak = max(peak, resident())
+        time.sleep(0.001)
+
+x = torch.randn(2, 64, 120, 200).contiguous(memory_format=getattr(torch, sys.argv[1]))
+weight = torch.randn(64, 1, 31, 31, requires_grad=True)
+torch.autograd.grad(depthwise_conv2d(x[:1, :, :20, :20], weight).sum(), weight)     # what PyTorch loads, loaded
+x.requires_grad_()
+running, peak, before = True, 0, resident()
+thread = threading.Thread(target=watch)
+thread.start()
+y = depthwise_conv2d(x, weight)
+torch.autograd.grad(y, (x, weight), y.detach())
+running = False
+thread.join()
+print((peak - before) / (x.numel() * 4))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+@pytest.mark.parametrize('memory_format', ['contiguous_format', 'channels_last'])
+def test_memory_is_a_few_times_the_inputs(memory_format):
+    """Results take two of them, a copy in another layout one, and oneDNN's plans some; once it was hundreds."""
+    command = [sys.executable, '-c', MEMORY, memory_format]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert float(result.stdout) < 5
 
 
 def test_out_of_memory_is_pytorchs_own_error():

@@ -241,6 +241,9 @@ BAD = {
     'weight_3d': (dict(weight=torch.ones(3, 3, 3)), 'weight must have shape (3, 1, kh, kw), got (3, 3, 3)'),
     'even_kernel': (dict(weight=torch.ones(3, 1, 3, 4)), 'kernel height and width must be odd, got (3, 4)'),
     'empty_kernel': (dict(weight=torch.ones(3, 1, 0, 3)), 'kernel height and width must be odd, got (0, 3)'),
+    'no_channels': (
+        dict(input=torch.ones(2, 0, 5, 7), weight=torch.ones(0, 1, 3, 3), bias=None),
+        'input must have at least one channel, got shape (2, 0, 5, 7)'),
     'bias_of_other_channels': (dict(bias=torch.ones(2)), 'bias must have shape (3,), got (2,)'),
     'no_dilation': (dict(dilation=(1, 0)), 'dilation must be at least 1, got (1, 0)'),
     'unknown_backend': (

@@ -7,6 +7,7 @@ import json
 import logging
 import mmap
 import os
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from grid import LAYOUTS, SHAPES, Shape, assert_as_exact_as, make, plain_conv, t
 from smpconv_models.ops import _backends, _triton, available_backends, depthwise_conv2d
 
 pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
+from triton.runtime.errors import PTXASError
+
 from smpconv_models.ops._triton import launch, tuning
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -40,18 +43,6 @@ WIDE = {
     'many_images': Shape(70, 1, 5, 18, 5, 5),
 }
 ALL = {**{name: replace(shape, c=2) for name, shape in SHAPES.items() if shape.dilation == (1, 1)}, **WIDE}
-
-
-@pytest.fixture
-def fp32_precision():
-    """Sets PyTorch's precision of float32 convolutions for the time of a test."""
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-
-    def set_to(precision):
-        conv.fp32_precision = precision
-    yield set_to
-    conv.fp32_precision = before
 
 
 @pytest.fixture
@@ -148,19 +139,32 @@ class TestKernels:
 
     def test_tiny_kernel_on_a_map_of_one_block(self):
         """The window leaves out what lies outside the map, on both sides."""
-        assert tuning._default_block(1, 40, 10, [15, 15], 'half').window(10, 15) == (0, 1)
-        check_form('block_forward', Shape(2, 2, 40, 10, 15, 15), torch.float32, tuning._default_block(
-            2, 40, 10, [15, 15], 'half'))
+        tile = tuning._default_block(2, 40, 10, [15, 15], 'half')
+        assert tuning.window(tile.s, tile.tc, 10, 15) == (0, 1)
+        check_form('block_forward', Shape(2, 2, 40, 10, 15, 15), torch.float32, tile)
 
     @pytest.mark.parametrize('form', FORMS)
-    def test_offsets_beyond_32_bits(self, form):
+    @pytest.mark.parametrize('stride', [2 ** 31 + 17, 2 ** 31 + 16])    # the second is passed divided by 8
+    def test_offsets_beyond_32_bits(self, form, stride):
         """Two images two billion elements apart, in memory that is only reserved."""
-        shape = Shape(2, 2, 6, 9, 3, 5)
+        shape = Shape(2, 2, 6, 16, 3, 5)
         tensors = [tensor.half() for tensor in make(shape, torch.float32, device=DEVICE)]
         tile = FORMS[form][1](shape.n, shape.h, shape.w, [shape.kh, shape.kw], 'half')
         near = run_form(form, shape, tensors, tile)
-        tensors[0] = apart(tensors[0], 2 ** 31 + 17)
+        tensors[0] = apart(tensors[0], stride)
         assert torch.equal(near, run_form(form, shape, tensors, tile))
+
+    @pytest.mark.parametrize('form', FORMS)
+    def test_what_is_not_finite_stays_in_its_map(self, form):
+        """Or in its channel, for the weight gradient."""
+        shape = Shape(3, 4, 9, 12, 5, 5)
+        tensors = make(shape, torch.float32, device=DEVICE)
+        tensors[0][1, 2, 4, 4] = float('nan')
+        result = run_form(form, shape, tensors, FORMS[form][1](shape.n, shape.h, shape.w, [5, 5], 'tf32'))
+        at = (1, 2) if form.endswith('forward') else (2,)
+        assert result[at].isnan().any()
+        result[at] = 0
+        assert result.isfinite().all()
 
     @pytest.mark.skipif(INTERPRETED, reason='test_backends.py has it')
     @pytest.mark.parametrize('mode', MODES, indirect=True)
@@ -232,27 +236,42 @@ def test_forms(height, width, forward, weight_grad):
 
 def test_window():
     """31 wide: 15 columns to each side, from a multiple of 8 on, in chunks of 16; a map of one block has no sides."""
-    assert tuning._window(16, 16, 56, 31) == (16, 3)
-    assert tuning._window(16, 32, 56, 7) == (8, 1)
-    assert tuning._window(32, 32, 28, 29) == (0, 1)
-    assert tuning._window(16, 16, 20, 51) == (16, 3)
+    assert tuning.window(16, 16, 56, 31) == (16, 3)
+    assert tuning.window(16, 32, 56, 7) == (8, 1)
+    assert tuning.window(32, 32, 28, 29) == (0, 1)
+    assert tuning.window(16, 16, 20, 51) == (16, 3)
 
 
-def test_a_tuned_tile_serves_from_half_its_batch(monkeypatch, tmp_path):
+def test_tiles_that_would_be_wrong_are_refused():
+    for tile in (dict(r=8, s=16, d=4, tc=16), dict(r=4, s=32, d=8, tc=16)):
+        with pytest.raises(AssertionError, match='diagonal'):
+            tuning.BlockGradTile(**tile, bn=16, bj=1)
+    x = torch.ones(1, 1, 9, 9)
+    for bi, bo in ((64, 16), (128, 8)):
+        with pytest.raises(AssertionError, match='holds the map'):
+            launch.map_weight_grad(x, x, [3, 3], tuning.MapGradTile(bn=16, bi=bi, bo=bo))
+
+
+@pytest.fixture
+def no_tiles_remembered():
+    for cached in (tuning._entries, tuning._tuned):
+        cached.cache_clear()
+    yield
+    for cached in (tuning._entries, tuning._tuned):
+        cached.cache_clear()
+
+
+def test_a_tuned_tile_serves_from_half_its_batch(monkeypatch, tmp_path, no_tiles_remembered):
     entry = dict(kernel='block_forward', mode='half', batch=64, height=56, width=56, kernel_size=[31, 31],
                  tile=dict(r=8, s=16, tc=16, bp=256, num_warps=8), source='a test')
     (tmp_path / 'sm_90.json').write_text(json.dumps([entry]))
     monkeypatch.setattr(tuning, '_CONFIGS', tmp_path)
     monkeypatch.setattr(tuning, '_capability', lambda device: 90)
-    for cached in (tuning._entries, tuning._tuned):
-        cached.cache_clear()
 
     def bp(batch, width=56):
         return tuning.tile('block_forward', torch.empty(batch, 1, 56, width, device='meta'), [31, 31], 'half').bp
     assert bp(64) == bp(32) == bp(1000) == 256
     assert bp(31) == bp(64, width=57) == 128
-    for cached in (tuning._entries, tuning._tuned):
-        cached.cache_clear()
 
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter runs on the CPU')
@@ -270,6 +289,8 @@ def broken(monkeypatch):
     """Asks for the toolchain's fault on a CUDA device of a given capability, as if there were one."""
     def ask(capability, probe=None):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         if probe is not None:
             monkeypatch.setattr(launch, 'probe', probe)
@@ -279,13 +300,28 @@ def broken(monkeypatch):
     _triton._broken_toolchain.cache_clear()
 
 
-def test_no_compiler(broken, caplog):
+@pytest.mark.parametrize('error', [
+    RuntimeError('Failed to find C compiler.'),
+    PTXASError("Value 'sm_130a' is not defined"),
+    subprocess.CalledProcessError(1, ['gcc']),
+], ids=repr)
+def test_broken_toolchain(broken, caplog, error):
+    """One reason, in the log once."""
     def probe(device):
-        raise RuntimeError('Failed to find C compiler.')
+        raise error
     with caplog.at_level(logging.WARNING, logger='smpconv_models'):
-        reasons = {broken((9, 0), probe) for _ in range(3)}
-    assert reasons == {'Triton could not run a kernel: Failed to find C compiler.'}
-    assert len(caplog.records) == 1 and 'Failed to find C compiler.' in caplog.text
+        reason, *others = (broken((9, 0), probe) for _ in range(3))
+    assert reason.startswith('Triton could not run a kernel: ') and str(error) in reason
+    assert others == [reason, reason]
+    assert len(caplog.records) == 1 and reason in caplog.text
+
+
+def test_a_lack_of_memory_is_not_the_toolchains_fault(broken):
+    def probe(device):
+        raise torch.OutOfMemoryError('full')
+    with pytest.raises(torch.OutOfMemoryError):
+        broken((9, 0), probe)
+    assert broken((9, 0), lambda device: None) is None
 
 
 def test_a_working_toolchain_has_no_reason(broken):
@@ -304,10 +340,11 @@ def test_the_probe_itself_fails_without_a_gpu(broken):
 def test_no_device(monkeypatch):
     _triton._broken_toolchain.cache_clear()
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert _triton.why_not(torch.device('cuda'), torch.float16) == 'PyTorch sees no CUDA device'
+    assert _triton.why_not(torch.device('cuda'), torch.float16) == 'PyTorch sees 0 CUDA devices'
     _triton._broken_toolchain.cache_clear()
 
 
+@pytest.mark.skipif(INTERPRETED, reason='not chosen there')
 @pytest.mark.parametrize(('size', 'kernel_size', 'dtype', 'reason'), [
     ((64, 128, 56, 56), (31, 31), torch.bfloat16, None),
     ((64, 96, 56, 56), (7, 7), torch.float16, None),

@@ -20,6 +20,7 @@ def test_under_the_interpreter(file, which):
     """The kernels' own tests, and of the tests of all backends those that are this one's."""
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(HERE / file), '-k', which]
     result = subprocess.run(
-        command, env={**os.environ, 'TRITON_INTERPRET': '1'}, cwd=HERE.parents[1], capture_output=True, text=True)
+        command, env={**os.environ, 'TRITON_INTERPRET': '1'}, cwd=HERE.parents[1],
+        capture_output=True, text=True, timeout=590)
     assert result.returncode == 0, result.stdout[-5000:]
     assert ' passed' in result.stdout

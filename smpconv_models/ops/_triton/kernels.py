@@ -23,11 +23,12 @@ import triton.language as tl
 # Sizes of the data: a kernel compiled for one serves all.
 SIZES = (
     'total', 'N', 'C', 'H', 'W', 'W_A', 'HW_A', 'x_stride_n_A', 'x_stride_c_A', 'g_stride_n_A', 'g_stride_c_A',
-    'y_stride_n_A', 'y_stride_c_A', 'splits',
+    'splits',
 )
 
 
 def jit(function):
+    """``triton.jit`` without a build of its own for sizes that are 1 or divide by 16."""
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
     return triton.jit(function, do_not_specialize=[name for name in names if name in SIZES])
 
@@ -224,8 +225,8 @@ def block_weight_grad(
     g_ptr += c * g_stride_c_A * A
     x_ptr += c * x_stride_c_A * A
     n = (k // BJ).to(tl.int64)
-    x_ptrs = x_ptr + (n * (x_stride_n_A * A) + k % BJ * S)[None, :] + (delta.to(tl.int64) * W + t)[:, None]
-    g_ptrs = g_ptr + (n * (g_stride_n_A * A) + k % BJ * S)[:, None] + (r.to(tl.int64) * W + s)[None, :]
+    x_ptrs = x_ptr + (n * x_stride_n_A * A + k % BJ * S)[None, :] + (delta.to(tl.int64) * W + t)[:, None]
+    g_ptrs = g_ptr + (n * g_stride_n_A * A + k % BJ * S)[:, None] + (r.to(tl.int64) * W + s)[None, :]
     acc = tl.zeros((D * TC, R * S), dtype=tl.float32)
     for step in range(split, n_blocks * j_blocks * i_count, splits):
         top = (i_first + step % i_count) * R

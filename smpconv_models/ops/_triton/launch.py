@@ -48,6 +48,7 @@ def map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: M
     """Weight gradient in the whole-map form, for maps that ``tile`` holds."""
     n, c, h, w = input.shape
     kh, kw = kernel_size
+    assert tile.bi >= h * w + w - 1 and tile.bo >= w, 'the tile holds the map, and a row to rotate it by'
     weight_grad = input.new_empty((c, 1, kh, kw))
     a = _alignment(h * w, grad, input)
     with _device(input):
@@ -64,7 +65,7 @@ def block_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: B
     n, c, h, w = input.shape
     kh, kw = weight.shape[2:]
     output = input.new_empty(input.shape)
-    left, chunks = tile.window(w, kw)
+    left, chunks = tuning.window(tile.s, tile.tc, w, kw)
     rows = weight.new_empty((c, kh + 2 * (tile.r - 1), chunks, tile.s, tile.tc))
     a = _alignment(w, input)
     blocks = triton.cdiv(n * triton.cdiv(w, tile.s), tile.bp)
@@ -87,7 +88,7 @@ def block_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile:
     n, c, h, w = input.shape
     kh, kw = kernel_size
     weight_grad = input.new_empty((c, 1, kh, kw))
-    left, chunks = tile.window(w, kw)
+    left, chunks = tuning.window(tile.s, tile.tc, w, kw)
     programs = c * tile.groups(kh) * chunks
     splits = tile.splits(n, w, programs)
     parts = input.new_empty((splits * programs, 4, tile.d, tile.tc), dtype=torch.float32)
@@ -142,8 +143,8 @@ def _strides(tensor: Tensor, alignment: int) -> List[int]:
 
 
 def _alignment(width: int, *tensors: Tensor) -> int:
-    """The largest power of two up to 16 that divides a width and the strides of images and channels."""
-    return math.gcd(16, width, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
+    """The largest power of two up to 8 that divides a width and the strides of images and channels."""
+    return math.gcd(8, width, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
 
 
 def _device(tensor: Tensor) -> AbstractContextManager:

@@ -45,9 +45,6 @@ class BlockTile:
     num_warps: int = 4
     num_stages: int = 3
 
-    def window(self, width: int, kernel_width: int) -> Tuple[int, int]:
-        return _window(self.s, self.tc, width, kernel_width)
-
 
 @dataclass(frozen=True)
 class BlockGradTile:
@@ -61,8 +58,8 @@ class BlockGradTile:
     num_warps: int = 8
     num_stages: int = 3
 
-    def window(self, width: int, kernel_width: int) -> Tuple[int, int]:
-        return _window(self.s, self.tc, width, kernel_width)
+    def __post_init__(self) -> None:
+        assert self.r <= self.d and self.s <= self.tc, 'a diagonal goes round the end once'
 
     def groups(self, kernel_height: int) -> int:
         """How many times ``d`` rows cover the input rows of a block."""
@@ -81,7 +78,7 @@ TILES: Dict[str, Any] = {
 }
 
 
-def _window(s: int, tc: int, width: int, kernel_width: int) -> Tuple[int, int]:
+def window(s: int, tc: int, width: int, kernel_width: int) -> Tuple[int, int]:
     """The input columns that ``s`` output columns see: how many before the first, and in how many chunks of ``tc``.
 
     Starts at a multiple of 8, for aligned loads, and leaves out what lies outside the map for every block.
@@ -130,7 +127,7 @@ def _default_map_grad(n: int, h: int, w: int, kernel_size: List[int], mode: str)
 
 def _default_block(n: int, h: int, w: int, kernel_size: List[int], mode: str) -> BlockTile:
     s = _block_width(w, mode)
-    tc = 32 if s == 32 or (mode == 'half' and _window(s, 32, w, kernel_size[1])[1] == 1) else 16
+    tc = 32 if s == 32 or (mode == 'half' and window(s, 32, w, kernel_size[1])[1] == 1) else 16
     r = _between(1, h, 4 if mode == 'exact' else 8)
     bp = _between(16, n * -(-w // s), {'half': 128, 'tf32': 64, 'exact': 32}[mode] * 16 // s)
     return BlockTile(r=r, s=s, tc=tc, bp=bp, num_warps=8 if r * s * bp > 8192 else 4)
