@@ -49,7 +49,7 @@ PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 BENCHMARKS = tuple(path.stem for path in (PACKAGE.parent / 'benchmarks').glob('*.py'))  # scripts see their neighbours
 MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
-    'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._phases'),
+    'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._call', f'{OPS}._phases'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
     'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT),
     'smpconv_models/checkpoint.py': ('torch', 'safetensors'),

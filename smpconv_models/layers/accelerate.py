@@ -1,5 +1,4 @@
 """Any network's depthwise convolutions, put on this package's operation."""
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Tuple, TypeGuard
 
@@ -7,9 +6,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from smpconv_models.ops import depthwise_conv2d
-
-from .conv_norm import DepthwiseConv2d
+from .conv_norm import DepthwiseConv2d, check_operation
 
 
 @dataclass(frozen=True)
@@ -87,12 +84,9 @@ def _check_arguments(model: Any, min_kernel_size: Any, backend: str) -> None:
         raise ValueError(
             f'model must be a network around the convolution, got the {type(model).__name__} itself, which cannot be '
             'replaced in place; give nn.Sequential(conv)')
-    if not isinstance(min_kernel_size, int) or min_kernel_size < 1:
+    if type(min_kernel_size) is not int or min_kernel_size < 1:
         raise ValueError(f'min_kernel_size must be a whole number of at least 1, got {min_kernel_size!r}')
-    # The operation knows its backends, so it is asked. Where a known one can't run is for the input's device to say.
-    with suppress(RuntimeError):
-        empty = torch.empty(1, 1, 1, 1, device='meta')
-        depthwise_conv2d(empty, empty, backend=backend)
+    check_operation(1, backend)
 
 
 def _named_modules(module: nn.Module, name: str = '') -> Iterator[Tuple[str, nn.Module]]:

@@ -1,4 +1,5 @@
 """Convolution, normalization, activation; and their folding into one convolution."""
+from contextlib import suppress
 from typing import Any, Callable, Optional, Tuple, Union
 
 import torch
@@ -35,7 +36,7 @@ def _by_name(layer: Any, look_up: Callable[[str], Any], argument: str) -> Callab
 class DepthwiseConv2d(nn.Conv2d):
     """``nn.Conv2d(C, C, kernel_size, padding='same', groups=C)`` on :func:`smpconv_models.ops.depthwise_conv2d`.
 
-    Same parameters, same state dict.
+    Same parameters, same state dict. Inputs have a batch dimension.
 
     Args:
         channels: Input and output channels C.
@@ -45,7 +46,7 @@ class DepthwiseConv2d(nn.Conv2d):
         backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
 
     Raises:
-        ValueError: An even kernel size.
+        ValueError: No channels, an even kernel size, a dilation below 1, an unknown backend.
     """
 
     def __init__(
@@ -58,7 +59,10 @@ class DepthwiseConv2d(nn.Conv2d):
             device: Any = None,
             dtype: Any = None,
     ) -> None:
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f'channels must be a whole number of at least 1, got {channels!r}')
         check_odd(kernel_size)
+        check_operation(dilation, backend)
         super().__init__(
             channels, channels, kernel_size, padding='same', dilation=dilation, groups=channels, bias=bias,
             device=device, dtype=dtype,
@@ -129,7 +133,18 @@ def set_weight_bias(conv: Any, weight: Tensor, bias: Tensor) -> None:
 
 
 def check_odd(kernel_size: Union[int, Tuple[int, int]]) -> None:
-    """Raises ValueError unless every size is odd and positive."""
-    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-    if any(size < 1 or size % 2 == 0 for size in sizes):
-        raise ValueError(f'kernel size must be odd and positive, got {kernel_size}')
+    """Raises ValueError unless it is one size or two, each odd and positive."""
+    sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or any(
+            not isinstance(size, int) or size < 1 or size % 2 == 0 for size in sizes):
+        raise ValueError(f'kernel size must be odd and positive, got {kernel_size!r}')
+
+
+def check_operation(dilation: Union[int, Tuple[int, int]], backend: str) -> None:
+    """Raises ValueError for arguments that the operation would refuse.
+
+    It is asked itself, about nothing. Where a known backend can't run is for the input's device to say.
+    """
+    with suppress(RuntimeError):
+        empty = torch.empty(1, 1, 1, 1, device='meta')
+        depthwise_conv2d(empty, empty, dilation=dilation, backend=backend)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from smpconv_models.ops import depthwise_conv2d
 
 from . import points
-from .conv_norm import DepthwiseConv2d, check_odd
+from .conv_norm import DepthwiseConv2d, check_odd, check_operation
 
 
 class SMPDepthwiseConv2d(nn.Module):
@@ -49,6 +49,7 @@ class SMPDepthwiseConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_odd(kernel_size)
+        check_operation(dilation, backend)
         if num_points < 1:
             raise ValueError(f'num_points must be at least 1, got {num_points}')
         self.channels = channels

@@ -8,10 +8,12 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import NamedTuple, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import torch
 from torch import Tensor
+
+from ._call import Call
 
 _logger = logging.getLogger(__name__)
 
@@ -28,15 +30,6 @@ def check_name(name: str) -> None:
     """Raises ValueError unless ``name`` is a backend or 'auto'."""
     if name != 'auto' and name not in AUTO_ORDER:
         raise ValueError(f"backend must be 'auto' or one of {AUTO_ORDER}, got {name!r}")
-
-
-class Call(NamedTuple):
-    """What a choice depends on."""
-    size: Sequence[int]
-    dtype: torch.dtype
-    kernel_size: Sequence[int]
-    dilation: Sequence[int]
-    trains_weight: bool
 
 
 def select(

@@ -7,7 +7,7 @@ faster of the two or equal. PyTorch's weight gradient is slow in both layouts (2
 convolution it takes 13 ms.
 """
 import functools
-from typing import Any, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import grad as conv_grad
 
 from . import _phases
+from ._call import Call
 
 _LARGEST_FAST_NCHW_KERNEL = 13
 
@@ -34,6 +35,7 @@ _CHANNELS_A_VECTOR = 16
 _PLAN_BYTES = 48
 _MOST_PLAN_BYTES = 96 * 2 ** 20
 _MOST_PLAN_BYTES_WITH_HALO = 32 * 2 ** 20
+_LARGEST_BLOCK = 128    # pixels a side; 200x304 keeps 13 MB in one piece
 
 # Dilated by 2, 28x28, 192 channels: 13x13 65 ms, and 4 ms as four maps of 14x14; 5x5 1.4 ms, and 9 ms so.
 _LARGEST_FAST_DILATED_KERNEL = 5
@@ -113,16 +115,23 @@ def _folded_channels_last(grad: Tensor, input: Tensor, kernel_size: List[int]) -
     """The same by oneDNN's other kernel."""
     n, c, h, w = input.shape
     kh, kw = kernel_size
-    halo_rows = kh // 2 if _PLAN_BYTES * kh * kw * h * w > _MOST_PLAN_BYTES else 0
-    halo_columns = kw // 2 if _PLAN_BYTES * kw * h * w > _MOST_PLAN_BYTES_WITH_HALO else 0
-    folded = input.new_zeros(h + 2 * halo_rows, w + 2 * halo_columns, n, c)
-    folded[halo_rows:halo_rows + h, halo_columns:halo_columns + w] = input.permute(2, 3, 0, 1)
-    output = _depthwise(
-        _channels_last(folded.flatten(2).permute(2, 0, 1)[None]), grad.reshape(n * c, 1, h, w), None,
-        [kh // 2 - halo_rows, kw // 2 - halo_columns],
-    )
-    output = output.permute(0, 2, 3, 1).reshape(kh, kw, n, c)
-    return output.sum(2, dtype=torch.promote_types(input.dtype, torch.float32)).permute(2, 0, 1)
+    halo_h = kh // 2 if _PLAN_BYTES * kh * kw * h * w > _MOST_PLAN_BYTES else 0
+    halo_w = kw // 2 if _PLAN_BYTES * kw * h * w > _MOST_PLAN_BYTES_WITH_HALO else 0
+    folded = input.new_zeros(h + 2 * halo_h, w + 2 * halo_w, n, c)
+    folded[halo_h:halo_h + h, halo_w:halo_w + w] = input.permute(2, 3, 0, 1)
+    folded = folded.flatten(2).permute(2, 0, 1)[None]
+    # with a halo all around, any block of the map is a convolution of its own
+    block_h, block_w = (_even_part(size, _LARGEST_BLOCK, 1) if halo_w else size for size in (h, w))
+    total = torch.zeros((), dtype=torch.promote_types(input.dtype, torch.float32))
+    for top in range(0, h, block_h):
+        for left in range(0, w, block_w):
+            kernel = grad[:, :, top:top + block_h, left:left + block_w]
+            bottom, right = top + kernel.shape[2] + 2 * halo_h, left + kernel.shape[3] + 2 * halo_w
+            output = _depthwise(
+                _channels_last(folded[:, :, top:bottom, left:right]),
+                kernel.reshape(n * c, 1, *kernel.shape[2:]), None, [kh // 2 - halo_h, kw // 2 - halo_w])
+            total = total + output.permute(0, 2, 3, 1).reshape(kh, kw, n, c).sum(2, dtype=total.dtype)
+    return total.permute(2, 0, 1)
 
 
 def _channels_last(input: Tensor) -> Tensor:
@@ -136,7 +145,7 @@ def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Option
     return None if device.type == 'cpu' else f'it runs on CPU tensors, got {device}'
 
 
-def why_slower(call: Any) -> Optional[str]:
+def why_slower(call: Call) -> Optional[str]:
     """Where the work would be conv2d's own anyway, calling it straight saves the operator's overhead."""
     largest = max(call.kernel_size)
     if max(call.dilation) > 1 and largest > _LARGEST_FAST_DILATED_KERNEL:

@@ -8,7 +8,7 @@ from torch import Tensor
 def split(input: Tensor, dilation: List[int]) -> Tensor:
     """``(N, C, H, W)`` -> ``(N * dh * dw, C, ceil(H / dh), ceil(W / dw))``, zeros where the map ends."""
     n, c, h, w = input.shape
-    dh, dw = dilation
+    dh, dw = _within_map(dilation, h, w)
     rows, columns = -(-h // dh), -(-w // dw)
     padded = F.pad(input, (0, columns * dw - w, 0, rows * dh - h))
     return padded.reshape(n, c, rows, dh, columns, dw).permute(0, 3, 5, 1, 2, 4).reshape(n * dh * dw, c, rows, columns)
@@ -17,7 +17,12 @@ def split(input: Tensor, dilation: List[int]) -> Tensor:
 def merge(phases: Tensor, dilation: List[int], size: Sequence[int]) -> Tensor:
     """The inverse of :func:`split`, for a map of ``size`` (N, C, H, W)."""
     n, c, h, w = size
-    dh, dw = dilation
+    dh, dw = _within_map(dilation, h, w)
     rows, columns = phases.shape[2:]
     merged = phases.reshape(n, dh, dw, c, rows, columns).permute(0, 3, 4, 1, 5, 2)
     return merged.reshape(n, c, rows * dh, columns * dw)[:, :, :h, :w]
+
+
+def _within_map(dilation: List[int], height: int, width: int) -> List[int]:
+    """Elements that lie outside the map may as well lie just outside."""
+    return [min(dilation[0], max(height, 1)), min(dilation[1], max(width, 1))]

@@ -2,12 +2,14 @@
 
 Its speed and its faults are PyTorch's; see _cpu.py for one that never returns.
 """
-from typing import Any, List, Optional
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
+
+from ._call import Call
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
@@ -34,6 +36,6 @@ def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Option
     return None
 
 
-def why_slower(call: Any) -> Optional[str]:
+def why_slower(call: Call) -> Optional[str]:
     """Nothing comes after it."""
     return None

@@ -1,6 +1,6 @@
 """The public function: meaning, validation, and which road a call takes."""
 import inspect
-from typing import Optional, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -45,10 +45,13 @@ def depthwise_conv2d(
         gradient 'cpu' rounds each image's share to half precision first. 'reference' is PyTorch's, which on CPUs may
         accumulate float16 in float16. 'cpu' and 'triton' are deterministic, 'cpu' for a fixed number of threads;
         'reference' is as deterministic as PyTorch is set to be. float32 on CUDA follows
-        ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton'
-        multiplies zeros too: an infinite or NaN element reaches outputs beyond the kernel, of its own map (or, in the
-        weight and in the weight gradient, of its own channel).
+        ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton', and
+        'cpu' in the weight gradient, multiply zeros too: an infinite or NaN element may reach results beyond the
+        kernel, of its own map (or, in the weight and in the weight gradient, of its own channel).
     """
+    given = (dilation,) if isinstance(dilation, int) else dilation
+    if not isinstance(given, Sequence) or len(given) > 2 or not all(type(number) is int for number in given):
+        raise ValueError(f'dilation must be one integer or two, got {dilation!r}')
     return _depthwise_conv2d(input, weight, bias, dilation, backend)
 
 
@@ -64,7 +67,7 @@ def _depthwise_conv2d(
         dilation_list = [dilation, dilation]
     else:
         if len(dilation) != 2:
-            raise ValueError(f'dilation must be one number or two, got {dilation}')
+            raise ValueError(f'dilation must be one integer or two, got {dilation}')
         dilation_list = [dilation[0], dilation[1]]
     if torch.jit.is_scripting():
         return _reference.forward(input, weight, bias, dilation_list)
@@ -97,11 +100,16 @@ def _is_transformed() -> bool:
 
 def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: list, backend: str) -> None:
     _backends.check_name(backend)
+    for name, tensor in (('input', input), ('weight', weight), ('bias', bias)):
+        if not isinstance(tensor, Tensor) and not (name == 'bias' and tensor is None):
+            raise ValueError(f'{name} must be a tensor, got {type(tensor).__name__}')
     if input.ndim != 4:
         raise ValueError(f'input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}')
     channels = input.shape[1]
     if weight.ndim != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
-        raise ValueError(f'weight must have shape ({channels}, 1, kh, kw), got {tuple(weight.shape)}')
+        raise ValueError(
+            f'weight must have shape ({channels}, 1, kh, kw) for an input of {channels} channels, got '
+            f'{tuple(weight.shape)}')
     if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
         raise ValueError(f'kernel height and width must be odd, got {tuple(weight.shape[2:])}')
     if channels == 0:

@@ -39,7 +39,20 @@ def test_depthwise_conv_is_nn_conv(kernel_size, dilation, bias):
     assert "backend='auto'" in repr(layer)
 
 
-@pytest.mark.parametrize('kernel_size', [4, (3, 2), 0])
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(channels=0), 'channels must be a whole number of at least 1, got 0'),
+    (dict(channels='4'), "channels must be a whole number of at least 1, got '4'"),
+    (dict(dilation=0), 'dilation must be at least 1, got (0, 0)'),
+    (dict(dilation=1.5), 'dilation must be one integer or two, got 1.5'),
+    (dict(backend='x'), "backend must be 'auto' or one of ('cpu', 'triton', 'reference'), got 'x'"),
+], ids=str)
+def test_depthwise_conv_refuses_what_it_could_not_compute(arguments, message):
+    with pytest.raises(ValueError) as error:
+        DepthwiseConv2d(**{'channels': 4, 'kernel_size': 7, **arguments})
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize('kernel_size', [4, (3, 2), 0, (7,), (7, 5, 3), 7., None])
 def test_depthwise_conv_takes_odd_kernels_only(kernel_size):
     with pytest.raises(ValueError) as error:
         DepthwiseConv2d(4, kernel_size)

@@ -8,10 +8,13 @@ A launch can't be faster than any of these lets it:
     shared      bytes to and from shared memory at 128 a clock and multiprocessor
     L2          bytes that programs load at 5120 a clock
 
-Names of the loads and stores of a loop step: `copies` are asynchronous (global to shared), `loads` the others.
+NCHW tensors: channels_last ones are copied first, and so is the result, 10 to 12 microseconds more for each of 25 MB.
+Of a loop step's instructions, `copies` are asynchronous (global to shared memory), `loads` the others.
 """
 import math
 import re
+import sys
+from pathlib import Path
 
 import ahead_of_time
 import pytest
@@ -20,12 +23,12 @@ import triton
 
 from smpconv_models.ops._triton import launch, tuning
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / 'benchmarks'))
+import cases
+import floors
+
 BATCH = 64
-MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 4.3e12
-NETWORKS = {
-    'T': [(96, 56, 31, 2, 51), (192, 28, 29, 2, 21), (384, 14, 27, 8, 4.5), (768, 7, 13, 2, 2.2)],
-    'B': [(128, 56, 31, 2, 68), (256, 28, 29, 2, 28), (512, 14, 27, 20, 6), (1024, 7, 13, 2, 3)],
-}       # channels, map, kernel, times, floor in microseconds (the larger of memory and products inside the map)
+MULTIPROCESSORS, CLOCK = 132, 1.755e9
 
 
 def ceil(a, b):
@@ -59,7 +62,7 @@ def predict(launched):
     built = ahead_of_time.build(launched, 90)
     name, a = launched.kernel.fn.__name__, launched.arguments
     tensors = [value for value in a.values() if isinstance(value, torch.Tensor)]
-    memory = sum(tensor.numel() * tensor.itemsize for tensor in tensors) / BANDWIDTH * 1e6
+    memory = sum(tensor.numel() * tensor.itemsize for tensor in tensors) / floors.BYTES_PER_SECOND * 1e6
     if name in ('expand_rows', 'add_parts'):
         return {'memory': memory}, built
     count, (m, n, k) = steps(name, a)
@@ -94,9 +97,11 @@ def main():
     print('| layer | | kernel | memory | products | issue | shared | L2 | bound | of the floor |')
     print('| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |')
     builds = {}
-    for network, layers in NETWORKS.items():
+    for network in ('smpconv_t', 'smpconv_b'):
         sums = {'y': 0., 'dw': 0.}
-        for channels, size, kernel, times, floor in layers:
+        for case in (case for case in cases.CASES.values() if case.network == network):
+            channels, size, kernel = case.channels, case.height, case.kernel
+            floor = floors.seconds(BATCH, channels, size, size, kernel) * 1e6
             x = torch.empty(BATCH, channels, size, size, dtype=torch.bfloat16, device='meta')
             weight = torch.empty(channels, 1, kernel, kernel, dtype=torch.bfloat16, device='meta')
             for result, function, args in (
@@ -109,10 +114,10 @@ def main():
                     total += max(found.values())
                     cells = [f'{found[key]:.1f}' if key in found else '' for key in (
                         'memory', 'products', 'issue', 'shared', 'L2')]
-                    print(f'| {network} {size}, k {kernel}, {channels} | {result} | {name} | {" | ".join(cells)} | '
+                    print(f'| {case.name}, k {kernel}, {channels} | {result} | {name} | {" | ".join(cells)} | '
                           f'{max(found, key=found.get)} | |')
-                print(f'| | {result} | together {total:.1f} | | | | | | | {total / floor:.1f} x {floor} |')
-                sums[result] += times * total
+                print(f'| | {result} | together {total:.1f} | | | | | | | {total / floor:.1f} x {floor:.1f} |')
+                sums[result] += case.times * total
         print(f'| {network}, all layers | | y {sums["y"]:.0f}, dx as y, dw {sums["dw"]:.0f} | | | | | | | |')
     print('\n| kernel | map | registers | shared memory | instructions | in a step | of them |')
     print('| --- | --- | --- | --- | --- | --- | --- |')

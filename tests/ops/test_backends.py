@@ -192,6 +192,7 @@ def test_a_named_backend_never_falls_back():
     dict(_CACHED_BYTES=1),                                              # an image and a vector of channels at a time
     dict(_MOST_PLAN_BYTES=0),
     dict(_MOST_PLAN_BYTES=0, _MOST_PLAN_BYTES_WITH_HALO=0, _CACHED_BYTES=5000),
+    dict(_MOST_PLAN_BYTES=0, _MOST_PLAN_BYTES_WITH_HALO=0, _LARGEST_BLOCK=4),
 ], ids=str)
 @pytest.mark.parametrize('name', ['k5_odd_map', 'k13_map_below_kernel', 'k31', 'rectangular', 'dilated', 'one_pixel'])
 def test_cpu_weight_gradient_in_parts_and_with_halos(monkeypatch, name, limits):
@@ -216,8 +217,8 @@ def watch():
         peak = max(peak, resident())
         time.sleep(0.001)
 
-x = torch.randn(2, 64, 120, 200).contiguous(memory_format=getattr(torch, sys.argv[1]))
-weight = torch.randn(64, 1, 31, 31, requires_grad=True)
+x = torch.randn(*map(int, sys.argv[2:6])).contiguous(memory_format=getattr(torch, sys.argv[1]))
+weight = torch.randn(x.shape[1], 1, int(sys.argv[6]), int(sys.argv[6]), requires_grad=True)
 torch.autograd.grad(depthwise_conv2d(x[:1, :, :20, :20], weight).sum(), weight)     # what PyTorch loads, loaded
 x.requires_grad_()
 running, peak, before = True, 0, resident()
@@ -233,11 +234,20 @@ print((peak - before) / (x.numel() * 4))
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 @pytest.mark.parametrize('memory_format', ['contiguous_format', 'channels_last'])
-def test_memory_is_a_few_times_the_inputs(memory_format):
+@pytest.mark.parametrize(('size', 'kernel_size'), [((2, 64, 120, 200), 31), ((1, 32, 400, 400), 13)], ids=str)
+def test_memory_is_a_few_times_the_inputs(size, kernel_size, memory_format):
     """Results take two of them, a copy in another layout one, and oneDNN's plans some; once it was hundreds."""
-    command = [sys.executable, '-c', MEMORY, memory_format]
+    command = [sys.executable, '-c', MEMORY, memory_format, *map(str, size), str(kernel_size)]
     result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     assert float(result.stdout) < 5
+
+
+@pytest.mark.parametrize('backend', [name for name in BACKENDS if name != 'reference'])
+def test_dilation_beyond_the_map(backend):
+    """Only the kernel's centre meets the map, and nothing grows with the dilation."""
+    x, weight = torch.randn(2, 3, 5, 6), torch.randn(3, 1, 7, 7)
+    torch.testing.assert_close(
+        depthwise_conv2d(x, weight, dilation=10 ** 9, backend=backend), x * weight[:, 0, 3:4, 3:4])
 
 
 def test_out_of_memory_is_pytorchs_own_error():

@@ -235,10 +235,16 @@ def good(**changes):
 BAD = {
     'input_3d': (dict(input=torch.ones(3, 5, 7)), 'input must have 4 dimensions (N, C, H, W), got shape (3, 5, 7)'),
     'weight_of_other_channels': (
-        dict(weight=torch.ones(4, 1, 3, 3)), 'weight must have shape (3, 1, kh, kw), got (4, 1, 3, 3)'),
+        dict(weight=torch.ones(4, 1, 3, 3)),
+        'weight must have shape (3, 1, kh, kw) for an input of 3 channels, got (4, 1, 3, 3)'),
     'weight_not_depthwise': (
-        dict(weight=torch.ones(3, 3, 3, 3)), 'weight must have shape (3, 1, kh, kw), got (3, 3, 3, 3)'),
-    'weight_3d': (dict(weight=torch.ones(3, 3, 3)), 'weight must have shape (3, 1, kh, kw), got (3, 3, 3)'),
+        dict(weight=torch.ones(3, 3, 3, 3)),
+        'weight must have shape (3, 1, kh, kw) for an input of 3 channels, got (3, 3, 3, 3)'),
+    'weight_3d': (
+        dict(weight=torch.ones(3, 3, 3)),
+        'weight must have shape (3, 1, kh, kw) for an input of 3 channels, got (3, 3, 3)'),
+    'no_input': (dict(input=None), 'input must be a tensor, got NoneType'),
+    'bias_of_bool': (dict(bias=True), 'bias must be a tensor, got bool'),
     'even_kernel': (dict(weight=torch.ones(3, 1, 3, 4)), 'kernel height and width must be odd, got (3, 4)'),
     'empty_kernel': (dict(weight=torch.ones(3, 1, 0, 3)), 'kernel height and width must be odd, got (0, 3)'),
     'no_channels': (
@@ -275,7 +281,7 @@ def test_errors_name_what_was_expected_and_given(case):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize('dilation', [(1, 2, 3), (1,), ()])
+@pytest.mark.parametrize('dilation', [(1, 2, 3), (1,), (), 1., None, '22', True, (1.5, 2)])
 def test_dilation_is_one_number_or_two(dilation):
     with pytest.raises(ValueError, match='dilation'):
         depthwise_conv2d(**good(dilation=dilation))

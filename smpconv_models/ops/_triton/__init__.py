@@ -1,15 +1,17 @@
 """The GPU path: matrix products on tensor cores, compiled by Triton at the first call. See kernels.py."""
 import functools
+import importlib.util
 import logging
 import math
 import os
 import subprocess
-from typing import Any, List, Optional
+from typing import List, Optional
 
 import torch
 from torch import Tensor
 
 from .. import _phases
+from .._call import Call
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Option
     if dtype not in (None, *_DTYPES):
         return f'it computes float16, bfloat16 and float32, got {dtype}'
     if device.type == 'cpu' and _is_interpreted():
+        if importlib.util.find_spec('triton') is None:
+            return 'Triton is not installed'
         # it multiplies their bits as integers (3.9)
         return "Triton's interpreter has no products of bfloat16" if dtype == torch.bfloat16 else None
     if device.type != 'cuda':
@@ -52,7 +56,7 @@ def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Option
     return _broken_toolchain(device)
 
 
-def why_slower(call: Any) -> Optional[str]:
+def why_slower(call: Call) -> Optional[str]:
     if max(call.kernel_size) < _LEAST_KERNEL:
         return f'the kernel is smaller than {_LEAST_KERNEL}'
     if math.prod(call.size) * math.prod(call.kernel_size) < _LEAST_PRODUCTS:
