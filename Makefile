@@ -21,7 +21,7 @@ lint: $(VENV)/dev
 # the depthwise operation beside PyTorch's, and what drawing the kernels costs; appends to benchmarks/results/.
 # Threads wait as they do for users: nothing else should run.
 bench: $(VENV)/demo
-	env -u OMP_WAIT_POLICY $(RUN) benchmarks/depthwise.py
+	env -u OMP_WAIT_POLICY $(RUN) benchmarks/depthwise.py --picture docs/depthwise.png
 	env -u OMP_WAIT_POLICY $(RUN) benchmarks/models.py
 
 # timm's own model tests, over this package's models
