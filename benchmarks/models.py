@@ -17,6 +17,7 @@ from typing import Dict
 import measure
 import timm
 import torch
+from check import relative_error
 from torch import nn
 
 import smpconv_models
@@ -38,10 +39,6 @@ def with_plain_convolutions(model: nn.Module) -> nn.Module:
             plain.weight.data.copy_(kernel.data)
             setattr(parent, name, plain)
     return model
-
-
-def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((given - expected).norm() / expected.norm()).item()
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ def test_public_names_are_frozen():
         'DepthwiseConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d', '__version__', 'accelerate_depthwise',
         'available_backends', 'clip_radius_', 'depthwise_conv2d',
     ]
-    assert ops.__all__ == ['available_backends', 'depthwise_conv2d']
+    assert ops.__all__ == ['available_backends', 'check_options', 'depthwise_conv2d']
     assert layers.__all__ == [
         'ConvFFN', 'ConvNormAct', 'DepthwiseConv2d', 'LargeKernelBlock', 'LargeKernelConv', 'SMPDepthwiseConv2d',
         'accelerate_depthwise', 'clip_radius', 'clip_radius_', 'interpolate', 'sample_kernel', 'sampling_grid', 'tents',

@@ -6,7 +6,9 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from .conv_norm import DepthwiseConv2d, check_operation
+from smpconv_models.ops import check_options
+
+from .conv_norm import DepthwiseConv2d
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _check_arguments(model: Any, min_kernel_size: Any, backend: str) -> None:
             'replaced in place; give nn.Sequential(conv)')
     if type(min_kernel_size) is not int or min_kernel_size < 1:
         raise ValueError(f'min_kernel_size must be a whole number of at least 1, got {min_kernel_size!r}')
-    check_operation(1, backend)
+    check_options(1, backend)
 
 
 def _named_modules(module: nn.Module, name: str = '') -> Iterator[Tuple[str, nn.Module]]:

@@ -1,12 +1,11 @@
 """Convolution, normalization, activation; and their folding into one convolution."""
-from contextlib import suppress
 from typing import Any, Callable, Optional, Tuple, Union
 
 import torch
 from timm.layers import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
-from smpconv_models.ops import depthwise_conv2d
+from smpconv_models.ops import check_options, depthwise_conv2d
 
 from . import fuse
 
@@ -62,7 +61,7 @@ class DepthwiseConv2d(nn.Conv2d):
         if not isinstance(channels, int) or channels < 1:
             raise ValueError(f'channels must be a whole number of at least 1, got {channels!r}')
         check_odd(kernel_size)
-        check_operation(dilation, backend)
+        check_options(dilation, backend)
         super().__init__(
             channels, channels, kernel_size, padding='same', dilation=dilation, groups=channels, bias=bias,
             device=device, dtype=dtype,
@@ -138,13 +137,3 @@ def check_odd(kernel_size: Union[int, Tuple[int, int]]) -> None:
     if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or any(
             not isinstance(size, int) or size < 1 or size % 2 == 0 for size in sizes):
         raise ValueError(f'kernel size must be odd and positive, got {kernel_size!r}')
-
-
-def check_operation(dilation: Union[int, Tuple[int, int]], backend: str) -> None:
-    """Raises ValueError for arguments that the operation would refuse.
-
-    It is asked itself, about nothing. Where a known backend can't run is for the input's device to say.
-    """
-    with suppress(RuntimeError):
-        empty = torch.empty(1, 1, 1, 1, device='meta')
-        depthwise_conv2d(empty, empty, dilation=dilation, backend=backend)

@@ -4,10 +4,10 @@ from typing import Any, Dict, Tuple
 import torch
 from torch import Tensor, nn
 
-from smpconv_models.ops import depthwise_conv2d
+from smpconv_models.ops import check_options, depthwise_conv2d
 
 from . import points
-from .conv_norm import DepthwiseConv2d, check_odd, check_operation
+from .conv_norm import DepthwiseConv2d, check_odd
 
 
 class SMPDepthwiseConv2d(nn.Module):
@@ -49,7 +49,7 @@ class SMPDepthwiseConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_odd(kernel_size)
-        check_operation(dilation, backend)
+        check_options(dilation, backend)
         if num_points < 1:
             raise ValueError(f'num_points must be at least 1, got {num_points}')
         self.channels = channels

@@ -1,4 +1,4 @@
 """One operation, several backends: large-kernel depthwise convolution."""
-from .depthwise import available_backends, depthwise_conv2d
+from .depthwise import available_backends, check_options, depthwise_conv2d
 
-__all__ = ['available_backends', 'depthwise_conv2d']
+__all__ = ['available_backends', 'check_options', 'depthwise_conv2d']

@@ -49,9 +49,7 @@ def depthwise_conv2d(
         'cpu' in the weight gradient, multiply zeros too: an infinite or NaN element may reach results beyond the
         kernel, of its own map (or, in the weight and in the weight gradient, of its own channel).
     """
-    given = (dilation,) if isinstance(dilation, int) else dilation
-    if not isinstance(given, Sequence) or len(given) > 2 or not all(type(number) is int for number in given):
-        raise ValueError(f'dilation must be one integer or two, got {dilation!r}')
+    check_options(dilation, backend)
     return _depthwise_conv2d(input, weight, bias, dilation, backend)
 
 
@@ -76,7 +74,7 @@ def _depthwise_conv2d(
         return handle_torch_function(_depthwise_conv2d, tensors, input, weight, bias, dilation, backend)
     if torch.jit.is_tracing():  # before the check, whose conditions tracing would warn of
         return _reference.forward(input, weight, bias, dilation_list)
-    _check(input, weight, bias, dilation_list, backend)
+    _check(input, weight, bias)
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed():
         return _reference.forward(input, weight, bias, dilation_list)
     return _contract.depthwise_conv2d(input, weight, bias, dilation_list, backend)
@@ -86,6 +84,20 @@ def _depthwise_conv2d(
 # without. The signature people see stays.
 depthwise_conv2d.__signature__ = inspect.signature(depthwise_conv2d)  # type: ignore[attr-defined]
 depthwise_conv2d.__wrapped__ = _depthwise_conv2d  # type: ignore[attr-defined]
+
+
+def check_options(dilation: Union[int, Tuple[int, int]], backend: str) -> None:
+    """Checks what :func:`depthwise_conv2d` takes besides tensors; for layers, before any tensor is there.
+
+    Raises:
+        ValueError: No such dilation or backend. Whether a backend can run is for the input's device to say.
+    """
+    given = (dilation, dilation) if isinstance(dilation, int) else dilation
+    if not isinstance(given, Sequence) or len(given) != 2 or not all(type(number) is int for number in given):
+        raise ValueError(f'dilation must be one integer or two, got {dilation!r}')
+    if min(given) < 1:
+        raise ValueError(f'dilation must be at least 1, got {tuple(given)}')
+    _backends.check_name(backend)
 
 
 def available_backends(device: Union[str, torch.device] = 'cpu') -> Tuple[str, ...]:
@@ -98,8 +110,7 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: list, backend: str) -> None:
-    _backends.check_name(backend)
+def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
     for name, tensor in (('input', input), ('weight', weight), ('bias', bias)):
         if not isinstance(tensor, Tensor) and not (name == 'bias' and tensor is None):
             raise ValueError(f'{name} must be a tensor, got {type(tensor).__name__}')
@@ -116,8 +127,6 @@ def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: list
         raise ValueError(f'input must have at least one channel, got shape {tuple(input.shape)}')
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f'bias must have shape ({channels},), got {tuple(bias.shape)}')
-    if min(dilation) < 1:
-        raise ValueError(f'dilation must be at least 1, got {tuple(dilation)}')
     for name, tensor in (('input', input), ('weight', weight), ('bias', bias)):
         if tensor is None:
             continue

@@ -56,10 +56,10 @@ def mode(request, fp32_precision):
 
 def expected(shape, x, weight, bias, grad):
     """What a plain convolution of the same dtype gives, and the truth."""
-    exact = with_gradients(
-        lambda *args: plain_conv(*args, 1), *(tensor.cpu().double() for tensor in (x, weight, bias, grad)))
-    plain = with_gradients(lambda *args: plain_conv(*args, 1), x, weight, bias, grad)
-    return plain, exact
+    def function(*args):
+        return plain_conv(*args, shape.dilation)
+    plain = with_gradients(function, x, weight, bias, grad)
+    return plain, with_gradients(function, *(tensor.cpu().double() for tensor in (x, weight, bias, grad)))
 
 
 def assert_close(got, plain, exact, num_terms, dtype):
@@ -175,10 +175,7 @@ class TestKernels:
         x, weight, bias, grad = make(shape, mode, layout, device=DEVICE)
         got = with_gradients(
             lambda *args: depthwise_conv2d(*args, dilation=shape.dilation, backend='triton'), x, weight, bias, grad)
-        plain = with_gradients(lambda *args: plain_conv(*args, shape.dilation), x, weight, bias, grad)
-        exact = with_gradients(
-            lambda *args: plain_conv(*args, shape.dilation),
-            *(tensor.cpu().double() for tensor in (x, weight, bias, grad)))
+        plain, exact = expected(shape, x, weight, bias, grad)
         for key, num_terms in terms(shape).items():
             assert got[key].dtype == mode
             assert_close(got[key], plain[key], exact[key], num_terms, mode)
