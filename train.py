@@ -6,24 +6,30 @@
     python train.py --dataset torch/cifar10 --data-dir DATA --dataset-download ...
     python train.py --dataset wds/NAME --data-dir DATA ...            also hfds/NAME: all that timm reads
 
-A row is printed for each epoch. A new folder under --output takes args.yaml, summary.csv, last.pth.tar,
-model_best.pth.tar and summary.png (the curves, and the learned kernels with their points). The parameter groups are
-the paper's: no weight decay on coordinates, radii, biases and 1-D parameters, radii at a tenth of the rate and clipped
-to their range after each step.
+    torchrun --nproc_per_node 4 train.py ...                          on 4 GPUs, or processes on a CPU
 
-Exit codes: 0 done, 1 the loss became infinite or NaN, 2 wrong arguments or data (nothing is written), 130 interrupted.
+A row is printed for each epoch. The folder of the run, under --output, takes args.yaml, summary.csv, summary.json,
+curves.png, model_best.pth.tar, last.pth.tar and, at the end, summary.png (with the learned kernels and their points).
+The same command goes on from there, wherever it was stopped: on a CPU to the same bits as without the stop.
+
+The parameter groups are the paper's: no weight decay on coordinates, radii, biases and 1-D parameters, radii at a tenth
+of the rate and clipped to their range after each step.
+
+Exit codes: 0 done, 1 failed, 2 wrong arguments or data (nothing is written); stopped and saved: 130 by Ctrl-C, 143 by
+SIGTERM, 138 by SIGUSR1.
 """
 import argparse
 import logging
 import os
 import sys
+from typing import Any, Dict
 
 # Before torch loads OpenMP, whose threads would else spin: where other processes want the cores too, those that load
 # images say, every small loop then waits for a time slice. Nano on 2 busy cores: 1.4 to 6 s a step, so 0.1 s.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models.training import config, create_folder, options, set_up, train
+from smpconv_models.training import Stopped, config, explain, options, set_up, train
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -39,21 +45,46 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
-    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout)
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    is_first = int(os.environ.get('RANK', 0)) == 0
+    logging.basicConfig(
+        level=logging.INFO if is_first else logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
     logging.getLogger('timm').setLevel(logging.WARNING)
     parser = create_parser()
     try:
         args = config.parse_args(parser, argv)
         run = set_up(args)
-        folder = create_folder(args)
     except ValueError as error:
+        if local_rank:  # the first of this machine says it
+            return 2
         parser.error(str(error))
     try:
-        result = train(run, folder)
-    except FloatingPointError as error:
-        parser.exit(1, f'train.py: error: {error}; what was done is in {folder}\n')
+        result = train(run)
+        run.world.disconnect()  # not after a failure: it may wait for processes that are gone
+    except Stopped as stopped:
+        return _leave(parser, run, f'{stopped}; the same command goes on', stopped.exit_code)
     except KeyboardInterrupt:
-        parser.exit(130, f'train.py: interrupted; what was done is in {folder}\n')
+        return _leave(parser, run, 'interrupted; the same command goes on from the last checkpoint', 130)
+    except Exception as error:
+        line = explain(error, args, run.world)
+        if line is None:
+            raise
+        return _leave(parser, run, f'error: {line}', 1)
+    finally:
+        run.close()
+    if is_first:
+        _tell(result, args)
+    return 0
+
+
+def _leave(parser: argparse.ArgumentParser, run: Any, line: str, code: int) -> int:
+    sys.stdout.flush()
+    rank = f' (process {run.world.rank})' if run.world.size > 1 else ''
+    sys.stderr.write(f'{parser.prog}{rank}: {line}; what was done is in {run.folder.path}\n')
+    return code
+
+
+def _tell(result: Dict[str, Any], args: argparse.Namespace) -> None:
     print(
         f'top-1 of the held-out images: {result["top1"]:.2f} % after {args.epochs} epochs '
         f'in {result["seconds"]:.0f} s'
@@ -63,7 +94,6 @@ def main(argv=None) -> int:
         'chosen by these images)'
     )
     print(f'picture: {result["picture"]}')
-    return 0
 
 
 if __name__ == '__main__':

@@ -195,11 +195,11 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
     reshaped = [key for key in expected if key in given and expected[key] != given[key]]
     if not (missing or unexpected or reshaped):
         return None
-    examples: List[str] = [f'{key} expected {expected[key]}, got {given[key]}' for key in reshaped[:2]]
+    examples: List[str] = [f'{key} expected {expected[key]}, got {given[key]}' for key in reshaped[:3]]
     examples += [f'no {key}' for key in missing[:2]] + [f'unknown {key}' for key in unexpected[:2]]
     return (
         f'{len(missing)} of {len(expected)} tensors missing, {len(unexpected)} unexpected, '
-        f'{len(reshaped)} of another shape ({"; ".join(examples)})'
+        f'{len(reshaped)} of another shape ({"; ".join(examples[:5])})'
     )
 
 

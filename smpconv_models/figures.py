@@ -77,7 +77,14 @@ def save_run(
                     draw_kernel(axes, layer, channel)
                 else:
                     axes.axis('off')
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format='png')
+
+
+def save_curves(path: Union[str, Path], rows: Sequence[Row]) -> None:
+    """A PNG of losses and accuracy over the epochs, of the rows of a run's ``summary.csv``."""
+    figure = Figure(figsize=(10, 3.2), layout='constrained')
+    _draw_curves(figure.subplots(1, 2), rows)
+    figure.savefig(path, dpi=130, format='png')
 
 
 def _evenly(items: List[Any], most: int) -> List[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import smpconv_models
-from smpconv_models import layers, ops
+from smpconv_models import layers, ops, training
 
 PACKAGE = Path(smpconv_models.__file__).parent
 
@@ -33,9 +33,11 @@ def test_public_names_are_frozen():
         'ConvFFN', 'ConvNormAct', 'DepthwiseConv2d', 'LargeKernelBlock', 'LargeKernelConv', 'SMPDepthwiseConv2d',
         'accelerate_depthwise', 'clip_radius', 'clip_radius_', 'interpolate', 'sample_kernel', 'sampling_grid', 'tents',
     ]
+    assert training.__all__ == [
+        'Digits', 'Stopped', 'evaluate', 'explain', 'param_groups', 'set_up', 'train', 'validate']
 
 
-@pytest.mark.parametrize('module', [smpconv_models, ops, layers], ids=lambda module: module.__name__)
+@pytest.mark.parametrize('module', [smpconv_models, ops, layers, training], ids=lambda module: module.__name__)
 def test_public_names_exist(module):
     assert all(hasattr(module, name) for name in module.__all__)
 
@@ -54,7 +56,9 @@ MAY_IMPORT = {
     'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT),
     'smpconv_models/checkpoint.py': ('torch', 'safetensors'),
     'smpconv_models/figures.py': ('torch', 'numpy', 'matplotlib', LAYERS),
-    'smpconv_models/training': ('torch', 'timm', 'PIL', 'sklearn', 'tqdm', 'yaml', LAYERS, CHECKPOINT, FIGURES),
+    'smpconv_models/training': (
+        'torch', 'timm', 'PIL', 'numpy', 'sklearn', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS, CHECKPOINT, FIGURES,
+        'smpconv_models.__version__'),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', TRAINING),

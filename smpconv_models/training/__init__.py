@@ -1,7 +1,11 @@
-"""Training on timm's parts, and what they lack: radii at their own rate and in their range, an embedded data set."""
+"""Training on timm's parts, and what they lack: radii at their own rate and in their range, exact resume."""
 from .data import Digits
-from .evaluate import evaluate, validate
+from .evaluate import evaluate
+from .failures import explain
 from .optim import param_groups
-from .train import create_folder, set_up, train
+from .run import set_up
+from .signals import Stopped
+from .train import train
+from .validate import validate
 
-__all__ = ['Digits', 'create_folder', 'evaluate', 'param_groups', 'set_up', 'train', 'validate']
+__all__ = ['Digits', 'Stopped', 'evaluate', 'explain', 'param_groups', 'set_up', 'train', 'validate']

@@ -1,12 +1,11 @@
-"""Data sets and loaders: the embedded digits, and everything that timm reads."""
+"""Data sets: the embedded digits, and everything that timm reads."""
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import torch
 from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_data_config
-from torch.utils.data import DataLoader, Dataset
+from timm.data import create_dataset, resolve_data_config
+from torch.utils.data import Dataset
 
 # Names under which timm looks for a split's folder.
 _SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
@@ -104,8 +103,19 @@ def class_names(dataset: Any) -> Optional[List[str]]:
     return sorted(class_to_idx, key=class_to_idx.__getitem__)
 
 
-def check_classes(trained: Optional[List[str]], evaluated: Optional[List[str]]) -> None:
+def check_classes(
+        trained: Optional[List[str]],
+        evaluated: Optional[List[str]],
+        first: str = 'training',
+        second: str = 'evaluation',
+) -> None:
     """Compares the classes that a model is trained on with those it is evaluated on, where both are known.
+
+    Args:
+        trained: By index.
+        evaluated: By index.
+        first: What the former are, in the error.
+        second: What the latter are.
 
     Raises:
         ValueError: They differ, by name or by index.
@@ -113,9 +123,9 @@ def check_classes(trained: Optional[List[str]], evaluated: Optional[List[str]]) 
     if trained is None or evaluated is None or trained == evaluated:
         return
     raise ValueError(
-        f'the classes of training and evaluation must be the same: {len(trained)} and {len(evaluated)}, '
-        f'only in training {sorted(set(trained) - set(evaluated))[:5]}, '
-        f'only in evaluation {sorted(set(evaluated) - set(trained))[:5]}'
+        f'the classes of {first} and {second} must be the same: {len(trained)} and {len(evaluated)}, '
+        f'only in {first} {sorted(set(trained) - set(evaluated))[:5]}, '
+        f'only in {second} {sorted(set(evaluated) - set(trained))[:5]}'
     )
 
 
@@ -143,66 +153,3 @@ def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
         if len(config[key]) != model.in_chans:
             config[key] = (sum(config[key]) / len(config[key]),) * model.in_chans
     return config
-
-
-def train_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> DataLoader:
-    """timm's training loader: shuffled, augmented, incomplete batches dropped.
-
-    Raises:
-        ValueError: The batch is larger than the data set.
-    """
-    if hasattr(dataset, '__len__') and len(dataset) < args.batch_size:
-        raise ValueError(f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}')
-    return _create_loader(
-        args, dataset, config, device,
-        batch_size=args.batch_size,
-        is_training=True,
-        no_aug=args.no_aug,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation or config['interpolation'],
-    )
-
-
-def eval_loader(args: Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> DataLoader:
-    """timm's evaluation loader: in order, every image once."""
-    return _create_loader(
-        args, dataset, config, device,
-        batch_size=args.validation_batch_size or args.batch_size,
-        is_training=False,
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-    )
-
-
-def _create_loader(
-        args: Namespace,
-        dataset: Any,
-        config: Dict[str, Any],
-        device: torch.device,
-        **options: Any,
-) -> DataLoader:
-    try:
-        return create_loader(
-            dataset,
-            input_size=config['input_size'],
-            mean=config['mean'],
-            std=config['std'],
-            num_workers=args.workers,
-            persistent_workers=args.workers > 0,
-            pin_memory=args.pin_mem,
-            device=device,
-            # it copies to the device ahead of time, and exists for accelerators
-            use_prefetcher=device.type == 'cuda' and not args.no_prefetcher,
-            **options,
-        )
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'the images cannot be loaded so: {type(error).__name__} {error}') from error

@@ -52,6 +52,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help='processes that load (default: %(default)s, 4 or the number of cores)')
     group.add_argument('--pin-mem', action='store_true', help='pin memory in the loader')
     group.add_argument('--no-prefetcher', action='store_true', help="do without timm's prefetcher on a GPU")
+    group.add_argument(
+        '--max-unreadable', type=whole, default=100, metavar='N',
+        help='training images of a process that may be unreadable, and are left out (default: %(default)s)')
+    group.add_argument(
+        '--skip-unreadable', action='store_true', help='leave unreadable images out of evaluation too, not an error')
     group.add_argument('--img-size', type=count, metavar='N', help="image side in pixels, else the model's")
     group.add_argument('--input-size', type=count, nargs=3, metavar=('C', 'H', 'W'), help='instead of --img-size')
     group.add_argument('--crop-pct', type=positive, metavar='X', help='part of the resized image kept in evaluation')
@@ -79,6 +84,9 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Where and in which precision and layout to run."""
     group = parser.add_argument_group('device')
     group.add_argument('--device', metavar='NAME', help='cuda if there is one, else cpu')
+    group.add_argument(
+        '--dist-timeout', type=positive, default=600., metavar='S',
+        help='seconds to wait for another process (default: %(default)g)')
     group.add_argument('--amp', action='store_true', help='automatic mixed precision')
     group.add_argument(
         '--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='(default: %(default)s)')
@@ -92,12 +100,41 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--val-split', default='validation', metavar='NAME', help='(default: %(default)s)')
     group.add_argument('--output', default='output', metavar='DIR', help='(default: %(default)s)')
     group.add_argument(
-        '--experiment', metavar='NAME', help='folder in --output, numbered if it exists; else model and time')
+        '--experiment', metavar='NAME',
+        help="folder in --output; a run that is there goes on, if it is this one (default: the model's name)")
     group.add_argument('--epochs', type=count, default=300, metavar='N', help='(default: %(default)s)')
     group.add_argument('--pretrained', action='store_true', help="start from timm's pretrained weights")
+    group.add_argument(
+        '--initial-checkpoint', metavar='FILE', help="start from these weights: ours, timm's or the original release's")
     group.add_argument('--grad-checkpointing', action='store_true', help='less memory, more time')
     group.add_argument(
-        '--grad-accum-steps', type=count, default=1, metavar='N', help='batches of a step (default: %(default)s)')
+        '--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile (inductor if not named)')
+    group.add_argument(
+        '--sync-bn', action='store_true', help="batch norms over all processes' images; on GPUs")
+    group.add_argument(
+        '--global-batch-size', type=count, metavar='N',
+        help='images of a step over all processes; as many batches are accumulated as it takes')
+    group.add_argument(
+        '--grad-accum-steps', type=count, metavar='N', help='batches of a step, instead of --global-batch-size')
+
+    group = parser.add_argument_group('going on')
+    group.add_argument(
+        '--recovery-interval', type=count, default=500, metavar='N',
+        help='steps between checkpoints, which epochs have anyway (default: %(default)s)')
+    group.add_argument(
+        '--resume', metavar='FILE', help="go on from this checkpoint instead of the newest of the run's folder")
+    group.add_argument(
+        '--force-resume', action='store_true', help='go on although what should not have changed has')
+    group.add_argument(
+        '--patience-nonfinite', type=count, default=10, metavar='N',
+        help='steps in a row that may come to NaN or infinity, and are not applied (default: %(default)s)')
+
+    group = parser.add_argument_group('telling')
+    group.add_argument(
+        '--log-interval', type=count, default=50, metavar='N', help='steps between lines (default: %(default)s)')
+    group.add_argument('--log-tensorboard', action='store_true', help="write TensorBoard's files too")
+    group.add_argument('--log-wandb', action='store_true', help='tell Weights & Biases too')
+    group.add_argument('--wandb-project', metavar='NAME', help='(default: its own)')
 
     group = parser.add_argument_group('optimizer')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='(default: %(default)s)')

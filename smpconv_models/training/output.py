@@ -1,33 +1,65 @@
-"""What a run leaves behind: checkpoints, a table of epochs, the arguments."""
+"""Files that are whole at every instant: checkpoints, tables, pictures."""
 import csv
+import errno
+import io
+import json
 import os
+import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import yaml
+from torch import Tensor
+
+from smpconv_models import checkpoint
+
+# Of a full disk, a quota, a limit on a file's size.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def save_checkpoint(path: Union[str, Path], state: Dict[str, Any]) -> None:
-    """Writes a checkpoint so that a file of this name is whole at every instant.
+@contextmanager
+def replacing(path: Path, check: Optional[Callable[[Path], None]] = None) -> Iterator[Path]:
+    """Gives a temporary path beside ``path``, which takes its name at the end of the block, on the disk by then.
 
     Args:
-        path: Where to.
-        state: Tensors and plain data, so that it loads with ``weights_only=True``.
+        path: What to replace; a link is replaced, not what it points to.
+        check: Called with the temporary file, to raise if it isn't what was meant to be written.
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, 'wb') as file:
-            torch.save(state, file)
-            file.flush()
+        yield temporary
+        with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_temporaries(folder: Path, names: Sequence[str]) -> None:
+    """Removes what a killed process was writing for these files."""
+    for name in names:
+        for path in folder.glob(f'.{name}.*'):
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == 'nt':  # a folder can't be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -36,17 +68,84 @@ def _umask() -> int:
     return mask
 
 
-def append_row(path: Union[str, Path], row: Dict[str, Any]) -> None:
-    """Adds a row to a CSV file, after a header if it is the first."""
-    is_first = not os.path.exists(path)
-    with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if is_first:
-            writer.writeheader()
-        writer.writerow(row)
+def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] = None) -> None:
+    """Writes a checkpoint and reads it back before it takes its name.
+
+    Args:
+        path: Where to.
+        state: Tensors and plain data, so that it loads with ``weights_only=True``.
+        previous: Where the file that is replaced goes on to be.
+
+    Raises:
+        FloatingPointError: A weight isn't finite.
+        OSError: There is no space, or the folder can't be written to.
+    """
+    _check_finite(state)
+    try:
+        with replacing(path, checkpoint.check_file) as temporary:
+            torch.save(state, temporary)
+            if previous is not None and path.exists():
+                _keep(path, previous)
+    except (OSError, RuntimeError) as error:  # torch's writer hides the system's error in one of its own
+        raise _explained(error, path, state) from error
 
 
-def save_arguments(path: Union[str, Path], arguments: Dict[str, Any]) -> None:
+def _check_finite(state: Dict[str, Any]) -> None:
+    for key in ('state_dict', 'state_dict_ema'):
+        for name, value in state.get(key, {}).items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise FloatingPointError(f'{name} of the {key} is not finite, so it is not saved')
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """A second name for the file where the file system has hard links, else a copy."""
+    with replacing(previous) as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy(path, temporary)
+
+
+def _explained(error: Exception, path: Path, state: Dict[str, Any]) -> OSError:
+    needed, free = _size(state), shutil.disk_usage(path.parent).free
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _NO_SPACE or free < needed or (number is None and 'write' in str(error)):
+        return OSError(f'no space: a checkpoint needs about {_mib(needed)}, the disk has {_mib(free)}, at {path}')
+    return OSError(f'{path} cannot be written: {checkpoint.first_line(error)}')
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _mib(size: int) -> str:
+    return f'{size / 2 ** 20:.0f} MiB'
+
+
+def save_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    """Writes a CSV file with one header; a column that a row lacks is empty there."""
+    text = io.StringIO()
+    names: List[str] = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.getvalue().encode())
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Writes JSON for people and programs."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + '\n')
+
+
+def save_arguments(path: Path, arguments: Dict[str, Any]) -> None:
     """Writes the arguments as YAML, as ``--config`` reads them."""
-    with open(path, 'w') as file:
-        yaml.safe_dump(arguments, file, sort_keys=True)
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(arguments, sort_keys=True))

@@ -3,7 +3,6 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -26,7 +25,8 @@ def arguments(**changes):
         dataset='', data_dir=None, dataset_download=False, batch_size=2, validation_batch_size=None, seed=0, workers=0,
         pin_mem=False, no_prefetcher=False, in_chans=None, input_size=None, img_size=None, crop_pct=None, mean=None,
         std=None, interpolation=None, train_interpolation=None, no_aug=False, reprob=0., remode='pixel', recount=1,
-        scale=[0.5, 1.], ratio=[1., 1.], hflip=0., vflip=0., color_jitter=0., aa=None,
+        scale=[0.5, 1.], ratio=[1., 1.], hflip=0., vflip=0., color_jitter=0., aa=None, grad_accum_steps=1,
+        max_unreadable=10, skip_unreadable=False,
     )
     return Namespace(**{**values, **changes})
 
@@ -115,20 +115,3 @@ def test_data_config_follows_the_channels(changes, size, mean):
     assert config['input_size'] == size
     assert len(config['mean']) == len(config['std']) == 1
     assert mean is None or config['mean'] == mean
-
-
-def test_loaders_augment_training_and_repeat_nothing_in_evaluation():
-    args = arguments(dataset='digits', batch_size=100)
-    config = dict(
-        input_size=(1, 16, 16), mean=(0.3,), std=(0.4,), interpolation='bicubic', crop_pct=1., crop_mode='center')
-    train = data.train_loader(args, Digits('train'), config, torch.device('cpu'))
-    assert len(train) == 14  # the incomplete batch is dropped
-    images, _ = next(iter(train))
-    assert images.shape == (100, 1, 16, 16)
-    evaluation = data.eval_loader(args, Digits('val'), config, torch.device('cpu'))
-    assert torch.cat([target for _, target in evaluation]).tolist() == Digits('val').labels
-
-
-def test_a_batch_larger_than_the_data_is_told():
-    with pytest.raises(ValueError, match='--batch-size must not exceed the 1437 training images, got 2000'):
-        data.train_loader(arguments(batch_size=2000), Digits('train'), {}, torch.device('cpu'))

@@ -36,7 +36,7 @@ def test_the_umask_is_respected(tmp_path):
 
 
 def test_rows_have_one_header(tmp_path):
-    for epoch in range(2):
-        output.append_row(tmp_path / 'a.csv', {'epoch': epoch, 'loss': 0.5})
-    with open(tmp_path / 'a.csv') as file:
-        assert list(csv.DictReader(file)) == [{'epoch': '0', 'loss': '0.5'}, {'epoch': '1', 'loss': '0.5'}]
+    output.save_rows(tmp_path / 'a.csv', [{'epoch': 0, 'loss': 0.5}, {'epoch': 1, 'loss': 0.5, 'ema': 1}])
+    with open(tmp_path / 'a.csv', newline='') as file:
+        assert list(csv.DictReader(file)) == [
+            {'epoch': '0', 'loss': '0.5', 'ema': ''}, {'epoch': '1', 'loss': '0.5', 'ema': '1'}]

@@ -12,7 +12,6 @@ from test_data import make_folder
 
 import train
 import validate
-from smpconv_models import training
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -50,7 +49,9 @@ def digits(tmp_path_factory):
 def test_a_run_leaves_its_results(digits):
     folder, printed = digits
     names = {path.name for path in folder.iterdir()}
-    assert names == {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'summary.png'}
+    assert {name for name in names if not name.startswith('.')} == {
+        'args.yaml', 'summary.csv', 'summary.json', 'curves.png', 'summary.png', 'last.pth.tar', 'previous.pth.tar',
+        'model_best.pth.tar'}
     with open(folder / 'summary.csv') as file:
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['0', '1']
@@ -94,22 +95,21 @@ def test_validate_takes_either_weights_and_reparameterizes(digits, capsys):
 
 def test_a_saved_recipe_trains_again(digits, tmp_path):
     assert run(train.main, '--config', digits[0] / 'args.yaml', '--output', tmp_path, '--epochs', 1) == 0
-    assert run(train.main, '--config', digits[0] / 'args.yaml', '--output', tmp_path, '--epochs', 1) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['digits', 'digits-1']  # nothing is overwritten
+    rows = [(path / 'summary.csv').read_text().splitlines() for path in (digits[0], tmp_path / 'digits')]
+    assert rows[0][0] == rows[1][0] and len(rows[1]) == 2
 
 
 def test_same_seed_same_run(tmp_path):
     folder = make_folder(tmp_path / 'data')
-    metrics = []
+    states = []
     for _ in range(2):
-        args = training.config.parse_args(train.create_parser(), [
-            *TINY, '--data-dir', str(folder), '--batch-size', '4', '--epochs', '2', '--warmup-epochs', '0',
-            '--img-size', '16', '--output', str(tmp_path / 'output')])
-        metrics.append(training.train(training.set_up(args), training.create_folder(args))['top1'])
-        last = max((tmp_path / 'output').glob('*/last.pth.tar'), key=lambda path: path.stat().st_mtime_ns)
-        state = torch.load(last, weights_only=True)['state_dict']
-        metrics.append(sum(value.double().sum().item() for value in state.values()))
-    assert metrics[:2] == metrics[2:]
+        output = tmp_path / f'output{len(states)}'
+        run(train.main, *TINY, '--data-dir', folder, '--batch-size', 4, '--epochs', 2, '--warmup-epochs', 0,
+            '--img-size', 16, '--output', output, '--experiment', 'run')
+        states.append(torch.load(output / 'run/last.pth.tar', weights_only=True))
+    first, second = (state['state_dict'] for state in states)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert states[0]['progress'] == states[1]['progress']
 
 
 def test_other_models_of_timm_train_and_evaluate(tmp_path, capsys):
@@ -123,11 +123,12 @@ def test_other_models_of_timm_train_and_evaluate(tmp_path, capsys):
 
 def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     folder = make_folder(tmp_path / 'data')
-    with pytest.raises(SystemExit) as stopped:
-        run(train.main, *TINY, '--data-dir', folder, '--batch-size', 4, '--epochs', 50, '--warmup-epochs', 0,
-            '--img-size', 16, '--opt', 'sgd', '--lr', 1e30, '--output', tmp_path / 'output')
-    assert stopped.value.code == 1
-    assert 'the loss is nan in epoch' in capsys.readouterr().err
+    assert run(
+        train.main, *TINY, '--data-dir', folder, '--batch-size', 4, '--epochs', 50, '--warmup-epochs', 0, '--img-size',
+        16, '--opt', 'sgd', '--lr', 1e30, '--output', tmp_path / 'output') == 1
+    told = capsys.readouterr().err
+    assert '10 steps in a row came to NaN or infinity' in told and 'the loss is nan, at rate' in told
+    assert '.png' in told  # the images' names
 
 
 @pytest.mark.parametrize('argv, told', [
@@ -141,7 +142,11 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--batch-size', '2000'], '--batch-size must not exceed the 1437 training images, got 2000'),
     ([*TINY, '--batch-size', '33', '--mixup', '0.2'], '--batch-size must be even with Mixup or CutMix, got 33'),
     ([*TINY, '--epochs', '2', '--warmup-epochs', '3'], '--warmup-epochs must not exceed the 2 epochs, got 3'),
-    ([*TINY, '--grad-accum-steps', '100'], '--grad-accum-steps 100 is more than the 11 batches of an epoch'),
+    ([*TINY, '--grad-accum-steps', '100'], '--batch-size must not exceed the 1437 training images, got 128 x 100'),
+    ([*TINY, '--global-batch-size', '100'], '--global-batch-size must be a multiple of --batch-size 128 x 1 processes'),
+    ([*TINY, '--global-batch-size', '256', '--grad-accum-steps', '3'], '--grad-accum-steps 3 contradicts'),
+    ([*TINY, '--resume', 'nowhere.pth'], 'expected a checkpoint file, found nothing at nowhere.pth'),
+    ([*TINY, '--initial-checkpoint', 'nowhere.pth'], 'expected a checkpoint file, found nothing at nowhere.pth'),
     ([*TINY, '--device', 'cuda:77'], '--device cuda:77 cannot be used'),
     ([*TINY, '--dataset', '', '--data-dir', 'nowhere'], 'nowhere: no such folder'),
     ([*TINY, '--train-split', 'test'], 'split of the digits must be one of'),
@@ -151,7 +156,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--img-size', '0'], 'argument --img-size: must be at least 1, got 0'),
     ([*TINY, '--epochs', 'ten'], "argument --epochs: invalid whole number value: 'ten'"),
     ([*TINY, '--interpolation', 'nonsense'], "argument --interpolation: invalid choice: 'nonsense'"),
-    ([*TINY, '--aa', 'nonsense'], 'the images cannot be loaded so'),
+    ([*TINY, '--aa', 'nonsense'], 'the images cannot be augmented so'),
     ([*TINY, '--opt', 'nonsense'], '--opt nonsense with its defaults cannot be created'),
     ([*TINY, '--opt-betas', '0.9'], "--opt adamw with {'betas': [0.9]} cannot be created"),
     ([*TINY, '--mean', '1', '2'], '--mean takes 1 or 1 values, got [1.0, 2.0]'),
@@ -161,7 +166,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--dataset', 'cifar10'], "--dataset must be 'digits' or begin with one of"),
     ([*TINY, '--device', 'meta'], '--device meta cannot be used'),
     ([*TINY, '--experiment', '../escape'], '--experiment must be the name of a folder, got ../escape'),
-    ([*TINY, '--output', '/proc/nothing'], '--output /proc/nothing cannot be written to'),
+    ([*TINY, '--output', '/proc/nothing'], '--output /proc/nothing/smpconv_nano cannot be written to'),
     ([*TINY, '--nonsense'], 'unrecognized arguments: --nonsense'),
     ([*TINY, '--in-chans', '4'], 'got in_chans 4'),
     (['--model', 'smpconv_t', '--pretrained'], 'No pretrained weights exist'),
@@ -244,9 +249,9 @@ def test_an_interrupted_run_keeps_what_it_did(tmp_path):
             pass
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error.strip().endswith(f'interrupted; what was done is in {tmp_path / "run"}')
-    assert len(error.strip().splitlines()) == 1
-    assert (tmp_path / 'run' / 'summary.png').exists() and (tmp_path / 'run' / 'last.pth.tar').exists()
+    assert process.returncode == 130
+    assert error.strip() == f'train.py: stopped by SIGINT; the same command goes on; what was done is in {tmp_path}/run'
+    assert (tmp_path / 'run' / 'curves.png').exists() and (tmp_path / 'run' / 'last.pth.tar').exists()
 
 
 @pytest.mark.slow  # two minutes of training, more on a busy machine

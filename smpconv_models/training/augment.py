@@ -1,0 +1,30 @@
+"""timm's augmentation, on every Pillow."""
+from typing import Any
+
+from PIL import Image, ImageOps
+from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keeps the highest bits of each channel; 0 bits is black, as in Pillow before 13, which refuses it."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+def repair(transform: Any) -> Any:
+    """Puts :func:`posterize` in place of timm's in a transform of timm's, whose policies ask for 0 bits; returns it.
+
+    RandAugment with increasing severity (``inc1``, the paper's) does, for about one image in 600.
+    """
+    for part in getattr(transform, 'transforms', [transform]):
+        if isinstance(part, (AugMixAugment, RandAugment)):
+            policies = [part.ops]
+        elif isinstance(part, AutoAugment):
+            policies = part.policy
+        else:
+            continue
+        for op in (op for policy in policies for op in policy):
+            if op.name.startswith('Posterize'):
+                op.aug_fn = posterize
+    return transform

@@ -1,0 +1,112 @@
+"""The device and the model that the arguments ask for."""
+from argparse import Namespace
+from contextlib import AbstractContextManager
+from typing import Any, Dict, Optional
+
+import timm
+import torch
+from torch import nn
+
+from smpconv_models import checkpoint
+
+
+def select_device(name: Optional[str], local_rank: Optional[int] = None) -> torch.device:
+    """The device named, or the GPU if there is one, else the CPU.
+
+    Args:
+        name: As PyTorch names it.
+        local_rank: Of several processes, each of which takes the GPU of its number.
+
+    Raises:
+        ValueError: It isn't there.
+    """
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if name == 'cuda' and local_rank is not None:
+        name = f'cuda:{local_rank}'
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f'--device {name} cannot be used: {checkpoint.first_line(error)}') from error
+    return device
+
+
+def autocast(args: Namespace, device: torch.device) -> AbstractContextManager:
+    """Automatic mixed precision as the arguments ask for it."""
+    return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
+
+
+def memory_format(args: Namespace) -> torch.memory_format:
+    """The images' layout as the arguments ask for it."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def model_arguments(args: Namespace, defaults: Dict[str, Any]) -> Dict[str, Any]:
+    """What the arguments say of the model's constructor, over ``defaults`` where they leave it open.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    in_chans = args.in_chans
+    if args.input_size is not None:
+        if in_chans not in (None, args.input_size[0]):
+            raise ValueError(f'--in-chans {in_chans} contradicts --input-size {args.input_size}')
+        in_chans = args.input_size[0]
+    given = {'num_classes': args.num_classes, 'in_chans': in_chans, **args.model_kwargs}
+    return {**defaults, **{key: value for key, value in given.items() if value is not None}}
+
+
+def create_model(name: Optional[str], **kwargs: Any) -> Any:
+    """``timm.create_model``, with users' mistakes as one line.
+
+    Raises:
+        ValueError: No such model, or it doesn't take the arguments, or has no pretrained weights.
+    """
+    if name is None:
+        raise ValueError('--model is needed, e.g. smpconv_t')
+    if not timm.is_model(name):
+        raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}')
+    try:
+        return timm.create_model(name, **kwargs)
+    except (AssertionError, OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f'{name} cannot be created: {checkpoint.first_line(error)}') from error
+
+
+def load_weights(model: nn.Module, loaded: Any, path: str, use_ema: bool = True) -> str:
+    """Loads a checkpoint's weights, ours, timm's or the original release's, into a model that must fit them exactly.
+
+    Args:
+        model: Where to.
+        loaded: What was in the file.
+        path: The file, for messages.
+        use_ema: Prefer the averaged weights.
+
+    Returns:
+        The key that the weights were under ('' for a bare state dict).
+
+    Raises:
+        ValueError: It is another model's; says which one where that is one of this package.
+    """
+    try:
+        return checkpoint.load_into(model, loaded, use_ema)
+    except ValueError as error:
+        fitting = _fitting_model(loaded)
+        raise ValueError(f'{path}: {error}' + (f'; it is of {fitting}' if fitting else '')) from error
+
+
+def _fitting_model(loaded: Any) -> Optional[str]:
+    """Which of this package's models the weights are of, in words."""
+    try:
+        state_dict, _ = checkpoint.select_state_dict(loaded)
+    except ValueError:
+        return None
+    if checkpoint.is_release(state_dict):
+        state_dict = checkpoint.from_release(state_dict)
+    head, stem = state_dict.get('head.fc.weight'), state_dict.get('stem.0.conv.weight')
+    if head is None or stem is None:
+        return None
+    for name in timm.list_models('smpconv*'):
+        model = timm.create_model(name, num_classes=len(head), in_chans=stem.shape[1], device='meta')
+        if checkpoint.describe_mismatch(state_dict, model) is None:
+            return f'{name} with {len(head)} classes and {stem.shape[1]} input channels'
+    return None

@@ -1,0 +1,92 @@
+"""The folder of a run, which one run at a time may hold."""
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from filelock import FileLock, Timeout
+
+from smpconv_models import checkpoint
+
+from . import output
+
+_logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """What a run leaves behind.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.arguments = path / 'args.yaml'
+        self.last = path / 'last.pth.tar'
+        self.previous = path / 'previous.pth.tar'
+        self.best = path / 'model_best.pth.tar'
+        self.table = path / 'summary.csv'
+        self.summary = path / 'summary.json'
+        self.curves = path / 'curves.png'
+        self.picture = path / 'summary.png'
+        self._holder = path / '.run.json'
+        self._lock = FileLock(path / '.run.lock')
+
+    def hold(self) -> None:
+        """Makes the folder if there is none, and takes it for this process until it ends.
+
+        Raises:
+            ValueError: It can't be written to, or another run holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            output.save_json(self._holder, {
+                'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')})
+        except Timeout as error:
+            raise ValueError(
+                f'another run is in {self.path}: {self._described()}; wait for it, or name this one with '
+                '--experiment') from error
+        except OSError as error:
+            raise ValueError(f'--output {self.path} cannot be written to: {error}') from error
+        output.remove_temporaries(self.path, [path.name for path in vars(self).values() if isinstance(path, Path)])
+
+    def release(self) -> None:
+        """Lets the next run have it, if this one did."""
+        if self._lock.is_locked:
+            self._holder.unlink(missing_ok=True)
+            self._lock.release()
+
+    def _described(self) -> str:
+        try:
+            holder = json.loads(self._holder.read_text())
+            return f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
+        except (OSError, ValueError, KeyError):  # it is about to say so, or can't
+            return 'it has not said who it is'
+
+    def newest(self) -> Optional[Tuple[str, Any]]:
+        """The newest checkpoint that is whole; None where there is none at all.
+
+        Raises:
+            ValueError: There are some, none of them whole.
+        """
+        problems: List[str] = []
+        for path in (self.last, self.previous):
+            if not path.exists():
+                continue
+            try:
+                return str(path), checkpoint.read_file(path)
+            except ValueError as error:
+                problems.append(str(error))
+                _logger.warning('%s; looking for an older one', error)
+        if problems:
+            raise ValueError('; '.join(problems) + '; remove them to start anew')
+        return None
+
+    def save(self, state: Dict[str, Any]) -> None:
+        """Makes this the last checkpoint, and the one that was the last the previous one."""
+        output.save_checkpoint(self.last, state, self.previous)

@@ -1,0 +1,195 @@
+"""Batches of images: for training by key, for evaluation each once."""
+from argparse import Namespace
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+from timm.data import IterableImageDataset, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from . import augment, draws
+from .evaluate import HeldOut
+from .samples import Batches, Collate, InOrder, Loader, Samples
+from .signals import leave_to_parent
+from .unreadable import LeftOutOfEvaluation, Unreadable
+from .world import World
+
+Tell = Callable[[List[Unreadable]], None]
+
+
+class Images(NamedTuple):
+    """A run's training images.
+
+    Attributes:
+        loader: Of (images, class indices).
+        steps: Of an epoch.
+        samples: Single ones, unless they come in a stream.
+        batches: Their order, unless they come in a stream.
+        stream: The data set that decides on the order itself.
+    """
+    loader: Any
+    steps: int
+    samples: Optional[Samples] = None
+    batches: Optional[Batches] = None
+    stream: Any = None
+
+    def start(self, epoch: int, step: int) -> Iterator[Tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from this step. A stream is shuffled anew where it goes on inside an epoch."""
+        if self.batches is not None:
+            self.batches.start(epoch, step)
+        else:
+            self.stream.set_epoch(draws.key(epoch, step) % 2 ** 31 if step else epoch)
+        return iter(self.loader)
+
+    def names(self, step: int) -> List[str]:
+        """The image files of a step of the epoch that was started; a stream knows none."""
+        if self.samples is None or self.batches is None:
+            return []
+        return [
+            self.samples.name(index) for part in range(self.batches.accumulation)
+            for _, index in self.batches.batch(step, part)]
+
+
+def train_loader(
+        args: Namespace,
+        dataset: Any,
+        config: Dict[str, Any],
+        device: torch.device,
+        world: World,
+        tell: Tell,
+) -> Images:
+    """The training images: shuffled and augmented by key, what fills no step left out.
+
+    Args:
+        args: The batch size and the augmentation.
+        dataset: timm's, or any map-style one.
+        config: From :func:`~smpconv_models.training.data.data_config`.
+        device: The loader copies to it ahead of time if it is a GPU.
+        world: The processes that share the data set.
+        tell: Called with the images that could not be read.
+
+    Raises:
+        ValueError: A step takes more images than there are, or the augmentation is none of timm's.
+    """
+    try:
+        transform = create_transform(
+            config['input_size'],
+            is_training=True,
+            use_prefetcher=_prefetches(args, device),
+            no_aug=args.no_aug,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            interpolation=args.train_interpolation or config['interpolation'],
+            mean=config['mean'],
+            std=config['std'],
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'the images cannot be augmented so: {type(error).__name__} {error}') from error
+    dataset.transform = augment.repair(transform)
+    erasing = dict(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+    if isinstance(dataset, IterableImageDataset):
+        return _stream(args, dataset, config, device, tell, erasing)
+    batches = Batches(len(dataset), args.batch_size, args.grad_accum_steps, world.rank, world.size, args.seed)
+    if batches.steps == 0:
+        raise ValueError(
+            f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}'
+            + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
+            + (f' x {world.size} processes' if world.size > 1 else ''))
+    samples = Samples(dataset, args.seed)
+    loader = _loader(args, samples, device, Collate(_collate(args, device), True), batch_sampler=batches)
+    loader = _on_device(args, Loader(loader, tell), config, device, **erasing)
+    return Images(loader, batches.steps, samples, batches)
+
+
+def held_out(
+        args: Namespace,
+        dataset: Any,
+        config: Dict[str, Any],
+        device: torch.device,
+        world: World,
+) -> HeldOut:
+    """The evaluation images, in order, each in one process once; a stream's all in every process.
+
+    Args:
+        args: The batch size.
+        dataset: timm's.
+        config: From :func:`~smpconv_models.training.data.data_config`.
+        device: The loader copies to it ahead of time if it is a GPU.
+        world: The processes that share the data set.
+    """
+    batch_size = args.validation_batch_size or args.batch_size
+    dataset.transform = create_transform(
+        config['input_size'],
+        use_prefetcher=_prefetches(args, device),
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+    )
+    collate = Collate(_collate(args, device), False)
+    loader: Any
+    if isinstance(dataset, IterableImageDataset):
+        dataset.set_loader_cfg(num_workers=args.workers)
+        loader = _loader(args, dataset, device, collate, batch_size=batch_size)
+        world = World.alone()
+    else:
+        order = InOrder(len(dataset), batch_size, world.rank, world.size)
+        loader = _loader(args, Samples(dataset, args.seed), device, collate, batch_sampler=order)
+    return HeldOut(_on_device(args, Loader(loader, LeftOutOfEvaluation(args)), config, device), world)
+
+
+def _stream(
+        args: Namespace,
+        dataset: IterableImageDataset,
+        config: Dict[str, Any],
+        device: torch.device,
+        tell: Tell,
+        erasing: Dict[str, Any],
+) -> Images:
+    dataset.set_loader_cfg(num_workers=args.workers)
+    loader = _loader(
+        args, dataset, device, Collate(_collate(args, device), True), batch_size=args.batch_size, drop_last=True)
+    try:
+        steps = len(loader) // args.grad_accum_steps
+    except TypeError as error:
+        raise ValueError(f'the data set must know its length, for the schedule: {error}') from error
+    if steps == 0:
+        raise ValueError(f'an epoch of {len(loader)} batches has no step of {args.grad_accum_steps} batches')
+    return Images(_on_device(args, Loader(loader, tell), config, device, **erasing), steps, stream=dataset)
+
+
+def _prefetches(args: Namespace, device: torch.device) -> bool:
+    """timm's prefetcher copies to the device ahead of time, normalizes there, and exists for accelerators."""
+    return device.type == 'cuda' and not args.no_prefetcher
+
+
+def _collate(args: Namespace, device: torch.device) -> Any:
+    return fast_collate if _prefetches(args, device) else default_collate
+
+
+def _loader(args: Namespace, dataset: Any, device: torch.device, collate: Collate, **batching: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        collate_fn=collate,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        pin_memory=args.pin_mem and device.type == 'cuda',
+        worker_init_fn=leave_to_parent,
+        **batching,
+    )
+
+
+def _on_device(args: Namespace, loader: Any, config: Dict[str, Any], device: torch.device, **erasing: Any) -> Any:
+    if not _prefetches(args, device):
+        return loader
+    return PrefetchLoader(
+        loader, mean=config['mean'], std=config['std'], channels=config['input_size'][0], device=device, **erasing)

@@ -1,0 +1,222 @@
+"""A training run made ready: its parts, its folder, and where it goes on."""
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from timm.utils import random_seed
+from torch import nn
+
+from smpconv_models import checkpoint
+
+from . import data, loaders, output, parts, report, resume
+from .build import create_model, load_weights, memory_format, model_arguments, select_device
+from .evaluate import HeldOut
+from .folder import RunFolder
+from .progress import Progress
+from .step import Stepper
+from .unreadable import LeftOutOfTraining
+from .world import World
+
+
+@dataclass
+class Run:
+    """What a training run works with."""
+    args: Namespace
+    world: World
+    device: torch.device
+    folder: RunFolder
+    progress: Progress
+    model: nn.Module
+    model_kwargs: Dict[str, Any]
+    stepper: Stepper
+    images: loaders.Images
+    held_out: HeldOut
+    classes: Optional[List[str]]
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose accuracy counts."""
+        return self.model if self.stepper.ema is None else self.stepper.ema.module
+
+    @property
+    def number(self) -> int:
+        """Steps that are done, over all epochs."""
+        return self.progress.epoch * self.images.steps + self.progress.step
+
+    @property
+    def num_images(self) -> Optional[int]:
+        """Training images; None for a stream."""
+        return None if self.images.samples is None else len(self.images.samples)
+
+    def weights(self) -> Dict[str, Any]:
+        """A checkpoint to use, under the keys that timm's scripts read."""
+        state = {
+            'arch': self.args.model,
+            'model_kwargs': self.model_kwargs,
+            'state_dict': self.model.state_dict(),
+            'classes': self.classes,
+            'args': resume.plain(self.args),
+        }
+        if self.stepper.ema is not None:
+            state['state_dict_ema'] = self.stepper.ema.module.state_dict()
+        return state
+
+    def state(self) -> Dict[str, Any]:
+        """A checkpoint to go on from."""
+        return {
+            **self.weights(),
+            'optimizer': self.stepper.optimizer.state_dict(),
+            'amp_scaler': self.stepper.scaler.state_dict(),
+            'images': self.num_images,
+            'epoch': self.progress.epoch - 1,  # as timm counts, the last that is done
+            'progress': self.progress.plain(),
+        }
+
+    def close(self) -> None:
+        """Leaves the folder to another run."""
+        if self.world.is_first:
+            self.folder.release()
+
+
+def set_up(args: Namespace) -> Run:
+    """Builds everything that a run needs, takes its folder, and loads the checkpoint that it goes on from.
+
+    Raises:
+        ValueError: Arguments that don't fit each other, the data set, the device, or the run that is in the folder.
+    """
+    _check(args)
+    report.check(args)
+    given = resume.plain(args)
+    args.dataset = args.dataset or ''
+    args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())  # for a later evaluation from elsewhere
+    world = World()
+    device = select_device(args.device, world.local_rank if world.size > 1 else None)
+    _divide(args, world)
+    train_set, val_set = _open(args, world, device)
+    classes = data.class_names(train_set)
+    data.check_classes(classes, data.class_names(val_set))
+    model, model_kwargs = _build(args, classes)
+    model = parts.synchronized(args, model, world, device)
+    model.to(device).to(memory_format=memory_format(args))
+    config = data.data_config(args, model)
+    progress = Progress()
+    images = loaders.train_loader(args, train_set, config, device, world, LeftOutOfTraining(args, progress))
+    stepper = _create_stepper(args, model, images.steps, device, world)
+    run = Run(
+        args=args,
+        world=world,
+        device=device,
+        folder=RunFolder(Path(args.output) / (args.experiment or args.model)),
+        progress=progress,
+        model=model,
+        model_kwargs=model_kwargs,
+        stepper=stepper,
+        images=images,
+        held_out=loaders.held_out(args, val_set, config, device, world),
+        classes=classes,
+    )
+    _take_folder(run, given)
+    return run
+
+
+def _open(args: Namespace, world: World, device: torch.device) -> Tuple[Any, Any]:
+    """The training and the validation images; meets the other processes in between.
+
+    Streams divide themselves among the processes that have met: of the validation images each process sees all.
+    """
+    in_chans = model_arguments(args, {'in_chans': 3})['in_chans']
+    val_set = data.open_dataset(args, args.val_split, in_chans, is_training=False)
+    world.connect(device, args.dist_timeout)
+    return data.open_dataset(args, args.train_split, in_chans, is_training=True), val_set
+
+
+def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
+    """The model, and the arguments that make it again."""
+    model_kwargs = model_arguments(args, {} if classes is None else {'num_classes': len(classes)})
+    model_kwargs |= parts.given(args, drop_rate='drop', drop_path_rate='drop_path')
+    random_seed(args.seed, 0)
+    model = create_model(args.model, pretrained=args.pretrained, **model_kwargs)
+    data.check_num_classes(classes, model.num_classes)
+    if args.initial_checkpoint:
+        load_weights(model, checkpoint.read_file(args.initial_checkpoint), args.initial_checkpoint)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model, {**model_kwargs, 'num_classes': model.num_classes}
+
+
+def _create_stepper(args: Namespace, model: Any, steps: int, device: torch.device, world: World) -> Stepper:
+    mixup = parts.create_mixup(args, model.num_classes)
+    optimizer = parts.create_optimizer(args, model)
+    return Stepper(
+        args=args,
+        model=model,
+        wrapped=parts.wrapped(args, model, world, device),
+        ema=parts.create_ema(args, model),
+        optimizer=optimizer,
+        scheduler=parts.create_scheduler(args, optimizer, steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == 'float16'),
+        loss_fn=parts.create_loss(args, mixup),
+        mixup=mixup,
+        device=device,
+        world=world,
+    )
+
+
+def _check(args: Namespace) -> None:
+    if args.experiment is not None and Path(args.experiment).name != args.experiment:
+        raise ValueError(f'--experiment must be the name of a folder, got {args.experiment}')
+    if args.scale[0] > args.scale[1] or args.ratio[0] > args.ratio[1]:
+        raise ValueError(f'--scale and --ratio take the smaller value first, got {args.scale} and {args.ratio}')
+    if args.warmup_epochs > args.epochs:
+        raise ValueError(f'--warmup-epochs must not exceed the {args.epochs} epochs, got {args.warmup_epochs}')
+    if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0):
+        raise ValueError(f'--batch-size must be even with Mixup or CutMix, got {args.batch_size}')
+    if args.pretrained and args.initial_checkpoint:
+        raise ValueError('--pretrained and --initial-checkpoint both say which weights to start from')
+
+
+def _divide(args: Namespace, world: World) -> None:
+    """How many batches a process adds up, for the images of a step; in place."""
+    at_once = args.batch_size * world.size
+    if args.global_batch_size is None:
+        args.grad_accum_steps = args.grad_accum_steps or 1
+        args.global_batch_size = at_once * args.grad_accum_steps
+        return
+    accumulation, rest = divmod(args.global_batch_size, at_once)
+    if rest or accumulation == 0:
+        raise ValueError(
+            f'--global-batch-size must be a multiple of --batch-size {args.batch_size} x {world.size} processes, '
+            f'got {args.global_batch_size}')
+    if args.grad_accum_steps not in (None, accumulation):
+        raise ValueError(
+            f'--grad-accum-steps {args.grad_accum_steps} contradicts --global-batch-size {args.global_batch_size}, '
+            f'which takes {accumulation}')
+    args.grad_accum_steps = accumulation
+
+
+def _take_folder(run: Run, given: Dict[str, Any]) -> None:
+    """The first process takes the folder and reads the checkpoint, for all."""
+    found, problem = None, None
+    if run.world.is_first:
+        try:
+            if run.args.resume:
+                found = run.args.resume, checkpoint.read_file(run.args.resume)
+            run.folder.hold()
+            found = found or run.folder.newest()
+        except ValueError as error:
+            problem = str(error)
+    problem = run.world.share(problem)
+    if problem is not None:
+        run.close()
+        raise ValueError(problem)
+    found = run.world.share(found)
+    try:
+        if found is not None:
+            resume.restore(run, *found)
+    except ValueError:
+        run.close()
+        raise
+    if run.world.is_first and run.progress.epoch < run.args.epochs:
+        output.save_arguments(run.folder.arguments, given)

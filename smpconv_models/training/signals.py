@@ -1,0 +1,54 @@
+"""Signals that ask a run to stop."""
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Dict, Optional, Type
+
+# SIGUSR1 is what Slurm sends ahead of the time limit where it is asked to (sbatch --signal=USR1@120).
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name))
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and what it had done is saved.
+
+    Args:
+        number: The signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f'stopped by {signal.Signals(number).name}')
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """Notes a signal to stop, within a ``with`` block. A second Ctrl-C doesn't wait for the next step's end."""
+
+    def __init__(self) -> None:
+        self.number: Optional[int] = None
+        self._handlers: Dict[int, Any] = {}
+
+    def __enter__(self) -> 'StopRequest':
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+            self,
+            kind: Optional[Type[BaseException]],
+            error: Optional[BaseException],
+            traceback: Optional[TracebackType],
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+        if number == signal.SIGINT and self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+def leave_to_parent(worker: int) -> None:
+    """For processes that load images: a signal to all processes of a job must not end them before their parent."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,147 @@
+"""One optimizer step: the batches of all processes, and nothing of it where a number isn't finite."""
+from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from smpconv_models.layers import clip_radius_
+
+from . import draws
+from .build import autocast, memory_format
+from .world import World
+
+Batches = Iterator[Tuple[Tensor, Tensor]]
+
+
+class Outcome(NamedTuple):
+    """What a step came to.
+
+    Attributes:
+        loss: Mean over the step's images, of all processes.
+        applied: Whether the weights took it.
+        is_overflow: Not applied as half precision's loss scale was too large, which is lower now.
+        is_mine: The loss that is not finite is this process's.
+        stop: Whether a process was asked to stop.
+    """
+    loss: float
+    applied: bool
+    is_overflow: bool
+    is_mine: bool
+    stop: bool
+
+
+class Stepper:
+    """Does optimizer steps.
+
+    In this order: forward and backward passes, clipping of the gradient, the optimizer, clipping of the radii, the
+    average, the next rate. The original release clips the radii after the average has read the weights.
+
+    Args:
+        args: Precision, layout, accumulation, clipping.
+        model: Bare: its parameters are the optimizer's.
+        wrapped: What is called: the model itself, compiled, or distributed.
+        ema: The average.
+        optimizer: Of :func:`param_groups`.
+        scheduler: timm's, counting steps.
+        scaler: Of float16's gradients; disabled else.
+        loss_fn: Of (logits, targets).
+        mixup: timm's.
+        device: Where the model is.
+        world: The processes that share each step.
+    """
+
+    def __init__(
+            self,
+            args: Namespace,
+            model: nn.Module,
+            wrapped: nn.Module,
+            ema: Optional[ModelEmaV3],
+            optimizer: torch.optim.Optimizer,
+            scheduler: Any,
+            scaler: torch.amp.GradScaler,
+            loss_fn: nn.Module,
+            mixup: Optional[Mixup],
+            device: torch.device,
+            world: World,
+    ) -> None:
+        self.args = args
+        self.model = model
+        self.wrapped = wrapped
+        self.ema = ema
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.loss_fn = loss_fn
+        self.mixup = mixup
+        self.device = device
+        self.world = world
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+        self.statistics = list(model.buffers())
+
+    def step(self, batches: Batches, number: int, is_asked_to_stop: bool) -> Outcome:
+        """Takes as many batches as a step accumulates, and applies their gradient if all of it is finite.
+
+        Args:
+            batches: Of this process.
+            number: Of the step, from 0, over all epochs: the key of its random draws.
+            is_asked_to_stop: Whether this process was; all of them learn of it.
+        """
+        before = [statistic.clone() for statistic in self.statistics]
+        loss = self._accumulate(batches, number)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm(self._gradients())
+        totals = self.world.total(
+            loss / self.world.size, ~torch.isfinite(loss), ~torch.isfinite(norm),
+            torch.tensor(is_asked_to_stop, device=self.device))
+        mean, bad_losses, bad_norms, stops = totals
+        applied = not (bad_losses or bad_norms)
+        if applied:
+            self._apply(norm, number)
+        else:
+            for statistic, value in zip(self.statistics, before):
+                statistic.copy_(value)
+        is_overflow = self.scaler.is_enabled() and not bad_losses and bad_norms > 0 and self.scaler.get_scale() > 1
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step_update(number + 1)
+        return Outcome(mean, applied, is_overflow, bool(bad_losses) and not loss.isfinite(), bool(stops))
+
+    def _accumulate(self, batches: Batches, number: int) -> Tensor:
+        """Adds up the gradients; returns the mean loss of this process."""
+        total = torch.zeros((), device=self.device)
+        for part in range(self.args.grad_accum_steps):
+            is_last = part == self.args.grad_accum_steps - 1
+            images, target = next(batches)
+            images = images.to(self.device, memory_format=memory_format(self.args), non_blocking=True)
+            target = target.to(self.device, non_blocking=True)
+            draws.seed_all(self.args.seed, 'step', number, part, self.world.rank)
+            if self.mixup is not None:
+                images, target = self.mixup(images, target)
+            with nullcontext() if is_last else self._alone():
+                with autocast(self.args, self.device):
+                    loss = self.loss_fn(self.wrapped(images), target) / self.args.grad_accum_steps
+                if is_last:
+                    self.world.arrive(number + 1)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _alone(self) -> AbstractContextManager:
+        """Without a sum over the processes."""
+        return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else nullcontext()
+
+    def _apply(self, norm: Tensor, number: int) -> None:
+        if self.args.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.args.clip_grad, norm)
+        self.scaler.step(self.optimizer)
+        clip_radius_(self.model)
+        if self.ema is not None:
+            self.ema.update(self.model, step=number + 1)
+
+    def _gradients(self) -> List[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
