@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
@@ -125,11 +126,16 @@ def _check_safetensors(path: Union[str, Path]) -> None:
         raise ValueError(f'{path} is not a whole safetensors file: {first_line(error)}') from error
 
 
+# A flipped bit of a header may ask for decompression, a password, another version, a place before the beginning.
+_BAD_ZIP = (
+    zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, OverflowError)
+
+
 def _check_zip(path: Union[str, Path]) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except _BAD_ZIP as error:
         raise ValueError(f'{path} is a truncated or damaged checkpoint: {first_line(error)}') from error
     if damaged is not None:
         raise ValueError(f'{path} is a damaged checkpoint: the checksum of {damaged} does not match')

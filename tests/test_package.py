@@ -63,7 +63,7 @@ MAY_IMPORT = {
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', TRAINING),
     'validate.py': ('smpconv_models', TRAINING),
-    'benchmarks': ('torch', 'timm', 'tqdm', 'matplotlib', 'smpconv_models', *BENCHMARKS),
+    'benchmarks': ('torch', 'timm', 'tqdm', 'matplotlib', 'smpconv_models', TRAINING, *BENCHMARKS),
 }
 
 

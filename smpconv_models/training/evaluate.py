@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from .build import autocast, memory_format
 from .signals import Stopped, StopRequest
+from .unreadable import LeftOutOfEvaluation
 from .world import World
 
 
@@ -18,9 +19,11 @@ class HeldOut(NamedTuple):
     Attributes:
         loader: Of (images, class indices).
         world: The processes that they are divided among.
+        left_out: Knows those that could not be read.
     """
     loader: Any
     world: World
+    left_out: LeftOutOfEvaluation
 
 
 class Tally:
@@ -41,11 +44,12 @@ class Tally:
         """One batch: logits ``(N, classes)``, class indices ``(N,)``."""
         logits = logits.float()
         losses = F.cross_entropy(logits, target, reduction='none')
-        right = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+        predictions = logits.topk(min(5, logits.shape[1])).indices
+        right = predictions == target[:, None]
         self.sums += torch.stack([losses.to(self.sums).sum(), right[:, :1].sum(), right.sum()])
         self.count += len(target)
         if self.confusion.numel():
-            pairs = target * len(self.confusion) + logits.argmax(1)
+            pairs = target * len(self.confusion) + predictions[:, 0]  # argmax may see a tie the other way
             self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
 
     def result(self, world: World) -> Dict[str, Any]:
@@ -89,12 +93,13 @@ def evaluate(
         ValueError: There are no images.
     """
     tally = Tally(device, num_classes)
-    for batch, target in tqdm(images.loader, desc=description, leave=False, disable=None):
-        if stop is not None and stop.number is not None:
-            raise Stopped(stop.number)
-        batch = batch.to(device, memory_format=memory_format(args), non_blocking=True)
-        target = target.to(device, non_blocking=True)
-        with autocast(args, device):
-            logits = model(batch)
-        tally.add(logits, target)
+    with tqdm(images.loader, desc=description, leave=False, disable=None) as bar:  # gone when an error is told
+        for batch, target in bar:
+            if stop is not None and stop.number is not None:
+                raise Stopped(stop.number)
+            batch = batch.to(device, memory_format=memory_format(args), non_blocking=True)
+            target = target.to(device, non_blocking=True)
+            with autocast(args, device):
+                logits = model(batch)
+            tally.add(logits, target)
     return tally.result(images.world)

@@ -1,4 +1,5 @@
 """What went wrong, in one line that says what to do."""
+import re
 from argparse import Namespace
 from typing import Optional
 
@@ -10,7 +11,7 @@ from smpconv_models import checkpoint
 from .world import World
 
 _NO_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory", 'bad allocation', 'std::bad_alloc')
-_NO_WORKER = ('DataLoader worker', 'unable to open shared memory', 'unable to write to file </torch', 'bus error')
+_NO_WORKER = ('dataloader worker (pid', 'dataloader timed out', 'shared memory', 'file </torch', 'bus error')
 _NO_PEER = ('gloo', 'nccl', 'connection closed', 'connection reset', 'timed out', 'broken pipe')
 
 
@@ -27,12 +28,13 @@ def explain(error: Exception, args: Namespace, world: World) -> Optional[str]:
         return (
             f'out of memory with --batch-size {args.batch_size}: {line}; a smaller --batch-size with '
             '--global-batch-size kept, --amp or --grad-checkpointing need less')
-    if isinstance(error, RuntimeError) and any(sign.lower() in text for sign in _NO_WORKER):
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _NO_WORKER):
         return (
             f'a process that loads images is gone: {line}; memory or shared memory (/dev/shm) may be full: '
             f'try fewer --workers than {args.workers}')
     if world.size > 1 and isinstance(error, (dist.DistError, RuntimeError)) and any(sign in text for sign in _NO_PEER):
-        return f'process {world.rank} waited for the others in vain ({world.missing()}): {line}'
+        cause = re.sub(r'^\[\S+\] ', '', line).split('. ')[0]  # without the library's file and its advice
+        return f'process {world.rank} waited for the others in vain ({world.missing()}): {cause}'
     if isinstance(error, (FloatingPointError, OSError, ValueError)):
         return line
     return None

@@ -53,7 +53,8 @@ class RunFolder:
                 '--experiment') from error
         except OSError as error:
             raise ValueError(f'--output {self.path} cannot be written to: {error}') from error
-        output.remove_temporaries(self.path, [path.name for path in vars(self).values() if isinstance(path, Path)])
+        output.remove_temporaries([
+            self.arguments, self.last, self.previous, self.best, self.table, self.summary, self.curves, self.picture])
 
     def release(self) -> None:
         """Lets the next run have it, if this one did."""

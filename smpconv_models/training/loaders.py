@@ -1,4 +1,5 @@
 """Batches of images: for training by key, for evaluation each once."""
+import logging
 from argparse import Namespace
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -10,10 +11,11 @@ from torch.utils.data import DataLoader, default_collate
 
 from . import augment, draws
 from .evaluate import HeldOut
-from .samples import Batches, Collate, InOrder, Loader, Samples
-from .signals import leave_to_parent
+from .samples import Batches, Collate, InOrder, Loader, Samples, Stream, is_hugging_face, is_webdataset
 from .unreadable import LeftOutOfEvaluation, Unreadable
 from .world import World
+
+_logger = logging.getLogger(__name__)
 
 Tell = Callable[[List[Unreadable]], None]
 
@@ -27,20 +29,39 @@ class Images(NamedTuple):
         samples: Single ones, unless they come in a stream.
         batches: Their order, unless they come in a stream.
         stream: The data set that decides on the order itself.
+        accumulation: Batches of a step.
     """
     loader: Any
     steps: int
     samples: Optional[Samples] = None
     batches: Optional[Batches] = None
     stream: Any = None
+    accumulation: int = 1
 
     def start(self, epoch: int, step: int) -> Iterator[Tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from this step. A stream is shuffled anew where it goes on inside an epoch."""
+        """The batches of an epoch, from this step. A stream is shuffled anew where it goes on inside an epoch.
+
+        Raises:
+            ValueError: They end too early, for images that can't be read.
+        """
         if self.batches is not None:
             self.batches.start(epoch, step)
         else:
             self.stream.set_epoch(draws.key(epoch, step) % 2 ** 31 if step else epoch)
-        return iter(self.loader)
+        return self._exactly((self.steps - step) * self.accumulation)
+
+    def _exactly(self, count: int) -> Iterator[Tuple[Tensor, Tensor]]:
+        done = 0
+        while done < count:
+            before = done
+            for batch in self.loader:
+                yield batch
+                done += 1
+                if done == count:
+                    return
+            if self.stream is None or done == before:
+                raise ValueError(f'the images ended after {done} of {count} batches, as too many cannot be read')
+            _logger.warning('the stream ended after %d of %d batches, and begins anew', done, count)
 
     def names(self, step: int) -> List[str]:
         """The image files of a step of the epoch that was started; a stream knows none."""
@@ -96,17 +117,18 @@ def train_loader(
     dataset.transform = augment.repair(transform)
     erasing = dict(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
     if isinstance(dataset, IterableImageDataset):
-        return _stream(args, dataset, config, device, tell, erasing)
+        return _stream(args, dataset, config, device, world, tell, erasing)
     batches = Batches(len(dataset), args.batch_size, args.grad_accum_steps, world.rank, world.size, args.seed)
     if batches.steps == 0:
         raise ValueError(
             f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}'
             + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
             + (f' x {world.size} processes' if world.size > 1 else ''))
-    samples = Samples(dataset, args.seed)
-    loader = _loader(args, samples, device, Collate(_collate(args, device), True), batch_sampler=batches)
-    loader = _on_device(args, Loader(loader, tell), config, device, **erasing)
-    return Images(loader, batches.steps, samples, batches)
+    samples = Samples(dataset, args.seed, fills=True)
+    collate = Collate(_collate(args, device), args.batch_size)
+    loader = _loader(args, samples, device, world, collate, batch_sampler=batches)
+    loader = _on_device(args, Loader(loader, tell, config.get('num_classes')), config, device, **erasing)
+    return Images(loader, batches.steps, samples, batches, accumulation=args.grad_accum_steps)
 
 
 def held_out(
@@ -135,16 +157,19 @@ def held_out(
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
     )
-    collate = Collate(_collate(args, device), False)
-    loader: Any
+    collate = Collate(_collate(args, device))
+    expected = None
     if isinstance(dataset, IterableImageDataset):
-        dataset.set_loader_cfg(num_workers=args.workers)
-        loader = _loader(args, dataset, device, collate, batch_size=batch_size)
+        dataset.set_loader_cfg(num_workers=max(args.workers, 1))
+        loader = _loader(args, Stream(dataset), device, world, collate, batch_size=batch_size)
+        expected = dataset.reader.num_samples
         world = World.alone()
     else:
         order = InOrder(len(dataset), batch_size, world.rank, world.size)
-        loader = _loader(args, Samples(dataset, args.seed), device, collate, batch_sampler=order)
-    return HeldOut(_on_device(args, Loader(loader, LeftOutOfEvaluation(args)), config, device), world)
+        loader = _loader(args, Samples(dataset, args.seed), device, world, collate, batch_sampler=order)
+    left_out = LeftOutOfEvaluation(args)
+    told = Loader(loader, left_out, config.get('num_classes'), expected)
+    return HeldOut(_on_device(args, told, config, device), world, left_out)
 
 
 def _stream(
@@ -152,19 +177,34 @@ def _stream(
         dataset: IterableImageDataset,
         config: Dict[str, Any],
         device: torch.device,
+        world: World,
         tell: Tell,
         erasing: Dict[str, Any],
 ) -> Images:
-    dataset.set_loader_cfg(num_workers=args.workers)
-    loader = _loader(
-        args, dataset, device, Collate(_collate(args, device), True), batch_size=args.batch_size, drop_last=True)
-    try:
-        steps = len(loader) // args.grad_accum_steps
-    except TypeError as error:
-        raise ValueError(f'the data set must know its length, for the schedule: {error}') from error
-    if steps == 0:
-        raise ValueError(f'an epoch of {len(loader)} batches has no step of {args.grad_accum_steps} batches')
-    return Images(_on_device(args, Loader(loader, tell), config, device, **erasing), steps, stream=dataset)
+    _check_stream(args, dataset.reader, world)
+    dataset.set_loader_cfg(num_workers=max(args.workers, 1))
+    collate = Collate(_collate(args, device), args.batch_size)
+    loader = _loader(args, Stream(dataset), device, world, collate, batch_size=args.batch_size, drop_last=True)
+    steps = len(loader) // args.grad_accum_steps
+    loader = _on_device(args, Loader(loader, tell, config.get('num_classes')), config, device, **erasing)
+    return Images(loader, steps, stream=dataset, accumulation=args.grad_accum_steps)
+
+
+def _check_stream(args: Namespace, reader: Any, world: World) -> None:
+    """A stream's parts are divided among the processes that load, and one without any would leave others waiting."""
+    images, step = reader.num_samples, args.batch_size * args.grad_accum_steps * world.size
+    if images < step:
+        raise ValueError(f'--batch-size must not exceed the {images} training images, got {step} over all processes')
+    shards, loading = None, max(args.workers, 1)
+    if is_webdataset(reader):
+        shards, loading = len(reader.split_info.filenames), loading * world.size
+    elif is_hugging_face(reader) and not reader.download and args.workers > 1:
+        shards = reader.builder.as_streaming_dataset(split=reader.split).num_shards
+        shards //= 1 if shards % world.size else world.size
+    if shards is not None and shards < loading:
+        raise ValueError(
+            f'--workers {args.workers}' + (f' x {world.size} processes' if world.size > 1 else '')
+            + f' must not exceed the shards of {args.dataset}, split {args.train_split!r}: there are {shards}')
 
 
 def _prefetches(args: Namespace, device: torch.device) -> bool:
@@ -176,14 +216,22 @@ def _collate(args: Namespace, device: torch.device) -> Any:
     return fast_collate if _prefetches(args, device) else default_collate
 
 
-def _loader(args: Namespace, dataset: Any, device: torch.device, collate: Collate, **batching: Any) -> DataLoader:
+def _loader(
+        args: Namespace,
+        dataset: Any,
+        device: torch.device,
+        world: World,
+        collate: Collate,
+        **batching: Any,
+) -> DataLoader:
     return DataLoader(
         dataset,
         collate_fn=collate,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         pin_memory=args.pin_mem and device.type == 'cuda',
-        worker_init_fn=leave_to_parent,
+        timeout=args.dist_timeout if args.workers else 0,  # one whose shared memory is full says nothing
+        worker_init_fn=world.shield,
         **batching,
     )
 

@@ -86,7 +86,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--device', metavar='NAME', help='cuda if there is one, else cpu')
     group.add_argument(
         '--dist-timeout', type=positive, default=600., metavar='S',
-        help='seconds to wait for another process (default: %(default)g)')
+        help='seconds to wait for another process, one that loads images too (default: %(default)g)')
     group.add_argument('--amp', action='store_true', help='automatic mixed precision')
     group.add_argument(
         '--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='(default: %(default)s)')

@@ -1,6 +1,7 @@
 """Files that are whole at every instant: checkpoints, tables, pictures."""
 import csv
 import errno
+import glob
 import io
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import yaml
@@ -45,11 +46,11 @@ def replacing(path: Path, check: Optional[Callable[[Path], None]] = None) -> Ite
         raise
 
 
-def remove_temporaries(folder: Path, names: Sequence[str]) -> None:
+def remove_temporaries(paths: Sequence[Path]) -> None:
     """Removes what a killed process was writing for these files."""
-    for name in names:
-        for path in folder.glob(f'.{name}.*'):
-            path.unlink(missing_ok=True)
+    for path in paths:
+        for temporary in path.parent.glob(f'.{glob.escape(path.name)}.*'):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -83,11 +84,41 @@ def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] 
     _check_finite(state)
     try:
         with replacing(path, checkpoint.check_file) as temporary:
-            torch.save(state, temporary)
+            with open(temporary, 'wb') as file:
+                _write(state, file)
             if previous is not None and path.exists():
                 _keep(path, previous)
-    except (OSError, RuntimeError) as error:  # torch's writer hides the system's error in one of its own
+    except OSError as error:
         raise _explained(error, path, state) from error
+
+
+def _write(state: Dict[str, Any], file: BinaryIO) -> None:
+    """torch's writer hides the system's errors in one of its own; this raises the system's."""
+    sink: Any = _Sink(file)
+    try:
+        torch.save(state, sink)
+    except RuntimeError as error:
+        if sink.error is None:
+            raise
+        raise sink.error from error
+
+
+class _Sink:
+    """A file that remembers why it couldn't be written to."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: Optional[OSError] = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _check_finite(state: Dict[str, Any]) -> None:
@@ -107,25 +138,25 @@ def _keep(path: Path, previous: Path) -> None:
             shutil.copy(path, temporary)
 
 
-def _explained(error: Exception, path: Path, state: Dict[str, Any]) -> OSError:
+def _explained(error: OSError, path: Path, state: Dict[str, Any]) -> OSError:
+    if error.errno not in _NO_SPACE:
+        return OSError(f'{path} cannot be written: {error}')
     needed, free = _size(state), shutil.disk_usage(path.parent).free
-    number = error.errno if isinstance(error, OSError) else None
-    if number in _NO_SPACE or free < needed or (number is None and 'write' in str(error)):
-        return OSError(f'no space: a checkpoint needs about {_mib(needed)}, the disk has {_mib(free)}, at {path}')
-    return OSError(f'{path} cannot be written: {checkpoint.first_line(error)}')
+    return OSError(
+        f'no space: a checkpoint needs {_mib(needed)}, the disk has {_mib(free)}, at {path} ({error.strerror})')
 
 
 def _size(value: Any) -> int:
-    """Bytes of the tensors in nested containers."""
+    """Bytes of the tensors in nested containers, and of their places in the file."""
     if isinstance(value, Tensor):
-        return value.nbytes
+        return value.nbytes + 400
     if isinstance(value, dict):
         value = list(value.values())
     return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _mib(size: int) -> str:
-    return f'{size / 2 ** 20:.0f} MiB'
+    return f'{size / 2 ** 20:.1f} MiB'
 
 
 def save_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:

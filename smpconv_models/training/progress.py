@@ -13,7 +13,7 @@ class Progress:
         loss_sum: Of those steps' losses, of those that were finite.
         loss_count: How many those were.
         refused: Steps in a row, up to now, that were not applied as a number was not finite.
-        unreadable: Images that could not be read, in all.
+        unreadable: How often an image was left out as it could not be read, over all processes.
         best_epoch: The one of the best accuracy.
         rows: What was measured after each epoch.
     """

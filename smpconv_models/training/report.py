@@ -110,9 +110,12 @@ class _TensorBoard:
 class _WandB:
     def __init__(self, args: Namespace, folder: Path) -> None:
         import wandb
-        self.run = wandb.init(
-            project=args.wandb_project, name=folder.name, dir=str(folder), config=vars(args), resume='allow',
-            id=f'{draws.key(str(folder.resolve())):x}')  # the folder's, so that it goes on
+        try:
+            self.run = wandb.init(
+                project=args.wandb_project, name=folder.name, dir=str(folder), config=vars(args), resume='allow',
+                id=f'{draws.key(str(folder.resolve())):x}')  # the folder's, so that it goes on
+        except wandb.Error as error:
+            raise ValueError(f'--log-wandb: {error}; WANDB_MODE=offline needs no network') from error
 
     def write(self, values: Dict[str, float], step: int) -> None:
         self.run.log(values, step=step)

@@ -28,6 +28,7 @@ class Run:
     device: torch.device
     folder: RunFolder
     progress: Progress
+    left_out: LeftOutOfTraining
     model: nn.Module
     model_kwargs: Dict[str, Any]
     stepper: Stepper
@@ -75,7 +76,8 @@ class Run:
         }
 
     def close(self) -> None:
-        """Leaves the folder to another run."""
+        """Leaves the folder to another run, and lets the processes that load images end."""
+        self.world.shield.lower()
         if self.world.is_first:
             self.folder.release()
 
@@ -101,15 +103,16 @@ def set_up(args: Namespace) -> Run:
     model = parts.synchronized(args, model, world, device)
     model.to(device).to(memory_format=memory_format(args))
     config = data.data_config(args, model)
-    progress = Progress()
-    images = loaders.train_loader(args, train_set, config, device, world, LeftOutOfTraining(args, progress))
+    left_out = LeftOutOfTraining(args.max_unreadable)
+    images = loaders.train_loader(args, train_set, config, device, world, left_out)
     stepper = _create_stepper(args, model, images.steps, device, world)
     run = Run(
         args=args,
         world=world,
         device=device,
         folder=RunFolder(Path(args.output) / (args.experiment or args.model)),
-        progress=progress,
+        progress=Progress(),
+        left_out=left_out,
         model=model,
         model_kwargs=model_kwargs,
         stepper=stepper,

@@ -1,15 +1,22 @@
 """Single images, and in which order and batches they come."""
-from typing import Any, Callable, Iterator, List, Tuple, Union
+import hashlib
+import os
+from dataclasses import replace
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from PIL import Image
-from timm.data import ImageDataset
+from timm.data import ImageDataset, IterableImageDataset
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from . import draws
 from .unreadable import ERRORS, Unreadable
 
 Position = Tuple[int, int]  # epoch and index
+
+# Images that are looked at for one that can be read.
+_MOST_TO_FILL = 1000
 
 
 class Samples(Dataset):
@@ -19,13 +26,17 @@ class Samples(Dataset):
     give the next image in its place.
 
     Args:
-        dataset: timm's, or any map-style data set, with its transform.
+        dataset: timm's, or any map-style data set, with its transform, which is taken from it.
         seed: Of the augmentation.
+        fills: Where no image of a batch can be read, the next one that can be comes after them.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, fills: bool = False) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.fills = fills
+        self.transform = getattr(dataset, 'transform', None)
+        dataset.transform = None  # an image that can't be read is told from a fault of the transform
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -33,20 +44,150 @@ class Samples(Dataset):
     def __getitem__(self, position: Position) -> Union[Tuple[Any, int], Unreadable]:
         epoch, index = position
         draws.seed_all(self.seed, 'image', epoch, index)
-        if not isinstance(self.dataset, ImageDataset):
-            return self.dataset[index]
         try:
-            file, target, *_ = self.dataset.reader[index]
-            image = Image.open(file).convert(self.dataset.input_img_mode)
+            image, target = self._read(index)
         except ERRORS as error:
-            return Unreadable(self.name(index), f'{type(error).__name__}: {error}')
-        return self.dataset.transform(image), -1 if target is None else target
+            return _unreadable(self.name(index), error)
+        return (image if self.transform is None else self.transform(image)), -1 if target is None else target
+
+    def __getitems__(self, positions: List[Position]) -> List[Union[Tuple[Any, int], Unreadable]]:
+        """A batch, for the loader."""
+        samples = [self[position] for position in positions]
+        if self.fills:
+            epoch, index = positions[-1]
+            for other in range(index + 1, index + _MOST_TO_FILL):
+                if not all(isinstance(sample, Unreadable) for sample in samples):
+                    break
+                samples.append(self[epoch, other % len(self)])
+        return samples
+
+    def _read(self, index: int) -> Tuple[Any, Any]:
+        if isinstance(self.dataset, ImageDataset):
+            file, target, *_ = self.dataset.reader[index]
+            image = Image.open(file)
+        else:
+            image, target = self.dataset[index]
+        mode = getattr(self.dataset, 'input_img_mode', None)
+        return (image.convert(mode) if mode else image), target
 
     def name(self, index: int) -> str:
         """The image's path where it has one, else its index."""
-        if isinstance(self.dataset, ImageDataset):
-            return str(self.dataset.filename(index, absolute=True))
-        return f'image {index}'
+        return image_name(self.dataset, index)
+
+
+def image_name(dataset: Any, index: int) -> str:
+    """The path of a map-style data set's image where it has one of its own, else its index."""
+    if not isinstance(dataset, ImageDataset):
+        files = getattr(dataset, 'samples', None)  # torchvision's
+        return f'image {index}' if files is None else str(files[index][0])
+    reader = dataset.reader
+    if isinstance(reader, ReaderImageInTar):
+        member, tar, inner = reader.samples[index]
+        return os.path.join(reader.root, tar or '', inner.name if inner else '', member.name)
+    try:
+        path = dataset.filename(index, absolute=True)
+    except ERRORS:
+        path = None
+    if path and os.path.isabs(path):
+        return path
+    return f'image {index}' + (f' ({path})' if path else '')
+
+
+class Stream(IterableDataset):
+    """timm's stream, where :class:`Unreadable` comes in the place of an image that can't be decoded.
+
+    timm drops such samples of WebDataset's shards with a line in the log, and ends at those of Hugging Face's streams.
+
+    Args:
+        dataset: timm's, with its transform.
+    """
+
+    def __init__(self, dataset: IterableImageDataset) -> None:
+        self.dataset = dataset
+        self.reader: Any = dataset.reader
+        self.mode: Optional[str] = getattr(self.reader, 'input_img_mode', None)
+        self.feature: Any = _leave_undecoded(self.reader) if is_hugging_face(self.reader) else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Union[Tuple[Any, Any], Unreadable]]:
+        if is_webdataset(self.reader) and self.reader.ds is None:
+            _name_undecodable(self.reader)
+        for image, target in self._items():
+            if self.feature is not None:
+                image = self._decoded(image)
+            yield image if isinstance(image, Unreadable) else (self.dataset.transform(image), target)
+
+    def _items(self) -> Iterator[Tuple[Any, Any]]:
+        try:
+            yield from self.reader
+        except (OSError, RuntimeError, ValueError) as error:
+            source = getattr(self.reader, 'name', None) or self.reader.root
+            raise ValueError(f'the stream {source} cannot be read: {error}') from error
+
+    def _decoded(self, value: Any) -> Any:
+        try:
+            image = self.feature.decode_example(value)
+            return image.convert(self.mode) if self.mode else image
+        except ERRORS as error:
+            return _unreadable(_value_name(value), error)
+
+
+def is_webdataset(reader: Any) -> bool:
+    """Whether it is timm's reader of WebDataset's shards, by name: its packages may not be there."""
+    return type(reader).__name__ == 'ReaderWds'
+
+
+def is_hugging_face(reader: Any) -> bool:
+    """Whether it is timm's reader of Hugging Face's streams."""
+    return type(reader).__name__ == 'ReaderHfids'
+
+
+def _leave_undecoded(reader: Any) -> Any:
+    """Has a stream of Hugging Face's give images as they are stored; returns the feature that decodes them."""
+    features = reader.builder.info.features
+    if features is None or not getattr(features.get(reader.input_key), 'decode', False):
+        return None
+    feature = features[reader.input_key]
+    features[reader.input_key] = replace(feature, decode=False)
+    reader.input_img_mode = ''
+    return feature
+
+
+def _value_name(value: Dict[str, Any]) -> str:
+    if not value:
+        return 'an image of nothing'
+    if value.get('path'):
+        return value['path']
+    return f'the image whose SHA-1 begins with {hashlib.sha1(value.get("bytes") or b"").hexdigest()[:8]}'
+
+
+def _name_undecodable(reader: Any) -> None:
+    """Has a reader of WebDataset's shards make its pipeline, and puts :class:`_Decode` around timm's decoder in it."""
+    reader._lazy_init()
+    for stage in reader.ds.pipeline:
+        decode: Any = next(iter(getattr(stage, 'args', ())), None)
+        if getattr(getattr(decode, 'func', None), '__name__', None) == '_decode':
+            stage.args = (_Decode(decode), *stage.args[1:])
+
+
+class _Decode:
+    """A decoder that gives :class:`Unreadable` as the image where timm's raises."""
+
+    def __init__(self, decode: Callable[[Dict[str, Any]], Any]) -> None:
+        self.decode = decode
+
+    def __call__(self, sample: Dict[str, Any]) -> Any:
+        try:
+            return self.decode(sample)
+        except ERRORS as error:
+            name = f'{sample.get("__url__")}/{sample.get("__key__")}'
+            return {'jpg': _unreadable(name, error), 'target': -1, 'cls': -1}  # the latter before timm 1.0.29
+
+
+def _unreadable(name: str, error: Exception) -> Unreadable:
+    return Unreadable(name, f'{type(error).__name__}: {error}')
 
 
 class Batches(Sampler):
@@ -125,20 +266,20 @@ class Collate:
 
     Args:
         collate: Makes a batch of samples.
-        keep_size: Fill up with the first readable ones, so that all batches of an epoch are of one size.
+        size: Fill up to it with the first readable ones, so that all batches of an epoch are of one size.
     """
 
-    def __init__(self, collate: Callable[[List[Any]], Any], keep_size: bool) -> None:
+    def __init__(self, collate: Callable[[List[Any]], Any], size: Optional[int] = None) -> None:
         self.collate = collate
-        self.keep_size = keep_size
+        self.size = size
 
     def __call__(self, samples: List[Any]) -> Tuple[Any, List[Unreadable]]:
         unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
         readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
         if not readable:
             return None, unreadable
-        if self.keep_size:
-            readable = [readable[i % len(readable)] for i in range(len(samples))]
+        if self.size is not None:
+            readable = [readable[i % len(readable)] for i in range(self.size)]
         return self.collate(readable), unreadable
 
 
@@ -148,18 +289,61 @@ class Loader:
     Args:
         loader: With a :class:`Collate`.
         tell: Called with the unreadable images of a batch, before the batch is passed on.
+        num_classes: Targets must be below it; None if it isn't known.
+        expected: Images that there should be in all: those of them that a stream lacks are told of too.
+
+    Raises:
+        ValueError: A target is no class of the model.
     """
 
-    def __init__(self, loader: DataLoader, tell: Callable[[List[Unreadable]], None]) -> None:
+    def __init__(
+            self,
+            loader: DataLoader,
+            tell: Callable[[List[Unreadable]], None],
+            num_classes: Optional[int] = None,
+            expected: Optional[int] = None,
+    ) -> None:
         self.loader = loader
         self.tell = tell
+        self.num_classes = num_classes
+        self.expected = expected
 
     def __len__(self) -> int:
-        return len(self.loader)
+        if self.expected is None:
+            return len(self.loader)
+        return -(-self.expected // (self.loader.batch_size or 1))  # about; the loader would warn if there are more
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
-        for batch, unreadable in self.loader:
+        count = 0
+        for batch, unreadable in self._loaded():
             if unreadable:
                 self.tell(unreadable)
+                count += len(unreadable)
             if batch is not None:
+                count += len(batch[1])
+                _check_targets(batch[1], self.num_classes)
                 yield batch
+        if self.expected is not None and count < self.expected:
+            self.tell([Unreadable(
+                f'{self.expected - count} of {self.expected} images', 'the stream ended before they came')])
+
+    def _loaded(self) -> Iterator[Tuple[Any, List[Unreadable]]]:
+        try:
+            yield from self.loader
+        except (OSError, ValueError) as error:
+            lines = str(error).strip().splitlines() or ['']
+            if not lines[0].startswith('Caught ') or ': ' not in lines[-1]:
+                raise
+            raise ValueError(lines[-1].split(': ', 1)[1]) from error  # the message comes with a worker's traceback
+
+
+def _check_targets(targets: Any, num_classes: Optional[int]) -> None:
+    """Here, as the loss would be an assertion of the GPU, after which the process can't use it any more."""
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+        given = targets if not isinstance(targets, Tensor) else targets.tolist()
+        raise ValueError(f'classes of images must be whole numbers, got {str(given)[:80]}')
+    if num_classes is None:
+        return
+    unknown = targets[(targets < 0) | (targets >= num_classes)]
+    if len(unknown):
+        raise ValueError(f'an image is of class {int(unknown[0])}, the model has {num_classes} classes')

@@ -1,4 +1,6 @@
 """Signals that ask a run to stop."""
+import multiprocessing
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -48,7 +50,21 @@ class StopRequest:
         self.number = number
 
 
-def leave_to_parent(worker: int) -> None:
+class Shield:
     """For processes that load images: a signal to all processes of a job must not end them before their parent."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+
+    def __init__(self) -> None:
+        self._is_down = multiprocessing.RawValue('b', 0)  # shared
+
+    def lower(self) -> None:
+        """The parent is about to end: from now on, they end by signals."""
+        self._is_down.value = 1
+
+    def __call__(self, worker: int) -> None:
+        """At the start of such a process."""
+        for number in _SIGNALS:
+            signal.signal(number, self._end_if_down)
+
+    def _end_if_down(self, number: int, frame: Optional[FrameType]) -> None:
+        if self._is_down.value:
+            os._exit(128 + number)

@@ -23,12 +23,14 @@ class Outcome(NamedTuple):
 
     Attributes:
         loss: Mean over the step's images, of all processes.
+        rate: The largest of the parameter groups.
         applied: Whether the weights took it.
         is_overflow: Not applied as half precision's loss scale was too large, which is lower now.
-        is_mine: The loss that is not finite is this process's.
+        is_mine: Not applied for this process's loss; for all processes' gradient, it is the first one's.
         stop: Whether a process was asked to stop.
     """
     loss: float
+    rate: float
     applied: bool
     is_overflow: bool
     is_mine: bool
@@ -91,6 +93,7 @@ class Stepper:
             number: Of the step, from 0, over all epochs: the key of its random draws.
             is_asked_to_stop: Whether this process was; all of them learn of it.
         """
+        rate = max(group['lr'] for group in self.optimizer.param_groups)
         before = [statistic.clone() for statistic in self.statistics]
         loss = self._accumulate(batches, number)
         self.scaler.unscale_(self.optimizer)
@@ -109,7 +112,14 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step_update(number + 1)
-        return Outcome(mean, applied, is_overflow, bool(bad_losses) and not loss.isfinite(), bool(stops))
+        return Outcome(
+            loss=mean,
+            rate=rate,
+            applied=applied,
+            is_overflow=is_overflow,
+            is_mine=not loss.isfinite() if bad_losses else bool(bad_norms) and self.world.is_first,
+            stop=bool(stops),
+        )
 
     def _accumulate(self, batches: Batches, number: int) -> Tensor:
         """Adds up the gradients; returns the mean loss of this process."""
@@ -125,8 +135,6 @@ class Stepper:
             with nullcontext() if is_last else self._alone():
                 with autocast(self.args, self.device):
                     loss = self.loss_fn(self.wrapped(images), target) / self.args.grad_accum_steps
-                if is_last:
-                    self.world.arrive(number + 1)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total

@@ -32,7 +32,7 @@ def train(run: Run) -> Dict[str, Any]:
 
     Returns:
         ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, both of the averaged weights where there
-        are any, ``checkpoint`` and ``picture`` as paths, ``seconds``.
+        are any, ``checkpoint`` and ``picture`` as paths, and the ``seconds`` it took: 0 where all was done before.
 
     Raises:
         FloatingPointError: Too many steps in a row came to NaN or infinity.
@@ -43,8 +43,9 @@ def train(run: Run) -> Dict[str, Any]:
     start = time.perf_counter()
     progress = run.progress
     if progress.epoch >= run.args.epochs:
-        _write_results(run, start)
-        return summary(run, start)
+        _write_results(run)  # it may have ended before it wrote them
+        _draw(run)
+        return {**_results(run), 'seconds': 0.}
     teller = Report(run.args, run.folder.path, progress, run.images.steps) if run.world.is_first else None
     with StopRequest() as stop:
         try:
@@ -53,17 +54,14 @@ def train(run: Run) -> Dict[str, Any]:
                 _train_epoch(run, teller, stop)
                 _save(run)  # an evaluation may be stopped at any time
                 progress.next_epoch(_measure(run, stop))
-                _save_epoch(run, start)
+                _save_epoch(run)
                 if teller is not None:
                     teller.row(progress.rows[-1], time.perf_counter() - begin)
         finally:
             if teller is not None:
                 teller.close()
-    if run.world.is_first:
-        from smpconv_models import figures  # here, as evaluation does without matplotlib
-        with output.replacing(run.folder.picture) as temporary:
-            figures.save_run(temporary, progress.rows, run.evaluated)
-    return summary(run, start)
+    _draw(run)
+    return {**_results(run), 'seconds': time.perf_counter() - start}
 
 
 def _train_epoch(run: Run, teller: Optional[Report], stop: StopRequest) -> None:
@@ -83,7 +81,7 @@ def _train_epoch(run: Run, teller: Optional[Report], stop: StopRequest) -> None:
             outcome = run.stepper.step(batches, run.number, stop.number is not None)
             _note(run, outcome)
             if teller is not None:
-                teller.step(progress, outcome.loss, _rate(run))
+                teller.step(progress, outcome.loss, outcome.rate)
             if outcome.stop:
                 _save(run)
                 raise Stopped(stop.number or signal.SIGTERM)  # where only another process was asked
@@ -118,12 +116,8 @@ def _refusal(run: Run, outcome: Outcome) -> str:
     names = run.images.names(progress.step)
     files = ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
     return (
-        f'epoch {progress.epoch}, step {progress.step}: {what}, at rate {_rate(run):.2e}, so the step is not applied'
+        f'epoch {progress.epoch}, step {progress.step}: {what}, at rate {outcome.rate:.2e}, so the step is not applied'
         + (f'; images {files}' if names else ''))
-
-
-def _rate(run: Run) -> float:
-    return max(group['lr'] for group in run.stepper.optimizer.param_groups)
 
 
 def _measure(run: Run, stop: StopRequest) -> Dict[str, Any]:
@@ -144,18 +138,20 @@ def _measure(run: Run, stop: StopRequest) -> Dict[str, Any]:
     if run.stepper.ema is not None:
         averaged = evaluate(run.evaluated, run.held_out, run.device, args, 'validating the average', stop=stop)
         row.update(ema_loss=averaged['loss'], ema_top1=averaged['top1'], ema_top5=averaged['top5'])
-    row.update(lr=_rate(run))
+    row.update(lr=max(group['lr'] for group in run.stepper.optimizer.param_groups))
     return row
 
 
 def _save(run: Run) -> None:
     """The first process saves; the others wait, lest their end be its end too."""
+    run.progress.unreadable += int(run.world.total_exact(torch.tensor(run.left_out.count, device=run.device)))
+    run.left_out.count = 0
     if run.world.is_first:
         run.folder.save(run.state())
     run.world.share(None)
 
 
-def _save_epoch(run: Run, start: float) -> None:
+def _save_epoch(run: Run) -> None:
     """The best first: should the run end in between, it goes on from before the evaluation and does this again."""
     progress = run.progress
     if progress.best_epoch is None or _score(progress.rows[-1]) > _score(progress.rows[progress.best_epoch]):
@@ -164,19 +160,19 @@ def _save_epoch(run: Run, start: float) -> None:
             best = {**run.weights(), 'epoch': progress.best_epoch, 'metric': _score(progress.rows[-1])}
             output.save_checkpoint(run.folder.best, best)
     _save(run)
-    _write_results(run, start)
+    _write_results(run)
 
 
-def _write_results(run: Run, start: float) -> None:
-    """The table, the summary and the curves, from what the run knows."""
+def _write_results(run: Run) -> None:
+    """The table, the summary and the curves, from what the run knows; always the same from the same checkpoint."""
     if not run.world.is_first:
         return
     from smpconv_models import figures  # here, as evaluation does without matplotlib
     folder, rows = run.folder, run.progress.rows
     output.save_rows(folder.table, rows)
     output.save_json(folder.summary, {
-        **summary(run, start),
         'model': run.args.model,
+        **_results(run),
         'parameters': sum(parameter.numel() for parameter in run.model.parameters()),
         'epochs': run.args.epochs,
         'epochs_done': run.progress.epoch,
@@ -194,8 +190,15 @@ def _write_results(run: Run, start: float) -> None:
         figures.save_curves(temporary, rows)
 
 
-def summary(run: Run, start: float) -> Dict[str, Any]:
-    """What :func:`train` returns, of the epochs that are done; ``start`` is when it began."""
+def _draw(run: Run) -> None:
+    """The picture of the whole run."""
+    if run.world.is_first:
+        from smpconv_models import figures  # here, as evaluation does without matplotlib
+        with output.replacing(run.folder.picture) as temporary:
+            figures.save_run(temporary, run.progress.rows, run.evaluated)
+
+
+def _results(run: Run) -> Dict[str, Any]:
     rows, best = run.progress.rows, run.progress.best_epoch
     assert best is not None
     return {
@@ -204,7 +207,6 @@ def summary(run: Run, start: float) -> Dict[str, Any]:
         'best_epoch': best,
         'checkpoint': str(run.folder.best),
         'picture': str(run.folder.picture),
-        'seconds': time.perf_counter() - start,
     }
 
 

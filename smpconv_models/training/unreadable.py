@@ -2,19 +2,19 @@
 import logging
 from argparse import Namespace
 from struct import error as StructError
+from tarfile import TarError
 from typing import List, NamedTuple, Set
 from zlib import error as ZlibError
 
 from PIL import Image
 
-from .progress import Progress
-
 _logger = logging.getLogger(__name__)
 
-# What Pillow's decoders raise for bytes that are no whole image, besides OSError.
+# What Pillow's decoders and timm's readers raise for bytes that are no whole image, besides OSError. AVIF's decoder
+# raises RuntimeError; timm asserts that an image of Hugging Face's has either bytes or a path.
 ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, NotImplementedError,
-    StructError, ZlibError, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, RuntimeError,
+    AssertionError, StructError, TarError, ZlibError, Image.DecompressionBombError,
 )
 
 
@@ -25,26 +25,25 @@ class Unreadable(NamedTuple):
 
 
 class LeftOutOfTraining:
-    """Counts the training images that could not be read, each once, and names them.
+    """Counts the training images that this process could not read, and names each once.
 
     Args:
-        args: How many there may be.
-        progress: Where they are counted.
+        limit: How many there may be.
 
     Raises:
         ValueError: There were too many.
     """
 
-    def __init__(self, args: Namespace, progress: Progress) -> None:
-        self.limit = args.max_unreadable
-        self.progress = progress
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.count = 0
         self.seen: Set[str] = set()
 
     def __call__(self, unreadable: List[Unreadable]) -> None:
+        self.count += len(unreadable)
         for name, reason in unreadable:
             if name not in self.seen:
                 self.seen.add(name)
-                self.progress.unreadable += 1
                 _logger.warning('left out, as it cannot be read: %s (%s)', name, reason)
             if len(self.seen) > self.limit:
                 raise ValueError(

@@ -1,15 +1,36 @@
 """Evaluation of checkpoints and of models with their pretrained weights."""
+import math
 from argparse import Namespace
-from typing import Any, Dict, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+import timm
+from timm.data import IterableImageDataset
 from timm.utils import reparameterize_model
+from torch import Tensor
 
 from smpconv_models import checkpoint
 
-from . import data, loaders
+from . import data, failures, loaders, output
 from .build import create_model, load_weights, memory_format, model_arguments, select_device
-from .evaluate import evaluate
+from .evaluate import HeldOut, evaluate
+from .folder import RunFolder
 from .world import World
+
+
+class Evaluation(NamedTuple):
+    """What was measured, and on what.
+
+    Attributes:
+        result: The metrics of :func:`evaluate` with what they were measured on, in plain data.
+        confusion: Of shape ``(classes, classes)``, row the class, column the prediction; ``(0, 0)`` unless asked for.
+        classes: Their names by index, where the data set knows them.
+        args: The arguments, with what the checkpoint added.
+    """
+    result: Dict[str, Any]
+    confusion: Tensor
+    classes: Optional[List[str]]
+    args: Namespace
 
 
 def validate(args: Namespace) -> Dict[str, Any]:
@@ -19,35 +40,73 @@ def validate(args: Namespace) -> Dict[str, Any]:
         The metrics of :func:`evaluate` with what they were measured on.
 
     Raises:
-        ValueError: The arguments, the checkpoint or the data set don't fit.
+        ValueError: The arguments, the checkpoint or the data set don't fit, or there is no accuracy to speak of.
+    """
+    return measure(args).result
+
+
+def series(args: Namespace) -> List[Namespace]:
+    """The arguments of each of several models, for :func:`measure`.
+
+    Args:
+        args: Whose ``checkpoint`` and ``model`` are lists or None. Checkpoints are of their own models unless one model
+            is named for all or one for each; a folder is that of a run, and stands for its best checkpoint.
+
+    Raises:
+        ValueError: There is no such file or model, or the lists don't go together.
+    """
+    paths: List[Any] = [
+        str(RunFolder(Path(path)).best if Path(path).is_dir() else path) for path in args.checkpoint or []]
+    names = args.model or []
+    if paths and len(names) not in (0, 1, len(paths)):
+        raise ValueError(
+            f'--model takes 1 name for all checkpoints or one for each: expected 1 or {len(paths)}, got {len(names)}')
+    for name in names:
+        if not timm.is_model(name):
+            raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}')
+    for path in paths:
+        checkpoint.check_file(path)
+    count = len(paths) or len(names) or 1  # measure tells what is missing where there are none
+    each = zip(paths or [None] * count, names if len(names) == count else (names or [None]) * count)
+    return [Namespace(**{**vars(args), 'checkpoint': path, 'model': name}) for path, name in each]
+
+
+def measure(args: Namespace, before: Optional[Namespace] = None, with_confusion: bool = False) -> Evaluation:
+    """Evaluates one model.
+
+    Args:
+        args: What to evaluate, ``checkpoint`` and ``model`` each one or None; left as they are.
+        before: The arguments of a model that was measured before, on the same images.
+        with_confusion: Count each pair of class and prediction too.
+
+    Raises:
+        ValueError: The arguments, the checkpoint or the data set don't fit; images are missing; the weights or the
+            logits are not finite.
     """
     device = select_device(args.device)
-    loaded = checkpoint.read_file(args.checkpoint) if args.checkpoint else {}
-    if not isinstance(loaded, dict):
-        raise ValueError(f'{args.checkpoint} is not a checkpoint: expected a dict, got {type(loaded).__name__}')
-    inherit(args, loaded)
-    model = create_model(
-        args.model, pretrained=not args.checkpoint, **model_arguments(args, loaded.get('model_kwargs', {})))
-    weights = 'pretrained'
-    if args.checkpoint:
-        weights = load_weights(model, loaded, args.checkpoint, args.use_ema) or 'state dict'
-    if args.reparam:
-        model = reparameterize_model(model)
+    loaded = _read(args)
+    args = inherit(args, loaded)
+    if before is not None:
+        _check_same_images(args, before)
+    model, weights = _load(args, loaded)
     model.to(device).to(memory_format=memory_format(args)).eval()
     config = data.data_config(args, model)
-    dataset = data.open_dataset(args, args.split, model.in_chans, is_training=False)
-    names = data.class_names(dataset)
-    data.check_classes(loaded.get('classes'), names)
-    data.check_num_classes(names, model.num_classes)
-    metrics = evaluate(model, loaders.held_out(args, dataset, config, device, World.alone()), device, args)
-    return {
+    dataset, classes = _open(args, loaded, model)
+    world = World.alone()
+    images = loaders.held_out(args, dataset, config, device, world)
+    try:
+        metrics = evaluate(
+            model, images, device, args, f'validating {args.model}', model.num_classes if with_confusion else 0)
+    except AssertionError as error:  # how timm's models refuse a size
+        raise ValueError(f'{args.model} cannot be evaluated: {checkpoint.first_line(error)}') from error
+    finally:
+        world.shield.lower()
+    _check_loss(args, metrics['loss'])
+    result = {
         'model': args.model,
-        'top1': round(metrics['top1'], 4),
-        'top1_err': round(100 - metrics['top1'], 4),
-        'top5': round(metrics['top5'], 4),
-        'top5_err': round(100 - metrics['top5'], 4),
-        'loss': round(metrics['loss'], 6),
+        **_rounded(metrics),
         'images': metrics['count'],
+        'unreadable': _unreadable(dataset, images, metrics['count']),
         'weights': weights,
         'checkpoint': args.checkpoint or '',
         'dataset': args.dataset or args.data_dir,
@@ -57,6 +116,128 @@ def validate(args: Namespace) -> Dict[str, Any]:
         'crop_pct': config['crop_pct'],
         'interpolation': config['interpolation'],
     }
+    return Evaluation(result, metrics['confusion'].cpu(), classes, args)
+
+
+def _read(args: Namespace) -> Dict[str, Any]:
+    loaded = checkpoint.read_file(args.checkpoint) if args.checkpoint else {}
+    if not isinstance(loaded, dict):
+        raise ValueError(f'{args.checkpoint} is not a checkpoint: expected a dict, got {type(loaded).__name__}')
+    return loaded
+
+
+def _load(args: Namespace, loaded: Dict[str, Any]) -> Tuple[Any, str]:
+    """The model, and in a word which weights it has."""
+    kwargs = model_arguments(args, _model_kwargs(loaded))
+    model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
+    weights = 'pretrained'
+    if args.checkpoint:
+        weights = load_weights(model, loaded, args.checkpoint, args.use_ema) or 'state dict'
+    elif model.num_classes != model.pretrained_cfg['num_classes']:  # timm would make another classifier, at random
+        raise ValueError(
+            f'the pretrained weights of {args.model} are for {model.pretrained_cfg["num_classes"]} classes, not for '
+            f'{model.num_classes}')
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.isnan().any():
+            raise ValueError(f'{args.checkpoint or args.model} has weights that are not numbers: {name} ({weights})')
+    return (reparameterize_model(model) if args.reparam else model), weights
+
+
+def _open(args: Namespace, loaded: Dict[str, Any], model: Any) -> Tuple[Any, Optional[List[str]]]:
+    """The data set, whose classes must be the model's, and their names."""
+    dataset = data.open_dataset(args, args.split, model.in_chans, is_training=False)
+    classes = data.class_names(dataset)
+    data.check_classes(loaded.get('classes'), classes)
+    data.check_num_classes(classes, model.num_classes)
+    return dataset, classes
+
+
+def _check_loss(args: Namespace, loss: float) -> None:
+    """An accuracy of logits that are no numbers is none."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f'the logits of {args.checkpoint or args.model} are not finite: the loss is {loss}'
+            + ('; --amp-dtype bfloat16 has a larger range' if args.amp and args.amp_dtype == 'float16' else ''))
+
+
+def _rounded(metrics: Dict[str, Any]) -> Dict[str, float]:
+    top1, top5 = metrics['top1'], metrics['top5']
+    return {
+        'top1': round(top1, 4),
+        'top1_err': round(100 - top1, 4),
+        'top5': round(top5, 4),
+        'top5_err': round(100 - top5, 4),
+        'loss': round(metrics['loss'], 6),
+    }
+
+
+def _check_same_images(args: Namespace, before: Namespace) -> None:
+    own, others = ([getattr(each, key) or '' for key in _INHERITED_TOGETHER] for each in (args, before))
+    if own != others:
+        raise ValueError(
+            f'{args.checkpoint or args.model} is of other images than the models before it: expected '
+            f'{" ".join(others).strip()}, got {" ".join(own).strip()}; --data-dir and --dataset say which ones for all')
+
+
+def _unreadable(dataset: Any, images: HeldOut, count: int) -> int:
+    """How many images were left out. A stream may lack some without a name; its length is rounded to the workers."""
+    if isinstance(dataset, IterableImageDataset):
+        return max(dataset.reader.num_samples - count, 0)
+    return len(images.left_out.seen)
+
+
+def class_rows(confusion: Tensor, names: Optional[Sequence[str]] = None) -> List[Dict[str, Any]]:
+    """A row for each class: its images, how many are predicted right, and which class it is most often mistaken for.
+
+    Args:
+        confusion: Of shape ``(classes, classes)``, row the class, column the prediction.
+        names: Of the classes by index.
+    """
+    others = confusion.clone().fill_diagonal_(0)
+    most, mistaken = others.max(1)  # the first of several
+    rows = []
+    for index, (images, correct) in enumerate(zip(confusion.sum(1).tolist(), confusion.diag().tolist())):
+        other, times = int(mistaken[index]), int(most[index])
+        rows.append({
+            'index': index,
+            **({} if names is None else {'name': names[index]}),
+            'images': images,
+            'correct': correct,
+            'top1': round(100 * correct / images, 4) if images else '',
+            'mistaken_for': (other if names is None else names[other]) if times else '',
+            'times': times,
+        })
+    return rows
+
+
+def save_classes(path: str, evaluation: Evaluation) -> None:
+    """Writes the rows of :func:`class_rows` as a CSV file."""
+    output.save_rows(Path(path).resolve(), class_rows(evaluation.confusion, evaluation.classes))
+
+
+def save_confusion(path: str, evaluation: Evaluation) -> None:
+    """Draws the confusion matrix as a PNG."""
+    from smpconv_models import figures  # here, as evaluation does without matplotlib
+    with output.replacing(Path(path).resolve()) as temporary:
+        figures.save_confusion(temporary, evaluation.confusion, evaluation.classes)
+
+
+def save_results(path: str, results: Union[Dict[str, Any], List[Dict[str, Any]]]) -> None:
+    """Writes results, of one model or of several: a CSV file if it is named so, with a row for each, else JSON."""
+    if path.endswith('.csv'):
+        output.save_rows(Path(path).resolve(), results if isinstance(results, list) else [results])
+    else:
+        output.save_json(Path(path).resolve(), results)
+
+
+def explain(error: Exception, args: Namespace) -> Optional[str]:
+    """A line for an error of the arguments, the data or the machine; None for one that is a fault of the program.
+
+    Args:
+        error: What ended an evaluation.
+        args: Of the evaluation.
+    """
+    return failures.explain(error, args, World.alone())
 
 
 # What a checkpoint of ours says of how its model was trained, and an evaluation should repeat unless told otherwise.
@@ -64,17 +245,29 @@ _INHERITED = ('model', 'img_size', 'input_size', 'mean', 'std', 'interpolation',
 _INHERITED_TOGETHER = ('dataset', 'data_dir')  # either one given means other images
 
 
-def inherit(args: Namespace, loaded: Dict[str, Any]) -> None:
-    """Fills the arguments that were left open from the training arguments in a checkpoint, in place."""
-    trained = loaded.get('args')
-    if isinstance(trained, Namespace):  # timm's
-        trained = vars(trained)
-    if not isinstance(trained, dict):
-        trained = {}
+def inherit(args: Namespace, loaded: Dict[str, Any]) -> Namespace:
+    """The arguments, those that were left open from the training arguments in a checkpoint."""
+    trained = _training_arguments(loaded)
     keys: Tuple[str, ...] = _INHERITED
     if all(getattr(args, key) is None for key in _INHERITED_TOGETHER):
         keys += _INHERITED_TOGETHER
-    for key in keys:
-        if getattr(args, key) is None:
-            setattr(args, key, trained.get(key))
+    filled = {key: trained.get(key) for key in keys if getattr(args, key) is None}
+    args = Namespace(**{**vars(args), **filled})
     args.dataset = args.dataset or ''
+    return args
+
+
+def _training_arguments(loaded: Dict[str, Any]) -> Dict[str, Any]:
+    trained = loaded.get('args')
+    if isinstance(trained, Namespace):  # timm's
+        trained = vars(trained)
+    return trained if isinstance(trained, dict) else {}
+
+
+def _model_kwargs(loaded: Dict[str, Any]) -> Dict[str, Any]:
+    """The constructor's arguments that a checkpoint tells: ours in a place of their own, timm's among all others."""
+    if 'model_kwargs' in loaded:
+        return loaded['model_kwargs']
+    trained = _training_arguments(loaded)
+    told = {key: trained.get(key) for key in ('num_classes', 'in_chans')}
+    return {**(trained.get('model_kwargs') or {}), **{key: value for key, value in told.items() if value is not None}}

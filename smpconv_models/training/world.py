@@ -1,5 +1,6 @@
 """The processes of a run: which of them this is, what they sum up, and who is missing."""
 import os
+import time
 from datetime import timedelta
 from typing import Any, List, Sequence
 
@@ -9,12 +10,25 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from .signals import Shield
+
+# Seconds in which the processes that wait in vain find out one after another.
+_ROLL_CALL = 5.
+
 
 class World:
-    """This process among those that torchrun or Slurm has started; alone without them."""
+    """This process among those that torchrun or Slurm has started; alone without them.
+
+    Attributes:
+        rank: Of this process among all.
+        local_rank: Among those of this machine.
+        size: How many there are in all.
+        shield: Of the processes that load images for this one.
+    """
 
     def __init__(self) -> None:
         self.local_rank, self.rank, self.size = world_info_from_env()
+        self.shield = Shield()
         self._store: Any = None
 
     @classmethod
@@ -53,7 +67,6 @@ class World:
             raise ValueError(
                 f'process {self.rank} of {self.size} cannot meet the others at '
                 f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}: {error}') from error
-        self.arrive(0)
 
     def disconnect(self) -> None:
         """Leaves the others, who must be leaving too."""
@@ -64,13 +77,13 @@ class World:
         """The sum of each scalar over the processes, in float32."""
         tensor = torch.stack([value.detach().float() for value in values])
         if self.size > 1:
-            dist.all_reduce(tensor)
+                dist.all_reduce(tensor)
         return tensor.tolist()
 
     def total_exact(self, values: Tensor) -> Tensor:
         """The sums of a tensor of float64 or int64 over the processes."""
         if self.size > 1:
-            dist.all_reduce(values)
+                dist.all_reduce(values)
         return values
 
     def share(self, value: Any) -> Any:
@@ -81,27 +94,15 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def arrive(self, step: int) -> None:
-        """Says that this process is about to wait for the others in this step."""
-        if self._store is not None:
-            self._store.set(f'step/{self.rank}', str(step))
-
     def missing(self) -> str:
-        """Who has kept the others waiting, in words."""
-        steps = [self._step_of(rank) for rank in range(self.size)]
-        if max(steps) < 0:
-            return 'the one that they all met at is gone'
-        late = [rank for rank, step in enumerate(steps) if step < max(steps)]
-        if not late:
-            return f'all {self.size} processes were in step {max(steps)}'
-        return f'no sign of {_named(late)} after step {min(steps)}; the others were in step {max(steps)}'
-
-    def _step_of(self, rank: int) -> int:
-        name = f'step/{rank}'
+        """Who of the others hasn't failed as this process has, in words: these are dead or hang."""
         try:
-            return int(self._store.get(name)) if self._store.check([name]) else -1
-        except (RuntimeError, ValueError):  # the process that keeps the store is the one that is gone
-            return -1
+            self._store.set(f'failed/{self.rank}', '')
+            time.sleep(_ROLL_CALL)
+            gone = [rank for rank in range(self.size) if not self._store.check([f'failed/{rank}'])]
+        except RuntimeError:  # it is kept by torchrun or by the first process
+            return 'where they met, nobody answers'
+        return f'no sign of {_named(gone)}' if gone else f'all {self.size} are there'
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ def arguments(**changes):
         pin_mem=False, no_prefetcher=False, in_chans=None, input_size=None, img_size=None, crop_pct=None, mean=None,
         std=None, interpolation=None, train_interpolation=None, no_aug=False, reprob=0., remode='pixel', recount=1,
         scale=[0.5, 1.], ratio=[1., 1.], hflip=0., vflip=0., color_jitter=0., aa=None, grad_accum_steps=1,
-        max_unreadable=10, skip_unreadable=False,
+        max_unreadable=10, skip_unreadable=False, dist_timeout=60.,
     )
     return Namespace(**{**values, **changes})
 

@@ -10,7 +10,6 @@ from PIL import Image
 from test_data import arguments, make_folder
 
 from smpconv_models.training import Digits, data, draws, loaders
-from smpconv_models.training.progress import Progress
 from smpconv_models.training.samples import Batches, InOrder, Samples
 from smpconv_models.training.unreadable import LeftOutOfTraining
 from smpconv_models.training.world import World
@@ -20,9 +19,9 @@ CONFIG = dict(
     input_size=(3, 16, 16), mean=(0.3,) * 3, std=(0.4,) * 3, interpolation='bicubic', crop_pct=1., crop_mode='center')
 
 
-def training(args, dataset, progress=None):
-    tell = LeftOutOfTraining(args, progress or Progress())
-    return loaders.train_loader(args, dataset, CONFIG, CPU, World.alone(), tell)
+def training(args, dataset, left_out=None):
+    return loaders.train_loader(
+        args, dataset, CONFIG, CPU, World.alone(), left_out or LeftOutOfTraining(args.max_unreadable))
 
 
 # --- keys ---
@@ -153,12 +152,12 @@ def test_an_unreadable_training_image_is_left_out_and_named(tmp_path, caplog, ki
     path = root / 'train' / 'dog' / name
     path.write_bytes(damaged(kind))
     args = arguments(data_dir=str(root), batch_size=7)
-    progress = Progress()
-    images = training(args, data.open_dataset(args, 'train', 3, is_training=True), progress)
+    left_out = LeftOutOfTraining(limit=1)
+    images = training(args, data.open_dataset(args, 'train', 3, is_training=True), left_out)
     for epoch in range(2):
         (batch, targets), = images.start(epoch, 0)
         assert len(batch) == 7 and sorted(targets.tolist())[:3] == [0, 0, 0]  # filled up with a readable one
-    assert progress.unreadable == 1
+    assert left_out.count == 2 and left_out.seen == {str(path)}
     assert sum(str(path) in message for message in caplog.messages) == 1
 
 

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""What the training loop adds to a step: train.py's beside a bare forward, backward and optimizer step.
+
+    python benchmarks/training_loop.py [--model smpconv_mobile31] [--batch-size 16] [--rounds 11] [--device cpu]
+
+The same network, images and AdamW, in one run; both must have taken the same step before anything is timed. No images
+are loaded or mixed, nothing is averaged; the third row averages the weights too, as the recipes do. Appends to
+benchmarks/results/training_loop.jsonl.
+"""
+import argparse
+import copy
+import sys
+import tempfile
+from typing import Any, Callable, Dict, Tuple
+
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smpconv_models.training import config, options, param_groups, set_up
+
+BARE, LOOP, AVERAGED = 'bare step', 'loop', 'loop with averaging'
+CLASSES = 10
+
+
+def make_run(model: str, device: str, output: str, *more: str) -> Any:
+    """What train.py would make, on the embedded digits, whose images aren't used."""
+    parser = config.Parser(prog='training_loop.py')
+    options.add_data_options(parser)
+    options.add_model_options(parser)
+    options.add_device_options(parser)
+    options.add_training_options(parser)
+    return set_up(parser.parse_args([
+        '--model', model, '--dataset', 'digits', '--device', device, '--channels-last', '--smoothing', '0', '--sched',
+        'cosine', '--warmup-epochs', '0', '--workers', '0', '--output', output, *more]))
+
+
+def bare_step(run: Any, images: Tensor, target: Tensor) -> Tuple[nn.Module, Callable[[], None]]:
+    """A copy of the network, and what trains it without a loop."""
+    model = copy.deepcopy(run.model)
+    optimizer = torch.optim.AdamW(param_groups(model, run.args.weight_decay), lr=run.args.lr)
+
+    def step() -> None:
+        F.cross_entropy(model(images), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def loop_step(run: Any, images: Tensor, target: Tensor) -> Callable[[], None]:
+    run.model.train()
+    return lambda: run.stepper.step(iter([(images, target)]), 0, False)
+
+
+def measure_steps(model: str, batch_size: int, rounds: int, device: str) -> Dict[str, float]:
+    """Median seconds of each way to take a step."""
+    with tempfile.TemporaryDirectory() as output:
+        run = make_run(model, device, output, '--experiment', 'loop')
+        averaged = make_run(model, device, output, '--experiment', 'averaged', '--model-ema')
+        size = run.model.pretrained_cfg['input_size'][-1]
+        images = torch.randn(batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        target = torch.randint(CLASSES, (batch_size,), device=device)
+        run.model.train()
+        bare, step = bare_step(run, images, target)
+        steps = {
+            BARE: step, LOOP: loop_step(run, images, target), AVERAGED: loop_step(averaged, images, target)}
+        for name in (BARE, LOOP):
+            steps[name]()
+        check_same(bare, run.model)
+        seconds = measure.interleaved(steps, rounds, device=device)
+        run.close()
+        averaged.close()
+    return seconds
+
+
+def check_same(bare: nn.Module, looped: nn.Module) -> None:
+    """Both have taken one step from the same weights; only the radii's rate differs, which is a tenth in the loop."""
+    for (name, first), second in zip(bare.named_parameters(), looped.parameters()):
+        if not name.endswith('radius') and not torch.equal(first, second):
+            sys.exit(f'{name} differs after one step: nothing is timed')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='smpconv_mobile31')
+    parser.add_argument('--batch-size', type=int, default=16)
+    parser.add_argument('--rounds', type=int, default=11)
+    parser.add_argument('--device', default='cpu')
+    args = parser.parse_args()
+    seconds = measure_steps(args.model, args.batch_size, args.rounds, args.device)
+    measure.append(
+        measure.RESULTS / 'training_loop.jsonl',
+        {'model': args.model, 'batch': args.batch_size, 'optimizer': 'adamw', 'seconds': seconds}, args.device)
+    for name, value in seconds.items():
+        print(f'{name:20} {value * 1e3:9.1f} ms   {value / seconds[BARE]:.3f} x')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

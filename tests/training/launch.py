@@ -1,0 +1,91 @@
+"""train.py as processes of their own."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    '--model', 'smpconv_nano', '--model-kwargs', 'depths=(1,1)', 'dims=(4,8)', 'kernel_sizes=(7,5)', '--workers', '0']
+
+# Everything that draws, decays, accumulates or averages.
+EVERYTHING = [
+    *TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs', '1',
+    '--lr', '4e-3', '--aa', 'rand-m9-mstd0.5-inc1', '--reprob', '0.25', '--mixup', '0.8', '--cutmix', '1',
+    '--drop-path', '0.2', '--model-ema', '--model-ema-decay', '0.9', '--clip-grad', '5', '--recovery-interval', '1',
+    '--log-interval', '1']
+
+
+def start(argv, ranks=1, script=ROOT / 'train.py', **options):
+    """As torchrun would start these processes; alone without."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        env = dict(os.environ)
+        if ranks > 1:
+            env.update(
+                OMP_NUM_THREADS='1', RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        processes.append(subprocess.Popen(
+            [sys.executable, str(script), *map(str, argv)], env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, **options))
+    return processes
+
+
+def finish(processes, timeout=120):
+    """(exit code, standard output, standard error) of each."""
+    ends = []
+    try:
+        for process in processes:
+            out, error = process.communicate(timeout=timeout)
+            ends.append((process.returncode, out, error))
+    finally:
+        for process in processes:
+            process.kill()
+    return ends
+
+
+def wait_for_step(process, epoch, step):
+    """Until the run tells of this step."""
+    told = f'epoch {epoch}  step {step}/'
+    for line in process.stdout:
+        if line.startswith(told):
+            return
+    raise AssertionError(f'the run ended without {told}: {process.stderr.read()}')
+
+
+def stop(process, number=signal.SIGKILL):
+    """Sends a signal; returns as :func:`finish` does."""
+    process.send_signal(number)
+    return finish([process])[0]
+
+
+def differences(first, second):
+    """Where the last checkpoints of two folders differ, but for how the runs were called; then the tables."""
+    states = [torch.load(folder / 'last.pth.tar', weights_only=True) for folder in (first, second)]
+    found = list(_differ(*states))
+    if (first / 'summary.csv').read_bytes() != (second / 'summary.csv').read_bytes():
+        found.append('summary.csv')
+    return found
+
+
+def _differ(a, b, path=''):
+    if isinstance(a, torch.Tensor):
+        if not torch.equal(a, b):
+            yield path
+    elif isinstance(a, dict):
+        if list(a) != list(b):
+            yield f'keys of {path}'
+        for key in (key for key in a if key in b and key != 'args'):
+            yield from _differ(a[key], b[key], f'{path}/{key}')
+    elif isinstance(a, (list, tuple)):
+        for index, (left, right) in enumerate(zip(a, b)):
+            yield from _differ(left, right, f'{path}/{index}')
+    elif a != b:
+        yield path

@@ -1,0 +1,122 @@
+"""Two processes, over gloo on the CPU."""
+import signal
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from launch import EVERYTHING, differences, finish, start, wait_for_step
+from torch import nn
+
+from smpconv_models.training.evaluate import HeldOut, Tally, evaluate
+from smpconv_models.training.unreadable import LeftOutOfEvaluation
+from smpconv_models.training.world import World
+
+COMMAND = [*EVERYTHING, '--batch-size', '64', '--dist-timeout', '60']
+
+
+def run(*argv):
+    """Both processes, which must succeed; what the first one printed."""
+    ends = finish(start(argv, ranks=2))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    return ends[0][1]
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    output = tmp_path_factory.mktemp('straight')
+    printed = run(*COMMAND, '--output', output, '--experiment', 'run')
+    assert printed.count('best checkpoint') == 1
+    return output / 'run'
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_applied_in_none():
+    ends = finish(start([], ranks=2, script=Path(__file__).with_name('two_ranks.py')))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+
+
+def test_steps_have_the_size_of_all_processes(straight):
+    state = torch.load(straight / 'last.pth.tar', weights_only=True)
+    assert state['args']['global_batch_size'] == 128 and state['optimizer']['state'][0]['step'] == 22
+
+
+def test_a_dead_process_ends_the_others_and_the_same_command_goes_on_to_the_same_bits(straight, tmp_path):
+    command = [*COMMAND, '--output', tmp_path, '--experiment', 'run']
+    first, second = start(command, ranks=2)
+    wait_for_step(first, 1, 3)
+    second.kill()
+    (code, _, error), _ = finish([first, second])
+    assert code == 1
+    line = error.strip().splitlines()[-1]
+    assert line.startswith('train.py (process 0): error: process 0 waited for the others in vain')
+    assert '(no sign of rank 1)' in line
+    printed = run(*command)
+    assert f'going on from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in printed
+    assert differences(straight, tmp_path / 'run') == []
+
+
+def test_a_process_that_hangs_is_named_in_time(tmp_path):
+    first, second = start([*COMMAND, '--dist-timeout', 6, '--output', tmp_path, '--epochs', 50], ranks=2)
+    wait_for_step(first, 0, 2)
+    second.send_signal(signal.SIGSTOP)
+    (code, _, error), = finish([first])
+    second.kill()
+    second.communicate()
+    assert code == 1 and '(no sign of rank 1): Timed out waiting 6000ms' in error
+
+
+def test_both_processes_stop_at_the_same_step_when_one_is_asked(straight, tmp_path):
+    command = [*COMMAND, '--output', tmp_path, '--experiment', 'run', '--recovery-interval', 1000]
+    first, second = start(command, ranks=2)
+    wait_for_step(first, 0, 5)
+    second.terminate()
+    ends = finish([first, second])
+    assert [code for code, _, _ in ends] == [143, 143], ends
+    assert all('stopped by SIGTERM; the same command goes on' in error for _, _, error in ends)
+    assert torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']['step'] >= 5
+    run(*command)
+    assert differences(straight, tmp_path / 'run') == []
+
+
+# --- evaluation, whose exactness one process shows ---
+
+
+class FirstPixels(nn.Module):
+    """Its logits are the image's first pixels."""
+
+    def forward(self, images):
+        return images.flatten(1)[:, :4]
+
+
+@pytest.mark.parametrize('parts', [1, 2, 3])
+def test_sums_over_parts_are_the_whole(parts):
+    generator = torch.Generator().manual_seed(0)
+    images, target = torch.randn(50, 1, 4, 4, generator=generator), torch.randint(0, 4, (50,), generator=generator)
+    tallies = []
+    for part in range(parts):
+        tally = Tally(torch.device('cpu'), 4)
+        for chunk in range(part, 50, parts):
+            tally.add(FirstPixels()(images[chunk:chunk + 1]), target[chunk:chunk + 1])
+        tallies.append(tally)
+    whole = Tally(torch.device('cpu'), 4)
+    for tally in tallies:
+        whole.sums += tally.sums
+        whole.count += tally.count
+        whole.confusion += tally.confusion
+    result = whole.result(World.alone())
+    logits = images.flatten(1)[:, :4]
+    assert result['count'] == 50
+    assert result['top1'] == pytest.approx(100 * (logits.argmax(1) == target).double().mean().item(), abs=1e-9)
+    assert result['top5'] == 100
+    assert result['loss'] == pytest.approx(nn.functional.cross_entropy(logits, target).item(), rel=1e-5)
+    expected = torch.zeros(4, 4, dtype=torch.int64)
+    for true, guess in zip(target, logits.argmax(1)):
+        expected[true, guess] += 1
+    assert torch.equal(result['confusion'], expected)
+
+
+def test_nothing_to_evaluate_is_told():
+    args = Namespace(channels_last=False, amp=False, amp_dtype='float16')
+    held_out = HeldOut([], World.alone(), LeftOutOfEvaluation(Namespace(skip_unreadable=False)))
+    with pytest.raises(ValueError, match='there were no images to evaluate'):
+        evaluate(FirstPixels(), held_out, torch.device('cpu'), args)

@@ -1,0 +1,249 @@
+"""What goes wrong around a run: disks, memory, other runs, processes that load."""
+import errno
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import stat
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from launch import EVERYTHING, TINY, finish, start, wait_for_step
+from test_data import make_folder
+
+import train
+from smpconv_models.training import explain, output
+from smpconv_models.training.folder import RunFolder
+from smpconv_models.training.world import World
+
+ARGS = Namespace(batch_size=64, workers=2)
+
+
+def run(*argv):
+    return train.main([str(argument) for argument in argv])
+
+
+def state(number, megabytes=1):
+    return {'state_dict': {'w': torch.full((megabytes * 2 ** 18,), float(number))}, 'progress': number}
+
+
+# --- saving ---
+
+
+def save_forever(path):
+    """In a process that will be killed."""
+    torch.set_num_threads(1)
+    folder = RunFolder(Path(path))
+    number = 0 if folder.newest() is None else folder.newest()[1]['progress']
+    while True:
+        number += 1
+        folder.save(state(number))
+
+
+def kill_while_saving(path, times, draw):
+    """Kills a process that saves, again and again; the newest checkpoint's number after each."""
+    numbers = []
+    for _ in range(times):
+        process = multiprocessing.get_context('fork').Process(target=save_forever, args=(path,))
+        process.start()
+        time.sleep(draw.uniform(0.03, 0.12))
+        process.kill()
+        process.join()
+        found = RunFolder(path).newest()
+        if found is not None:
+            name, loaded = found
+            assert torch.equal(loaded['state_dict']['w'], state(loaded['progress'])['state_dict']['w'])
+            assert name == str(path / 'last.pth.tar')
+        numbers.append(0 if found is None else found[1]['progress'])
+    return numbers
+
+
+def test_a_kill_while_saving_leaves_the_newest_whole(tmp_path):
+    numbers = kill_while_saving(tmp_path, 20, random.Random(0))
+    assert numbers == sorted(numbers) and numbers[-1] > 20
+
+
+@pytest.mark.slow  # half a minute
+def test_two_hundred_kills_while_saving(tmp_path):
+    numbers = kill_while_saving(tmp_path, 200, random.Random(1))
+    assert numbers == sorted(numbers) and numbers[-1] > 200
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    (tmp_path / '.last.pth.tar.abcd').write_bytes(b'half')
+    folder = RunFolder(tmp_path)
+    folder.hold()
+    assert not (tmp_path / '.last.pth.tar.abcd').exists()
+    folder.release()
+
+
+def test_a_full_disk_is_told_and_the_old_checkpoints_stay(tmp_path):
+    """By a limit on the size of files."""
+    command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
+    assert run(*command, '--epochs', 1) == 0
+    before = {name: (tmp_path / 'run' / name).read_bytes() for name in ('last.pth.tar', 'previous.pth.tar')}
+    (code, _, error), = finish(start(
+        command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))
+    assert code == 1
+    line, = error.strip().splitlines()
+    assert line.startswith('train.py: error: no space: a checkpoint needs 0.1 MiB, the disk has ')
+    assert f'MiB, at {tmp_path}/run/last.pth.tar (File too large)' in line
+    assert {name: (tmp_path / 'run' / name).read_bytes() for name in before} == before
+    assert not list((tmp_path / 'run').glob('.*.pth.tar.*'))
+    assert run(*command) == 0
+
+
+def test_a_disk_without_hard_links_and_a_link_to_another_disk(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EPERM, 'no hard links here')
+
+    elsewhere = tmp_path / 'elsewhere.pth.tar'
+    output.save_checkpoint(elsewhere, state(1))
+    folder = RunFolder(tmp_path / 'run')
+    folder.path.mkdir()
+    folder.last.symlink_to(elsewhere)
+    monkeypatch.setattr(os, 'link', refuse)
+    folder.save(state(2))
+    assert not folder.last.is_symlink() and torch.load(folder.last)['progress'] == 2
+    assert torch.load(folder.previous)['progress'] == 1 == torch.load(elsewhere)['progress']
+
+
+def test_the_umask_is_respected(tmp_path):
+    folder = RunFolder(tmp_path)
+    old = os.umask(0o027)
+    try:
+        folder.save(state(1))
+        folder.save(state(2))
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (folder.last, folder.previous)} == {0o640}
+
+
+@pytest.mark.parametrize('key', ['state_dict', 'state_dict_ema'])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, key):
+    folder = RunFolder(tmp_path)
+    folder.save(state(1))
+    with pytest.raises(FloatingPointError, match=f'w of the {key} is not finite'):
+        folder.save({**state(2), key: {'w': torch.tensor([1., float('nan')])}})
+    assert folder.newest()[1]['progress'] == 1
+
+
+# --- another run in the folder ---
+
+
+def test_two_runs_in_one_folder(tmp_path, capsys):
+    first, = start([*EVERYTHING, '--output', tmp_path, '--experiment', 'run', '--epochs', 1000])
+    wait_for_step(first, 0, 1)
+    with pytest.raises(SystemExit, match='2'):
+        run(*EVERYTHING, '--output', tmp_path, '--experiment', 'run')
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert f'another run is in {tmp_path}/run: process {first.pid} on ' in line and '--experiment' in line
+    first.kill()
+    finish([first])
+    folder = RunFolder(tmp_path / 'run')  # a killed run holds nothing
+    folder.hold()
+    folder.release()
+
+
+# --- processes that load ---
+
+
+def children(process):
+    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+
+
+def test_a_dead_process_that_loads(tmp_path):
+    process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 2])
+    wait_for_step(process, 0, 3)
+    os.kill(children(process)[0], signal.SIGKILL)
+    (code, _, error), = finish([process])
+    assert code == 1
+    line = error.strip().splitlines()[-1]
+    assert 'a process that loads images is gone: DataLoader worker (pid' in line and 'fewer --workers than 2' in line
+    assert RunFolder(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 2
+
+
+def test_full_shared_memory(tmp_path):
+    """By a limit on the size of files, as its blocks are."""
+    (code, _, error), = finish(start(
+        [*TINY, '--dataset', 'digits', '--img-size', 64, '--epochs', 1, '--warmup-epochs', 0, '--workers', 1,
+         '--dist-timeout', 8, '--output', tmp_path],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))))
+    assert code == 1
+    line = error.strip().splitlines()[-1]
+    assert 'shared memory (/dev/shm) may be full: try fewer --workers' in line
+
+
+def test_a_signal_to_the_whole_job_saves_it(tmp_path):
+    """Schedulers send it to the processes that load too."""
+    process, = start(
+        [*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 2, '--recovery-interval', 10000],
+        start_new_session=True)
+    wait_for_step(process, 0, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    (code, _, error), = finish([process])
+    assert code == 143 and error.startswith('train.py: stopped by SIGTERM; the same command goes on')
+    assert RunFolder(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 3
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    """The first one waits for the step, which is stuck here."""
+    process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 1])
+    wait_for_step(process, 0, 3)
+    loads, = children(process)
+    os.kill(loads, signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(loads, signal.SIGCONT)
+    (code, _, error), = finish([process])
+    assert code == 130 and 'interrupted; the same command goes on from the last checkpoint' in error
+
+
+# --- what is told ---
+
+
+def test_memory_that_does_not_suffice():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2 ** 60)
+    line = explain(caught.value, ARGS, World.alone())
+    assert line.startswith('out of memory with --batch-size 64: ') and '\n' not in line
+    assert all(option in line for option in ('--global-batch-size', '--amp', '--grad-checkpointing'))
+
+
+def test_a_gpu_out_of_memory():
+    assert '--batch-size 64' in explain(torch.OutOfMemoryError('CUDA out of memory. Tried'), ARGS, World.alone())
+
+
+def test_faults_of_the_program_keep_their_traceback():
+    assert explain(RuntimeError('mat1 and mat2 shapes'), ARGS, World.alone()) is None
+    assert explain(AttributeError('x'), ARGS, World.alone()) is None
+
+
+def test_a_missing_class_is_told_before_training(tmp_path, capsys):
+    make_folder(tmp_path / 'data', splits=('train',), classes=('cat', 'dog', 'eel'))
+    make_folder(tmp_path / 'data', splits=('val',), classes=('cat', 'dog'))
+    with pytest.raises(SystemExit, match='2'):
+        run(*TINY, '--data-dir', tmp_path / 'data', '--batch-size', 2, '--output', tmp_path / 'output')
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert "3 and 2, only in training ['eel']" in line and not (tmp_path / 'output').exists()
+
+
+def test_an_unreadable_validation_image_ends_the_run_and_saves_it(tmp_path, capsys):
+    folder = make_folder(tmp_path / 'data')
+    (folder / 'val/cat/0.png').write_bytes((folder / 'val/cat/0.png').read_bytes()[:45])
+    command = [
+        *TINY, '--data-dir', folder, '--batch-size', 2, '--epochs', 1, '--warmup-epochs', 0, '--img-size', 16,
+        '--output', tmp_path, '--experiment', 'run']
+    assert run(*command) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert f'{folder}/val/cat/0.png cannot be read' in line and '--skip-unreadable' in line
+    assert run(*command, '--skip-unreadable') == 0  # the steps are not done again
+    assert 'going on from' in capsys.readouterr().out

@@ -1,0 +1,259 @@
+"""Runs that were stopped and go on."""
+import os
+import random
+import shutil
+import signal
+
+import pytest
+import torch
+from launch import EVERYTHING, TINY, differences, finish, start, stop, wait_for_step
+from test_data import make_folder
+
+import train
+from smpconv_models.training.folder import RunFolder
+from smpconv_models.training.samples import Samples
+
+
+def run(*argv):
+    return train.main([str(argument) for argument in argv])
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    """The folder of an unbroken run."""
+    output = tmp_path_factory.mktemp('straight')
+    assert run(*EVERYTHING, '--output', output, '--experiment', 'run') == 0
+    return output / 'run'
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Sends this process a signal when it reads an image for the n-th time."""
+    def arm(number, count):
+        original, left = Samples.__getitem__, [count]
+
+        def read(self, position):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+            return original(self, position)
+
+        monkeypatch.setattr(Samples, '__getitem__', read)
+
+    return arm
+
+
+def resumed(path, capsys):
+    return f'going on from {path / "last.pth.tar"}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, caplog, signal_at, workers, number, code):
+    """Stopped in the middle of the second epoch, in a step whose images come from other processes after it."""
+    command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run', '--recovery-interval', 1000]
+    with pytest.MonkeyPatch.context():
+        signal_at(number, 1437 + 360 + 500)
+        assert run(*command) == code
+    told = capsys.readouterr().err
+    assert told == (
+        f'train.py: stopped by {signal.Signals(number).name}; the same command goes on; what was done is in '
+        f'{tmp_path}/run\n')
+    progress = torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']
+    assert progress['epoch'] == 1 and 0 < progress['step'] < 11
+    assert run(*command, '--workers', workers) == 0
+    assert differences(straight, tmp_path / 'run') == []
+    assert (tmp_path / 'run/summary.csv').read_text().count('epoch') == 1
+
+
+def test_a_run_stopped_in_its_evaluation_repeats_it(straight, tmp_path, signal_at):
+    command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
+    signal_at(signal.SIGTERM, 1408 + 130)  # of 1437 images, 11 steps of 128 take 1408
+    assert run(*command) == 143
+    progress = torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']
+    assert (progress['epoch'], progress['step'], progress['rows']) == (0, 11, [])
+    assert run(*command) == 0
+    assert differences(straight, tmp_path / 'run') == []
+
+
+def test_a_finished_run_is_left_as_it_is(straight, capsys):
+    before = {path.name: path.read_bytes() for path in straight.iterdir()}
+    assert run(*EVERYTHING, '--output', straight.parent, '--experiment', 'run') == 0
+    told = capsys.readouterr().out
+    assert 'the run was finished already' in told and 'best checkpoint' in told
+    assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
+
+
+def test_a_finished_run_goes_on_with_more_epochs_and_is_no_other_run(straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / 'run')
+    command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
+    with pytest.raises(SystemExit, match='2'):
+        run(*command, '--lr', 1e-3)
+    told = capsys.readouterr().err
+    assert 'is finished, and this is another one: lr 0.004 -> 0.001; name it with --experiment' in told
+    assert run(*command, '--epochs', 3) == 0
+    assert (tmp_path / 'run/summary.csv').read_text().splitlines()[:3] == (
+        straight / 'summary.csv').read_text().splitlines()
+    assert 'epochs 2 -> 3' in capsys.readouterr().out
+
+
+@pytest.fixture(scope='module')
+def half(tmp_path_factory):
+    output = tmp_path_factory.mktemp('half')
+    assert run(*EVERYTHING, '--output', output, '--experiment', 'run', '--epochs', 1) == 0
+    return output / 'run'
+
+
+@pytest.fixture
+def begun(half, tmp_path):
+    """A run that has one of its two epochs left."""
+    folder = shutil.copytree(half, tmp_path / 'output' / 'run')
+    return [*EVERYTHING, '--output', folder.parent, '--experiment', 'run'], folder
+
+
+def test_what_may_change_is_told_and_applied(begun, capsys):
+    command, folder = begun
+    assert run(*command, '--lr', 1e-3, '--weight-decay', 0.1, '--smoothing', 0.2) == 0
+    told = capsys.readouterr().out
+    assert all(text in told for text in (
+        'lr 0.004 -> 0.001', 'weight_decay 0.05 -> 0.1', 'smoothing 0.1 -> 0.2', 'epochs 1 -> 2'))
+    groups = torch.load(folder / 'last.pth.tar', weights_only=True)['optimizer']['param_groups']
+    assert {group['initial_lr'] for group in groups} == {1e-3}
+    assert {group['weight_decay'] for group in groups} == {0., 0.1}
+
+
+@pytest.mark.parametrize('change, told', [
+    (['--seed', 1], 'seed 42 -> 1'),
+    (['--opt', 'sgd'], "opt 'adamw' -> 'sgd'"),
+    (['--batch-size', 64], 'global_batch_size 128 -> 64'),
+    (['--model', 'smpconv_mobile31', '--model-kwargs', 'depths=(1,1)', 'dims=(4,8)', 'kernel_sizes=(7,5)'],
+     "model 'smpconv_nano' -> 'smpconv_mobile31'"),
+])
+def test_what_must_not_change_is_refused(begun, capsys, change, told):
+    command, folder = begun
+    before = (folder / 'last.pth.tar').read_bytes()
+    with pytest.raises(SystemExit, match='2'):
+        run(*command, *change)
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert told in line and '--experiment' in line and '--force-resume' in line
+    assert (folder / 'last.pth.tar').read_bytes() == before
+
+
+def test_a_change_can_be_forced(begun, capsys):
+    command, folder = begun
+    assert run(*command, '--batch-size', 64, '--force-resume') == 0
+    assert 'global_batch_size 128 -> 64' in capsys.readouterr().out
+    assert len((folder / 'summary.csv').read_text().splitlines()) == 3
+
+
+def test_a_step_may_be_divided_otherwise(begun, capsys):
+    command, _ = begun
+    assert run(*command, '--batch-size', 32, '--global-batch-size', 128) == 0
+    assert 'batch' not in capsys.readouterr().out
+
+
+def test_other_classes_and_other_images_are_refused(tmp_path, capsys):
+    folder = make_folder(tmp_path / 'data')
+    command = [
+        *TINY, '--data-dir', folder, '--batch-size', 2, '--warmup-epochs', 0, '--img-size', 16, '--output', tmp_path,
+        '--experiment', 'run']
+    assert run(*command, '--epochs', 1) == 0
+    for split in ('train', 'val'):
+        (folder / split / 'dog').rename(folder / split / 'eagle')
+    (folder / 'train/cat/0.png').unlink()
+    with pytest.raises(SystemExit, match='2'):
+        run(*command, '--epochs', 2)
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert "only in the checkpoint ['dog'], only in the data set ['eagle']" in line
+    assert 'training images 6 -> 5' in line
+
+
+def test_runs_start_from_a_checkpoints_weights(straight, tmp_path, capsys):
+    """Its average, as an evaluation would take it."""
+    command = [*EVERYTHING, '--output', tmp_path, '--initial-checkpoint', straight / 'model_best.pth.tar']
+    assert run(*command, '--lr', 1e-30, '--warmup-lr', 0, '--min-lr', 0, '--epochs', 1, '--warmup-epochs', 0) == 0
+    weights = torch.load(tmp_path / 'smpconv_nano/last.pth.tar', weights_only=True)['state_dict']
+    expected = torch.load(straight / 'model_best.pth.tar', weights_only=True)['state_dict_ema']
+    assert torch.equal(weights['head.fc.weight'], expected['head.fc.weight'])
+    with pytest.raises(SystemExit, match='2'):
+        run(*command, '--experiment', 'other', '--model', 'smpconv_mobile31')
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert 'does not fit the model' in line and 'smpconv_nano' not in line  # its arguments make it no registered model
+    assert not (tmp_path / 'other').exists()
+
+
+def test_a_checkpoint_can_be_named(begun, tmp_path, capsys):
+    command, folder = begun
+    moved = shutil.copy(folder / 'last.pth.tar', tmp_path / 'elsewhere.pth.tar')
+    assert run(*command, '--experiment', 'other', '--resume', moved) == 0
+    assert f'going on from {moved}: epoch 1, step 0' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='2'):
+        run(*command, '--experiment', 'third', '--resume', folder / 'model_best.pth.tar')
+    assert 'has no run to go on with; --initial-checkpoint takes its weights' in capsys.readouterr().err
+
+
+# --- checkpoints that are damaged ---
+
+
+@pytest.mark.parametrize('damage, told', [
+    (lambda content: b'', 'is empty'),
+    (lambda content: content[:len(content) // 2], 'is a truncated or damaged checkpoint'),
+    (lambda content: b'<html>quota exceeded</html>', 'is an HTML or XML page'),
+    (lambda content: b'version https://git-lfs.github.com/spec/v1\n', 'is a Git LFS pointer'),
+])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, capsys, damage, told):
+    command, folder = begun
+    shutil.copy(folder / 'last.pth.tar', folder / 'previous.pth.tar')
+    (folder / 'last.pth.tar').write_bytes(damage((folder / 'last.pth.tar').read_bytes()))
+    assert run(*command) == 0
+    out = capsys.readouterr().out
+    assert told in out and 'looking for an older one' in out
+    assert f'going on from {folder / "previous.pth.tar"}: epoch 1, step 0' in out
+
+
+def test_without_a_whole_checkpoint_nothing_is_lost(begun, capsys):
+    command, folder = begun
+    for name in ('last.pth.tar', 'previous.pth.tar'):
+        (folder / name).write_bytes(b'PK\x03\x04')
+    with pytest.raises(SystemExit, match='2'):
+        run(*command)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 'last.pth.tar' in line and 'previous.pth.tar' in line and 'remove them to start anew' in line
+    assert (folder / 'summary.csv').exists()
+
+
+def test_a_flipped_bit_changes_nothing_unseen(straight, tmp_path):
+    """It is refused, or lies where no content is."""
+    path = shutil.copy(straight / 'last.pth.tar', tmp_path / 'last.pth.tar')
+    content, draw = bytearray(path.read_bytes()), random.Random(0)
+    expected = torch.load(path, weights_only=True)
+    refused = 0
+    for _ in range(150):
+        position, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
+        content[position] ^= bit
+        path.write_bytes(content)
+        content[position] ^= bit
+        try:
+            _, loaded = RunFolder(tmp_path).newest()
+        except ValueError:
+            refused += 1
+        else:
+            assert loaded['progress'] == expected['progress'] and all(
+                torch.equal(loaded['state_dict'][key], value) for key, value in expected['state_dict'].items())
+    assert refused >= 75
+
+
+# --- processes that are killed ---
+
+
+def test_a_killed_run_ends_in_the_same_bits(straight, tmp_path):
+    """SIGKILL, in whatever it did right after a step."""
+    command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
+    process, = start(command)
+    wait_for_step(process, 1, 4)
+    code, _, _ = stop(process)
+    assert code == -signal.SIGKILL
+    (code, out, error), = finish(start([*command, '--workers', 1]))
+    assert code == 0, error
+    assert f'going on from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in out
+    assert differences(straight, tmp_path / 'run') == []

@@ -1,0 +1,156 @@
+"""Single optimizer steps: accumulation, order, and what isn't finite."""
+from argparse import Namespace
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from smpconv_models import SMPConvNet
+from smpconv_models.training import param_groups
+from smpconv_models.training.step import Stepper
+from smpconv_models.training.world import World
+
+CPU = torch.device('cpu')
+
+
+class Rates:
+    """A scheduler that leaves the rates alone and remembers what it was told."""
+
+    def __init__(self):
+        self.updates = []
+
+    def step_update(self, number):
+        self.updates.append(number)
+
+
+def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, **changes):
+    torch.manual_seed(seed)
+    model = SMPConvNet(
+        in_chans=1, num_classes=4, depths=(1,), dims=(4,), kernel_sizes=(5,), small_kernel_size=3,
+        **({} if norm_layer is None else {'norm_layer': norm_layer}))
+    args = Namespace(**{**dict(
+        channels_last=False, amp=False, amp_dtype='float16', grad_accum_steps=1, clip_grad=None, seed=1), **changes})
+    optimizer = torch.optim.SGD(param_groups(model, 0.05), lr=0.1)
+    return Stepper(
+        args, model, model, ModelEmaV3(model, decay=ema), optimizer, Rates(),
+        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, World.alone()), model
+
+
+def group_norm(channels):
+    return nn.GroupNorm(1, channels)
+
+
+def batches(count, size=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield torch.randn(size, 1, 16, 16, generator=generator), torch.randint(0, 4, (size,), generator=generator)
+
+
+def state(stepper):
+    """Everything that a step may change."""
+    return [value.clone() for value in (
+        *stepper.model.state_dict().values(), *stepper.ema.module.state_dict().values())]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_a_step_lowers_the_loss_and_tells_of_it():
+    stepper, _ = make_stepper()
+    (batch,) = batches(1)
+    losses = [stepper.step(iter([batch]), number, False) for number in range(8)]
+    assert all(outcome.applied and not outcome.stop and outcome.rate == 0.1 for outcome in losses)
+    assert losses[-1].loss < losses[0].loss
+    assert stepper.scheduler.updates == list(range(1, 9))
+
+
+def test_accumulated_batches_make_the_step_of_their_union():
+    """But for batch norms, which see one batch at a time; so without them."""
+    parts = list(batches(3))
+    whole = tuple(torch.cat(tensors) for tensors in zip(*parts))
+    one, model = make_stepper(norm_layer=group_norm)
+    three, other = make_stepper(norm_layer=group_norm, grad_accum_steps=3)
+    first, second = one.step(iter([whole]), 0, False), three.step(iter(parts), 0, False)
+    assert second.loss == pytest.approx(first.loss, rel=1e-5)
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_reads_clipped_radii():
+    stepper, model = make_stepper(ema=0.)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith('radius'):
+                parameter.fill_(5.)
+    stepper.step(batches(1), 0, False)
+    radii = [value for name, value in stepper.ema.module.named_parameters() if name.endswith('radius')]
+    assert radii and all(radius.max() <= 1 for radius in radii)
+
+
+def test_the_gradient_is_clipped():
+    free, model = make_stepper()
+    clipped, other = make_stepper(clip_grad=1e-3)
+    before = [parameter.clone() for parameter in model.parameters() if parameter.ndim == 1]
+    for stepper in (free, clipped):
+        stepper.step(batches(1), 0, False)
+
+    def moved(network):
+        after = [parameter for parameter in network.parameters() if parameter.ndim == 1]
+        return sum((a - b).square().sum() for a, b in zip(after, before)).sqrt().item()
+
+    assert moved(other) <= 1e-3 * 0.1 * 1.01 < moved(model)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(value):
+    stepper, _ = make_stepper()
+    good, bad = batches(2)
+    stepper.step(iter([good]), 0, False)
+    before = state(stepper)
+    images = bad[0].clone()
+    images[2, 0, 3, 3] = value
+    outcome = stepper.step(iter([(images, bad[1])]), 1, False)
+    assert not outcome.applied and outcome.is_mine and not outcome.is_overflow
+    assert not torch.isfinite(torch.tensor(outcome.loss))
+    assert same(state(stepper), before)  # the running statistics of the batch norms too
+    assert stepper.step(iter([good]), 2, False).applied and not same(state(stepper), before)
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    """Though the loss is: a square root at 0."""
+    stepper, _ = make_stepper()
+    stepper.loss_fn = lambda logits, target: (logits.sum() * 0).sqrt()
+    before = state(stepper)
+    outcome = stepper.step(batches(1), 0, False)
+    assert outcome.loss == 0 and not outcome.applied and outcome.is_mine
+    assert same(state(stepper), before)
+
+
+def test_a_loss_scale_that_is_too_large_is_lowered_not_counted():
+    stepper, _ = make_stepper(scaler=True, amp=True)
+    stepper.scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 40)
+    before, outcomes = state(stepper), []
+    while not outcomes or not outcomes[-1].applied:
+        assert same(state(stepper), before)
+        outcomes.append(stepper.step(batches(1), len(outcomes), False))
+        assert len(outcomes) < 45
+    assert len(outcomes) > 5 and all(outcome.is_overflow for outcome in outcomes[:-1])
+    assert not same(state(stepper), before)
+
+
+def test_a_request_to_stop_is_passed_on():
+    stepper, _ = make_stepper()
+    assert stepper.step(batches(1), 0, True).stop
+
+
+def test_draws_depend_on_the_step_alone():
+    """Of dropout, here: not on what was drawn before."""
+    def loss(number, noise):
+        stepper, model = make_stepper()
+        model.head.drop = nn.Dropout(0.5)
+        torch.manual_seed(noise)
+        return stepper.step(batches(1), number, False).loss
+
+    assert loss(3, noise=0) == loss(3, noise=1) != loss(4, noise=0)
