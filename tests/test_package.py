@@ -57,8 +57,8 @@ MAY_IMPORT = {
     'smpconv_models/checkpoint.py': ('torch', 'safetensors'),
     'smpconv_models/figures.py': ('torch', 'numpy', 'matplotlib', LAYERS),
     'smpconv_models/training': (
-        'torch', 'timm', 'PIL', 'numpy', 'sklearn', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS, CHECKPOINT, FIGURES,
-        'smpconv_models.__version__'),
+        'torch', 'timm', 'PIL', 'numpy', 'sklearn', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS, CHECKPOINT,
+        FIGURES, 'smpconv_models.__version__'),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', TRAINING),

@@ -20,14 +20,15 @@ def explain(error: Exception, args: Namespace, world: World) -> Optional[str]:
 
     Args:
         error: What ended the run.
-        args: Of the run.
+        args: Of the run, or of an evaluation.
         world: Whose processes may be the cause.
     """
     text, line = str(error).lower(), checkpoint.first_line(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in _NO_MEMORY):
-        return (
-            f'out of memory with --batch-size {args.batch_size}: {line}; a smaller --batch-size with '
-            '--global-batch-size kept, --amp or --grad-checkpointing need less')
+        less = 'a smaller --batch-size or --amp'
+        if hasattr(args, 'global_batch_size'):  # a training run
+            less = 'a smaller --batch-size with --global-batch-size kept, --amp or --grad-checkpointing'
+        return f'out of memory with --batch-size {args.batch_size}: {line}; {less} needs less'
     if isinstance(error, RuntimeError) and any(sign in text for sign in _NO_WORKER):
         return (
             f'a process that loads images is gone: {line}; memory or shared memory (/dev/shm) may be full: '

@@ -199,12 +199,19 @@ def _check_stream(args: Namespace, reader: Any, world: World) -> None:
     if is_webdataset(reader):
         shards, loading = len(reader.split_info.filenames), loading * world.size
     elif is_hugging_face(reader) and not reader.download and args.workers > 1:
-        shards = reader.builder.as_streaming_dataset(split=reader.split).num_shards
+        shards = _count_shards(args, reader)
         shards //= 1 if shards % world.size else world.size
     if shards is not None and shards < loading:
         raise ValueError(
             f'--workers {args.workers}' + (f' x {world.size} processes' if world.size > 1 else '')
             + f' must not exceed the shards of {args.dataset}, split {args.train_split!r}: there are {shards}')
+
+
+def _count_shards(args: Namespace, reader: Any) -> int:
+    try:
+        return reader.builder.as_streaming_dataset(split=reader.split).num_shards
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f'{args.dataset}, split {args.train_split!r}, cannot be read: {error}') from error
 
 
 def _prefetches(args: Namespace, device: torch.device) -> bool:

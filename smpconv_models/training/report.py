@@ -39,7 +39,7 @@ class Report:
         self.bar: Optional[tqdm] = None
         self.writers: List[Any] = []
         if args.log_tensorboard:
-            self.writers.append(_TensorBoard(folder, progress.epoch * steps + progress.step))
+            self.writers.append(_TensorBoard(folder, progress.epoch * steps + progress.step + 1))
         if args.log_wandb:
             self.writers.append(_WandB(args, folder))
         _logger.info('epoch  train loss  val loss   top-1  EMA top-1  learning rate  seconds')

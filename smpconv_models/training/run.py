@@ -10,7 +10,7 @@ from torch import nn
 
 from smpconv_models import checkpoint
 
-from . import data, loaders, output, parts, report, resume
+from . import data, loaders, output, parts, report, resume, sources
 from .build import create_model, load_weights, memory_format, model_arguments, select_device
 from .evaluate import HeldOut
 from .folder import RunFolder
@@ -130,9 +130,9 @@ def _open(args: Namespace, world: World, device: torch.device) -> Tuple[Any, Any
     Streams divide themselves among the processes that have met: of the validation images each process sees all.
     """
     in_chans = model_arguments(args, {'in_chans': 3})['in_chans']
-    val_set = data.open_dataset(args, args.val_split, in_chans, is_training=False)
+    val_set = sources.open_dataset(args, args.val_split, in_chans, is_training=False)
     world.connect(device, args.dist_timeout)
-    return data.open_dataset(args, args.train_split, in_chans, is_training=True), val_set
+    return sources.open_dataset(args, args.train_split, in_chans, is_training=True), val_set
 
 
 def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:

@@ -334,7 +334,9 @@ class Loader:
             lines = str(error).strip().splitlines() or ['']
             if not lines[0].startswith('Caught ') or ': ' not in lines[-1]:
                 raise
-            raise ValueError(lines[-1].split(': ', 1)[1]) from error  # the message comes with a worker's traceback
+            # It came from a process that loads, with that one's traceback as text. Its own refers to itself, and would
+            # keep those processes until this one has ended.
+            raise ValueError(lines[-1].split(': ', 1)[1]) from error.with_traceback(None)
 
 
 def _check_targets(targets: Any, num_classes: Optional[int]) -> None:

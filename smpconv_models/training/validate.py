@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smpconv_models import checkpoint
 
-from . import data, failures, loaders, output
+from . import data, failures, loaders, output, sources
 from .build import create_model, load_weights, memory_format, model_arguments, select_device
 from .evaluate import HeldOut, evaluate
 from .folder import RunFolder
@@ -145,7 +145,7 @@ def _load(args: Namespace, loaded: Dict[str, Any]) -> Tuple[Any, str]:
 
 def _open(args: Namespace, loaded: Dict[str, Any], model: Any) -> Tuple[Any, Optional[List[str]]]:
     """The data set, whose classes must be the model's, and their names."""
-    dataset = data.open_dataset(args, args.split, model.in_chans, is_training=False)
+    dataset = sources.open_dataset(args, args.split, model.in_chans, is_training=False)
     classes = data.class_names(dataset)
     data.check_classes(loaded.get('classes'), classes)
     data.check_num_classes(classes, model.num_classes)
@@ -264,10 +264,14 @@ def _training_arguments(loaded: Dict[str, Any]) -> Dict[str, Any]:
     return trained if isinstance(trained, dict) else {}
 
 
+# Of timm's training script, by the constructor's names.
+_MODEL_OPTIONS = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'global_pool': 'gp'}
+
+
 def _model_kwargs(loaded: Dict[str, Any]) -> Dict[str, Any]:
     """The constructor's arguments that a checkpoint tells: ours in a place of their own, timm's among all others."""
     if 'model_kwargs' in loaded:
         return loaded['model_kwargs']
     trained = _training_arguments(loaded)
-    told = {key: trained.get(key) for key in ('num_classes', 'in_chans')}
+    told = {name: trained.get(key) for name, key in _MODEL_OPTIONS.items()}
     return {**(trained.get('model_kwargs') or {}), **{key: value for key, value in told.items() if value is not None}}

@@ -66,7 +66,7 @@ class World:
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f'process {self.rank} of {self.size} cannot meet the others at '
-                f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}: {error}') from error
+                f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}: {error}{_restart_hint()}') from error
 
     def disconnect(self) -> None:
         """Leaves the others, who must be leaving too."""
@@ -103,6 +103,12 @@ class World:
         except RuntimeError:  # it is kept by torchrun or by the first process
             return 'where they met, nobody answers'
         return f'no sign of {_named(gone)}' if gone else f'all {self.size} are there'
+
+
+def _restart_hint() -> str:
+    """With a store that torchrun shares they find the addresses from before (PyTorch issue 135712)."""
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    return '; restarts by torchrun need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment' if restarted else ''
 
 
 def _named(ranks: Sequence[int]) -> str:

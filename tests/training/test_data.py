@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from smpconv_models import SMPConvNet
-from smpconv_models.training import Digits, data
+from smpconv_models.training import Digits, data, sources
 
 
 def make_folder(root, splits=('train', 'val'), classes=('cat', 'dog'), count=3):
@@ -61,17 +61,17 @@ def test_digits_know_their_splits():
 
 def test_folders_are_read_through_timm(tmp_path):
     args = arguments(data_dir=str(make_folder(tmp_path)))
-    train = data.open_dataset(args, 'train', 3, is_training=True)
-    validation = data.open_dataset(args, 'validation', 3, is_training=False)
+    train = sources.open_dataset(args, 'train', 3, is_training=True)
+    validation = sources.open_dataset(args, 'validation', 3, is_training=False)
     assert len(train) == len(validation) == 6
     assert data.class_names(train) == data.class_names(validation) == ['cat', 'dog']
     assert train[0][0].mode == 'RGB'
-    assert data.open_dataset(args, 'train', 1, is_training=True)[0][0].mode == 'L'
+    assert sources.open_dataset(args, 'train', 1, is_training=True)[0][0].mode == 'L'
 
 
 def test_torchvision_datasets_are_read_through_timm(tmp_path):
-    with pytest.raises(ValueError, match=r"'torch/cifar10' split 'train'.*cannot be opened.*not found"):
-        data.open_dataset(arguments(dataset='torch/cifar10', data_dir=str(tmp_path)), 'train', 3, is_training=True)
+    with pytest.raises(ValueError, match=r"split 'train' of torch/cifar10 in .*cannot be opened: .*not found"):
+        sources.open_dataset(arguments(dataset='torch/cifar10', data_dir=str(tmp_path)), 'train', 3, is_training=True)
 
 
 @pytest.mark.parametrize('make, told', [
@@ -84,14 +84,14 @@ def test_torchvision_datasets_are_read_through_timm(tmp_path):
 ])
 def test_missing_data_is_told(tmp_path, make, told):
     with pytest.raises(ValueError, match=told):
-        data.open_dataset(make(tmp_path), 'validation', 3, is_training=False)
+        sources.open_dataset(make(tmp_path), 'validation', 3, is_training=False)
 
 
 def test_classes_must_agree(tmp_path):
     make_folder(tmp_path, splits=('train',))
     make_folder(tmp_path, splits=('val',), classes=('cat', 'dgo'))
     args = arguments(data_dir=str(tmp_path))
-    train, validation = (data.open_dataset(args, split, 3, False) for split in ('train', 'val'))
+    train, validation = (sources.open_dataset(args, split, 3, False) for split in ('train', 'val'))
     with pytest.raises(ValueError, match=r"2 and 2, only in training \['dog'\], only in evaluation \['dgo'\]"):
         data.check_classes(data.class_names(train), data.class_names(validation))
     with pytest.raises(ValueError, match='the data set has 2 classes, the model 3'):
@@ -100,7 +100,7 @@ def test_classes_must_agree(tmp_path):
 
 def test_unusual_channels_are_told():
     with pytest.raises(ValueError, match='got in_chans 4'):
-        data.open_dataset(arguments(data_dir='.'), 'train', 4, is_training=True)
+        sources.open_dataset(arguments(data_dir='.'), 'train', 4, is_training=True)
 
 
 @pytest.mark.parametrize('changes, size, mean', [

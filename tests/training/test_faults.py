@@ -20,7 +20,7 @@ from smpconv_models.training import explain, output
 from smpconv_models.training.folder import RunFolder
 from smpconv_models.training.world import World
 
-ARGS = Namespace(batch_size=64, workers=2)
+ARGS = Namespace(batch_size=64, workers=2, global_batch_size=64)
 
 
 def run(*argv):
@@ -216,6 +216,11 @@ def test_memory_that_does_not_suffice():
     line = explain(caught.value, ARGS, World.alone())
     assert line.startswith('out of memory with --batch-size 64: ') and '\n' not in line
     assert all(option in line for option in ('--global-batch-size', '--amp', '--grad-checkpointing'))
+
+
+def test_an_evaluation_that_memory_does_not_suffice_for():
+    line = explain(MemoryError(), Namespace(batch_size=64, workers=2), World.alone())
+    assert 'a smaller --batch-size or --amp needs less' in line
 
 
 def test_a_gpu_out_of_memory():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from test_data import arguments, make_folder
 
-from smpconv_models.training import Digits, data, draws, loaders
+from smpconv_models.training import Digits, draws, loaders, sources
 from smpconv_models.training.samples import Batches, InOrder, Samples
 from smpconv_models.training.unreadable import LeftOutOfTraining
 from smpconv_models.training.world import World
@@ -85,7 +85,7 @@ def test_evaluation_has_each_image_in_one_process(length, world_size):
 def test_augmentation_is_a_function_of_epoch_and_index(tmp_path):
     args = arguments(
         data_dir=str(make_folder(tmp_path)), aa='rand-m9-mstd0.5-inc1', reprob=0.5, scale=[0.1, 1.], hflip=0.5)
-    dataset = data.open_dataset(args, 'train', 3, is_training=True)
+    dataset = sources.open_dataset(args, 'train', 3, is_training=True)
     samples = training(args, dataset).samples
     first, _ = samples[3, 4]
     random.random(), samples[3, 1]
@@ -153,7 +153,7 @@ def test_an_unreadable_training_image_is_left_out_and_named(tmp_path, caplog, ki
     path.write_bytes(damaged(kind))
     args = arguments(data_dir=str(root), batch_size=7)
     left_out = LeftOutOfTraining(limit=1)
-    images = training(args, data.open_dataset(args, 'train', 3, is_training=True), left_out)
+    images = training(args, sources.open_dataset(args, 'train', 3, is_training=True), left_out)
     for epoch in range(2):
         (batch, targets), = images.start(epoch, 0)
         assert len(batch) == 7 and sorted(targets.tolist())[:3] == [0, 0, 0]  # filled up with a readable one
@@ -166,7 +166,7 @@ def test_too_many_unreadable_images_are_an_error(tmp_path):
     for name in ('x.jpg', 'y.jpg'):
         (root / 'train' / 'dog' / name).write_bytes(b'')
     args = arguments(data_dir=str(root), batch_size=8, max_unreadable=1)
-    images = training(args, data.open_dataset(args, 'train', 3, is_training=True))
+    images = training(args, sources.open_dataset(args, 'train', 3, is_training=True))
     with pytest.raises(ValueError, match=r'2 training images cannot be read, --max-unreadable is 1.*dog/[xy]\.jpg'):
         next(images.start(0, 0))
 
@@ -178,7 +178,7 @@ def test_an_unreadable_image_is_never_replaced_in_evaluation(tmp_path, caplog):
     args = arguments(data_dir=str(root))
 
     def targets():
-        dataset = data.open_dataset(args, 'val', 3, is_training=False)
+        dataset = sources.open_dataset(args, 'val', 3, is_training=False)
         return [int(target) for _, batch in loaders.held_out(args, dataset, CONFIG, CPU, World.alone()).loader
                 for target in batch]
 
@@ -190,6 +190,6 @@ def test_an_unreadable_image_is_never_replaced_in_evaluation(tmp_path, caplog):
 
 def test_names_are_the_images_files(tmp_path):
     args = arguments(data_dir=str(make_folder(tmp_path)))
-    dataset = data.open_dataset(args, 'train', 3, is_training=True)
+    dataset = sources.open_dataset(args, 'train', 3, is_training=True)
     assert Samples(dataset, 0).name(0) == str(tmp_path / 'train/cat/0.png')
     assert Samples(Digits('train'), 0).name(5) == 'image 5'

@@ -2,6 +2,7 @@
 import io
 import json
 import logging
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -16,8 +17,8 @@ from test_loaders import CONFIG, CPU
 
 import train
 import validate
-from smpconv_models.training import data, loaders
-from smpconv_models.training.progress import Progress
+from smpconv_models.training import loaders, sources
+from smpconv_models.training.data import class_names
 from smpconv_models.training.samples import Samples, Stream
 from smpconv_models.training.unreadable import LeftOutOfTraining
 from smpconv_models.training.world import World
@@ -79,11 +80,11 @@ def copied(folder, tmp_path):
 
 
 def opened(args, is_training=False):
-    return data.open_dataset(args, args.train_split if is_training else args.val_split, 3, is_training)
+    return sources.open_dataset(args, args.train_split if is_training else args.val_split, 3, is_training)
 
 
-def training(args, world=None, progress=None):
-    tell = LeftOutOfTraining(args, progress or Progress())
+def training(args, world=None, tell=None):
+    tell = tell or LeftOutOfTraining(args.max_unreadable)
     return loaders.train_loader(args, opened(args, True), CONFIG, CPU, world or World.alone(), tell)
 
 
@@ -114,7 +115,7 @@ def indexed(samples):
 def test_the_same_images_come_in_every_form(folders, name):
     for is_training, split in ((True, 'train'), (False, 'val')):
         dataset = opened(source(name, folders(name)), is_training)
-        assert data.class_names(dataset) == (None if name == 'wds' else list(made.CLASSES))
+        assert class_names(dataset) == (None if name == 'wds' else list(made.CLASSES))
         dataset.transform = lambda image: image
         items = Stream(dataset) if name in STREAMS else indexed(Samples(dataset, 0))
         expected = [
@@ -125,10 +126,10 @@ def test_the_same_images_come_in_every_form(folders, name):
 @pytest.mark.parametrize('in_chans', [1, 3])
 def test_torchvisions_digits_come_in_the_models_channels(tmp_path, in_chans):
     args = arguments(dataset='torch/mnist', data_dir=str(made.make_mnist(tmp_path)))
-    dataset = data.open_dataset(args, 'train', in_chans, is_training=True)
+    dataset = sources.open_dataset(args, 'train', in_chans, is_training=True)
     image, target = Samples(dataset, 0)[0, 3]
     assert image.mode == ('L' if in_chans == 1 else 'RGB') and target == 3
-    assert len(data.open_dataset(args, 'validation', in_chans, is_training=False)) == 20
+    assert len(sources.open_dataset(args, 'validation', in_chans, is_training=False)) == 20
 
 
 def test_the_order_of_tar_files_is_not_the_file_systems(folders, monkeypatch):
@@ -210,13 +211,12 @@ NAMED = {
 @pytest.mark.parametrize('name', SOURCES)
 def test_unreadable_training_images_are_left_out_and_named(tmp_path, caplog, name):
     folder = with_bad_images(name, tmp_path / 'made', 'train')
-    progress = Progress()
-    batches = list(training(source(name, folder), progress=progress).start(0, 0))
-    assert {len(targets) for _, targets in batches} == {4}
-    list(training(source(name, folder, batch_size=26), progress=progress).start(0, 0))
-    told = [message for message in caplog.messages if message.startswith('left out')]
-    assert progress.unreadable == len(told) and 2 <= len(told) <= 4  # each once a run
-    assert any(NAMED[name].format(split='train') in message for message in told)
+    left_out = LeftOutOfTraining(limit=2)
+    images = training(source(name, folder, batch_size=13), tell=left_out)
+    for epoch in range(2):
+        assert [len(targets) for _, targets in images.start(epoch, 0)] == [13, 13]
+    assert left_out.count == 4 and len(left_out.seen) == len(caplog.messages) == 2
+    assert any(NAMED[name].format(split='train') in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize('name', SOURCES)
@@ -262,6 +262,15 @@ def test_a_damaged_shard_is_made_up_for_in_training(tmp_path):
     assert len(list(training(source('wds', folder, workers=2)).start(0, 0))) == TRAIN // 4
 
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_damaged_table_of_a_stream_is_one_line(tmp_path, workers):
+    """Whether this process reads it or another one, whose message comes with a traceback."""
+    folder = made.make_parquet(tmp_path / 'made')
+    (folder / 'data/train-00000-of-00002.parquet').write_bytes(b'x' * 500)
+    with pytest.raises(ValueError, match=r'^the stream .*made cannot be read: .*Parquet magic bytes not found[^\n]*$'):
+        list(training(source('hfids', folder, workers=workers)).start(0, 0))
+
+
 # --- what is refused ---
 
 
@@ -289,8 +298,9 @@ def dotted(samples):
     ('tars', lambda folder: made.write_tar(folder / 'train.tar', []), r'train\.tar has no images'),
     ('tars', lambda folder: (folder / 'train.tar').write_bytes(b''), r'train\.tar .* as a tar file: empty file'),
     ('tars', lambda folder: (folder / 'train.tar').write_bytes(b'x' * 5000), r'train\.tar .*: invalid header'),
-    ('tars', lambda folder: (folder / 'train.tar').write_bytes((folder / 'train.tar').read_bytes()[:7000]),
-     r'train\.tar .*: unexpected end of data'),
+    ('tars', lambda folder: os.truncate(folder / 'train.tar', 700), r'train\.tar .*: unexpected end of data'),
+    ('class_tars', lambda folder: os.truncate(folder / 'train' / 'cow.tar', 700), r'train/cow\.tar .*: unexpected end'),
+    ('tar_of_tars', lambda folder: os.truncate(folder / 'train.tar', 40000), r'train\.tar .*: unexpected end of data'),
     ('tars', lambda folder: (folder / 'train.tar').unlink(), r"expected a folder named train .*found \['val\.tar'\]"),
     ('tars', lambda folder: rewritten('train.tar', 'train')(folder, flat), r'such as .*train\.tar/0000\.jpg'),
     ('class_tars', lambda folder: rewritten('train/cow.tar', 'train')(folder, dotted), r'such as .*/cow\.tar/\./2'),
@@ -332,15 +342,15 @@ def test_a_split_is_never_replaced_by_another(folders, name, told):
     args = source(name, folders(name))
     for is_training in (False, True):
         with pytest.raises(ValueError, match=told):
-            data.open_dataset(args, 'nope', 3, is_training)
+            sources.open_dataset(args, 'nope', 3, is_training)
     with pytest.raises(ValueError, match='the name of a split must not be empty'):
-        data.open_dataset(args, '', 3, is_training=False)
+        sources.open_dataset(args, '', 3, is_training=False)
 
 
 def test_torchvisions_test_images_are_not_every_other_split(tmp_path):
     args = arguments(dataset='torch/mnist', data_dir=str(made.make_mnist(tmp_path)))
-    with pytest.raises(ValueError, match="split of torch/mnist must be one of .*, got 'trian'"):
-        data.open_dataset(args, 'trian', 3, is_training=True)
+    with pytest.raises(ValueError, match=r"split of torch/mnist must be one of .*, got 'trian'"):
+        sources.open_dataset(args, 'trian', 3, is_training=True)
 
 
 @pytest.mark.parametrize('dataset, data_dir, told', [
@@ -356,7 +366,7 @@ def test_missing_sources_are_told(tmp_path, dataset, data_dir, told):
     made.write_tar(tmp_path / 'made.tar', [])
     args = arguments(dataset=dataset, data_dir=data_dir and str(tmp_path / data_dir))
     with pytest.raises(ValueError, match=told) as error:
-        data.open_dataset(args, 'train', 3, is_training=True)
+        sources.open_dataset(args, 'train', 3, is_training=True)
     assert '\n' not in str(error.value)
 
 
@@ -364,8 +374,8 @@ def test_missing_sources_are_told(tmp_path, dataset, data_dir, told):
     ('wds/x', 'webdataset'), ('hfds/x', 'datasets'), ('hfids/x', 'datasets'), ('tfds/x', 'tensorflow-datasets')])
 def test_missing_packages_are_named(monkeypatch, tmp_path, dataset, package):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    with pytest.raises(ValueError, match=f'--dataset {dataset} needs .*: pip install {package}$'):
-        data.open_dataset(arguments(dataset=dataset, data_dir=str(tmp_path)), 'train', 3, is_training=True)
+    with pytest.raises(ValueError, match=rf'--dataset {dataset} needs \w+: pip install {package}$'):
+        sources.open_dataset(arguments(dataset=dataset, data_dir=str(tmp_path)), 'train', 3, is_training=True)
 
 
 @pytest.mark.parametrize('splits, told', [
@@ -417,13 +427,13 @@ def test_hugging_faces_labels_are_looked_at_first(tmp_path, labels, kind, told):
     images = [dict(bytes=made.jpeg(index, 0), path=None) for index in range(3)]
     args = parquet(tmp_path, dict(image=images, label=labels), dict(image=datasets.Image(), label=kind(datasets)))
     with pytest.raises(ValueError, match=told):
-        data.open_dataset(args, 'validation', 3, is_training=False)
+        sources.open_dataset(args, 'validation', 3, is_training=False)
 
 
 def test_hugging_faces_columns_are_named(tmp_path):
     args = parquet(tmp_path, dict(picture=['x'], kind=[0]), None)
     with pytest.raises(ValueError, match=r"expected columns image and label, found \['kind', 'picture'\]"):
-        data.open_dataset(args, 'train', 3, is_training=True)
+        sources.open_dataset(args, 'train', 3, is_training=True)
 
 
 def test_classes_without_training_images_are_told(tmp_path, caplog):
@@ -432,9 +442,9 @@ def test_classes_without_training_images_are_told(tmp_path, caplog):
     images = [dict(bytes=made.jpeg(index, 0), path=None) for index in range(3)]
     features = dict(image=datasets.Image(), label=datasets.ClassLabel(names=['a', 'b', 'c']))
     args = parquet(tmp_path, dict(image=images, label=[0, 2, 0]), features)
-    data.open_dataset(args, 'validation', 3, is_training=False)
+    sources.open_dataset(args, 'validation', 3, is_training=False)
     assert not caplog.messages
-    data.open_dataset(args, 'train', 3, is_training=True)
+    sources.open_dataset(args, 'train', 3, is_training=True)
     assert "has no image of 1 of 3 classes: ['b']" in caplog.text
 
 
@@ -444,9 +454,9 @@ def test_a_download_is_one_processs(tmp_path, monkeypatch):
             FileLock(tmp_path / 'new' / '.download.lock').acquire(timeout=0)
         return SimpleNamespace()
 
-    monkeypatch.setattr(data, 'create_dataset', create)
+    monkeypatch.setattr(sources, 'create_dataset', create)
     args = arguments(dataset='torch/mnist', data_dir=str(tmp_path / 'new'), dataset_download=True)
-    data.open_dataset(args, 'train', 3, is_training=True)
+    sources.open_dataset(args, 'train', 3, is_training=True)
 
 
 # --- as a user calls it ---

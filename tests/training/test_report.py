@@ -1,0 +1,74 @@
+"""What a run tells while it runs."""
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from launch import ROOT, TINY
+
+import train
+from smpconv_models.training import report
+
+COMMAND = [*TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs', '0']
+
+
+def run(*argv):
+    return train.main([str(argument) for argument in argv])
+
+
+def test_lines_where_there_is_no_terminal(tmp_path, capsys):
+    assert run(*COMMAND, '--log-interval', 4, '--output', tmp_path) == 0
+    told = capsys.readouterr().out.splitlines()
+    lines = [line.split() for line in told if line.startswith('epoch ') and line.endswith(' left')]
+    assert [(line[1], line[3]) for line in lines] == [('0', '4/11'), ('0', '8/11'), ('1', '4/11'), ('1', '8/11')]
+    assert all(line[4] == 'loss' and line[6] == 'rate' and line[9] == 'images/s,' for line in lines)
+    assert float(lines[0][7].rstrip(',')) > float(lines[-1][7].rstrip(','))
+
+
+def written_to(terminal):
+    while True:
+        try:
+            yield os.read(terminal, 10_000)
+        except OSError:  # nobody has its other end any more
+            return
+
+
+def test_a_bar_on_a_terminal(tmp_path):
+    """With no lines of steps between those of epochs."""
+    terminal, other_end = pty.openpty()
+    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack('4H', 40, 120, 0, 0))
+    command = [sys.executable, ROOT / 'train.py', *COMMAND, '--epochs', 1, '--log-interval', 1, '--output', tmp_path]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=other_end, text=True) as process:
+        os.close(other_end)
+        shown = b''.join(written_to(terminal))
+        out = process.stdout.read()
+    told = rb'epoch 0: +\d+%\|.*\| \d+/11 \[.*, loss 2\.\d+, rate \S+, \d+ images/s, run 0:00:\d\d\]'
+    assert re.search(told, shown), shown
+    assert b'validating' in shown
+    assert process.returncode == 0 and 'images/s' not in out
+
+
+def test_tensorboard_has_steps_and_epochs_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    command = [*COMMAND, '--log-interval', 2, '--log-tensorboard', '--output', tmp_path]
+    assert run(*command, '--epochs', 1) == 0
+    assert run(*command) == 0
+    events = EventAccumulator(str(tmp_path / 'smpconv_nano' / 'tensorboard')).Reload()
+    assert [event.step for event in events.Scalars('epoch/eval_top1')] == [11, 22]
+    assert [event.step for event in events.Scalars('train/loss')] == [2, 4, 6, 8, 10, 13, 15, 17, 19, 21]
+    assert {'train/rate', 'train/images_per_second', 'epoch/train_loss'} <= set(events.Tags()['scalars'])
+
+
+@pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
+def test_what_is_not_installed_is_told_before_the_run(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(report.importlib.util, 'find_spec', lambda found: None if found == name else object())
+    with pytest.raises(SystemExit, match='2'):
+        run(*COMMAND, f'--log-{name}', '--output', tmp_path / 'output')
+    assert capsys.readouterr().err == f'train.py: error: --log-{name} needs {name}: pip install {name}\n'
+    assert not (tmp_path / 'output').exists()
