@@ -29,7 +29,7 @@ from typing import Any, Dict
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models.training import Stopped, config, explain, options, set_up, train
+from smpconv_models.training import Stopped, World, config, explain, options, set_up, train
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -45,19 +45,26 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    is_first = int(os.environ.get('RANK', 0)) == 0
+    world = World()
     logging.basicConfig(
-        level=logging.INFO if is_first else logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
+        level=logging.INFO if world.is_first else logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
     logging.getLogger('timm').setLevel(logging.WARNING)
     parser = create_parser()
     try:
         args = config.parse_args(parser, argv)
-        run = set_up(args)
     except ValueError as error:
-        if local_rank:  # the first of this machine says it
-            return 2
         parser.error(str(error))
+    try:
+        run = set_up(args, world)
+    except ValueError as error:
+        parser.error(f'{error}{_of(world)}')
+    except KeyboardInterrupt:
+        parser.exit(130, f'{parser.prog}: interrupted before the run began\n')
+    except Exception as error:
+        line = explain(error, args, world)
+        if line is None:
+            raise
+        parser.exit(1, f'{parser.prog}: error: {line}{_of(world)}\n')
     try:
         result = train(run)
         run.world.disconnect()  # not after a failure: it may wait for processes that are gone
@@ -66,22 +73,25 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         return _leave(parser, run, 'interrupted; the same command goes on from the last checkpoint', 130)
     except Exception as error:
-        line = explain(error, args, run.world)
+        line = explain(error, args, world)
         if line is None:
             raise
         return _leave(parser, run, f'error: {line}', 1)
     finally:
         run.close()
-    if is_first:
+    if world.is_first:
         _tell(result, args)
     return 0
 
 
 def _leave(parser: argparse.ArgumentParser, run: Any, line: str, code: int) -> int:
     sys.stdout.flush()
-    rank = f' (process {run.world.rank})' if run.world.size > 1 else ''
-    sys.stderr.write(f'{parser.prog}{rank}: {line}; what was done is in {run.folder.path}\n')
+    sys.stderr.write(f'{parser.prog}: {line}; what was done is in {run.folder.path}{_of(run.world)}\n')
     return code
+
+
+def _of(world: World) -> str:
+    return f' (process {world.rank})' if world.size > 1 else ''
 
 
 def _tell(result: Dict[str, Any], args: argparse.Namespace) -> None:

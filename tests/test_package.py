@@ -34,7 +34,7 @@ def test_public_names_are_frozen():
         'accelerate_depthwise', 'clip_radius', 'clip_radius_', 'interpolate', 'sample_kernel', 'sampling_grid', 'tents',
     ]
     assert training.__all__ == [
-        'Digits', 'Stopped', 'evaluate', 'explain', 'param_groups', 'set_up', 'train', 'validate']
+        'Digits', 'Stopped', 'World', 'evaluate', 'explain', 'param_groups', 'set_up', 'train', 'validate']
 
 
 @pytest.mark.parametrize('module', [smpconv_models, ops, layers, training], ids=lambda module: module.__name__)

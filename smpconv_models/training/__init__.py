@@ -7,5 +7,6 @@ from .run import set_up
 from .signals import Stopped
 from .train import train
 from .validate import validate
+from .world import World
 
-__all__ = ['Digits', 'Stopped', 'evaluate', 'explain', 'param_groups', 'set_up', 'train', 'validate']
+__all__ = ['Digits', 'Stopped', 'World', 'evaluate', 'explain', 'param_groups', 'set_up', 'train', 'validate']

@@ -71,7 +71,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError('expected keys and values')
         return value
-    if action.nargs is not None:
+    if action.nargs is not None and action.nargs != '?':
         if not isinstance(value, list):
             raise ValueError('expected a list')
         if isinstance(action.nargs, int) and len(value) != action.nargs:

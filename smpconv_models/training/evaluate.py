@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .build import autocast, memory_format
-from .signals import Stopped, StopRequest
+from .signals import StopRequest
 from .unreadable import LeftOutOfEvaluation
 from .world import World
 
@@ -52,14 +52,18 @@ class Tally:
             pairs = target * len(self.confusion) + predictions[:, 0]  # argmax may see a tie the other way
             self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
 
-    def result(self, world: World) -> Dict[str, Any]:
-        """The metrics over all processes, which must call this together."""
+    def result(self, world: World, may_be_empty: bool = False) -> Dict[str, Any]:
+        """The metrics over all processes, which must call this together.
+
+        Raises:
+            ValueError: There were no images, and may not be none.
+        """
         for tensor in (self.sums, self.count, self.confusion):
             world.total_exact(tensor)
         count = int(self.count)
-        if count == 0:
+        if count == 0 and not may_be_empty:
             raise ValueError('there were no images to evaluate')
-        loss, top1, top5 = (self.sums / count).tolist()
+        loss, top1, top5 = (self.sums / max(count, 1)).tolist()
         return {'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5, 'count': count, 'confusion': self.confusion}
 
 
@@ -82,24 +86,24 @@ def evaluate(
         args: For mixed precision and layout.
         description: Of the progress bar, which shows on a terminal only.
         num_classes: Make a confusion matrix for so many classes.
-        stop: Looked at after each batch.
+        stop: Looked at after each batch; the metrics are of what was done by then, and to be thrown away.
 
     Returns:
         ``loss``, ``top1`` and ``top5`` (in per cent; top5 of as many as there are classes), ``count``, and
         ``confusion``, of shape ``(num_classes, num_classes)``: row the class, column the prediction.
 
     Raises:
-        Stopped: ``stop`` has asked for it.
         ValueError: There are no images.
     """
     tally = Tally(device, num_classes)
     with tqdm(images.loader, desc=description, leave=False, disable=None) as bar:  # gone when an error is told
         for batch, target in bar:
             if stop is not None and stop.number is not None:
-                raise Stopped(stop.number)
+                break
             batch = batch.to(device, memory_format=memory_format(args), non_blocking=True)
             target = target.to(device, non_blocking=True)
             with autocast(args, device):
                 logits = model(batch)
             tally.add(logits, target)
-    return tally.result(images.world)
+    is_stopped = stop is not None and stop.number is not None
+    return tally.result(images.world, may_be_empty=is_stopped)

@@ -1,4 +1,5 @@
 """What went wrong, in one line that says what to do."""
+import logging
 import re
 from argparse import Namespace
 from typing import Optional
@@ -9,6 +10,8 @@ from torch import distributed as dist
 from smpconv_models import checkpoint
 
 from .world import World
+
+_logger = logging.getLogger(__name__)
 
 _NO_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory", 'bad allocation', 'std::bad_alloc')
 _NO_WORKER = ('dataloader worker (pid', 'dataloader timed out', 'shared memory', 'file </torch', 'bus error')
@@ -23,6 +26,7 @@ def explain(error: Exception, args: Namespace, world: World) -> Optional[str]:
         args: Of the run, or of an evaluation.
         world: Whose processes may be the cause.
     """
+    _logger.debug('the run has failed', exc_info=error)
     text, line = str(error).lower(), checkpoint.first_line(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in _NO_MEMORY):
         less = 'a smaller --batch-size or --amp'

@@ -15,6 +15,9 @@ from . import output
 
 _logger = logging.getLogger(__name__)
 
+# Seconds for what a killed run leaves: the processes that load for it hold the lock until they notice, after five.
+_PATIENCE = 6.
+
 
 class RunFolder:
     """What a run leaves behind.
@@ -44,7 +47,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=_PATIENCE)
             output.save_json(self._holder, {
                 'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')})
         except Timeout as error:
@@ -54,7 +57,8 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f'--output {self.path} cannot be written to: {error}') from error
         output.remove_temporaries([
-            self.arguments, self.last, self.previous, self.best, self.table, self.summary, self.curves, self.picture])
+            self.arguments, self.last, self.previous, self.best, self.table, self.summary, self.curves, self.picture,
+            self._holder])
 
     def release(self) -> None:
         """Lets the next run have it, if this one did."""
@@ -80,10 +84,14 @@ class RunFolder:
             if not path.exists():
                 continue
             try:
-                return str(path), checkpoint.read_file(path)
+                loaded = checkpoint.read_file(path)
             except ValueError as error:
                 problems.append(str(error))
                 _logger.warning('%s; looking for an older one', error)
+                continue
+            if problems:  # out of the way, or the next save would keep it in place of this one
+                os.replace(self.last, self.last.with_name('damaged.pth.tar'))
+            return str(path), loaded
         if problems:
             raise ValueError('; '.join(problems) + '; remove them to start anew')
         return None

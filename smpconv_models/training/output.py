@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import yaml
@@ -22,12 +22,11 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def replacing(path: Path, check: Optional[Callable[[Path], None]] = None) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path``, which takes its name at the end of the block, on the disk by then.
 
     Args:
         path: What to replace; a link is replaced, not what it points to.
-        check: Called with the temporary file, to raise if it isn't what was meant to be written.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(handle)
@@ -36,8 +35,6 @@ def replacing(path: Path, check: Optional[Callable[[Path], None]] = None) -> Ite
         yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -83,9 +80,12 @@ def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] 
     """
     _check_finite(state)
     try:
-        with replacing(path, checkpoint.check_file) as temporary:
+        with replacing(path) as temporary:
             with open(temporary, 'wb') as file:
                 _write(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            checkpoint.check_file(temporary)
             if previous is not None and path.exists():
                 _keep(path, previous)
     except OSError as error:

@@ -21,11 +21,15 @@ _FIXED = (
 
 # What a run's results don't depend on, or only by rounding.
 _FREE = (
-    'config', 'output', 'experiment', 'workers', 'pin_mem', 'no_prefetcher', 'device', 'validation_batch_size',
+    'config', 'output', 'experiment', 'workers', 'pin_mem', 'device', 'validation_batch_size',
     'recovery_interval', 'log_interval', 'resume', 'force_resume', 'log_tensorboard', 'log_wandb', 'wandb_project',
-    'dist_timeout', 'dataset_download', 'data_dir', 'batch_size', 'grad_accum_steps', 'max_unreadable',
-    'skip_unreadable', 'initial_checkpoint', 'pretrained', 'patience_nonfinite',
+    'dist_timeout', 'dataset_download', 'grad_accum_steps', 'max_unreadable', 'initial_checkpoint',
+    'pretrained', 'patience_nonfinite',
 )
+
+
+# Of the optimizer's groups, what the arguments decide; the rest is state.
+_OPTIONS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps')
 
 
 def differences(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], List[str]]:
@@ -37,12 +41,19 @@ def differences(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], L
     """
     changed = {
         key: f'{key} {then.get(key)!r} -> {now.get(key)!r}'
-        for key in sorted(set(then) | set(now)) if key not in _FREE and then.get(key) != now.get(key)
+        for key in sorted(set(then) | set(now)) if key not in _FREE and _listed(then.get(key)) != _listed(now.get(key))
     }
     return (
         [text for key, text in changed.items() if key not in _FIXED],
         [text for key, text in changed.items() if key in _FIXED],
     )
+
+
+def _listed(value: Any) -> Any:
+    """As YAML has it, which knows no tuples."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def plain(args: Namespace) -> Dict[str, Any]:
@@ -61,9 +72,12 @@ def restore(run: 'Run', path: str, loaded: Any) -> None:
     Raises:
         ValueError: It is another run's, or none to go on from.
     """
-    if not isinstance(loaded, dict) or 'progress' not in loaded:
+    if not isinstance(loaded, dict) or not {'progress', 'args', 'classes', 'images', 'amp_scaler'} <= set(loaded):
         raise ValueError(f'{path} has no run to go on with; --initial-checkpoint takes its weights')
-    progress = Progress.read(loaded['progress'])
+    try:
+        progress = Progress.read(loaded['progress'])
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     is_finished = progress.epoch >= run.args.epochs
     changed, refused = differences(loaded['args'], plain(run.args))
     refused += _other_data(run, loaded)
@@ -103,13 +117,14 @@ def _other_data(run: 'Run', loaded: Dict[str, Any]) -> List[str]:
 
 def _load(run: 'Run', path: str, loaded: Dict[str, Any]) -> None:
     optimizer, ema, scaler = run.stepper.optimizer, run.stepper.ema, run.stepper.scaler
-    options = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+    options = [{key: group[key] for key in _OPTIONS if key in group} for group in optimizer.param_groups]
     try:
         run.model.load_state_dict(checkpoint.adapt(loaded['state_dict'], run.model))
         if ema is not None:
             # an average that is asked for now starts from the weights
             ema.module.load_state_dict(checkpoint.adapt(loaded.get('state_dict_ema', loaded['state_dict']), ema.module))
-        optimizer.load_state_dict(loaded['optimizer'])
+        if loaded['args']['opt'] == run.args.opt:  # else it was forced to begin anew
+            optimizer.load_state_dict(loaded['optimizer'])
     except (KeyError, ValueError) as error:
         raise ValueError(f'{path} does not fit this run: {error}') from error
     for group, values in zip(optimizer.param_groups, options):

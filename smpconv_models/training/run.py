@@ -82,8 +82,12 @@ class Run:
             self.folder.release()
 
 
-def set_up(args: Namespace) -> Run:
+def set_up(args: Namespace, world: Optional[World] = None) -> Run:
     """Builds everything that a run needs, takes its folder, and loads the checkpoint that it goes on from.
+
+    Args:
+        args: Of ``train.py``; completed in place.
+        world: The processes of the run, which meet here; None for those of the environment.
 
     Raises:
         ValueError: Arguments that don't fit each other, the data set, the device, or the run that is in the folder.
@@ -92,8 +96,9 @@ def set_up(args: Namespace) -> Run:
     report.check(args)
     given = resume.plain(args)
     args.dataset = args.dataset or ''
-    args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())  # for a later evaluation from elsewhere
-    world = World()
+    if args.data_dir and '://' not in args.data_dir:
+        args.data_dir = str(Path(args.data_dir).resolve())  # for a later evaluation from elsewhere
+    world = world or World()
     device = select_device(args.device, world.local_rank if world.size > 1 else None)
     _divide(args, world)
     train_set, val_set = _open(args, world, device)
@@ -145,7 +150,10 @@ def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str
     if args.initial_checkpoint:
         load_weights(model, checkpoint.read_file(args.initial_checkpoint), args.initial_checkpoint)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f'{args.model} has no --grad-checkpointing') from error
     return model, {**model_kwargs, 'num_classes': model.num_classes}
 
 
@@ -168,7 +176,8 @@ def _create_stepper(args: Namespace, model: Any, steps: int, device: torch.devic
 
 
 def _check(args: Namespace) -> None:
-    if args.experiment is not None and Path(args.experiment).name != args.experiment:
+    if args.experiment is not None and (
+            Path(args.experiment).name != args.experiment or args.experiment in ('', '..')):
         raise ValueError(f'--experiment must be the name of a folder, got {args.experiment}')
     if args.scale[0] > args.scale[1] or args.ratio[0] > args.ratio[1]:
         raise ValueError(f'--scale and --ratio take the smaller value first, got {args.scale} and {args.ratio}')
@@ -176,12 +185,16 @@ def _check(args: Namespace) -> None:
         raise ValueError(f'--warmup-epochs must not exceed the {args.epochs} epochs, got {args.warmup_epochs}')
     if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0):
         raise ValueError(f'--batch-size must be even with Mixup or CutMix, got {args.batch_size}')
+    if args.torchcompile is not None and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(
+            f'--torchcompile must be one of {torch.compiler.list_backends()}, got {args.torchcompile}')
     if args.pretrained and args.initial_checkpoint:
         raise ValueError('--pretrained and --initial-checkpoint both say which weights to start from')
 
 
 def _divide(args: Namespace, world: World) -> None:
     """How many batches a process adds up, for the images of a step; in place."""
+    args.world_size = world.size
     at_once = args.batch_size * world.size
     if args.global_batch_size is None:
         args.grad_accum_steps = args.grad_accum_steps or 1
@@ -204,11 +217,18 @@ def _take_folder(run: Run, given: Dict[str, Any]) -> None:
     found, problem = None, None
     if run.world.is_first:
         try:
-            if run.args.resume:
-                found = run.args.resume, checkpoint.read_file(run.args.resume)
+            given_file = checkpoint.read_file(run.args.resume) if run.args.resume else None
             run.folder.hold()
-            found = found or run.folder.newest()
-        except ValueError as error:
+            found = run.folder.newest()  # of this command, should it have been stopped
+            if found is None and given_file is not None:
+                found = run.args.resume, given_file
+            if found is None and run.folder.table.exists():
+                raise ValueError(
+                    f'{run.folder.path} has the results of a run but not its last.pth.tar to go on from; name this one '
+                    'with --experiment')
+            if found is not None:
+                _forget_lost_best(run, found[1])
+        except (OSError, ValueError) as error:
             problem = str(error)
     problem = run.world.share(problem)
     if problem is not None:
@@ -218,8 +238,15 @@ def _take_folder(run: Run, given: Dict[str, Any]) -> None:
     try:
         if found is not None:
             resume.restore(run, *found)
-    except ValueError:
+        if run.world.is_first and run.progress.epoch < run.args.epochs:
+            output.save_arguments(run.folder.arguments, given)
+    except (OSError, ValueError):
         run.close()
         raise
-    if run.world.is_first and run.progress.epoch < run.args.epochs:
-        output.save_arguments(run.folder.arguments, given)
+
+
+def _forget_lost_best(run: Run, loaded: Any) -> None:
+    """A run that goes on in another folder, or whose best weights were removed, has none yet."""
+    progress = loaded.get('progress') if isinstance(loaded, dict) else None
+    if isinstance(progress, dict) and progress.get('epoch', 0) < run.args.epochs and not run.folder.best.exists():
+        progress['best_epoch'] = None

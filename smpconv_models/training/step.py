@@ -7,7 +7,6 @@ import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from smpconv_models.layers import clip_radius_
 
@@ -108,8 +107,9 @@ class Stepper:
         else:
             for statistic, value in zip(self.statistics, before):
                 statistic.copy_(value)
-        is_overflow = self.scaler.is_enabled() and not bad_losses and bad_norms > 0 and self.scaler.get_scale() > 1
+        scale = 0. if applied else self.scaler.get_scale()
         self.scaler.update()
+        is_overflow = not applied and not bad_losses and 1 < self.scaler.get_scale() < scale
         self.optimizer.zero_grad()
         self.scheduler.step_update(number + 1)
         return Outcome(
@@ -140,8 +140,8 @@ class Stepper:
         return total
 
     def _alone(self) -> AbstractContextManager:
-        """Without a sum over the processes."""
-        return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else nullcontext()
+        """Without a sum over the processes, if there are several; a compiled model passes this on."""
+        return getattr(self.wrapped, 'no_sync', nullcontext)()
 
     def _apply(self, norm: Tensor, number: int) -> None:
         if self.args.clip_grad is not None:

@@ -4,11 +4,12 @@ import math
 import platform
 import signal
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import timm
 import torch
 from timm.utils import distribute_bn
+from torch import nn
 
 from smpconv_models import __version__
 
@@ -43,16 +44,17 @@ def train(run: Run) -> Dict[str, Any]:
     start = time.perf_counter()
     progress = run.progress
     if progress.epoch >= run.args.epochs:
-        _write_results(run)  # it may have ended before it wrote them
-        _draw(run)
+        _in_first(run, lambda: _write_results(run))  # it may have ended before it wrote them
+        _in_first(run, lambda: _draw(run))
         return {**_results(run), 'seconds': 0.}
     teller = Report(run.args, run.folder.path, progress, run.images.steps) if run.world.is_first else None
     with StopRequest() as stop:
         try:
             while progress.epoch < run.args.epochs:
                 begin = time.perf_counter()
-                _train_epoch(run, teller, stop)
-                _save(run)  # an evaluation may be stopped at any time
+                if progress.step < run.images.steps:
+                    _train_epoch(run, teller, stop)
+                    _save(run)  # an evaluation may be stopped at any time
                 progress.next_epoch(_measure(run, stop))
                 _save_epoch(run)
                 if teller is not None:
@@ -60,7 +62,7 @@ def train(run: Run) -> Dict[str, Any]:
         finally:
             if teller is not None:
                 teller.close()
-    _draw(run)
+    _in_first(run, lambda: _draw(run))
     return {**_results(run), 'seconds': time.perf_counter() - start}
 
 
@@ -71,8 +73,6 @@ def _train_epoch(run: Run, teller: Optional[Report], stop: StopRequest) -> None:
     if mixup is not None:
         mixup.mixup_enabled = not args.mixup_off_epoch or progress.epoch < args.mixup_off_epoch
     run.model.train()
-    if progress.step == run.images.steps:
-        return
     batches = run.images.start(progress.epoch, progress.step)
     if teller is not None:
         teller.start_epoch(progress)
@@ -122,51 +122,69 @@ def _refusal(run: Run, outcome: Outcome) -> str:
 
 def _measure(run: Run, stop: StopRequest) -> Dict[str, Any]:
     """An epoch as a row of the table; the same numbers however often the run was stopped, so none of time."""
-    progress, args = run.progress, run.args
+    progress = run.progress
     if run.world.size > 1:
         for model in dict.fromkeys((run.model, run.evaluated)):  # in the same order everywhere
             distribute_bn(model, run.world.size)  # the first process's: each has its own without SyncBN
     run.model.eval()
-    metrics = evaluate(run.model, run.held_out, run.device, args, stop=stop)
+    metrics = _evaluate(run, run.model, 'validating', stop)
     row = {
         'epoch': progress.epoch,
-        'train_loss': progress.loss_sum / max(progress.loss_count, 1),
+        'train_loss': progress.loss_sum / progress.loss_count if progress.loss_count else math.nan,
         'eval_loss': metrics['loss'],
         'eval_top1': metrics['top1'],
         'eval_top5': metrics['top5'],
     }
     if run.stepper.ema is not None:
-        averaged = evaluate(run.evaluated, run.held_out, run.device, args, 'validating the average', stop=stop)
+        averaged = _evaluate(run, run.evaluated, 'validating the average', stop)
         row.update(ema_loss=averaged['loss'], ema_top1=averaged['top1'], ema_top5=averaged['top5'])
     row.update(lr=max(group['lr'] for group in run.stepper.optimizer.param_groups))
     return row
 
 
+def _evaluate(run: Run, model: nn.Module, description: str, stop: StopRequest) -> Dict[str, Any]:
+    """Stops in all processes where one was asked to; the run was saved before."""
+    metrics = evaluate(model, run.held_out, run.device, run.args, description, stop=stop)
+    stops, = run.world.total(torch.tensor(stop.number is not None, device=run.device))
+    if stops:
+        raise Stopped(stop.number or signal.SIGTERM)
+    return metrics
+
+
 def _save(run: Run) -> None:
-    """The first process saves; the others wait, lest their end be its end too."""
+    """Saves where the run is."""
     run.progress.unreadable += int(run.world.total_exact(torch.tensor(run.left_out.count, device=run.device)))
     run.left_out.count = 0
+    _in_first(run, lambda: run.folder.save(run.state()))
+
+
+def _in_first(run: Run, write: Callable[[], None]) -> None:
+    """The first process writes; the others wait, lest their end be its end too, and fail if it does."""
+    problem = None
     if run.world.is_first:
-        run.folder.save(run.state())
-    run.world.share(None)
+        try:
+            write()
+        except (FloatingPointError, OSError) as error:
+            problem = error
+    problem = run.world.share(problem)
+    if problem is not None:
+        raise problem
 
 
 def _save_epoch(run: Run) -> None:
     """The best first: should the run end in between, it goes on from before the evaluation and does this again."""
     progress = run.progress
-    if progress.best_epoch is None or _score(progress.rows[-1]) > _score(progress.rows[progress.best_epoch]):
-        progress.best_epoch = progress.rows[-1]['epoch']
-        if run.world.is_first:
-            best = {**run.weights(), 'epoch': progress.best_epoch, 'metric': _score(progress.rows[-1])}
-            output.save_checkpoint(run.folder.best, best)
+    row, best = progress.rows[-1], progress.best_epoch
+    if best is None or _score(row) > _score(progress.rows[best]):
+        progress.best_epoch = row['epoch']
+        content = {**run.weights(), 'epoch': row['epoch'], 'metric': _score(row)}
+        _in_first(run, lambda: output.save_checkpoint(run.folder.best, content))
     _save(run)
-    _write_results(run)
+    _in_first(run, lambda: _write_results(run))
 
 
 def _write_results(run: Run) -> None:
     """The table, the summary and the curves, from what the run knows; always the same from the same checkpoint."""
-    if not run.world.is_first:
-        return
     from smpconv_models import figures  # here, as evaluation does without matplotlib
     folder, rows = run.folder, run.progress.rows
     output.save_rows(folder.table, rows)
@@ -192,10 +210,9 @@ def _write_results(run: Run) -> None:
 
 def _draw(run: Run) -> None:
     """The picture of the whole run."""
-    if run.world.is_first:
-        from smpconv_models import figures  # here, as evaluation does without matplotlib
-        with output.replacing(run.folder.picture) as temporary:
-            figures.save_run(temporary, run.progress.rows, run.evaluated)
+    from smpconv_models import figures  # here, as evaluation does without matplotlib
+    with output.replacing(run.folder.picture) as temporary:
+        figures.save_run(temporary, run.progress.rows, run.evaluated)
 
 
 def _results(run: Run) -> Dict[str, Any]:
@@ -211,4 +228,6 @@ def _results(run: Run) -> Dict[str, Any]:
 
 
 def _score(row: Dict[str, Any]) -> float:
-    return row.get('ema_top1', row['eval_top1'])
+    """Top-1 of the weights that count; logits that are no numbers have none."""
+    loss = row.get('ema_loss', row['eval_loss'])
+    return row.get('ema_top1', row['eval_top1']) if math.isfinite(loss) else -1.

@@ -76,14 +76,12 @@ class World:
     def total(self, *values: Tensor) -> List[float]:
         """The sum of each scalar over the processes, in float32."""
         tensor = torch.stack([value.detach().float() for value in values])
-        if self.size > 1:
-                dist.all_reduce(tensor)
-        return tensor.tolist()
+        return self.total_exact(tensor).tolist()
 
     def total_exact(self, values: Tensor) -> Tensor:
-        """The sums of a tensor of float64 or int64 over the processes."""
+        """The sums of a tensor's values over the processes, in its own type; in place."""
         if self.size > 1:
-                dist.all_reduce(values)
+            dist.all_reduce(values)
         return values
 
     def share(self, value: Any) -> Any:

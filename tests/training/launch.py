@@ -16,11 +16,12 @@ TINY = [
 EVERYTHING = [
     *TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs', '1',
     '--lr', '4e-3', '--aa', 'rand-m9-mstd0.5-inc1', '--reprob', '0.25', '--mixup', '0.8', '--cutmix', '1',
-    '--drop-path', '0.2', '--model-ema', '--model-ema-decay', '0.9', '--clip-grad', '5', '--recovery-interval', '1',
-    '--log-interval', '1']
+    '--train-interpolation', 'random', '--drop', '0.1', '--drop-path', '0.2', '--layer-decay', '0.9', '--model-ema',
+    '--model-ema-decay', '0.9', '--model-ema-warmup', '--clip-grad', '5', '--global-batch-size', '128', '--batch-size',
+    '64', '--recovery-interval', '1', '--log-interval', '1']
 
 
-def start(argv, ranks=1, script=ROOT / 'train.py', **options):
+def start(argv, ranks=1, script=ROOT / 'train.py', more=None, **options):
     """As torchrun would start these processes; alone without."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -32,8 +33,9 @@ def start(argv, ranks=1, script=ROOT / 'train.py', **options):
             env.update(
                 OMP_NUM_THREADS='1', RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        words = [*argv, *(more or {}).get(rank, ())]
         processes.append(subprocess.Popen(
-            [sys.executable, str(script), *map(str, argv)], env=env, stdout=subprocess.PIPE,
+            [sys.executable, str(script), *map(str, words)], env=env, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, **options))
     return processes
 
@@ -85,6 +87,8 @@ def _differ(a, b, path=''):
         for key in (key for key in a if key in b and key != 'args'):
             yield from _differ(a[key], b[key], f'{path}/{key}')
     elif isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            yield f'length of {path}'
         for index, (left, right) in enumerate(zip(a, b)):
             yield from _differ(left, right, f'{path}/{index}')
     elif a != b:

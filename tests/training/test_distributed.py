@@ -1,4 +1,5 @@
 """Two processes, over gloo on the CPU."""
+import resource
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on_to_the_same
     (code, _, error), _ = finish([first, second])
     assert code == 1
     line = error.strip().splitlines()[-1]
-    assert line.startswith('train.py (process 0): error: process 0 waited for the others in vain')
+    assert line.startswith('train.py: error: process 0 waited for the others in vain')
     assert '(no sign of rank 1)' in line
     printed = run(*command)
     assert f'going on from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in printed
@@ -76,6 +77,22 @@ def test_both_processes_stop_at_the_same_step_when_one_is_asked(straight, tmp_pa
     assert torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']['step'] >= 5
     run(*command)
     assert differences(straight, tmp_path / 'run') == []
+
+
+def test_an_error_of_one_process_is_told(tmp_path):
+    """Also where the others wait for it."""
+    argv = [*COMMAND, '--output', tmp_path, '--dist-timeout', 8]
+    first, second = start(argv, ranks=2, more={1: ['--device', 'cuda']})
+    ends = finish([second, first])
+    assert [code for code, _, _ in ends] == [2, 2]
+    assert '--device cuda' in ends[0][2] and '(process 1)' in ends[0][2]
+
+
+def test_a_full_disk_ends_both_processes_alike(tmp_path):
+    limit = resource.RLIMIT_FSIZE, (100_000, 100_000)
+    ends = finish(start([*COMMAND, '--output', tmp_path], ranks=2, preexec_fn=lambda: resource.setrlimit(*limit)))
+    assert [code for code, _, _ in ends] == [1, 1], ends
+    assert all('error: no space: a checkpoint needs' in error for _, _, error in ends)
 
 
 # --- evaluation, whose exactness one process shows ---

@@ -52,9 +52,8 @@ def resumed(path, capsys):
 def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, caplog, signal_at, workers, number, code):
     """Stopped in the middle of the second epoch, in a step whose images come from other processes after it."""
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run', '--recovery-interval', 1000]
-    with pytest.MonkeyPatch.context():
-        signal_at(number, 1437 + 360 + 500)
-        assert run(*command) == code
+    signal_at(number, 1408 + 720 + 500)  # of 1437 images 11 steps of 128 take 1408; both weights see 360
+    assert run(*command) == code
     told = capsys.readouterr().err
     assert told == (
         f'train.py: stopped by {signal.Signals(number).name}; the same command goes on; what was done is in '
@@ -68,7 +67,7 @@ def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, caplog,
 
 def test_a_run_stopped_in_its_evaluation_repeats_it(straight, tmp_path, signal_at):
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
-    signal_at(signal.SIGTERM, 1408 + 130)  # of 1437 images, 11 steps of 128 take 1408
+    signal_at(signal.SIGTERM, 1408 + 130)
     assert run(*command) == 143
     progress = torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']
     assert (progress['epoch'], progress['step'], progress['rows']) == (0, 11, [])
@@ -125,7 +124,7 @@ def test_what_may_change_is_told_and_applied(begun, capsys):
 @pytest.mark.parametrize('change, told', [
     (['--seed', 1], 'seed 42 -> 1'),
     (['--opt', 'sgd'], "opt 'adamw' -> 'sgd'"),
-    (['--batch-size', 64], 'global_batch_size 128 -> 64'),
+    (['--global-batch-size', 64], 'global_batch_size 128 -> 64'),
     (['--model', 'smpconv_mobile31', '--model-kwargs', 'depths=(1,1)', 'dims=(4,8)', 'kernel_sizes=(7,5)'],
      "model 'smpconv_nano' -> 'smpconv_mobile31'"),
 ])
@@ -141,15 +140,16 @@ def test_what_must_not_change_is_refused(begun, capsys, change, told):
 
 def test_a_change_can_be_forced(begun, capsys):
     command, folder = begun
-    assert run(*command, '--batch-size', 64, '--force-resume') == 0
+    assert run(*command, '--global-batch-size', 64, '--force-resume') == 0
     assert 'global_batch_size 128 -> 64' in capsys.readouterr().out
     assert len((folder / 'summary.csv').read_text().splitlines()) == 3
 
 
 def test_a_step_may_be_divided_otherwise(begun, capsys):
     command, _ = begun
-    assert run(*command, '--batch-size', 32, '--global-batch-size', 128) == 0
-    assert 'batch' not in capsys.readouterr().out
+    assert run(*command, '--batch-size', 32) == 0
+    told = capsys.readouterr().out
+    assert 'batch_size 64 -> 32' in told and 'global' not in told
 
 
 def test_other_classes_and_other_images_are_refused(tmp_path, capsys):
@@ -187,6 +187,8 @@ def test_a_checkpoint_can_be_named(begun, tmp_path, capsys):
     moved = shutil.copy(folder / 'last.pth.tar', tmp_path / 'elsewhere.pth.tar')
     assert run(*command, '--experiment', 'other', '--resume', moved) == 0
     assert f'going on from {moved}: epoch 1, step 0' in capsys.readouterr().out
+    assert run(*command, '--experiment', 'other', '--resume', moved) == 0  # the same command: not from there again
+    assert 'other/last.pth.tar: the run was finished already' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='2'):
         run(*command, '--experiment', 'third', '--resume', folder / 'model_best.pth.tar')
     assert 'has no run to go on with; --initial-checkpoint takes its weights' in capsys.readouterr().err
@@ -209,6 +211,47 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(begun, capsys, damage,
     out = capsys.readouterr().out
     assert told in out and 'looking for an older one' in out
     assert f'going on from {folder / "previous.pth.tar"}: epoch 1, step 0' in out
+
+
+def test_a_damaged_checkpoint_does_not_displace_the_one_before(begun, capsys):
+    """When the run that went on from that one saves for the first time."""
+    _, folder = begun
+    shutil.copy(folder / 'last.pth.tar', folder / 'previous.pth.tar')
+    good = (folder / 'previous.pth.tar').read_bytes()
+    (folder / 'last.pth.tar').write_bytes(b'')
+    held = RunFolder(folder)
+    name, loaded = held.newest()
+    assert name == str(held.previous) and not held.last.exists()
+    held.save(loaded)
+    assert held.previous.read_bytes() == good and held.last.exists()
+
+
+def test_results_without_a_checkpoint_are_not_overwritten(begun, capsys):
+    command, folder = begun
+    for name in ('last.pth.tar', 'previous.pth.tar'):
+        (folder / name).unlink()
+    before = (folder / 'model_best.pth.tar').read_bytes()
+    with pytest.raises(SystemExit, match='2'):
+        run(*command)
+    assert 'has the results of a run but not its last.pth.tar to go on from' in capsys.readouterr().err
+    assert (folder / 'model_best.pth.tar').read_bytes() == before
+
+
+def test_the_best_weights_that_are_lost_are_made_again(begun):
+    command, folder = begun
+    (folder / 'model_best.pth.tar').unlink()
+    assert run(*command) == 0
+    assert torch.load(folder / 'model_best.pth.tar', weights_only=True)['epoch'] == 1
+
+
+def test_state_in_the_optimizers_groups_goes_on(tmp_path, signal_at):
+    """Lookahead's counter, which is no option."""
+    command = [*EVERYTHING, '--opt', 'lookahead_adamw', '--output', tmp_path]
+    assert run(*command, '--experiment', 'straight') == 0
+    signal_at(signal.SIGTERM, 1408 + 720 + 500)
+    assert run(*command, '--experiment', 'broken') == 143
+    assert run(*command, '--experiment', 'broken') == 0
+    assert differences(tmp_path / 'straight', tmp_path / 'broken') == []
 
 
 def test_without_a_whole_checkpoint_nothing_is_lost(begun, capsys):
