@@ -57,13 +57,13 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on_to_the_same
 
 
 def test_a_process_that_hangs_is_named_in_time(tmp_path):
-    first, second = start([*COMMAND, '--dist-timeout', 6, '--output', tmp_path, '--epochs', 50], ranks=2)
+    first, second = start([*COMMAND, '--dist-timeout', 4, '--output', tmp_path, '--epochs', 50], ranks=2)
     wait_for_step(first, 0, 2)
     second.send_signal(signal.SIGSTOP)
     (code, _, error), = finish([first])
     second.kill()
     second.communicate()
-    assert code == 1 and '(no sign of rank 1): Timed out waiting 6000ms' in error
+    assert code == 1 and '(no sign of rank 1): Timed out waiting 4000ms' in error
 
 
 def test_both_processes_stop_at_the_same_step_when_one_is_asked(straight, tmp_path):
@@ -81,7 +81,7 @@ def test_both_processes_stop_at_the_same_step_when_one_is_asked(straight, tmp_pa
 
 def test_an_error_of_one_process_is_told(tmp_path):
     """Also where the others wait for it."""
-    argv = [*COMMAND, '--output', tmp_path, '--dist-timeout', 8]
+    argv = [*COMMAND, '--output', tmp_path, '--dist-timeout', 3]
     first, second = start(argv, ranks=2, more={1: ['--device', 'cuda']})
     ends = finish([second, first])
     assert [code for code, _, _ in ends] == [2, 2]

@@ -191,6 +191,7 @@ def test_a_signal_to_the_whole_job_saves_it(tmp_path):
     assert RunFolder(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 3
 
 
+@pytest.mark.slow  # ten seconds of standing still
 def test_a_second_interrupt_does_not_wait(tmp_path):
     """The first one waits for the step, which is stuck here."""
     process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 1])
