@@ -122,7 +122,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         '--recovery-interval', type=count, default=500, metavar='N',
         help='steps between checkpoints, which epochs have anyway (default: %(default)s)')
     group.add_argument(
-        '--resume', metavar='FILE', help="go on from this checkpoint instead of the newest of the run's folder")
+        '--resume', metavar='FILE', help="go on from this checkpoint while the run's folder has none of its own")
     group.add_argument(
         '--force-resume', action='store_true', help='go on although what should not have changed has')
     group.add_argument(
