@@ -56,6 +56,12 @@ def model_arguments(args: Namespace, defaults: Dict[str, Any]) -> Dict[str, Any]
     return {**defaults, **{key: value for key, value in given.items() if value is not None}}
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError unless timm has a model of this name."""
+    if not timm.is_model(name):
+        raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}')
+
+
 def create_model(name: Optional[str], **kwargs: Any) -> Any:
     """``timm.create_model``, with users' mistakes as one line.
 
@@ -64,8 +70,7 @@ def create_model(name: Optional[str], **kwargs: Any) -> Any:
     """
     if name is None:
         raise ValueError('--model is needed, e.g. smpconv_t')
-    if not timm.is_model(name):
-        raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}')
+    check_name(name)
     try:
         return timm.create_model(name, **kwargs)
     except (AssertionError, OSError, RuntimeError, TypeError) as error:

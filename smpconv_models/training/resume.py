@@ -27,7 +27,6 @@ _FREE = (
     'pretrained', 'patience_nonfinite',
 )
 
-
 # Of the optimizer's groups, what the arguments decide; the rest is state.
 _OPTIONS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps')
 
@@ -99,8 +98,7 @@ def restore(run: 'Run', path: str, loaded: Any) -> None:
     _load(run, path, loaded)
     # where a step is now made of another number of images
     progress.step = progress.step * loaded['args']['global_batch_size'] // run.args.global_batch_size
-    for name, value in vars(progress).items():
-        setattr(run.progress, name, value)
+    run.progress = progress
     run.stepper.scheduler.step_update(run.number)
 
 

@@ -1,6 +1,7 @@
 """One optimizer step: the batches of all processes, and nothing of it where a number isn't finite."""
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -36,6 +37,7 @@ class Outcome(NamedTuple):
     stop: bool
 
 
+@dataclass(eq=False)
 class Stepper:
     """Does optimizer steps.
 
@@ -56,33 +58,21 @@ class Stepper:
         world: The processes that share each step.
     """
 
-    def __init__(
-            self,
-            args: Namespace,
-            model: nn.Module,
-            wrapped: nn.Module,
-            ema: Optional[ModelEmaV3],
-            optimizer: torch.optim.Optimizer,
-            scheduler: Any,
-            scaler: torch.amp.GradScaler,
-            loss_fn: nn.Module,
-            mixup: Optional[Mixup],
-            device: torch.device,
-            world: World,
-    ) -> None:
-        self.args = args
-        self.model = model
-        self.wrapped = wrapped
-        self.ema = ema
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.scaler = scaler
-        self.loss_fn = loss_fn
-        self.mixup = mixup
-        self.device = device
-        self.world = world
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-        self.statistics = list(model.buffers())
+    args: Namespace
+    model: nn.Module
+    wrapped: nn.Module
+    ema: Optional[ModelEmaV3]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    loss_fn: nn.Module
+    mixup: Optional[Mixup]
+    device: torch.device
+    world: World
+
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group['params']]
+        self.statistics = list(self.model.buffers())
 
     def step(self, batches: Batches, number: int, is_asked_to_stop: bool) -> Outcome:
         """Takes as many batches as a step accumulates, and applies their gradient if all of it is finite.

@@ -4,7 +4,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-import timm
 from timm.data import IterableImageDataset
 from timm.utils import reparameterize_model
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from smpconv_models import checkpoint
 
 from . import data, failures, loaders, output, sources
-from .build import create_model, load_weights, memory_format, model_arguments, select_device
+from .build import check_name, create_model, load_weights, memory_format, model_arguments, select_device
 from .evaluate import HeldOut, evaluate
 from .folder import RunFolder
 from .world import World
@@ -62,8 +61,7 @@ def series(args: Namespace) -> List[Namespace]:
         raise ValueError(
             f'--model takes 1 name for all checkpoints or one for each: expected 1 or {len(paths)}, got {len(names)}')
     for name in names:
-        if not timm.is_model(name):
-            raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}')
+        check_name(name)
     for path in paths:
         checkpoint.check_file(path)
     count = len(paths) or len(names) or 1  # measure tells what is missing where there are none
