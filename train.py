@@ -54,6 +54,9 @@ def main(argv=None) -> int:
         args = config.parse_args(parser, argv)
     except ValueError as error:
         parser.error(str(error))
+    if world.is_first:
+        for useless in options.without_effect(parser, args):
+            logging.warning(useless)
     try:
         run = set_up(args, world)
     except ValueError as error:

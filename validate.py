@@ -145,6 +145,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     parser = create_parser()
     args = parser.parse_args(argv)
+    for line in options.without_effect(parser, args):
+        logging.warning(line)
     try:
         each = series(args)
         check_outputs(args, [own.checkpoint for own in each if own.checkpoint], len(each))

@@ -1,7 +1,7 @@
 """The device and the model that the arguments ask for."""
 from argparse import Namespace
 from contextlib import AbstractContextManager
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
@@ -52,8 +52,19 @@ def model_arguments(args: Namespace, defaults: Dict[str, Any]) -> Dict[str, Any]
         if in_chans not in (None, args.input_size[0]):
             raise ValueError(f'--in-chans {in_chans} contradicts --input-size {args.input_size}')
         in_chans = args.input_size[0]
-    given = {'num_classes': args.num_classes, 'in_chans': in_chans, **args.model_kwargs}
+    given = {
+        'num_classes': args.num_classes, 'in_chans': in_chans, 'img_size': _fixed_size(args), **args.model_kwargs}
     return {**defaults, **{key: value for key, value in given.items() if value is not None}}
+
+
+def _fixed_size(args: Namespace) -> Optional[Tuple[int, int]]:
+    """The images' size for a model that is made for one (ViT); None for the others, and where none was given."""
+    cfg = timm.get_pretrained_cfg(args.model) if args.model else None
+    if cfg is None or not cfg.fixed_input_size:
+        return None
+    if args.input_size is not None:
+        return tuple(args.input_size[1:])
+    return None if args.img_size is None else (args.img_size, args.img_size)
 
 
 def check_name(name: str) -> None:

@@ -28,10 +28,21 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[List[str]] = None
     return parser.parse_args(argv)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f'{key!r} is given twice', node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: str) -> Dict[str, Any]:
     try:
         with open(path) as file:
-            values = yaml.safe_load(file) or {}
+            values = yaml.load(file, _Loader) or {}  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f'--config {path} cannot be read: {error}') from error
     except yaml.YAMLError as error:

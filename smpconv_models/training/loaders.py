@@ -115,7 +115,7 @@ def train_loader(
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'the images cannot be augmented so: {type(error).__name__} {error}') from error
     dataset.transform = augment.repair(transform)
-    erasing = dict(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+    erasing = dict(re_prob=0. if args.no_aug else args.reprob, re_mode=args.remode, re_count=args.recount)
     if isinstance(dataset, IterableImageDataset):
         return _stream(args, dataset, config, device, world, tell, erasing)
     batches = Batches(len(dataset), args.batch_size, args.grad_accum_steps, world.rank, world.size, args.seed)

@@ -2,7 +2,7 @@
 import argparse
 import math
 import os
-from typing import Any, Callable
+from typing import Any, Callable, List, Optional, Tuple
 
 from timm.utils import ParseKwargs
 
@@ -25,6 +25,16 @@ def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Ca
 
     convert.__name__ = 'whole number' if kind is int else 'number'  # argparse names it where the text is neither
     return convert
+
+
+class Keywords(ParseKwargs):
+    """timm's, where a value that is no KEY=VALUE is a usage error."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        for value in values:
+            if value.count('=') != 1:
+                raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {value}')
+        super().__call__(parser, namespace, values, option_string)
 
 
 count = number(int, 1)
@@ -76,7 +86,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--num-classes', type=count, metavar='N', help="else the data set's, else the model's")
     group.add_argument('--in-chans', type=count, metavar='N', help='1 reads gray images')
     group.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+        '--model-kwargs', nargs='*', default={}, action=Keywords, metavar='KEY=VALUE',
         help="more arguments of the model's constructor")
 
 
@@ -190,3 +200,33 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-ema', action='store_true', help='average the weights')
     group.add_argument('--model-ema-decay', type=fraction, default=0.9999, metavar='X', help='(default: %(default)s)')
     group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise to it')
+
+
+# Options of training, what they need to have an effect, and whether that is there.
+_NEEDS: Tuple[Tuple[Tuple[str, ...], str, Callable[[argparse.Namespace], Any]], ...] = (
+    (('amp_dtype',), 'without --amp', lambda args: args.amp),
+    (('decay_epochs',), 'without --sched step', lambda args: args.sched == 'step'),
+    (('decay_rate',), 'without --sched step or poly', lambda args: args.sched in ('step', 'poly')),
+    (('warmup_lr',), 'without --warmup-epochs', lambda args: args.warmup_epochs),
+    (('mixup_prob', 'mixup_mode', 'mixup_off_epoch'), 'without --mixup or --cutmix',
+     lambda args: args.mixup or args.cutmix),
+    (('mixup_switch_prob',), 'without --mixup and --cutmix', lambda args: args.mixup and args.cutmix),
+    (('remode', 'recount'), 'without --reprob', lambda args: args.reprob),
+    (('model_ema_decay', 'model_ema_warmup'), 'without --model-ema', lambda args: args.model_ema),
+    (('wandb_project',), 'without --log-wandb', lambda args: args.log_wandb),
+    (('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'), 'with --no-aug',
+     lambda args: not args.no_aug),
+    (('color_jitter',), 'with --aa, except for 3a', lambda args: not args.aa or '3a' in args.aa),
+)
+
+
+def without_effect(parser: argparse.ArgumentParser, args: argparse.Namespace) -> List[str]:
+    """A line for each option of the command line that others leave without effect.
+
+    Those of a ``--config`` are the parser's defaults: a recipe stays whole where a part of it is switched off.
+    """
+    return [
+        f'--{name.replace("_", "-")} has no effect {reason}'
+        for names, reason, has_effect in _NEEDS for name in names
+        if name in args and getattr(args, name) != parser.get_default(name) and not has_effect(args)
+    ]

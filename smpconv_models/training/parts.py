@@ -56,9 +56,23 @@ def create_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     options = given(args, eps='opt_eps', betas='opt_betas')
     try:
+        trial = create_optimizer_v2([nn.Parameter(torch.zeros(1, 1))], opt=args.opt, lr=args.lr)
+        _check_optimizer(args, trial)
         return create_optimizer_v2(groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **options)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'--opt {args.opt} with {options or "its defaults"} cannot be created: {error}') from error
+
+
+def _check_optimizer(args: Namespace, optimizer: torch.optim.Optimizer) -> None:
+    """Tells of options that the optimizer doesn't have, as those of a recipe for another one: timm leaves them out."""
+    if getattr(optimizer, 'is_second_order', False):
+        raise ValueError('it takes second derivatives, which a step does not compute here')
+    for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)):
+        if value is not None and key not in optimizer.defaults:
+            _logger.warning('--opt %s has no %s: --opt-%s %s is left out', args.opt, key, key, value)
+    betas = optimizer.defaults.get('betas')
+    if args.opt_betas is not None and betas is not None and len(args.opt_betas) != len(betas):
+        raise ValueError(f'expected {len(betas)} --opt-betas, got {len(args.opt_betas)}')
 
 
 def create_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, steps: int) -> Any:

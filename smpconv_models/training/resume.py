@@ -23,8 +23,8 @@ _FIXED = (
 _FREE = (
     'config', 'output', 'experiment', 'workers', 'pin_mem', 'device', 'validation_batch_size',
     'recovery_interval', 'log_interval', 'resume', 'force_resume', 'log_tensorboard', 'log_wandb', 'wandb_project',
-    'dist_timeout', 'dataset_download', 'grad_accum_steps', 'max_unreadable', 'initial_checkpoint',
-    'pretrained', 'patience_nonfinite',
+    'dist_timeout', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
+    'patience_nonfinite',
 )
 
 # Of the optimizer's groups, what the arguments decide; the rest is state.

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from timm.utils import ParseKwargs
 
-from smpconv_models.training import config
+import train
+from smpconv_models.training import config, options
 
 RECIPES = sorted((Path(__file__).parents[2] / 'recipes').glob('*.yaml'))
 
@@ -59,6 +60,8 @@ def test_null_leaves_an_option_open(parse):
     ('mode: c\n', "mode does not take 'c': expected one of ['a', 'b']"),
     ('model_kwargs: 3\n', 'model_kwargs does not take 3: expected keys and values'),
     ('epochs: null\n', 'epochs does not take None: expected a value'),
+    ('epochs: 5\nlr: 1\nepochs: 6\n', "'epochs' is given twice"),
+    ('model_kwargs: {a: 1, a: 2}\n', "'a' is given twice"),
     ('- 1\n', 'must hold keys and values, got list'),
     ('a: [\n', 'is not YAML'),
 ])
@@ -73,8 +76,32 @@ def test_a_missing_file_is_told(parser):
         config.parse_args(parser, ['--config', 'nowhere.yaml'])
 
 
+@pytest.mark.parametrize('argv, told', [
+    (['--amp-dtype', 'bfloat16'], ['--amp-dtype has no effect without --amp']),
+    (['--amp-dtype', 'bfloat16', '--amp'], []),
+    (['--mixup-prob', '0.5'], ['--mixup-prob has no effect without --mixup or --cutmix']),
+    (['--mixup', '0.2', '--mixup-switch-prob', '0.2'],
+     ['--mixup-switch-prob has no effect without --mixup and --cutmix']),
+    (['--no-aug', '--hflip', '0'], ['--hflip has no effect with --no-aug']),
+    (['--aa', 'rand-m9', '--color-jitter', '0'], ['--color-jitter has no effect with --aa, except for 3a']),
+    (['--aa', '3a', '--color-jitter', '0'], []),
+    (['--config', 'CONFIG', '--mixup', '0'], []),  # a part of a recipe is switched off
+])
+def test_options_without_effect_are_told(tmp_path, argv, told):
+    parser, path = train.create_parser(), tmp_path / 'options.yaml'
+    path.write_text('mixup: 0.8\nmixup_prob: 0.5\n')
+    args = config.parse_args(parser, [str(path) if word == 'CONFIG' else word for word in argv])
+    assert options.without_effect(parser, args) == told
+
+
+def test_each_option_that_may_be_without_effect_exists():
+    known = vars(train.create_parser().parse_args([]))
+    for names, _, has_effect in options._NEEDS:
+        assert set(names) <= set(known)
+        has_effect(argparse.Namespace(**known))  # reads only what there is
+
+
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid(path):
-    import train
     args = config.parse_args(train.create_parser(), ['--config', str(path)])
     assert args.model.startswith('smpconv')

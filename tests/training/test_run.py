@@ -121,6 +121,20 @@ def test_other_models_of_timm_train_and_evaluate(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])['images'] == 9
 
 
+def test_a_model_of_a_fixed_size_is_made_for_the_images(tmp_path, capsys):
+    folder = make_folder(tmp_path / 'data')
+    run(train.main, '--model', 'test_vit', '--data-dir', folder, '--batch-size', 4, '--epochs', 1, '--workers', 0,
+        '--warmup-epochs', 0, '--img-size', 32, '--output', tmp_path / 'output', '--experiment', 'run')
+    run(validate.main, '--checkpoint', tmp_path / 'output/run', '--workers', 0)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['img_size'] == 32
+
+
+def test_an_option_that_the_optimizer_lacks_is_told(tmp_path, capsys):
+    run(train.main, *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--epochs', 1, '--warmup-epochs',
+        0, '--opt', 'sgd', '--opt-betas', 0.9, 0.99, '--output', tmp_path / 'output')
+    assert '--opt sgd has no betas: --opt-betas [0.9, 0.99] is left out' in capsys.readouterr().out
+
+
 def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     folder = make_folder(tmp_path / 'data')
     assert run(
@@ -158,7 +172,9 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--interpolation', 'nonsense'], "argument --interpolation: invalid choice: 'nonsense'"),
     ([*TINY, '--aa', 'nonsense'], 'the images cannot be augmented so'),
     ([*TINY, '--opt', 'nonsense'], '--opt nonsense with its defaults cannot be created'),
-    ([*TINY, '--opt-betas', '0.9'], "--opt adamw with {'betas': [0.9]} cannot be created"),
+    ([*TINY, '--opt-betas', '0.9'], 'cannot be created: expected 2 --opt-betas, got 1'),
+    ([*TINY, '--opt', 'adahessian'], 'it takes second derivatives, which a step does not compute here'),
+    ([*TINY[:2], '--model-kwargs', 'depths'], 'argument --model-kwargs: expected KEY=VALUE, got depths'),
     ([*TINY, '--mean', '1', '2'], '--mean takes 1 or 1 values, got [1.0, 2.0]'),
     ([*TINY, '--input-size', '3', '16', '16'], '--in-chans 1 contradicts --input-size [3, 16, 16]'),
     ([*TINY, '--scale', '1', '0.1'], '--scale and --ratio take the smaller value first'),
