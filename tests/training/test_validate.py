@@ -236,8 +236,11 @@ def test_a_size_that_the_model_refuses_is_told(images, capsys, tmp_path):
     path = tmp_path / 'a.pth'
     torch.save(timm.create_model('test_vit3', num_classes=2).state_dict(), path)
     line = refused(validate.main, capsys, '--checkpoint', path, '--model', 'test_vit3', '--num-classes', 2,
-                   '--img-size', 32, '--data-dir', images, *ON)
+                   '--model-kwargs', 'img_size=160', '--img-size', 32, '--data-dir', images, *ON)
     assert "test_vit3 cannot be evaluated: Input height (32) doesn't match model" in line
+    line = refused(validate.main, capsys, '--checkpoint', path, '--model', 'test_vit3', '--num-classes', 2,
+                   '--img-size', 32, '--data-dir', images, *ON)
+    assert 'pos_embed expected (1, 5, 96), got (1, 101, 96)' in line
 
 
 @pytest.mark.parametrize('error, expected', [
