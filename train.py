@@ -21,15 +21,22 @@ SIGTERM, 138 by SIGUSR1.
 import argparse
 import logging
 import os
+import signal
 import sys
 from typing import Any, Dict
+
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'train.py: interrupted\n'), os._exit(130)))
 
 # Before torch loads OpenMP, whose threads would else spin: where other processes want the cores too, those that load
 # images say, every small loop then waits for a time slice. Nano on 2 busy cores: 1.4 to 6 s a step, so 0.1 s.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a lost process is told in a line, not in pages of C++ frames
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models.training import Stopped, World, config, explain, options, set_up, train
+
+_logger = logging.getLogger('smpconv_models.train')
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -41,6 +48,7 @@ def create_parser() -> argparse.ArgumentParser:
     options.add_model_options(parser)
     options.add_device_options(parser)
     options.add_training_options(parser)
+    options.add_debug_option(parser)
     return parser
 
 
@@ -54,12 +62,14 @@ def main(argv=None) -> int:
         args = config.parse_args(parser, argv)
     except ValueError as error:
         parser.error(str(error))
+    options.show_causes(args)
     if world.is_first:
         for useless in options.without_effect(parser, args):
             logging.warning(useless)
     try:
         run = set_up(args, world)
     except ValueError as error:
+        _logger.debug('the run could not be set up', exc_info=error)
         parser.error(f'{error}{_of(world)}')
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted before the run began\n')
@@ -102,12 +112,21 @@ def _tell(result: Dict[str, Any], args: argparse.Namespace) -> None:
         f'top-1 of the held-out images: {result["top1"]:.2f} % after {args.epochs} epochs '
         f'in {result["seconds"]:.0f} s'
     )
+    gone = '' if os.path.exists(result['checkpoint']) else ', which is not there any more'
     print(
-        f'best checkpoint: {result["checkpoint"]} (top-1 {result["best_top1"]:.2f} %, epoch {result["best_epoch"]}, '
-        'chosen by these images)'
+        f'best checkpoint: {result["checkpoint"]}{gone} (top-1 {result["best_top1"]:.2f} %, '
+        f'epoch {result["best_epoch"]}, chosen by these images)'
     )
     print(f'picture: {result["picture"]}')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    if code and World().size > 1:
+        os._exit(code)  # PyTorch's threads, which wait for others, may abort a process that ends as usual
+    sys.exit(code)

@@ -9,7 +9,8 @@
 
 A checkpoint of train.py says itself which model and data it is about; options say otherwise. The averaged weights are
 taken where there are any, unless --no-use-ema. Prints the accuracy, then all figures as one line of JSON; of several
-models, each accuracy when it is there, then a table and a list. What fails is told, and the others go on.
+models, each accuracy when it is there, then a table and a list. A file that is no checkpoint is told before the first
+evaluation; what fails later is told too, and the others go on.
 
 Exit codes: 0 done, 2 wrong arguments, checkpoint or data (of a single model: nothing is written), 130 interrupted.
 """
@@ -18,17 +19,30 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'validate.py: interrupted\n'), os._exit(130)))
+
 # Before torch loads OpenMP, whose threads would else spin while the processes that load images want the cores.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models.training import config, options
-from smpconv_models.training.validate import explain, measure, save_classes, save_confusion, save_results, series
+from smpconv_models.training import (
+    World,
+    config,
+    explain,
+    measure,
+    options,
+    save_classes,
+    save_confusion,
+    save_results,
+    series,
+)
 
 # What the table of several models shows: heading, key, format.
 COLUMNS = (
@@ -48,7 +62,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the averaged weights')
     parser.add_argument('--reparam', action='store_true', help='re-parameterize the model first')
-    parser.add_argument('--split', default='validation', help='split to evaluate (default: %(default)s)')
+    parser.add_argument('--split', metavar='NAME', help="split to evaluate, else the checkpoint's, else validation")
     parser.add_argument(
         '--results-file', metavar='FILE', help='also write a table here if it ends in .csv, else JSON')
     parser.add_argument(
@@ -57,6 +71,7 @@ def create_parser() -> argparse.ArgumentParser:
     options.add_data_options(parser)
     options.add_model_options(parser)
     options.add_device_options(parser)
+    options.add_debug_option(parser)
     parser.add_argument(  # instead of the single one
         '--model', metavar='NAME', nargs='+',
         help="of this package or of timm's: one for all checkpoints or one for each, else their own")
@@ -105,7 +120,7 @@ def evaluate_all(
         try:
             evaluation = measure(own, before, with_confusion=bool(args.class_results or args.confusion))
         except Exception as error:
-            line = explain(error, own)
+            line = explain(error, own, World.alone())
             if line is None:
                 raise
             if len(each) == 1:
@@ -145,6 +160,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     parser = create_parser()
     args = parser.parse_args(argv)
+    options.show_causes(args)
     for line in options.without_effect(parser, args):
         logging.warning(line)
     try:
@@ -163,4 +179,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 from torch import Tensor, nn
 
-from smpconv_models.layers import SMPDepthwiseConv2d, clip_radius
-from smpconv_models.layers.smp_conv import smp_layers
+from smpconv_models.layers import SMPDepthwiseConv2d, clip_radius, smp_layers
 
 Row = Dict[str, Any]
 

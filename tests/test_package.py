@@ -31,10 +31,13 @@ def test_public_names_are_frozen():
     assert ops.__all__ == ['available_backends', 'check_options', 'depthwise_conv2d']
     assert layers.__all__ == [
         'ConvFFN', 'ConvNormAct', 'DepthwiseConv2d', 'LargeKernelBlock', 'LargeKernelConv', 'SMPDepthwiseConv2d',
-        'accelerate_depthwise', 'clip_radius', 'clip_radius_', 'interpolate', 'sample_kernel', 'sampling_grid', 'tents',
+        'accelerate_depthwise', 'clip_radius', 'clip_radius_', 'interpolate', 'sample_kernel', 'sampling_grid',
+        'smp_layers', 'tents',
     ]
     assert training.__all__ == [
-        'Digits', 'Stopped', 'World', 'evaluate', 'explain', 'param_groups', 'set_up', 'train', 'validate']
+        'Digits', 'Stopped', 'World', 'config', 'evaluate', 'explain', 'measure', 'options', 'param_groups',
+        'save_classes', 'save_confusion', 'save_results', 'series', 'set_up', 'train', 'validate',
+    ]
 
 
 @pytest.mark.parametrize('module', [smpconv_models, ops, layers, training], ids=lambda module: module.__name__)
@@ -48,6 +51,7 @@ def test_public_names_exist(module):
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
+PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
 BENCHMARKS = tuple(path.stem for path in (PACKAGE.parent / 'benchmarks').glob('*.py'))  # scripts see their neighbours
 MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
@@ -61,9 +65,9 @@ MAY_IMPORT = {
         FIGURES, 'smpconv_models.__version__'),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
-    'train.py': ('smpconv_models', TRAINING),
-    'validate.py': ('smpconv_models', TRAINING),
-    'benchmarks': ('torch', 'timm', 'tqdm', 'matplotlib', 'smpconv_models', TRAINING, *BENCHMARKS),
+    'train.py': ('smpconv_models', *PUBLIC_TRAINING),
+    'validate.py': ('smpconv_models', *PUBLIC_TRAINING),
+    'benchmarks': ('torch', 'timm', 'tqdm', 'matplotlib', 'smpconv_models', *PUBLIC_TRAINING, *BENCHMARKS),
 }
 
 
@@ -131,6 +135,7 @@ def test_backends_do_not_know_each_other():
     ('smpconv_models/figures.py', 'import smpconv_models.models.smpconv'),
     ('smpconv_models/checkpoint.py', 'from . import layers'),
     ('train.py', 'import smpconv_models.ops._cpu'),
+    ('validate.py', 'from smpconv_models.training.step import Stepper'),
 ])
 def test_the_check_sees_what_is_forbidden(tmp_path, monkeypatch, part, line):
     """Otherwise an empty list would prove nothing."""

@@ -3,7 +3,7 @@ from .accelerate import accelerate_depthwise
 from .conv_norm import ConvNormAct, DepthwiseConv2d
 from .large_kernel import ConvFFN, LargeKernelBlock, LargeKernelConv
 from .points import clip_radius, interpolate, sample_kernel, sampling_grid, tents
-from .smp_conv import SMPDepthwiseConv2d, clip_radius_
+from .smp_conv import SMPDepthwiseConv2d, clip_radius_, smp_layers
 
 __all__ = [
     'ConvFFN',
@@ -18,5 +18,6 @@ __all__ = [
     'interpolate',
     'sample_kernel',
     'sampling_grid',
+    'smp_layers',
     'tents',
 ]

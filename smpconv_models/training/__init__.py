@@ -1,4 +1,5 @@
 """Training on timm's parts, and what they lack: radii at their own rate and in their range, exact resume."""
+from . import config, options
 from .data import Digits
 from .evaluate import evaluate
 from .failures import explain
@@ -6,7 +7,10 @@ from .optim import param_groups
 from .run import set_up
 from .signals import Stopped
 from .train import train
-from .validate import validate
+from .validate import measure, save_classes, save_confusion, save_results, series, validate
 from .world import World
 
-__all__ = ['Digits', 'Stopped', 'World', 'evaluate', 'explain', 'param_groups', 'set_up', 'train', 'validate']
+__all__ = [
+    'Digits', 'Stopped', 'World', 'config', 'evaluate', 'explain', 'measure', 'options', 'param_groups', 'save_classes',
+    'save_confusion', 'save_results', 'series', 'set_up', 'train', 'validate',
+]

@@ -52,6 +52,8 @@ def model_arguments(args: Namespace, defaults: Dict[str, Any]) -> Dict[str, Any]
         if in_chans not in (None, args.input_size[0]):
             raise ValueError(f'--in-chans {in_chans} contradicts --input-size {args.input_size}')
         in_chans = args.input_size[0]
+        if args.img_size is not None and args.input_size[1:] != [args.img_size] * 2:
+            raise ValueError(f'--img-size {args.img_size} contradicts --input-size {args.input_size}')
     given = {
         'num_classes': args.num_classes, 'in_chans': in_chans, 'img_size': _fixed_size(args), **args.model_kwargs}
     return {**defaults, **{key: value for key, value in given.items() if value is not None}}

@@ -78,6 +78,8 @@ def _convert(action: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError('expected true or false')
         return value
+    if action.nargs == '?' and isinstance(value, bool):  # an option whose value may be left out
+        return action.const if value else None
     if isinstance(action, ParseKwargs):
         if not isinstance(value, dict):
             raise ValueError('expected keys and values')

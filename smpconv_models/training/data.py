@@ -107,7 +107,8 @@ def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
     overrides['in_chans'] = model.in_chans
     for key in ('mean', 'std'):
         if len(overrides.get(key, (0,))) not in (1, model.in_chans):
-            raise ValueError(f'--{key} takes 1 or {model.in_chans} values, got {overrides[key]}')
+            expected = '1 value' if model.in_chans == 1 else f'1 or {model.in_chans} values'
+            raise ValueError(f'--{key} takes {expected}, got {overrides[key]}')
     if args.input_size is None and args.img_size is None:
         overrides['input_size'] = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
     config = resolve_data_config(overrides, model=model)

@@ -64,7 +64,11 @@ class RunFolder:
         """Lets the next run have it, if this one did."""
         if self._lock.is_locked:
             self._holder.unlink(missing_ok=True)
+            is_empty = [path.name for path in self.path.iterdir()] == [Path(self._lock.lock_file).name]
             self._lock.release()
+            if is_empty:  # a run that was refused
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+                self.path.rmdir()
 
     def _described(self) -> str:
         try:
@@ -72,6 +76,10 @@ class RunFolder:
             return f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
         except (OSError, ValueError, KeyError):  # it is about to say so, or can't
             return 'it has not said who it is'
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is any, whole or not."""
+        return self.last.exists() or self.previous.exists()
 
     def newest(self) -> Optional[Tuple[str, Any]]:
         """The newest checkpoint that is whole; None where there is none at all.

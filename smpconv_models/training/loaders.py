@@ -35,7 +35,7 @@ class Images(NamedTuple):
     steps: int
     samples: Optional[Samples] = None
     batches: Optional[Batches] = None
-    stream: Any = None
+    stream: Optional[Stream] = None
     accumulation: int = 1
 
     def start(self, epoch: int, step: int) -> Iterator[Tuple[Tensor, Tensor]]:
@@ -46,8 +46,8 @@ class Images(NamedTuple):
         """
         if self.batches is not None:
             self.batches.start(epoch, step)
-        else:
-            self.stream.set_epoch(draws.key(epoch, step) % 2 ** 31 if step else epoch)
+        elif self.stream is not None:
+            self.stream.start(draws.key(epoch, step) % 2 ** 31 if step else epoch)
         return self._exactly((self.steps - step) * self.accumulation)
 
     def _exactly(self, count: int) -> Iterator[Tuple[Tensor, Tensor]]:
@@ -184,10 +184,11 @@ def _stream(
     _check_stream(args, dataset.reader, world)
     dataset.set_loader_cfg(num_workers=max(args.workers, 1))
     collate = Collate(_collate(args, device), args.batch_size)
-    loader = _loader(args, Stream(dataset), device, world, collate, batch_size=args.batch_size, drop_last=True)
+    stream = Stream(dataset, args.seed, world.rank)
+    loader = _loader(args, stream, device, world, collate, batch_size=args.batch_size, drop_last=True)
     steps = len(loader) // args.grad_accum_steps
     loader = _on_device(args, Loader(loader, tell, config.get('num_classes')), config, device, **erasing)
-    return Images(loader, steps, stream=dataset, accumulation=args.grad_accum_steps)
+    return Images(loader, steps, stream=stream, accumulation=args.grad_accum_steps)
 
 
 def _check_stream(args: Namespace, reader: Any, world: World) -> None:

@@ -3,7 +3,7 @@ from typing import Any, Dict, List, Optional
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from smpconv_models.layers.smp_conv import smp_layers
+from smpconv_models.layers import smp_layers
 
 
 def param_groups(

@@ -1,5 +1,6 @@
 """The command-line options of train.py and validate.py, by timm's names."""
 import argparse
+import logging
 import math
 import os
 from typing import Any, Callable, List, Optional, Tuple
@@ -19,7 +20,7 @@ def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Ca
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high or abs(value) == math.inf:
             raise argparse.ArgumentTypeError(f'must be {expected}, got {text}')
         return value
 
@@ -28,17 +29,20 @@ def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Ca
 
 
 class Keywords(ParseKwargs):
-    """timm's, where a value that is no KEY=VALUE is a usage error."""
+    """timm's, where what is no KEY=VALUE is a usage error, and so are brackets that don't close."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
         for value in values:
             if value.count('=') != 1:
                 raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {value}')
         super().__call__(parser, namespace, values, option_string)
+        for key, value in getattr(namespace, self.dest).items():
+            if isinstance(value, str) and value[:1] in tuple('([{'):
+                raise argparse.ArgumentError(self, f'expected a value of Python, got {key}={value}')
 
 
-count = number(int, 1)
-whole = number(int, 0)
+count = number(int, 1, 10 ** 9)
+whole = number(int, 0, 10 ** 9)
 positive = number(float, TINIEST)
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
@@ -62,9 +66,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help='processes that load (default: %(default)s, 4 or the number of cores)')
     group.add_argument('--pin-mem', action='store_true', help='pin memory in the loader')
     group.add_argument('--no-prefetcher', action='store_true', help="do without timm's prefetcher on a GPU")
-    group.add_argument(
-        '--max-unreadable', type=whole, default=100, metavar='N',
-        help='training images of a process that may be unreadable, and are left out (default: %(default)s)')
     group.add_argument(
         '--skip-unreadable', action='store_true', help='leave unreadable images out of evaluation too, not an error')
     group.add_argument('--img-size', type=count, metavar='N', help="image side in pixels, else the model's")
@@ -95,7 +96,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('device')
     group.add_argument('--device', metavar='NAME', help='cuda if there is one, else cpu')
     group.add_argument(
-        '--dist-timeout', type=positive, default=600., metavar='S',
+        '--dist-timeout', type=number(float, TINIEST, 1e6), default=600., metavar='S',
         help='seconds to wait for another process, one that loads images too (default: %(default)g)')
     group.add_argument('--amp', action='store_true', help='automatic mixed precision')
     group.add_argument(
@@ -103,11 +104,25 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--channels-last', action='store_true', help='channels_last layout')
 
 
+def add_debug_option(parser: argparse.ArgumentParser) -> None:
+    """How much is told of an error."""
+    parser.add_argument('--debug', action='store_true', help='show where an error came from, not its line alone')
+
+
+def show_causes(args: argparse.Namespace) -> None:
+    """Has the package log the traceback of an error that is told in one line, if ``--debug`` asks for it."""
+    if args.debug:
+        logging.getLogger('smpconv_models').setLevel(logging.DEBUG)
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The recipe, and where its results go."""
     group = parser.add_argument_group('run')
     group.add_argument('--train-split', default='train', metavar='NAME', help='(default: %(default)s)')
     group.add_argument('--val-split', default='validation', metavar='NAME', help='(default: %(default)s)')
+    group.add_argument(
+        '--max-unreadable', type=whole, default=100, metavar='N',
+        help='training images of a process that may be unreadable, and are left out (default: %(default)s)')
     group.add_argument('--output', default='output', metavar='DIR', help='(default: %(default)s)')
     group.add_argument(
         '--experiment', metavar='NAME',
@@ -150,6 +165,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--opt', default='adamw', metavar='NAME', help='(default: %(default)s)')
     group.add_argument('--opt-eps', type=positive, metavar='X')
     group.add_argument('--opt-betas', type=fraction, nargs='+', metavar='X')
+    group.add_argument('--momentum', type=fraction, default=0.9, metavar='X', help='(default: %(default)s)')
     group.add_argument('--weight-decay', type=non_negative, default=0.05, metavar='X', help='(default: %(default)s)')
     group.add_argument('--clip-grad', type=positive, metavar='X', help='largest norm of the gradient')
     group.add_argument(

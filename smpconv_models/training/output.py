@@ -77,6 +77,7 @@ def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] 
     Raises:
         FloatingPointError: A weight isn't finite.
         OSError: There is no space, or the folder can't be written to.
+        ValueError: What was read back is damaged.
     """
     _check_finite(state)
     try:
@@ -136,14 +137,16 @@ def _keep(path: Path, previous: Path) -> None:
             os.link(path, temporary)
         except OSError:
             shutil.copy(path, temporary)
+    temporary.unlink(missing_ok=True)  # taking its name does nothing where both are one file already
 
 
 def _explained(error: OSError, path: Path, state: Dict[str, Any]) -> OSError:
     if error.errno not in _NO_SPACE:
         return OSError(f'{path} cannot be written: {error}')
     needed, free = _size(state), shutil.disk_usage(path.parent).free
+    less = '' if error.errno == errno.ENOSPC else ', a quota or limit (ulimit -f) has less'
     return OSError(
-        f'no space: a checkpoint needs {_mib(needed)}, the disk has {_mib(free)}, at {path} ({error.strerror})')
+        f'no space: a checkpoint needs {_mib(needed)}, the disk has {_mib(free)}{less}, at {path} ({error.strerror})')
 
 
 def _size(value: Any) -> int:

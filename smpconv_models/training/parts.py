@@ -58,7 +58,8 @@ def create_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer
     try:
         trial = create_optimizer_v2([nn.Parameter(torch.zeros(1, 1))], opt=args.opt, lr=args.lr)
         _check_optimizer(args, trial)
-        return create_optimizer_v2(groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **options)
+        return create_optimizer_v2(
+            groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum, **options)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'--opt {args.opt} with {options or "its defaults"} cannot be created: {error}') from error
 

@@ -4,7 +4,7 @@ import logging
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from tqdm import tqdm
 
@@ -86,15 +86,24 @@ class Report:
 
     def close(self) -> None:
         """The run ends, however."""
-        for writer in self.writers:
-            writer.close()
+        self._each(lambda writer: writer.close())
 
     def _write(self, values: Dict[str, float], step: int) -> None:
-        for writer in self.writers:
-            writer.write(values, step)
+        self._each(lambda writer: writer.write(values, step))
+
+    def _each(self, do: Callable[[Any], None]) -> None:
+        """A log that can't be written any more is no reason to end the run."""
+        for writer in list(self.writers):
+            try:
+                do(writer)
+            except (OSError, RuntimeError, ValueError) as error:
+                _logger.warning('%s is not told any more: %s', writer.name, error)
+                self.writers.remove(writer)
 
 
 class _TensorBoard:
+    name = 'TensorBoard'
+
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step)  # what comes again is not kept twice
@@ -108,6 +117,8 @@ class _TensorBoard:
 
 
 class _WandB:
+    name = 'Weights & Biases'
+
     def __init__(self, args: Namespace, folder: Path) -> None:
         import wandb
         try:

@@ -23,12 +23,12 @@ _FIXED = (
 _FREE = (
     'config', 'output', 'experiment', 'workers', 'pin_mem', 'device', 'validation_batch_size',
     'recovery_interval', 'log_interval', 'resume', 'force_resume', 'log_tensorboard', 'log_wandb', 'wandb_project',
-    'dist_timeout', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
+    'dist_timeout', 'debug', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
     'patience_nonfinite',
 )
 
 # Of the optimizer's groups, what the arguments decide; the rest is state.
-_OPTIONS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps')
+_OPTIONS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps')
 
 
 def differences(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], List[str]]:
@@ -121,7 +121,7 @@ def _load(run: 'Run', path: str, loaded: Dict[str, Any]) -> None:
         if ema is not None:
             # an average that is asked for now starts from the weights
             ema.module.load_state_dict(checkpoint.adapt(loaded.get('state_dict_ema', loaded['state_dict']), ema.module))
-        if loaded['args']['opt'] == run.args.opt:  # else it was forced to begin anew
+        if all(loaded['args'].get(key) == getattr(run.args, key) for key in ('opt', 'layer_decay')):  # else forced anew
             optimizer.load_state_dict(loaded['optimizer'])
     except (KeyError, ValueError) as error:
         raise ValueError(f'{path} does not fit this run: {error}') from error

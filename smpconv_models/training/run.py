@@ -108,6 +108,7 @@ def set_up(args: Namespace, world: Optional[World] = None) -> Run:
     model = parts.synchronized(args, model, world, device)
     model.to(device).to(memory_format=memory_format(args))
     config = data.data_config(args, model)
+    _check_size(args, model, config['input_size'], device)
     left_out = LeftOutOfTraining(args.max_unreadable)
     images = loaders.train_loader(args, train_set, config, device, world, left_out)
     stepper = _create_stepper(args, model, images.steps, device, world)
@@ -143,7 +144,9 @@ def _open(args: Namespace, world: World, device: torch.device) -> Tuple[Any, Any
 def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
     """The model, and the arguments that make it again."""
     model_kwargs = model_arguments(args, {} if classes is None else {'num_classes': len(classes)})
-    model_kwargs |= parts.given(args, drop_rate='drop', drop_path_rate='drop_path')
+    for key, value in parts.given(args, drop_rate='drop', drop_path_rate='drop_path').items():
+        if model_kwargs.setdefault(key, value) != value:
+            raise ValueError(f'--model-kwargs {key}={model_kwargs[key]} contradicts {value}, which an option gives it')
     random_seed(args.seed, 0)
     model = create_model(args.model, pretrained=args.pretrained, **model_kwargs)
     data.check_num_classes(classes, model.num_classes)
@@ -155,6 +158,18 @@ def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str
         except (AssertionError, AttributeError) as error:
             raise ValueError(f'{args.model} has no --grad-checkpointing') from error
     return model, {**model_kwargs, 'num_classes': model.num_classes}
+
+
+@torch.no_grad()
+def _check_size(args: Namespace, model: Any, input_size: Tuple[int, int, int], device: torch.device) -> None:
+    """Raises ValueError where the model can't take such images: of a fixed size, or too small for its strides."""
+    try:
+        model.eval()(torch.zeros(1, *input_size, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:
+        reason = checkpoint.first_line(error)
+        raise ValueError(f'{args.model} cannot take images of {input_size}: {reason}; see --img-size') from error
 
 
 def _create_stepper(args: Namespace, model: Any, steps: int, device: torch.device, world: World) -> Stepper:
@@ -183,6 +198,9 @@ def _check(args: Namespace) -> None:
         raise ValueError(f'--scale and --ratio take the smaller value first, got {args.scale} and {args.ratio}')
     if args.warmup_epochs > args.epochs:
         raise ValueError(f'--warmup-epochs must not exceed the {args.epochs} epochs, got {args.warmup_epochs}')
+    for name in ('min_lr', 'warmup_lr'):
+        if getattr(args, name) > args.lr:
+            raise ValueError(f'--{name.replace("_", "-")} must not exceed --lr {args.lr}, got {getattr(args, name)}')
     if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0):
         raise ValueError(f'--batch-size must be even with Mixup or CutMix, got {args.batch_size}')
     if args.torchcompile is not None and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
@@ -214,35 +232,31 @@ def _divide(args: Namespace, world: World) -> None:
 
 def _take_folder(run: Run, given: Dict[str, Any]) -> None:
     """The first process takes the folder and reads the checkpoint, for all."""
-    found, problem = None, None
-    if run.world.is_first:
-        try:
-            given_file = checkpoint.read_file(run.args.resume) if run.args.resume else None
-            run.folder.hold()
-            found = run.folder.newest()  # of this command, should it have been stopped
-            if found is None and given_file is not None:
-                found = run.args.resume, given_file
-            if found is None and run.folder.table.exists():
-                raise ValueError(
-                    f'{run.folder.path} has the results of a run but not its last.pth.tar to go on from; name this one '
-                    'with --experiment')
-            if found is not None:
-                _forget_lost_best(run, found[1])
-        except (OSError, ValueError) as error:
-            problem = str(error)
-    problem = run.world.share(problem)
-    if problem is not None:
-        run.close()
-        raise ValueError(problem)
-    found = run.world.share(found)
     try:
+        found = run.world.share(run.world.first_does(lambda: _find(run)))
         if found is not None:
             resume.restore(run, *found)
-        if run.world.is_first and run.progress.epoch < run.args.epochs:
-            output.save_arguments(run.folder.arguments, given)
-    except (OSError, ValueError):
+        if run.progress.epoch < run.args.epochs:
+            run.world.first_does(lambda: output.save_arguments(run.folder.arguments, given))
+    except (OSError, RuntimeError, ValueError):
         run.close()
         raise
+
+
+def _find(run: Run) -> Optional[Tuple[str, Any]]:
+    """Takes the folder; the checkpoint that the run goes on from, and its path."""
+    given = None
+    if run.args.resume and not run.folder.has_checkpoint():  # else it is of this command, which was stopped
+        given = run.args.resume, checkpoint.read_file(run.args.resume)
+    run.folder.hold()
+    found = run.folder.newest() or given
+    if found is None and run.folder.table.exists():
+        raise ValueError(
+            f'{run.folder.path} has the results of a run but not its last.pth.tar to go on from; name this one with '
+            '--experiment')
+    if found is not None:
+        _forget_lost_best(run, found[1])
+    return found
 
 
 def _forget_lost_best(run: Run, loaded: Any) -> None:

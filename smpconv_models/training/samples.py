@@ -7,8 +7,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from . import draws
 from .unreadable import ERRORS, Unreadable
@@ -100,10 +101,13 @@ class Stream(IterableDataset):
 
     Args:
         dataset: timm's, with its transform.
+        keys: Of the augmentation: the seed, the process.
     """
 
-    def __init__(self, dataset: IterableImageDataset) -> None:
+    def __init__(self, dataset: IterableImageDataset, *keys: int) -> None:
         self.dataset = dataset
+        self.keys = keys
+        self.pass_number = SharedCount()  # with the processes that load
         self.reader: Any = dataset.reader
         self.mode: Optional[str] = getattr(self.reader, 'input_img_mode', None)
         self.feature: Any = _leave_undecoded(self.reader) if is_hugging_face(self.reader) else None
@@ -111,7 +115,14 @@ class Stream(IterableDataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def start(self, number: int) -> None:
+        """Shuffles and augments the next pass by this number, below 2**31."""
+        self.dataset.set_epoch(number)
+        self.pass_number.value = number
+
     def __iter__(self) -> Iterator[Union[Tuple[Any, Any], Unreadable]]:
+        worker = get_worker_info()
+        draws.seed_all('stream', *self.keys, self.pass_number.value, 0 if worker is None else worker.id)
         if is_webdataset(self.reader) and self.reader.ds is None:
             _name_undecodable(self.reader)
         for image, target in self._items():

@@ -83,7 +83,7 @@ class Stepper:
             is_asked_to_stop: Whether this process was; all of them learn of it.
         """
         rate = max(group['lr'] for group in self.optimizer.param_groups)
-        before = [statistic.clone() for statistic in self.statistics]
+        before = self._copied_statistics()
         loss = self._accumulate(batches, number)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(self._gradients())
@@ -95,8 +95,7 @@ class Stepper:
         if applied:
             self._apply(norm, number)
         else:
-            for statistic, value in zip(self.statistics, before):
-                statistic.copy_(value)
+            self._restore_statistics(before)
         scale = 0. if applied else self.scaler.get_scale()
         self.scaler.update()
         is_overflow = not applied and not bad_losses and 1 < self.scaler.get_scale() < scale
@@ -124,14 +123,24 @@ class Stepper:
                 images, target = self.mixup(images, target)
             with nullcontext() if is_last else self._alone():
                 with autocast(self.args, self.device):
-                    loss = self.loss_fn(self.wrapped(images), target) / self.args.grad_accum_steps
+                    logits = self.wrapped(images).float()  # the CPU's autocast leaves the loss in half precision
+                    loss = self.loss_fn(logits, target) / self.args.grad_accum_steps
+                once = self._copied_statistics() if self.args.grad_checkpointing else []
                 self.scaler.scale(loss).backward()
+                self._restore_statistics(once)  # the recomputed forward pass updates them again
             total += loss.detach()
         return total
 
     def _alone(self) -> AbstractContextManager:
         """Without a sum over the processes, if there are several; a compiled model passes this on."""
         return getattr(self.wrapped, 'no_sync', nullcontext)()
+
+    def _copied_statistics(self) -> List[Tensor]:
+        return [statistic.clone() for statistic in self.statistics]
+
+    def _restore_statistics(self, values: List[Tensor]) -> None:
+        for statistic, value in zip(self.statistics, values):
+            statistic.copy_(value)
 
     def _apply(self, norm: Tensor, number: int) -> None:
         if self.args.clip_grad is not None:

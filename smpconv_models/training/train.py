@@ -4,7 +4,7 @@ import math
 import platform
 import signal
 import time
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Dict, Optional
 
 import timm
 import torch
@@ -44,10 +44,10 @@ def train(run: Run) -> Dict[str, Any]:
     start = time.perf_counter()
     progress = run.progress
     if progress.epoch >= run.args.epochs:
-        _in_first(run, lambda: _write_results(run))  # it may have ended before it wrote them
-        _in_first(run, lambda: _draw(run))
+        run.world.first_does(lambda: _write_results(run))  # it may have ended before it wrote them
+        run.world.first_does(lambda: _draw(run))
         return {**_results(run), 'seconds': 0.}
-    teller = Report(run.args, run.folder.path, progress, run.images.steps) if run.world.is_first else None
+    teller = run.world.first_does(lambda: Report(run.args, run.folder.path, progress, run.images.steps))
     with StopRequest() as stop:
         try:
             while progress.epoch < run.args.epochs:
@@ -62,7 +62,7 @@ def train(run: Run) -> Dict[str, Any]:
         finally:
             if teller is not None:
                 teller.close()
-    _in_first(run, lambda: _draw(run))
+    run.world.first_does(lambda: _draw(run))
     return {**_results(run), 'seconds': time.perf_counter() - start}
 
 
@@ -139,7 +139,7 @@ def _measure(run: Run, stop: StopRequest) -> Dict[str, Any]:
         averaged = _evaluate(run, run.evaluated, 'validating the average', stop)
         row.update(ema_loss=averaged['loss'], ema_top1=averaged['top1'], ema_top5=averaged['top5'])
     row.update(lr=max(group['lr'] for group in run.stepper.optimizer.param_groups))
-    return row
+    return run.world.share(row)  # of a stream, each process has measured all: on its own, perhaps to other digits
 
 
 def _evaluate(run: Run, model: nn.Module, description: str, stop: StopRequest) -> Dict[str, Any]:
@@ -155,20 +155,7 @@ def _save(run: Run) -> None:
     """Saves where the run is."""
     run.progress.unreadable += int(run.world.total_exact(torch.tensor(run.left_out.count, device=run.device)))
     run.left_out.count = 0
-    _in_first(run, lambda: run.folder.save(run.state()))
-
-
-def _in_first(run: Run, write: Callable[[], None]) -> None:
-    """The first process writes; the others wait, lest their end be its end too, and fail if it does."""
-    problem = None
-    if run.world.is_first:
-        try:
-            write()
-        except (FloatingPointError, OSError) as error:
-            problem = error
-    problem = run.world.share(problem)
-    if problem is not None:
-        raise problem
+    run.world.first_does(lambda: run.folder.save(run.state()))
 
 
 def _save_epoch(run: Run) -> None:
@@ -178,9 +165,9 @@ def _save_epoch(run: Run) -> None:
     if best is None or _score(row) > _score(progress.rows[best]):
         progress.best_epoch = row['epoch']
         content = {**run.weights(), 'epoch': row['epoch'], 'metric': _score(row)}
-        _in_first(run, lambda: output.save_checkpoint(run.folder.best, content))
+        run.world.first_does(lambda: output.save_checkpoint(run.folder.best, content))
     _save(run)
-    _in_first(run, lambda: _write_results(run))
+    run.world.first_does(lambda: _write_results(run))
 
 
 def _write_results(run: Run) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smpconv_models import checkpoint
 
-from . import data, failures, loaders, output, sources
+from . import data, loaders, output, sources
 from .build import check_name, create_model, load_weights, memory_format, model_arguments, select_device
 from .evaluate import HeldOut, evaluate
 from .folder import RunFolder
@@ -127,7 +127,11 @@ def _read(args: Namespace) -> Dict[str, Any]:
 def _load(args: Namespace, loaded: Dict[str, Any]) -> Tuple[Any, str]:
     """The model, and in a word which weights it has."""
     kwargs = model_arguments(args, _model_kwargs(loaded))
-    model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
+    try:
+        model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
+    except ValueError as error:
+        trained = _training_arguments(loaded).get('model')
+        raise ValueError(f'{error}' + (f'; {args.checkpoint} is of {trained}' if trained else '')) from error
     weights = 'pretrained'
     if args.checkpoint:
         weights = load_weights(model, loaded, args.checkpoint, args.use_ema) or 'state dict'
@@ -170,7 +174,7 @@ def _rounded(metrics: Dict[str, Any]) -> Dict[str, float]:
 
 
 def _check_same_images(args: Namespace, before: Namespace) -> None:
-    own, others = ([getattr(each, key) or '' for key in _INHERITED_TOGETHER] for each in (args, before))
+    own, others = ([getattr(each, key) or '' for key in _IMAGES] for each in (args, before))
     if own != others:
         raise ValueError(
             f'{args.checkpoint or args.model} is of other images than the models before it: expected '
@@ -228,30 +232,23 @@ def save_results(path: str, results: Union[Dict[str, Any], List[Dict[str, Any]]]
         output.save_json(Path(path).resolve(), results)
 
 
-def explain(error: Exception, args: Namespace) -> Optional[str]:
-    """A line for an error of the arguments, the data or the machine; None for one that is a fault of the program.
-
-    Args:
-        error: What ended an evaluation.
-        args: Of the evaluation.
-    """
-    return failures.explain(error, args, World.alone())
-
-
 # What a checkpoint of ours says of how its model was trained, and an evaluation should repeat unless told otherwise.
-_INHERITED = ('model', 'img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-_INHERITED_TOGETHER = ('dataset', 'data_dir')  # either one given means other images
+_INHERITED = ('model', 'mean', 'std', 'interpolation', 'crop_pct')
+_IMAGES = ('dataset', 'data_dir')  # either one given means other images
+_SIZES = ('img_size', 'input_size')
 
 
 def inherit(args: Namespace, loaded: Dict[str, Any]) -> Namespace:
     """The arguments, those that were left open from the training arguments in a checkpoint."""
     trained = _training_arguments(loaded)
     keys: Tuple[str, ...] = _INHERITED
-    if all(getattr(args, key) is None for key in _INHERITED_TOGETHER):
-        keys += _INHERITED_TOGETHER
+    for together in (_IMAGES, _SIZES):
+        if all(getattr(args, key) is None for key in together):
+            keys += together
     filled = {key: trained.get(key) for key in keys if getattr(args, key) is None}
     args = Namespace(**{**vars(args), **filled})
     args.dataset = args.dataset or ''
+    args.split = args.split or trained.get('val_split') or 'validation'
     return args
 
 

@@ -2,7 +2,7 @@
 import os
 import time
 from datetime import timedelta
-from typing import Any, List, Sequence
+from typing import Any, Callable, List, Optional, Sequence, TypeVar
 
 import torch
 from timm.utils import world_info_from_env
@@ -14,6 +14,8 @@ from .signals import Shield
 
 # Seconds in which the processes that wait in vain find out one after another.
 _ROLL_CALL = 5.
+
+Result = TypeVar('Result')
 
 
 class World:
@@ -92,6 +94,23 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def first_does(self, work: Callable[[], Result]) -> Optional[Result]:
+        """The first process does something; the others wait, lest their end be its end too, and fail if it does.
+
+        Returns:
+            What it came to in the first process; None in the others.
+        """
+        result, problem = None, None
+        if self.is_first:
+            try:
+                result = work()
+            except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
+                problem = error
+        problem = self.share(problem)
+        if problem is not None:
+            raise problem
+        return result
+
     def missing(self) -> str:
         """Who of the others hasn't failed as this process has, in words: these are dead or hang."""
         try:
@@ -104,7 +123,7 @@ class World:
 
 
 def _restart_hint() -> str:
-    """With a store that torchrun shares they find the addresses from before (PyTorch issue 135712)."""
+    """With a store that torchrun shares they find the addresses from before (PyTorch 2.10 to 2.15)."""
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     return '; restarts by torchrun need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment' if restarted else ''
 

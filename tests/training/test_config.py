@@ -44,6 +44,13 @@ def test_the_command_line_goes_first(parse):
     assert parse('lr: 3e-4\nepochs: 5\n', '--epochs', '7').epochs == 7
 
 
+def test_an_option_whose_value_may_be_left_out_is_a_switch_too(tmp_path):
+    for text, expected in ('true', 'inductor'), ('false', None), ('eager', 'eager'):
+        path = tmp_path / 'options.yaml'
+        path.write_text(f'torchcompile: {text}')
+        assert config.parse_args(train.create_parser(), ['--config', str(path)]).torchcompile == expected
+
+
 def test_null_leaves_an_option_open(parse):
     assert parse('scale: null\n').scale is None
 

@@ -31,7 +31,7 @@ def straight(tmp_path_factory):
     return output / 'run'
 
 
-def test_a_step_that_is_not_finite_in_one_process_is_applied_in_none():
+def test_two_processes_compute_what_one_does_and_no_step_of_a_nan():
     ends = finish(start([], ranks=2, script=Path(__file__).with_name('two_ranks.py')))
     assert [code for code, _, _ in ends] == [0, 0], ends
 
@@ -54,6 +54,14 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on_to_the_same
     printed = run(*command)
     assert f'going on from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in printed
     assert differences(straight, tmp_path / 'run') == []
+
+
+def test_processes_that_measure_differently_go_on_together(tmp_path):
+    """By what the first one measured: each would else decide on its own which epoch is the best."""
+    script = Path(__file__).with_name('disagreeing.py')
+    ends = finish(start([*COMMAND, '--output', tmp_path, '--dist-timeout', 20], ranks=2, script=script))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert torch.load(tmp_path / 'smpconv_nano/model_best.pth.tar', weights_only=True)['metric'] == 100
 
 
 def test_a_process_that_hangs_is_named_in_time(tmp_path):

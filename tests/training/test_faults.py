@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import EVERYTHING, TINY, finish, start, wait_for_step
+from launch import EVERYTHING, ROOT, TINY, finish, start, wait_for_step
 from test_data import make_folder
 
 import train
@@ -92,7 +92,7 @@ def test_a_full_disk_is_told_and_the_old_checkpoints_stay(tmp_path):
     assert code == 1
     line, = error.strip().splitlines()
     assert re.match(r'train\.py: error: no space: a checkpoint needs 0\.[12] MiB, the disk has ', line)
-    assert f'MiB, at {tmp_path}/run/last.pth.tar (File too large)' in line
+    assert f'MiB, a quota or limit (ulimit -f) has less, at {tmp_path}/run/last.pth.tar (File too large)' in line
     assert {name: (tmp_path / 'run' / name).read_bytes() for name in before} == before
     assert not list((tmp_path / 'run').glob('.*.pth.tar.*'))
     assert run(*command) == 0
@@ -192,6 +192,14 @@ def test_a_signal_to_the_whole_job_saves_it(tmp_path):
 
 
 @pytest.mark.slow  # ten seconds of standing still
+@pytest.mark.parametrize('script', ['train.py', 'validate.py'])
+def test_an_interrupt_while_pytorch_loads_is_one_line(script):
+    process, = start([], script=ROOT / script)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert finish([process]) == [(130, '', f'{script}: interrupted\n')]
+
+
 def test_a_second_interrupt_does_not_wait(tmp_path):
     """The first one waits for the step, which is stuck here."""
     process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 1])

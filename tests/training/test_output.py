@@ -1,7 +1,6 @@
 """What a run leaves behind."""
 import csv
 import os
-import stat
 
 import pytest
 import torch
@@ -25,14 +24,14 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ['a.pth.tar']
 
 
-def test_the_umask_is_respected(tmp_path):
-    old = os.umask(0o027)
-    try:
-        output.save_checkpoint(tmp_path / 'a.pth.tar', {})
-        assert os.umask(0o027) == 0o027
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / 'a.pth.tar').stat().st_mode) == 0o640
+def test_a_save_after_one_that_ended_halfway_leaves_nothing_else(tmp_path):
+    """When both names were one file's."""
+    last, previous = tmp_path / 'last', tmp_path / 'previous'
+    output.save_checkpoint(last, {'epoch': 1})
+    os.link(last, previous)
+    output.save_checkpoint(last, {'epoch': 2}, previous)
+    assert [torch.load(path, weights_only=True)['epoch'] for path in (last, previous)] == [2, 1]
+    assert sorted(os.listdir(tmp_path)) == ['last', 'previous']
 
 
 def test_rows_have_one_header(tmp_path):

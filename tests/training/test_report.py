@@ -72,3 +72,22 @@ def test_what_is_not_installed_is_told_before_the_run(tmp_path, capsys, monkeypa
         run(*COMMAND, f'--log-{name}', '--output', tmp_path / 'output')
     assert capsys.readouterr().err == f'train.py: error: --log-{name} needs {name}: pip install {name}\n'
     assert not (tmp_path / 'output').exists()
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('torch.utils.tensorboard.SummaryWriter.add_scalar', full)
+    assert run(*COMMAND, '--epochs', 1, '--log-interval', 2, '--log-tensorboard', '--output', tmp_path) == 0
+    told = capsys.readouterr().out
+    assert told.count('TensorBoard is not told any more: [Errno 28] No space left on device') == 1
+
+
+def test_where_an_error_came_from_is_shown_if_asked_for(tmp_path, capsys):
+    for more in ([], ['--debug']):
+        with pytest.raises(SystemExit, match='2'):
+            run(*COMMAND, '--train-split', 'nothing', '--output', tmp_path, *more)
+        shown = capsys.readouterr()
+        assert ('Traceback' in shown.out + shown.err) == bool(more)
+        assert shown.err.splitlines()[-1].startswith('train.py: error: split of the digits')

@@ -3,6 +3,7 @@ import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_data import make_folder
 import train
 from smpconv_models.training.folder import RunFolder
 from smpconv_models.training.samples import Samples
+from smpconv_models.training.step import Stepper
 
 
 def run(*argv):
@@ -144,6 +146,44 @@ def test_a_change_can_be_forced(begun, capsys):
     assert len((folder / 'summary.csv').read_text().splitlines()) == 3
 
 
+def test_an_optimizer_of_other_groups_begins_anew(begun, capsys):
+    command, folder = begun
+    assert run(*command, '--layer-decay', 0.5, '--force-resume') == 0
+    assert 'layer_decay 0.9 -> 0.5' in capsys.readouterr().out
+    state = torch.load(folder / 'last.pth.tar', weights_only=True)['optimizer']['state']
+    assert state[0]['step'] == 11  # of one epoch
+
+
+def test_the_scale_of_half_precision_goes_on(tmp_path):
+    command = [
+        *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--warmup-epochs', 0, '--batch-size', 512,
+        '--amp', '--output', tmp_path]
+    assert run(*command, '--epochs', 1) == 0
+    path = tmp_path / 'smpconv_nano/last.pth.tar'
+    state = torch.load(path, weights_only=True)
+    assert state['amp_scaler']['scale'] > 0
+    state['amp_scaler']['scale'] = 512.
+    torch.save(state, path)
+    assert run(*command, '--epochs', 2) == 0
+    assert torch.load(path, weights_only=True)['amp_scaler']['scale'] in (512., 256., 128.)
+
+
+def test_images_are_not_mixed_from_the_epoch_asked_for(tmp_path, monkeypatch):
+    seen = []
+    step = Stepper.step
+
+    def watched(self, batches, number, stop):
+        seen.append(self.mixup.mixup_enabled)
+        return step(self, batches, number, stop)
+
+    monkeypatch.setattr(Stepper, 'step', watched)
+    command = [
+        *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--warmup-epochs', 0, '--batch-size', 512,
+        '--mixup', 0.5, '--mixup-off-epoch', 1, '--epochs', 2, '--output', tmp_path]
+    assert run(*command) == 0
+    assert seen == [True, True, False, False]
+
+
 def test_a_step_may_be_divided_otherwise(begun, capsys):
     command, _ = begun
     assert run(*command, '--batch-size', 32) == 0
@@ -186,11 +226,13 @@ def test_a_checkpoint_can_be_named(begun, tmp_path, capsys):
     moved = shutil.copy(folder / 'last.pth.tar', tmp_path / 'elsewhere.pth.tar')
     assert run(*command, '--experiment', 'other', '--resume', moved) == 0
     assert f'going on from {moved}: epoch 1, step 0' in capsys.readouterr().out
+    Path(moved).unlink()
     assert run(*command, '--experiment', 'other', '--resume', moved) == 0  # the same command: not from there again
     assert 'other/last.pth.tar: the run was finished already' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='2'):
         run(*command, '--experiment', 'third', '--resume', folder / 'model_best.pth.tar')
     assert 'has no run to go on with; --initial-checkpoint takes its weights' in capsys.readouterr().err
+    assert not (folder.parent / 'third').exists()
 
 
 # --- checkpoints that are damaged ---
@@ -241,6 +283,15 @@ def test_results_without_a_checkpoint_are_not_overwritten(begun, capsys):
         run(*command)
     assert 'has the results of a run but not its last.pth.tar to go on from' in capsys.readouterr().err
     assert (folder / 'model_best.pth.tar').read_bytes() == before
+
+
+def test_a_finished_run_says_that_its_best_weights_are_lost(begun, capsys):
+    command, folder = begun
+    assert run(*command) == 0
+    (folder / 'model_best.pth.tar').unlink()
+    assert 'not there any more' not in capsys.readouterr().out
+    assert run(*command) == 0
+    assert f'best checkpoint: {folder / "model_best.pth.tar"}, which is not there any more' in capsys.readouterr().out
 
 
 def test_the_best_weights_that_are_lost_are_made_again(begun):

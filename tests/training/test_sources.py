@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import os
+import random
 import shutil
 from types import SimpleNamespace
 
@@ -517,3 +518,26 @@ def test_a_mistake_is_one_line(folders, tmp_path, capsys, name, more, told):
     assert stopped.value.code == 2 and len(lines) == 1 and told in lines[0]
     assert list(tmp_path.iterdir()) == []
     assert logging.getLogger('datasets').handlers == []
+
+
+def test_each_process_augments_a_stream_by_draws_of_its_own():
+    class Reader:
+        def __iter__(self):
+            return iter([(0, 0)] * 4)
+
+    class Drawing:
+        reader = Reader()
+
+        def set_epoch(self, number):
+            pass
+
+        def transform(self, image):
+            return random.random()
+
+    def draws(rank, number):
+        stream = Stream(Drawing(), 42, rank)
+        stream.start(number)
+        return [image for image, _ in stream]
+
+    assert draws(0, 3) == draws(0, 3)
+    assert len({*draws(0, 3), *draws(1, 3), *draws(0, 4)}) == 12

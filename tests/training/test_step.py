@@ -30,7 +30,8 @@ def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, **changes):
         in_chans=1, num_classes=4, depths=(1,), dims=(4,), kernel_sizes=(5,), small_kernel_size=3,
         **({} if norm_layer is None else {'norm_layer': norm_layer}))
     args = Namespace(**{**dict(
-        channels_last=False, amp=False, amp_dtype='float16', grad_accum_steps=1, clip_grad=None, seed=1), **changes})
+        channels_last=False, amp=False, amp_dtype='float16', grad_accum_steps=1, grad_checkpointing=False,
+        clip_grad=None, seed=1), **changes})
     optimizer = torch.optim.SGD(param_groups(model, 0.05), lr=0.1)
     return Stepper(
         args, model, model, ModelEmaV3(model, decay=ema), optimizer, Rates(),
@@ -76,6 +77,24 @@ def test_accumulated_batches_make_the_step_of_their_union():
     assert second.loss == pytest.approx(first.loss, rel=1e-5)
     for a, b in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputing_leaves_the_running_statistics_alone():
+    plain, model = make_stepper(grad_accum_steps=2)
+    recomputing, other = make_stepper(grad_accum_steps=2, grad_checkpointing=True)
+    other.set_grad_checkpointing(True)
+    for stepper in (plain, recomputing):
+        stepper.step(batches(2), 0, False)
+    torch.testing.assert_close(dict(other.named_buffers()), dict(model.named_buffers()))
+    assert any(value.ndim and value.any() for value in model.buffers())
+
+
+def test_the_loss_is_not_in_half_precision():
+    stepper, _ = make_stepper(amp=True, amp_dtype='bfloat16')
+    seen, loss_fn = [], stepper.loss_fn
+    stepper.loss_fn = lambda logits, target: seen.append(logits.dtype) or loss_fn(logits, target)
+    stepper.step(batches(1), 0, False)
+    assert seen == [torch.float32]
 
 
 def test_the_average_reads_clipped_radii():

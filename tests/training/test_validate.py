@@ -88,9 +88,11 @@ def test_each_of_several_models_is_evaluated_as_alone(files, images, capsys, tmp
 def test_a_checkpoints_arguments_stay_its_own():
     given = argparse.Namespace(
         model=None, img_size=None, input_size=None, mean=None, std=None, interpolation=None, crop_pct=0.5, dataset=None,
-        data_dir=None)
-    first = inherit(given, {'args': {'model': 'x', 'img_size': 16, 'crop_pct': 1., 'data_dir': 'there'}})
+        data_dir=None, split=None)
+    first = inherit(given, {'args': {
+        'model': 'x', 'img_size': 16, 'crop_pct': 1., 'data_dir': 'there', 'val_split': 'test'}})
     assert (first.model, first.img_size, first.crop_pct, first.data_dir) == ('x', 16, 0.5, 'there')
+    assert first.split == 'test' and inherit(given, {}).split == 'validation'
     assert inherit(given, {}).img_size is given.img_size is given.model is None
 
 
@@ -126,6 +128,32 @@ def test_a_runs_folder_means_its_best(images, capsys, tmp_path):
     best = tmp_path / 'run/model_best.pth.tar'
     assert result['checkpoint'] == str(best) and result['img_size'] == 16
     assert result['top1'] == pytest.approx(torch.load(best, weights_only=True)['metric'], abs=1e-3)
+
+
+def test_the_split_is_the_checkpoints(images, capsys, tmp_path):
+    command = [*TINY, '--data-dir', images, '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0, '--img-size', 16]
+    run(train.main, *command, '--val-split', 'train', '--output', tmp_path, '--experiment', 'run')
+    for options, split in ((), 'train'), (('--split', 'val'), 'val'):
+        capsys.readouterr()
+        assert run(validate.main, '--checkpoint', tmp_path / 'run', *ON, *options) == 0
+        assert told(capsys)[1]['split'] == split
+
+
+def test_another_model_than_the_checkpoints_is_told(images, capsys, tmp_path):
+    run(train.main, *TINY, '--data-dir', images, '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0, '--img-size',
+        16, '--output', tmp_path, '--experiment', 'run')
+    capsys.readouterr()
+    line = refused(validate.main, capsys, '--checkpoint', tmp_path / 'run', '--model', 'resnet18', *ON)
+    assert "unexpected keyword argument 'depths'" in line and line.endswith('model_best.pth.tar is of smpconv_nano')
+
+
+def test_a_size_given_goes_before_the_checkpoints(images, capsys, tmp_path):
+    run(train.main, *TINY, '--data-dir', images, '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0,
+        '--input-size', 3, 16, 16, '--output', tmp_path, '--experiment', 'run')
+    for options, size in ((), 16), (('--img-size', 32), 32), (('--input-size', 3, 24, 24), 24):
+        capsys.readouterr()
+        assert run(validate.main, '--checkpoint', tmp_path / 'run', *ON, *options) == 0
+        assert told(capsys)[1]['img_size'] == size
 
 
 def test_pretrained_models_in_a_series(images, capsys, tmp_path):
