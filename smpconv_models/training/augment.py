@@ -15,7 +15,7 @@ def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 def repair(transform: Any) -> Any:
     """Puts :func:`posterize` in place of timm's in a transform of timm's, whose policies ask for 0 bits; returns it.
 
-    RandAugment with increasing severity (``inc1``, the paper's) does, for about one image in 600.
+    RandAugment with increasing severity (``inc1``, the paper's) does, for about one image in 650.
     """
     for part in getattr(transform, 'transforms', [transform]):
         if isinstance(part, (AugMixAugment, RandAugment)):
