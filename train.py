@@ -122,6 +122,7 @@ def _tell(result: Dict[str, Any], args: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    code: Any
     try:
         code = main()
     except SystemExit as end:
