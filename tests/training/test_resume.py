@@ -156,7 +156,7 @@ def test_an_optimizer_of_other_groups_begins_anew(begun, capsys):
 
 def test_the_scale_of_half_precision_goes_on(tmp_path):
     command = [
-        *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--warmup-epochs', 0, '--batch-size', 512,
+        *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 8, '--warmup-epochs', 0, '--batch-size', 512,
         '--amp', '--output', tmp_path]
     assert run(*command, '--epochs', 1) == 0
     path = tmp_path / 'smpconv_nano/last.pth.tar'
