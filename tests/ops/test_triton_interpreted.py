@@ -12,8 +12,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(('file', 'which'), [
-    ('test_triton.py', 'triton and not public_function and not float16'),
-    pytest.param('test_triton.py', 'public_function or float16', marks=pytest.mark.slow),  # float16 is in the last one
+    ('test_triton.py', 'triton and not public_function and not every_form'),
+    pytest.param('test_triton.py', 'public_function or every_form', marks=pytest.mark.slow),  # the last, in detail
     ('test_depthwise.py', 'triton'),
     ('test_backends.py', 'triton and not k31 and not k51'),     # 17 channels of them take 5 s a case
 ])
