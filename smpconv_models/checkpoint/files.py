@@ -1,0 +1,236 @@
+"""Checkpoint files: which of them may be read.
+
+A file is judged by its own description before memory is asked for: a few kilobytes can speak of terabytes. Files are
+safetensors, or pickles of plain data, tensors and ``argparse.Namespace``, in a zip archive or, of old, bare.
+"""
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import re
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, Dict, List, Tuple, Union
+
+import torch
+
+from . import pickles
+
+# The parts of a bare file before its tensors: magic number, version, system, the object, the storages' keys.
+_LEGACY_PICKLES = 5
+
+
+def read_file(path: Union[str, Path], lazy: bool = False) -> Any:
+    """Loads a checkpoint file: safetensors, or a pickle of plain data, tensors and ``argparse.Namespace`` only.
+
+    Args:
+        path: The file.
+        lazy: Leave tensors in the file until they are used, where its format allows it; it must not change meanwhile.
+
+    Raises:
+        ValueError: No such file, or it isn't a whole checkpoint, or it would run code or take more memory than its
+            size; one line that names the path and the cause.
+    """
+    check_file(path)
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    try:
+        # Namespace is what timm's training script stores its arguments in
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=lazy and zipfile.is_zipfile(path))
+    except Exception as error:  # a file decides what its reader stumbles over
+        reason = 'it holds other objects' if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise ValueError(f'{path} is not a checkpoint of plain tensors and data: {reason}') from error
+
+
+def check_file(path: Union[str, Path]) -> None:
+    """Looks at a file, without making anything of it, for whether it is a checkpoint that may be read.
+
+    Raises:
+        ValueError: It doesn't exist, is empty, truncated or damaged, is something else (an HTML page, say), would run
+            code, or speaks of more than it holds.
+    """
+    if not os.path.isfile(path):
+        found = 'a folder' if os.path.isdir(path) else 'nothing'
+        raise ValueError(f'expected a checkpoint file, found {found} at {path}')
+    with open(path, 'rb') as file:
+        start = file.read(512)
+    if _is_safetensors(path):
+        _check_safetensors(path)
+    elif start.startswith(b'PK\x03\x04'):
+        _check_zip(path)
+    elif start.startswith(b'\x80') and not _is_tar(start):  # the first opcode of every pickle of torch.save
+        _check_legacy(path)
+    else:
+        raise ValueError(f'expected a checkpoint, but {path} {_describe(start)}')
+
+
+def file_sha256(path: Union[str, Path]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_safetensors(path: Union[str, Path]) -> bool:
+    return str(path).endswith('.safetensors')
+
+
+def _read_safetensors(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except Exception as error:  # a type of numbers that this version of PyTorch lacks, say
+        raise ValueError(f'{path} cannot be read: {type(error).__name__} {first_line(error)}') from error
+
+
+def _is_tar(start: bytes) -> bool:
+    """Of which PyTorch would read a header of any size; its name may start like a pickle."""
+    try:
+        tarfile.TarInfo.frombuf(start, 'utf-8', 'surrogateescape')
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _check_safetensors(path: Union[str, Path]) -> None:
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework='pt'):  # holds the header against the size of the file
+            pass
+        with open(path, 'rb') as file:
+            json.loads(file.read(int.from_bytes(file.read(8), 'little')), object_pairs_hook=_unique)
+    except (OverflowError, SafetensorError, ValueError) as error:
+        raise ValueError(f'{path} is not a whole safetensors file: {first_line(error)}') from error
+
+
+def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """A dictionary whose keys come once: of two, readers differ in which one they take."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f'{twice[:80]!r} is there twice')
+    return result
+
+
+def _check_contents(path: Union[str, Path], contents: pickles.Contents) -> None:
+    if contents.code:
+        raise ValueError(
+            f'{path} is not a checkpoint of plain tensors and data: it wants to call {", ".join(contents.code[:8])}')
+
+
+def _check_legacy(path: Union[str, Path]) -> None:
+    try:
+        with open(path, 'rb') as file:
+            size = os.fstat(file.fileno()).st_size
+            contents = pickles.inspect(file, size, _LEGACY_PICKLES)
+            position = file.tell()
+    except ValueError as error:
+        raise ValueError(f'{path} is a truncated or damaged checkpoint: {first_line(error)}') from error
+    _check_contents(path, contents)
+    keys = contents.last  # of the storages that follow; memory of others would be left as it was found
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != {*contents.storages}:
+        raise ValueError(f'{path} is a damaged checkpoint: its tensors are not those that it lists')
+    claimed = sum(claim + 8 for claim in contents.storages.values())  # each begins with its length
+    if claimed > size - position:
+        raise ValueError(
+            f'{path} is a truncated or damaged checkpoint: {claimed} bytes of tensors in {size - position}')
+
+
+# A flipped bit of a header may ask for decompression, another version, a place before the beginning. (No RuntimeError:
+# PyTorch raises one in the midst of anything where a process that loads images dies.)
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, ValueError, OverflowError)
+
+
+def _check_zip(path: Union[str, Path]) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_members(archive.infolist(), os.path.getsize(path))
+            if archive.start_dir != _directory_offset(path):
+                raise ValueError('it has two directories')
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f'the checksum of {damaged!r} does not match')
+            contents, sizes = _contents(archive)
+    except _BAD_ZIP as error:
+        raise ValueError(f'{path} is a truncated or damaged checkpoint: {first_line(error)}') from error
+    _check_contents(path, contents)
+    for key, size in contents.storages.items():
+        if size != sizes.get(key):
+            raise ValueError(
+                f'{path} is a damaged checkpoint: tensor {key[:80]!r} has {sizes.get(key)} bytes, not {size}')
+
+
+def _contents(archive: zipfile.ZipFile) -> Tuple[pickles.Contents, Dict[str, int]]:
+    """What the pickle in an archive of torch.save names, and the bytes of each tensor storage beside it."""
+    names = archive.namelist()
+    described = [name for name in names if re.fullmatch(r'(.*/)?data\.pkl', name, re.DOTALL)]
+    if len(described) != 1 or described[0].count('/') != 1:
+        raise ValueError('it is another kind of archive')
+    prefix = described[0].removesuffix('data.pkl')
+    if not all(name.startswith(prefix) for name in names):
+        raise ValueError('it is more than one archive')
+    with archive.open(described[0]) as file:
+        contents = pickles.inspect(file, archive.getinfo(described[0]).file_size)
+        if file.read(1):
+            raise ValueError('there is something behind its pickle')
+    data = f'{prefix}data/'
+    return contents, {
+        member.filename.removeprefix(data): member.file_size for member in archive.infolist()
+        if member.filename.startswith(data)}
+
+
+def _check_members(members: List[zipfile.ZipInfo], size: int) -> None:
+    """As torch.save writes them: not compressed, so that there can't be more in an archive than its size."""
+    if any(member.filename.endswith('/constants.pkl') for member in members):
+        raise ValueError('it is a TorchScript program; save its state_dict() instead')
+    # PyTorch's reader of archives doesn't tell A from a
+    if len({member.filename.lower() for member in members}) < len(members):
+        raise ValueError('a name is in its directory twice')
+    for member in members:
+        if member.flag_bits & 1:
+            raise ValueError('it asks for a password')
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f'{member.filename!r} is compressed')
+        if member.filename != member.orig_filename or member.file_size != member.compress_size:
+            raise ValueError(f'{member.orig_filename!r} has two names or sizes')
+    if sum(member.file_size for member in members) > size:
+        raise ValueError('its parts are larger than the file')
+
+
+def _directory_offset(path: Union[str, Path]) -> int:
+    """Where an archive's end says that its directory is: Python looks right before the end instead.
+
+    Of PyTorch's writer, which always adds a 64-bit end, or of another without one.
+    """
+    with open(path, 'rb') as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 98, 0))
+        end = file.read()
+    if end[-22:-18] != b'PK\x05\x06':
+        raise ValueError('something is behind its end')
+    if end[-42:-38] != b'PK\x06\x07':
+        return int.from_bytes(end[-6:-2], 'little')
+    if int.from_bytes(end[-34:-26], 'little') != size - 98:
+        raise ValueError('it has two ends')
+    return int.from_bytes(end[48:56], 'little')
+
+
+def _describe(start: bytes) -> str:
+    if not start:
+        return 'is empty'
+    if start.lstrip()[:1] == b'<':
+        return 'is an HTML or XML page (a download that asked for a login or a confirmation?)'
+    if start.startswith(b'version https://git-lfs'):
+        return 'is a Git LFS pointer, not the file itself (run git lfs pull)'
+    return f'starts with {start[:8]!r}'
