@@ -50,6 +50,7 @@ class LargeKernelConv(nn.Module):
         if small_kernel_size > kernel_size:
             raise ValueError(
                 f'small_kernel_size must not exceed the large kernel, {kernel_size}, got {small_kernel_size}')
+        self.small_kernel_size = small_kernel_size
         self.large = ConvNormAct(
             SMPDepthwiseConv2d(channels, kernel_size, num_points, dilation, **dd),
             create_norm(norm_layer, channels, **dd),
@@ -64,6 +65,24 @@ class LargeKernelConv(nn.Module):
         if self.small is not None:
             y = y + self.small(x)
         return y
+
+    @torch.jit.ignore
+    def rescale(self, scale: float) -> None:
+        """Draws the large kernel with ``1 + 2 * round(scale * (k - 1) / 2)`` elements a side from now on.
+
+        Args:
+            scale: How many times as densely as at the ``kernel_size`` k of the constructor.
+
+        Raises:
+            ValueError: The kernel would be smaller than the small one.
+        """
+        large: Any = self.large.conv
+        size = 1 + 2 * round(scale * (large.base_size - 1) / 2)
+        if size < self.small_kernel_size or size < 1:
+            raise ValueError(
+                f'a kernel of {large.base_size} must be scaled to at least {max(self.small_kernel_size, 1)} elements, '
+                f'got {size} (scale {scale})')
+        large.resize(size)
 
     @torch.jit.ignore
     @torch.no_grad()

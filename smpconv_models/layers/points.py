@@ -120,6 +120,47 @@ def sample_kernel(
     return kernel.unflatten(-1, kernel_size)
 
 
+def resample_kernel(
+        coords: Tensor,
+        radius: Tensor,
+        weights: Tensor,
+        base_size: List[int],
+        kernel_size: List[int],
+) -> Tensor:
+    """Draws the kernel of ``base_size`` on another grid, with the same response to a constant input. One leaf for fx.
+
+    Every point keeps the sum of its tent over the grid. On a coarser grid the tents are wider by as much as a point may
+    be farther from the nearest element, lest they fall between the elements.
+
+    Args:
+        coords: ``(..., P, d)``.
+        radius: ``(..., P)``.
+        weights: ``(..., C, P)``, for the kernel of ``base_size`` without normalization.
+        base_size: d sizes.
+        kernel_size: d sizes of the kernel to draw.
+
+    Returns:
+        ``(..., C, *kernel_size)`` in the dtype of ``weights``; positions and sums in float32 at least.
+    """
+    if has_torch_function_variadic(coords, radius, weights):
+        return handle_torch_function(
+            resample_kernel, (coords, radius, weights), coords, radius, weights, base_size, kernel_size)
+    dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
+    base = tents(sampling_grid(base_size, device=coords.device, dtype=dtype), coords, radius)
+    wider = max(_farthest(kernel_size) - _farthest(base_size), 0.)
+    g = tents(sampling_grid(kernel_size, device=coords.device, dtype=dtype), coords, radius + wider)
+    g = g * (base.sum(-1) / g.sum(-1).clamp_min(1e-6)).unsqueeze(-1)
+    return (weights.to(g.dtype) @ g).to(weights.dtype).unflatten(-1, kernel_size)
+
+
+def _farthest(kernel_size: List[int]) -> float:
+    """How far in L1 a point may be from the nearest element of a grid: half a spacing in each axis."""
+    distance = 0.
+    for size in kernel_size:
+        distance += 1 / max(size - 1, 1)
+    return distance
+
+
 def clip_radius(radius: Tensor, low: float, high: float) -> Tensor:
     """The radius held in [low, high] in the forward pass, with the gradient of the identity. One leaf for fx.
 

@@ -20,6 +20,8 @@ class SMPDepthwiseConv2d(nn.Module):
     In any trainer the radius that the forward pass uses lies within ``radius_range`` and keeps its gradient; the
     coordinates are free.
 
+    The points are a function, which can be drawn at another size too: see :meth:`resize`.
+
     Args:
         channels: Input and output channels C.
         kernel_size: Odd side length k of the kernel.
@@ -54,6 +56,7 @@ class SMPDepthwiseConv2d(nn.Module):
             raise ValueError(f'num_points must be at least 1, got {num_points}')
         self.channels = channels
         self.kernel_size = kernel_size
+        self.base_size = kernel_size
         self.dilation = dilation
         self.coords_std = coords_std
         self.radius_range = radius_range
@@ -67,15 +70,35 @@ class SMPDepthwiseConv2d(nn.Module):
     def reset_parameters(self) -> None:
         points.init_weights_(self.weight)
         points.init_coords_(self.coords, std=self.coords_std)
-        points.init_radius_(self.radius, self.kernel_size, ndim=2)
+        points.init_radius_(self.radius, self.base_size, ndim=2)
         clip_radius_(self)  # 3x3 kernels would start beyond the range
 
     def kernel(self) -> Tensor:
         """The kernel as ``conv2d`` takes it, ``(C, 1, k, k)``."""
         radius = points.clip_radius(self.radius, self.radius_range[0], self.radius_range[1])
-        kernel = points.sample_kernel(
-            self.coords, radius, self.weight, [self.kernel_size, self.kernel_size], normalize=False)
+        size = [self.kernel_size, self.kernel_size]
+        if self.kernel_size == self.base_size:
+            kernel = points.sample_kernel(self.coords, radius, self.weight, size, normalize=False)
+        else:
+            kernel = points.resample_kernel(
+                self.coords, radius, self.weight, [self.base_size, self.base_size], size)
         return kernel.unsqueeze(1)
+
+    @torch.jit.ignore
+    def resize(self, kernel_size: int) -> None:
+        """Draws the same points on another grid from now on, for images of another resolution.
+
+        Each point keeps the sum that it has at the size of the constructor, ``base_size``, and so the kernel its
+        response to a constant image. The parameters stay as they are: a state dict fits at every size.
+
+        Args:
+            kernel_size: Odd side length of the kernel.
+
+        Raises:
+            ValueError: It is even.
+        """
+        check_odd(kernel_size)
+        self.kernel_size = kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.kernel(), dilation=self.dilation, backend=self.backend)
@@ -93,8 +116,9 @@ class SMPDepthwiseConv2d(nn.Module):
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
+        base = '' if self.kernel_size == self.base_size else f', base_size={self.base_size}'
         return (
-            f'{self.channels}, kernel_size={self.kernel_size}, num_points={self.coords.shape[0]}, '
+            f'{self.channels}, kernel_size={self.kernel_size}{base}, num_points={self.coords.shape[0]}, '
             f'dilation={self.dilation}, backend={self.backend!r}'
         )
 
