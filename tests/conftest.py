@@ -1,6 +1,9 @@
 """Fixtures for all tests."""
+import logging
+import os
 from pathlib import Path
 
+os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'  # nobody is there: no test leaves the machine
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,3 +26,13 @@ def poison():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_stay():
+    """Programs called as functions log to a standard output that ends with the test, and at a level of their own."""
+    before, level = list(logging.root.handlers), logging.root.level
+    yield
+    logging.root.setLevel(level)
+    for handler in set(logging.root.handlers) - set(before):
+        logging.root.removeHandler(handler)

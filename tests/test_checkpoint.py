@@ -252,7 +252,7 @@ def test_forbidden_global_is_not_executed(tmp_path, released, new_format):
 def test_another_variants_file(tmp_path, released):
     path = release_file(tmp_path / 'smpconv.pth.tar', released[0])
     for changes in (
-            dict(depths=(1, 1, 3, 1)), dict(dims=(8, 16, 24, 40)), dict(kernel_sizes=(15, 11, 9, 7)),
+            dict(depths=(1, 1, 3, 1)), dict(dims=(8, 16, 24, 40)),
             dict(small_kernel_size=0), dict(points_divisor=8), dict(mlp_ratio=2.)):
         with pytest.raises(ValueError, match=r'the checkpoint does not fit the model: .*tensors missing') as error:
             create(path, **changes)

@@ -50,6 +50,7 @@ def test_public_names_exist(module):
 # The table of CONTRIBUTING.md: part -> what it may import besides the standard library and itself.
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
+DOWNLOAD, ORIGINAL, HUB = 'smpconv_models.download', 'smpconv_models.original', 'smpconv_models.hub'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
 BENCHMARKS = tuple(path.stem for path in (PACKAGE.parent / 'benchmarks').glob('*.py'))  # scripts see their neighbours
@@ -57,17 +58,23 @@ MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
     'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._call', f'{OPS}._phases'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
-    'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT),
-    'smpconv_models/checkpoint.py': ('torch', 'safetensors'),
+    'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, DOWNLOAD, ORIGINAL),
+    'smpconv_models/checkpoint': ('torch', 'safetensors'),
+    'smpconv_models/download.py': ('huggingface_hub', CHECKPOINT),
+    'smpconv_models/original.py': ('huggingface_hub', 'tqdm', CHECKPOINT),
+    'smpconv_models/hub.py': ('torch', 'timm', 'huggingface_hub', f'{MODELS}.identify', CHECKPOINT, DOWNLOAD),
     'smpconv_models/figures.py': ('torch', 'numpy', 'matplotlib', LAYERS),
     'smpconv_models/training': (
         'torch', 'timm', 'PIL', 'numpy', 'sklearn', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS, CHECKPOINT,
-        FIGURES, 'smpconv_models.__version__'),
+        FIGURES, f'{MODELS}.identify', 'smpconv_models.__version__'),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', *PUBLIC_TRAINING),
     'validate.py': ('smpconv_models', *PUBLIC_TRAINING),
-    'benchmarks': ('torch', 'timm', 'tqdm', 'matplotlib', 'smpconv_models', *PUBLIC_TRAINING, *BENCHMARKS),
+    'hub': ('smpconv_models', HUB, ORIGINAL),
+    'benchmarks': (
+        'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'matplotlib', 'smpconv_models', *PUBLIC_TRAINING,
+        *BENCHMARKS),
 }
 
 
@@ -133,7 +140,8 @@ def test_backends_do_not_know_each_other():
     ('smpconv_models/ops', 'def f():\n    import timm'),
     ('smpconv_models/ops', 'def f():\n    import triton'),
     ('smpconv_models/figures.py', 'import smpconv_models.models.smpconv'),
-    ('smpconv_models/checkpoint.py', 'from . import layers'),
+    ('smpconv_models/checkpoint', 'from smpconv_models import layers'),
+    ('smpconv_models/download.py', 'import timm'),
     ('train.py', 'import smpconv_models.ops._cpu'),
     ('validate.py', 'from smpconv_models.training.step import Stepper'),
 ])

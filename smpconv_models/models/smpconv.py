@@ -6,6 +6,7 @@ CVPR 2023, https://arxiv.org/abs/2304.02330. T and B are section 4.3 and appendi
 Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose T and B checkpoints load here. The block structure is
 RepLKNet's (https://arxiv.org/abs/2203.06717). The implementation is this project's own, and so is the nano variant.
 """
+import math
 from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
@@ -13,14 +14,15 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import ConvFFN, ConvNormAct, LargeKernelBlock
+from smpconv_models.layers import ConvFFN, ConvNormAct, LargeKernelBlock, LargeKernelConv
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, check_odd, create_act, create_norm
 from smpconv_models.layers.large_kernel import pointwise
+
+from ._pretrained import HUB_NAMESPACE, local_weights
 
 __all__ = ['SMPConvNet']
 
@@ -103,6 +105,9 @@ class SMPConvNet(nn.Module):
         points_divisor: A kernel of side k has ``k * k // points_divisor`` points.
         mlp_ratio: Hidden channels of the ConvFFN over its channels.
         small_kernel_size: Odd side of the kernel parallel to the large one; 0 for none.
+        kernel_scale: Draws the points of ``kernel_sizes`` on grids so many times as fine, one number for all stages or
+            one for each: for images of another resolution than the weights were trained on. See
+            :meth:`set_kernel_scale`.
         act_layer: Activation of the stem, the downsampling and the large-kernel blocks; a callable or timm's name.
         ffn_act_layer: Activation of the ConvFFN.
         norm_layer: Normalization; any callable that takes the channels, or timm's name.
@@ -127,6 +132,7 @@ class SMPConvNet(nn.Module):
             points_divisor: int = 4,
             mlp_ratio: float = 4.,
             small_kernel_size: int = 5,
+            kernel_scale: Union[float, Sequence[float]] = 1.,
             act_layer: ActLayer = 'relu',
             ffn_act_layer: ActLayer = 'gelu',
             norm_layer: NormLayer = 'batchnorm2d',
@@ -181,6 +187,7 @@ class SMPConvNet(nn.Module):
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.init_weights(needs_reset=False)
+        self.set_kernel_scale(kernel_scale)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -212,6 +219,30 @@ class SMPConvNet(nn.Module):
         stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_kernel_scale(self, scale: Union[float, Sequence[float]]) -> None:
+        """Draws the large kernels on other grids from now on; the parameters stay as they are.
+
+        The elements lie ``scale`` times as densely, and a constant image gets the same response. The small kernels
+        beside the large ones have no other resolution, and stay.
+
+        Args:
+            scale: One number for all stages, or one for each; see :meth:`LargeKernelConv.rescale`.
+
+        Raises:
+            ValueError: Not as many numbers as stages, a kernel would be smaller than the small one beside it, or the
+                kernels are not drawn from points any more.
+        """
+        scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(self.stages)
+        if len(scales) != len(self.stages):
+            raise ValueError(f'kernel_scale must have one entry for each of {len(self.stages)} stages, got {scale}')
+        for stage, factor in zip(self.stages, scales):
+            layers = [module for module in stage.modules() if isinstance(module, LargeKernelConv)]
+            if not layers:
+                raise ValueError('kernel_scale needs the points, and these kernels are drawn (re-parameterized)')
+            for layer in layers:
+                layer.rescale(factor)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -360,7 +391,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Di
         adapted.append('stem.0.conv.weight')
     if model.num_classes != cfg.get('num_classes', model.num_classes):
         adapted += ['head.fc.weight', 'head.fc.bias']
-    return checkpoint.adapt(state_dict, model, ignore=adapted)
+    state_dict = checkpoint.adapt(state_dict, model, ignore=adapted)
+    checkpoint.check_finite(state_dict)
+    return state_dict
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
@@ -377,8 +410,8 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'smpconv_t.in1k': _cfg(),
-    'smpconv_b.in1k': _cfg(),
+    'smpconv_t.in1k': _cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_t.in1k'),
+    'smpconv_b.in1k': _cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_b.in1k'),
     'smpconv_mobile31.untrained': _cfg(),
     'smpconv_mobile51.untrained': _cfg(),
     'smpconv_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
@@ -386,11 +419,10 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
+    _check_configuration(**kwargs)
     if pretrained:
-        source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        if source.file:
-            # read once before timm does, whose complaints of a bad file are long and of many kinds
-            checkpoint.select_state_dict(checkpoint.read_file(source.file))
+        kwargs['pretrained_cfg_overlay'], weights = local_weights(variant, **kwargs)
+        kwargs.update(_resampled(weights, **kwargs))
     num_stages = len(kwargs['depths'])
     if kwargs.get('features_only'):
         kwargs.setdefault('num_classes', 0)  # features have no use for a classifier, nor for a file's
@@ -401,6 +433,78 @@ def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SM
         feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         **kwargs,
     )
+
+
+# What a configuration from elsewhere may ask for: parameters, the side of a kernel, blocks.
+_MOST_PARAMETERS, _MOST_SIDE, _MOST_BLOCKS = 2e9, 511, 1000
+
+
+def _check_configuration(
+        pretrained_cfg: Any = None,
+        depths: Any = (),
+        dims: Any = (),
+        kernel_sizes: Any = (31, 29, 27, 13),
+        kernel_scale: Any = 1.,
+        mlp_ratio: Any = 4.,
+        num_classes: Any = None,
+        in_chans: Any = None,
+        **kwargs: Any,
+) -> None:
+    """Raises ValueError where the configuration of a repository or folder would take any amount of memory or time."""
+    if not isinstance(pretrained_cfg, dict) or pretrained_cfg.get('source') not in ('hf-hub', 'local-dir'):
+        return
+    num_classes = pretrained_cfg.get('num_classes', 0) if num_classes is None else num_classes
+    in_chans = pretrained_cfg.get('input_size', (3,))[0] if in_chans is None else in_chans
+    scales = kernel_scale if isinstance(kernel_scale, (list, tuple)) else [kernel_scale]
+    try:
+        blocks = sum(depths)
+        side = max(kernel_sizes) * max(1., *scales)
+        parameters = dims[-1] * num_classes + dims[0] * in_chans + sum(
+            depth * dim ** 2 * (2 + 2 * mlp_ratio) for depth, dim in zip(depths, dims))
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError(f'the configuration of the weights is malformed: {error}') from error
+    if not (blocks <= _MOST_BLOCKS and side <= _MOST_SIDE and parameters <= _MOST_PARAMETERS):
+        raise ValueError(
+            f'the configuration of the weights asks for {blocks} blocks, kernels of {side:g} and {parameters:.1e} '
+            f'parameters; expected at most {_MOST_BLOCKS}, {_MOST_SIDE} and {_MOST_PARAMETERS:.0e}')
+
+
+def _resampled(
+        weights: Dict[str, Tensor],
+        kernel_sizes: Optional[Sequence[int]] = None,
+        kernel_scale: Union[float, Sequence[float]] = 1.,
+        points_divisor: int = 4,
+        **kwargs: Any,
+) -> Dict[str, Any]:
+    """The arguments with which kernels of other sizes than the weights' are drawn from the weights' points."""
+    trained = _trained_sizes(weights, points_divisor)
+    if kernel_sizes is None or len(kernel_sizes) != len(trained) or list(kernel_sizes) == trained:
+        return {}
+    if kernel_scale != 1:
+        raise ValueError(f'kernel_sizes {kernel_sizes}, other than the weights\' {trained}, contradict kernel_scale')
+    for size in kernel_sizes:
+        check_odd(size)
+    return {
+        'kernel_sizes': trained,
+        'kernel_scale': [(size - 1) / max(base - 1, 1) for size, base in zip(kernel_sizes, trained)],
+    }
+
+
+def _trained_sizes(weights: Dict[str, Tensor], points_divisor: int) -> List[int]:
+    """The kernels' sides, by the numbers of points; none where these fit no odd side."""
+    if checkpoint.is_release(weights):
+        weights = checkpoint.from_release(weights)
+    sizes: List[int] = []
+    while points_divisor >= 1:
+        coords = weights.get(f'stages.{len(sizes)}.blocks.0.mixer.large_kernel.large.conv.coords')
+        if coords is None:
+            return sizes
+        size = math.isqrt(len(coords) * points_divisor)
+        size += 1 if size ** 2 // points_divisor < len(coords) else 0
+        if size % 2 == 0 or size ** 2 // points_divisor != len(coords):
+            return []
+        sizes.append(size)
+    return []
 
 
 def _check_out_indices(out_indices: Union[int, Sequence[int], None], num_stages: int) -> None:

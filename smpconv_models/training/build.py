@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from smpconv_models import checkpoint
+from smpconv_models.models import identify
 
 
 def select_device(name: Optional[str], local_rank: Optional[int] = None) -> torch.device:
@@ -86,7 +87,7 @@ def create_model(name: Optional[str], **kwargs: Any) -> Any:
     check_name(name)
     try:
         return timm.create_model(name, **kwargs)
-    except (AssertionError, OSError, RuntimeError, TypeError) as error:
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'{name} cannot be created: {checkpoint.first_line(error)}') from error
 
 
@@ -108,23 +109,13 @@ def load_weights(model: nn.Module, loaded: Any, path: str, use_ema: bool = True)
     try:
         return checkpoint.load_into(model, loaded, use_ema)
     except ValueError as error:
-        fitting = _fitting_model(loaded)
-        raise ValueError(f'{path}: {error}' + (f'; it is of {fitting}' if fitting else '')) from error
+        raise ValueError(f'{path}: {error}{_whose(loaded)}') from error
 
 
-def _fitting_model(loaded: Any) -> Optional[str]:
+def _whose(loaded: Any) -> str:
     """Which of this package's models the weights are of, in words."""
     try:
-        state_dict, _ = checkpoint.select_state_dict(loaded)
+        found = identify(checkpoint.select_state_dict(loaded)[0])
     except ValueError:
-        return None
-    if checkpoint.is_release(state_dict):
-        state_dict = checkpoint.from_release(state_dict)
-    head, stem = state_dict.get('head.fc.weight'), state_dict.get('stem.0.conv.weight')
-    if head is None or stem is None:
-        return None
-    for name in timm.list_models('smpconv*'):
-        model = timm.create_model(name, num_classes=len(head), in_chans=stem.shape[1], device='meta')
-        if checkpoint.describe_mismatch(state_dict, model) is None:
-            return f'{name} with {len(head)} classes and {stem.shape[1]} input channels'
-    return None
+        return ''
+    return f'; it is of {found}' if found else ''

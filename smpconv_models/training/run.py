@@ -149,6 +149,8 @@ def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str
             raise ValueError(f'--model-kwargs {key}={model_kwargs[key]} contradicts {value}, which an option gives it')
     random_seed(args.seed, 0)
     model = create_model(args.model, pretrained=args.pretrained, **model_kwargs)
+    if args.pretrained:
+        _check_repeats(args, model, model_kwargs)
     data.check_num_classes(classes, model.num_classes)
     if args.initial_checkpoint:
         load_weights(model, checkpoint.read_file(args.initial_checkpoint), args.initial_checkpoint)
@@ -158,6 +160,16 @@ def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str
         except (AssertionError, AttributeError) as error:
             raise ValueError(f'{args.model} has no --grad-checkpointing') from error
     return model, {**model_kwargs, 'num_classes': model.num_classes}
+
+
+def _check_repeats(args: Namespace, model: Any, model_kwargs: Dict[str, Any]) -> None:
+    """Raises ValueError where the arguments make another model without pretrained weights: who would load its own?"""
+    again = create_model(args.model, **model_kwargs, device='meta')
+    shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, again)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f'{args.model} with {model_kwargs} is another model without --pretrained; for kernels of other sizes than '
+            'the weights were trained with, take kernel_scale')
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from test_data import make_folder
 
@@ -195,7 +196,8 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--experiment', '..'], '--experiment must be the name of a folder, got ..'),
     ([*TINY, '--nonsense'], 'unrecognized arguments: --nonsense'),
     ([*TINY, '--in-chans', '4'], 'got in_chans 4'),
-    (['--model', 'smpconv_t', '--pretrained'], 'No pretrained weights exist'),
+    (['--model', 'smpconv_mobile31', '--pretrained'], 'No pretrained weights exist'),
+    (['--model', 'smpconv_t', '--pretrained'], 'smpconv_t.in1k/model.safetensors cannot be downloaded from http://127'),
     (['--config', 'nowhere.yaml'], '--config nowhere.yaml cannot be read'),
 ])
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, argv, told):
@@ -289,3 +291,17 @@ def test_the_digits_recipe_reaches_its_accuracy(tmp_path, capsys):
     assert accuracy >= 98.5
     run(validate.main, '--checkpoint', tmp_path / 'digits' / 'last.pth.tar')
     assert json.loads(capsys.readouterr().out.splitlines()[-1])['top1'] == pytest.approx(accuracy, abs=1e-3)
+
+
+def test_a_pretrained_model_that_could_not_be_made_again_is_refused(tmp_path, capsys):
+    """Its checkpoints would fit no model that their arguments make."""
+    weights = timm.create_model('smpconv_nano', num_classes=10, in_chans=1)
+    torch.save(weights.state_dict(), tmp_path / 'weights.pth')
+    overlay = f"pretrained_cfg_overlay={{'file': {str(tmp_path / 'weights.pth')!r}, 'num_classes': 10, " \
+              "'input_size': (1, 32, 32)}"
+    command = [
+        '--model', 'smpconv_nano', '--dataset', 'digits', '--in-chans', 1, '--pretrained', '--epochs', 1,
+        '--warmup-epochs', 0, '--batch-size', 512, '--workers', 0, '--output', tmp_path / 'output', '--model-kwargs']
+    line = refused(train.main, capsys, *command, overlay, 'kernel_sizes=(29,25,13,9)')
+    assert 'is another model without --pretrained' in line and 'take kernel_scale' in line
+    assert not (tmp_path / 'output').exists()

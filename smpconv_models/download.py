@@ -1,0 +1,154 @@
+"""Weight files from the Hugging Face Hub, checked against their checksums.
+
+The Hub's client checks a file's size alone, takes the name under which it caches a file from the server, and lets the
+HTTP library's errors through. Here a server's names are looked at first, what is cached is held against its checksum,
+and what fails is one line that says what to do.
+"""
+import hashlib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, Tuple, Union
+
+from huggingface_hub import (
+    HfFileMetadata,
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .checkpoint import file_sha256, first_line
+
+_logger = logging.getLogger(__name__)
+
+# The client's, the system's, and the HTTP library's, of which the client's are made, whichever it is.
+HUB_ERRORS: Tuple[Any, ...] = (EntryNotFoundError, OSError, *HfHubHTTPError.__mro__[1:-3])
+
+# By status.
+_ADVICE = {
+    401: 'set HF_TOKEN to a valid token', 403: 'the token in HF_TOKEN has no access to it',
+    429: 'too many requests: wait a while, or set HF_TOKEN',
+}
+
+# The Hub names a file by its SHA-256 if it is large, else as Git does.
+_SHA256, _GIT_SHA1 = re.compile('[0-9a-f]{64}'), re.compile('[0-9a-f]{40}')
+
+
+class NotPublished(ValueError):
+    """There is no repository of this name, or none that this user may know of."""
+
+
+def from_hub(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
+    """A file of a model repository, from the cache if it is there in the revision that the Hub has.
+
+    Args:
+        repo: ``OWNER/NAME``, or ``OWNER/NAME@REVISION`` for a branch, a tag or a commit.
+        filename: In the repository.
+        cache_dir: The Hub client's, by default its own.
+
+    Returns:
+        Its path in the cache; held against its checksum.
+
+    Raises:
+        NotPublished: No such repository.
+        ValueError: No such revision or file, no access, no network and nothing cached, or another content than the
+            checksum says (what was cached of it is removed).
+    """
+    name, _, revision = repo.partition('@')
+    try:
+        path = _fetch(name, filename, revision or 'main', cache_dir)
+    except HFValidationError as error:
+        raise ValueError(f'{name!r} is no repository of the Hub: {first_line(error)}') from error
+    _check_cached(path)
+    return path
+
+
+def _fetch(repo: str, filename: str, revision: str, cache_dir: Union[str, Path, None]) -> Path:
+    options: Any = {'revision': revision, 'cache_dir': cache_dir}
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return Path(hf_hub_download(repo, filename, local_files_only=True, **options))
+        _check_names(get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), token=get_token()))
+        return Path(hf_hub_download(repo, filename, **options))
+    except HUB_ERRORS as error:
+        line = _explained(error, repo, filename, revision)
+        try:
+            path = Path(hf_hub_download(repo, filename, local_files_only=True, **options))
+        except LocalEntryNotFoundError:
+            is_unknown = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+            raise (NotPublished if is_unknown else ValueError)(line) from error
+        _logger.warning('%s; the cached file is used', line)
+        return path
+
+
+def _explained(error: BaseException, repo: str, filename: str, revision: str) -> str:
+    """What happened and what to do, in a line."""
+    what = f'{repo}/{filename}' + ('' if revision == 'main' else f' at {revision}')
+    if constants.HF_HUB_OFFLINE:
+        return f'HF_HUB_OFFLINE is set and {what} is not in the cache: unset it once'
+    if isinstance(error, GatedRepoError):
+        return f'{repo} asks for an agreement first: see {constants.ENDPOINT}/{repo}, then set HF_TOKEN'
+    if isinstance(error, RepositoryNotFoundError):
+        return f'{constants.ENDPOINT} has no repository {repo}, or it is private: check the name, or set HF_TOKEN'
+    if isinstance(error, RevisionNotFoundError):
+        return f'{repo} has no revision {revision}'
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return f'{what} does not exist'
+    return f'{what} cannot be downloaded from {constants.ENDPOINT} ({reason(error)})'
+
+
+def reason(error: BaseException) -> str:
+    """Why the Hub or the way to it failed, in a line that says what to do."""
+    cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ else error
+    status = getattr(getattr(cause, 'response', None), 'status_code', None)
+    what = f'{type(cause).__name__}: {first_line(cause)}' if status is None else f'status {status}'
+    if getattr(cause, 'errno', None) is not None:  # this machine's: a full disk, say
+        return what
+    return f'{what}: {_ADVICE.get(status or 0, "see HF_ENDPOINT and HTTPS_PROXY")}'
+
+
+def _check_names(metadata: HfFileMetadata) -> None:
+    """The client makes paths of these; OSError, as where there is no Hub, of others (or a network's login page)."""
+    etag, commit = metadata.etag or '', metadata.commit_hash or ''
+    if not (_SHA256.fullmatch(etag) or _GIT_SHA1.fullmatch(etag)) or not _GIT_SHA1.fullmatch(commit):
+        raise OSError(f'it does not answer as the Hub does, but names the file {etag[:80]!r} of {commit[:80]!r}')
+
+
+def _check_cached(path: Path) -> None:
+    """The client leads a file's name to its content, which it keeps under the checksum that the Hub gave it.
+
+    From there it may lead on, to where it keeps the content for several repositories, under a name of another kind.
+    """
+    if not path.is_symlink():  # a file system without links
+        return
+    blob = path.parent / os.readlink(path)
+    if _SHA256.fullmatch(blob.name):
+        found = file_sha256(blob)
+    elif _GIT_SHA1.fullmatch(blob.name):
+        found = git_sha1(blob)
+    else:  # a server that changed its answer after it was looked at; what it led to may be anybody's
+        path.unlink()
+        raise ValueError(f'{constants.ENDPOINT} does not answer as the Hub does: it led {path} to {blob.name[:80]!r}')
+    if found != blob.name:
+        for damaged in (path, blob.resolve(), blob):
+            damaged.unlink(missing_ok=True)
+        raise ValueError(
+            f'{path} is damaged: its checksum is {found}, not {blob.name}; it was removed, to be downloaded again')
+
+
+def git_sha1(path: Path) -> str:
+    """The name that Git gives a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()

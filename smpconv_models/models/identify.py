@@ -1,0 +1,36 @@
+"""Which of this package's models a state dict is of."""
+from typing import Dict, NamedTuple, Optional
+
+import timm
+from torch import Tensor
+
+from smpconv_models import checkpoint
+
+
+class Identity(NamedTuple):
+    """A registered model with the arguments that the weights tell."""
+    name: str
+    num_classes: int
+    in_chans: int
+
+    def __str__(self) -> str:
+        return f'{self.name} with {self.num_classes} classes and {self.in_chans} input channels'
+
+
+def identify(state_dict: Dict[str, Tensor]) -> Optional[Identity]:
+    """The registered model that a state dict fits exactly, by names and shapes; None where there is none.
+
+    Args:
+        state_dict: Of the original release's or ours, without wrappers' prefixes.
+    """
+    if checkpoint.is_release(state_dict):
+        state_dict = checkpoint.from_release(state_dict)
+    head, stem = state_dict.get('head.fc.weight'), state_dict.get('stem.0.conv.weight')
+    if head is None or stem is None or head.ndim != 2 or stem.ndim != 4:
+        return None
+    for name in timm.list_models('smpconv*'):
+        identity = Identity(name, len(head), stem.shape[1])
+        model = timm.create_model(name, num_classes=identity.num_classes, in_chans=identity.in_chans, device='meta')
+        if checkpoint.describe_mismatch(state_dict, model) is None:
+            return identity
+    return None

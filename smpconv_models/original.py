@@ -1,0 +1,131 @@
+"""The original release's weight files, from Google Drive, where its authors keep them.
+
+The release is the code published with the paper (github.com/sangnekim/SMPConv).
+"""
+import logging
+import os
+import re
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple, Union
+from urllib.parse import urlencode
+
+from huggingface_hub.utils import WeakFileLock
+from tqdm import tqdm
+
+from .checkpoint import check_file, file_sha256, first_line
+
+_logger = logging.getLogger(__name__)
+
+# Model -> file.
+FILES = {'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V', 'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9'}
+_ADDRESS = 'https://drive.usercontent.google.com/download'
+_TIMEOUT = 30.  # seconds without a byte
+_BLOCK = 1 << 18
+
+
+def download(model: str, path: Union[str, Path]) -> Path:
+    """Downloads a model's file, unless it is there; goes on where an earlier download broke off.
+
+    The release names no checksums: the file's is logged, and its own, of each part, are checked.
+
+    Args:
+        model: One of :data:`FILES`.
+        path: Where to; until it is whole, under this name with ``.part`` after it.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The release has no such model, the file can't be downloaded, or is no checkpoint.
+    """
+    if model not in FILES:
+        raise ValueError(f'the original release has the weights of {sorted(FILES)}, not of {model}')
+    path = Path(path)
+    if path.exists():
+        return path
+    part = path.with_name(f'{path.name}.part')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(path.with_name(f'{path.name}.lock')):  # every process of a training run comes here
+            if not path.exists():
+                _fetch(FILES[model], part)
+                _take(part, path)
+    except (HTTPException, OSError) as error:
+        kept = f'; what there is of it is kept in {part}' if part.exists() else ''
+        raise ValueError(f'{model} cannot be downloaded from {_ADDRESS}: {first_line(error)}{kept}') from error
+    return path
+
+
+def _take(part: Path, path: Path) -> None:
+    try:
+        check_file(part)
+    except ValueError:
+        part.unlink()
+        raise
+    os.replace(part, path)
+    _logger.info('%s: sha256 %s', path, file_sha256(path))
+
+
+def _fetch(file_id: str, part: Path) -> None:
+    """Appends what is missing. Of a large file Drive first sends a page with a form that asks whether one is sure."""
+    query: Dict[str, str] = {'id': file_id, 'export': 'download'}
+    for _ in range(3):
+        done = part.stat().st_size if part.exists() else 0
+        with _open(query, done) as answer:
+            if answer.headers.get_content_type() != 'text/html':
+                return _append(answer, part, done)
+            page = answer.read(1 << 20).decode(errors='replace')
+        form = _Form(page)
+        if form.fields.get('id') != file_id:  # a login, say
+            raise ValueError(f'Google Drive does not give the file now: {_title(page)}; try later')
+        query = form.fields
+    raise ValueError('Google Drive asks again and again whether to download; try later')
+
+
+def _open(query: Dict[str, str], done: int) -> HTTPResponse:
+    request = urllib.request.Request(f'{_ADDRESS}?{urlencode(query)}')
+    if done:
+        request.add_header('Range', f'bytes={done}-')
+    try:
+        return urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is left of it
+            raise OSError(f'the file has changed: remove what was downloaded ({done} bytes)') from error
+        raise
+
+
+def _append(answer: HTTPResponse, part: Path, done: int) -> None:
+    if answer.status != 206:  # it sends the whole
+        done = 0
+    length = answer.headers.get('Content-Length')
+    total = None if length is None else done + int(length)
+    with open(part, 'ab' if done else 'wb') as file, tqdm(
+            desc=part.stem, total=total, initial=done, unit='B', unit_scale=True, disable=None) as bar:
+        while block := answer.read(_BLOCK):
+            file.write(block)
+            bar.update(len(block))
+    if total is not None and part.stat().st_size != total:
+        raise OSError(f'the connection ended after {part.stat().st_size} of {total} bytes')
+
+
+class _Form(HTMLParser):
+    """The fields of a page's form, by name."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.fields: Dict[str, str] = {}
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
+        given = dict(attrs)
+        if tag == 'input' and given.get('name'):
+            self.fields[str(given['name'])] = given.get('value') or ''
+
+
+def _title(page: str) -> str:
+    found = re.search(r'<title>(.*?)</title>', page, re.S | re.I)
+    return ' '.join(found[1].split())[:80] if found else 'it sends a page without a title'

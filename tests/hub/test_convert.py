@@ -1,0 +1,425 @@
+"""From a checkpoint to a folder to the Hub to a model."""
+import argparse
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from common import randomize_, relative_error
+from huggingface_hub import constants
+from loopback import LoopbackHub
+from safetensors.torch import load_file, save_file
+
+import smpconv_models
+from smpconv_models import checkpoint, hub, original
+
+ROOT = Path(__file__).parents[2]
+TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7))
+REPO = 'tester/model'
+
+
+def program(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'hub' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+convert, publish = program('convert'), program('publish')
+
+
+def run(module, *argv):
+    return module.main([str(argument) for argument in argv])
+
+
+def refused(capsys, module, *argv):
+    with pytest.raises(SystemExit, match='2'):
+        run(module, *argv)
+    told = capsys.readouterr().err
+    assert 'Traceback' not in told
+    line = told.strip().splitlines()[-1]  # after the Hub client's bars and retries
+    assert line.startswith(f'{module.__name__}.py: error: ')
+    return line
+
+
+def namespace(**changes):
+    return argparse.Namespace(**{**dict(model='smpconv_t', model_kwargs=TINY, num_classes=10, lr=0.1), **changes})
+
+
+@pytest.fixture(scope='module')
+def released(golden):
+    """A state dict in the release's names, an image and its logits."""
+    data = golden('imagenet_tiny')
+    state_dict = {
+        key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
+    return state_dict, data['input'], data['logits']
+
+
+@pytest.fixture
+def file(tmp_path, released):
+    zeros = {key: torch.zeros_like(value) for key, value in released[0].items()}
+    path = tmp_path / 'release.pth.tar'
+    torch.save({'state_dict': zeros, 'state_dict_ema': released[0], 'epoch': 3, 'args': namespace()}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory, released):
+    path = tmp_path_factory.mktemp('converted') / 'release.pth.tar'
+    torch.save({'state_dict': released[0], 'args': namespace()}, path)
+    return hub.convert(path, path.with_name('folder'), card=(ROOT / 'hub/model_card.md').read_text()).folder
+
+
+@pytest.fixture
+def folder(tmp_path, converted):
+    return Path(shutil.copytree(converted, tmp_path / 'folder'))
+
+
+def load(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+# --- convert ---
+
+
+def test_a_release_file_becomes_a_folder_that_timm_loads(tmp_path, file, released, capsys):
+    _, image, logits = released
+    assert run(convert, file, tmp_path / 'folder', '--source', 'somewhere') == 0
+    told = capsys.readouterr().out
+    assert "smpconv_t, the weights under 'state_dict_ema'" in told
+    assert relative_error(load(tmp_path / 'folder')(image), logits) < 1e-5
+    assert sorted(os.listdir(tmp_path / 'folder')) == ['README.md', 'config.json', 'model.safetensors']
+    config = json.loads((tmp_path / 'folder/config.json').read_text())
+    sha256 = checkpoint.file_sha256(tmp_path / 'folder/model.safetensors')
+    assert config['architecture'] == 'smpconv_t' and config['source'] == 'somewhere' and config['license'] == 'mit'
+    assert config['sha256'] == sha256 and sha256 in told and config['model_args']['depths'] == [1, 1, 2, 1]
+    card = (tmp_path / 'folder/README.md').read_text()
+    assert sha256 in card and 'license: mit' in card and not re.search(r'\{\w+\}', card)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith('.')] == []
+
+
+def test_the_folder_takes_other_classes_channels_and_features(tmp_path, file):
+    hub.convert(file, tmp_path / 'folder')
+    assert load(tmp_path / 'folder', num_classes=7)(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+    assert load(tmp_path / 'folder', in_chans=1)(torch.randn(1, 1, 32, 32)).shape == (1, 10)
+    assert len(load(tmp_path / 'folder', features_only=True)(torch.randn(1, 3, 32, 32))) == 4
+
+
+def test_the_weights_that_are_not_averaged(tmp_path, file, capsys):
+    assert run(convert, file, tmp_path / 'folder', '--no-use-ema') == 0
+    assert "the weights under 'state_dict'" in capsys.readouterr().out
+    assert not load(tmp_path / 'folder')(torch.randn(1, 3, 32, 32)).any()
+
+
+def test_our_own_checkpoint_keeps_its_data_and_classes(tmp_path):
+    model = randomize_(timm.create_model('smpconv_nano', num_classes=2, in_chans=1)).eval()
+    torch.save({
+        'state_dict': model.state_dict(), 'model_kwargs': {'num_classes': 2, 'in_chans': 1}, 'classes': ['cat', 'dog'],
+        'args': {'model': 'smpconv_nano', 'img_size': 16, 'mean': [0.3], 'std': [0.4], 'crop_pct': 0.9},
+    }, tmp_path / 'ours.pth.tar')
+    done = hub.convert(tmp_path / 'ours.pth.tar', tmp_path / 'folder')
+    assert (done.architecture, done.key) == ('smpconv_nano', 'state_dict')
+    loaded = load(tmp_path / 'folder')
+    image = torch.randn(2, 1, 16, 16)
+    assert torch.equal(loaded(image), model(image))
+    data = timm.data.resolve_model_data_config(loaded)
+    assert data['input_size'] == (1, 16, 16) and list(data['mean']) == [0.3] and data['crop_pct'] == 0.9
+    assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog']
+
+
+@pytest.mark.parametrize('prefix, dtype', [('module.', torch.float32), ('_orig_mod.', torch.float16)])
+def test_bare_state_dicts_are_told_by_their_shapes(tmp_path, prefix, dtype):
+    model = randomize_(timm.create_model('smpconv_nano', num_classes=4)).eval()
+    state = {prefix + key: value.to(dtype) if value.is_floating_point() else value
+             for key, value in model.state_dict().items()}
+    save_file(state, tmp_path / 'weights.safetensors')
+    done = hub.convert(tmp_path / 'weights.safetensors', tmp_path / 'folder')
+    assert (done.architecture, done.key) == ('smpconv_nano', '')
+    image = torch.randn(1, 3, 32, 32)
+    assert relative_error(load(tmp_path / 'folder')(image), model(image)) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_files_have_the_users_permissions(tmp_path, file):
+    old = os.umask(0o027)
+    try:
+        hub.convert(file, tmp_path / 'folder', card='{architecture}')
+    finally:
+        os.umask(old)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / 'folder').iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+@pytest.mark.parametrize('change, told', [
+    (lambda path: path.write_bytes(b'<html>'), 'HTML'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-500]), 'truncated or damaged'),
+    (lambda path: torch.save(timm.create_model('test_resnet').state_dict(), path), 'it is of none of'),
+    (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model='resnet18')}, path),
+     "got 'resnet18'"),
+    (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model_kwargs={'x': 1})}, path),
+     "unexpected keyword argument 'x'"),
+    (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace()}, path), 'does not fit'),
+    (lambda path: path.unlink(), 'found nothing'),
+])
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path, file, capsys, change, told):
+    change(file)
+    assert told in refused(capsys, convert, file, tmp_path / 'folder')
+    assert {path.name for path in tmp_path.iterdir()} <= {'release.pth.tar'}
+
+
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, released, capsys):
+    state = {**released[0], 'norm.weight': torch.full((32,), float('nan'))}
+    torch.save({'state_dict': state, 'args': namespace()}, tmp_path / 'bad.pth')
+    assert 'not finite: norm.weight' in refused(capsys, convert, tmp_path / 'bad.pth', tmp_path / 'folder')
+    assert not (tmp_path / 'folder').exists()
+
+
+def test_a_folder_with_files_is_left_alone(tmp_path, file, capsys):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'folder/mine').write_text('x')
+    assert 'is there already' in refused(capsys, convert, file, tmp_path / 'folder')
+    assert os.listdir(tmp_path / 'folder') == ['mine']
+
+
+def test_the_originals_file_is_downloaded_first(tmp_path, file, monkeypatch, capsys):
+    asked = []
+
+    def download(model, path):
+        asked.append((model, path))
+        return file
+
+    monkeypatch.setattr(original, 'download', download)
+    assert run(convert, '--download', 'smpconv_t', '--download-dir', tmp_path, tmp_path / 'folder') == 0
+    assert asked == [('smpconv_t', tmp_path / 'smpconv_t.pth.tar')]
+    config = json.loads((tmp_path / 'folder/config.json').read_text())
+    assert config['source'] == 'https://github.com/sangnekim/SMPConv'
+
+
+# --- load ---
+
+
+def hostile(change):
+    def write(config):
+        change(config)
+        return json.dumps(config)
+    return write
+
+
+@pytest.mark.parametrize('write, told', [
+    (hostile(lambda config: config.update(architecture='resnet18')), "got 'resnet18'"),
+    (hostile(lambda config: config.pop('architecture')), "it has no 'architecture'"),
+    (hostile(lambda config: config.update(model_args={'depths': [10 ** 6] * 4})), '4000000 blocks'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'dims': [10 ** 9] * 4})), 'parameters'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'num_classes': 10 ** 12})), 'parameters'),
+    (hostile(lambda config: config.update(num_classes=10 ** 12) or config['model_args'].pop('num_classes')),
+     'parameters'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'kernel_sizes': [5001] * 4})), 'kernels of 5001'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'kernel_scale': 1000})), 'kernels of 13000'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'depths': 'abcd'})), 'malformed'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'points_divisor': 0})), 'points_divisor'),
+    (hostile(lambda config: config.update(model_args={'nothing': 1})), "unexpected keyword argument 'nothing'"),
+    (hostile(lambda config: config['pretrained_cfg'].update(nothing=1)), "unexpected keyword argument 'nothing'"),
+    (lambda config: '[1, 2]', 'cannot be loaded'),
+    (lambda config: 'nonsense', 'cannot be loaded'),
+])
+def test_a_hostile_configuration_is_one_line(folder, write, told):
+    assert hub.load(folder, num_classes=3).num_classes == 3
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(write(config))
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=told) as error:
+        hub.load(folder)
+    assert '\n' not in str(error.value) and str(folder) in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    assert time.perf_counter() - start < 20
+
+
+# --- publish ---
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """A Hub to publish to, and the client of this process pointed there."""
+    with LoopbackHub(token='hf_test') as server:
+        monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_TELEMETRY', True)
+        monkeypatch.setenv('HF_TOKEN', 'hf_test')
+        monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+        yield server
+
+
+def test_a_dry_run_sends_nothing(remote, folder, capsys):
+    assert run(publish, folder, REPO) == 0
+    told = capsys.readouterr().out
+    assert f'{REPO}: a new repository' in told and told.count('new ') == 4 and 'nothing was sent' in told
+    assert {request.method for request in remote.requests} <= {'GET', 'HEAD'}
+
+
+def test_publishing_sends_what_changed_and_never_the_token(remote, folder, capsys):
+    assert run(publish, folder, REPO, '--publish') == 0
+    assert 'published: ' in capsys.readouterr().out
+    assert {name: path.read_bytes() for name, path in remote.files(REPO).items() if name != '.gitattributes'} == {
+        path.name: path.read_bytes() for path in folder.iterdir()}
+    remote.forget()
+    assert run(publish, folder, REPO, '--publish') == 0
+    assert 'is up to date' in capsys.readouterr().out
+    assert {request.method for request in remote.requests} <= {'GET', 'HEAD'}
+    (folder / 'README.md').write_text('another card')
+    assert run(publish, folder, REPO, '--publish') == 0
+    told = capsys.readouterr().out
+    assert 'changed  README.md' in told and 'same     model.safetensors' in told
+    assert not any('hf_test' in request.path + request.query for request in remote.requests)
+
+
+def other_weights(folder):
+    weights = load_file(folder / 'model.safetensors')
+    weights['norm.weight'] = weights['norm.weight'] + 1
+    save_file(weights, folder / 'model.safetensors')
+    config = json.loads((folder / 'config.json').read_text())
+    config['sha256'] = checkpoint.file_sha256(folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+def test_other_weights_need_force(remote, folder, capsys):
+    assert run(publish, folder, REPO, '--publish') == 0
+    before = remote.files(REPO)['model.safetensors'].read_bytes()
+    other_weights(folder)
+    assert 'has other weights: --force replaces them' in refused(capsys, publish, folder, REPO, '--publish')
+    assert remote.files(REPO)['model.safetensors'].read_bytes() == before
+    assert run(publish, folder, REPO, '--publish', '--force') == 0
+    assert remote.files(REPO)['model.safetensors'].read_bytes() == (folder / 'model.safetensors').read_bytes()
+
+
+def nan_weights(folder):
+    weights = load_file(folder / 'model.safetensors')
+    weights['norm.weight'][0] = float('nan')
+    save_file(weights, folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('change, told', [
+    (nan_weights, 'not finite: norm.weight'),
+    (lambda folder: (folder / 'model.safetensors').write_bytes(b''), 'not a whole safetensors file'),
+    (lambda folder: (folder / 'README.md').unlink(), "no ['README.md']"),
+    (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b'x'), "but ['pytorch_model.bin']"),
+    (lambda folder: (folder / 'config.json').write_text('{}'), 'is not the file whose checksum is in config.json'),
+])
+def test_a_folder_that_is_not_whole_is_not_sent(remote, folder, capsys, change, told):
+    change(folder)
+    assert told in refused(capsys, publish, folder, REPO, '--publish')
+    assert remote.requests == []
+
+
+@pytest.mark.parametrize('token, fault, told', [
+    ('', None, 'publishing needs a token: set HF_TOKEN, or run hf auth login'),
+    ('hf_secret_wrong', None, 'status 401: set HF_TOKEN to a valid token'),
+    ('hf_test', dict(pattern='*/commit/*', status=403), 'status 403: the token in HF_TOKEN has no access to it'),
+    ('hf_test', dict(pattern='*', drop='close'), 'cannot be published'),
+    ('hf_test', dict(pattern='*', body=b'<html>'), 'cannot be published'),
+    ('hf_test', dict(pattern='/upload/*', status=500), 'cannot be published'),
+])
+def test_a_hub_that_refuses_is_one_line_without_the_token(
+        remote, folder, capsys, monkeypatch, token, fault, told):
+    monkeypatch.setenv('HF_TOKEN', token)
+    if fault is not None:
+        remote.fail(**fault, times=None)
+    line = refused(capsys, publish, folder, REPO, '--publish')
+    assert told in line and 'hf_' not in line.replace(REPO, '')
+
+
+def test_a_name_that_is_none(remote, folder, capsys):
+    assert 'is no name for a repository' in refused(capsys, publish, folder, 'a/b/c', '--publish')
+
+
+# --- the whole way ---
+
+
+LOAD = """
+import sys, torch, smpconv_models, timm
+model = timm.create_model('smpconv_t', pretrained=True, **eval(sys.argv[1])).eval()
+torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+def to_release(state_dict):
+    """Under the original release's names and in its shapes."""
+    converted = {}
+    for key, value in state_dict.items():
+        key = re.sub(r'^stages\.(\d+)\.downsample\.(\d+)', lambda m: f'transitions.{int(m[1]) - 1}.{m[2]}', key)
+        key = re.sub(r'^(stages\.\d+\.blocks\.)(\d+)\.(mixer|ffn)\.(norm\.)?', lambda m: (
+            f'{m[1]}{2 * int(m[2]) + (m[3] == "ffn")}.'
+            + ({'mixer': 'prelkb_bn.', 'ffn': 'preffn_bn.'}[m[3]] if m[4] else '')), key)
+        key = re.sub(r'\.large_kernel\.(large|small)\.', lambda m: (
+            f'.large_kernel.{ {"large": "smp", "small": "small_conv"}[m[1]]}.'), key)
+        key = re.sub(r'(?<=.)\.norm\.', '.bn.', key).replace('head.fc.', 'head.')
+        for ours, theirs, shape in (
+                ('coords', 'weight_coord', (1, -1, 2)), ('radius', 'radius', (1, -1, 1, 1)),
+                ('weight', 'weights', (1, *value.shape))):
+            if key.endswith(f'.smp.conv.{ours}'):
+                key, value = key.removesuffix(ours) + theirs, value.reshape(shape)
+                break
+        converted[key] = value
+    return converted
+
+
+@pytest.mark.slow  # files of 0.4 and 1.3 GB
+@pytest.mark.parametrize('name', ['smpconv_t', 'smpconv_b'])
+def test_from_the_releases_file_through_the_hub_to_a_model_in_a_fresh_process(tmp_path, name):
+    model = timm.create_model(name).eval()
+    for key, value in model.named_buffers():
+        if key.endswith('running_var'):
+            value.uniform_(0.5, 1.5)
+    state = to_release(model.state_dict())
+    assert checkpoint.from_release(state).keys() == model.state_dict().keys()
+    parameters = enumerate(model.parameters())
+    path = tmp_path / 'release.pth.tar'
+    torch.save({
+        'state_dict': {key: torch.zeros_like(value) for key, value in state.items()}, 'state_dict_ema': state,
+        'optimizer': {'state': {i: {'exp_avg': p.data, 'exp_avg_sq': p.data.clone()} for i, p in parameters}},
+        'epoch': 299, 'arch': 'x', 'version': 2, 'metric': 82.5, 'args': argparse.Namespace(lr=4e-3, mean=None)}, path)
+    image = torch.randn(1, 3, 64, 64)
+    torch.save(image, tmp_path / 'image.pt')
+    expected = model(image)
+    script = (
+        'import resource, runpy, sys, smpconv_models.hub\n'
+        'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+        f'try: runpy.run_path({str(ROOT / "hub/convert.py")!r}, run_name="__main__")\n'
+        'finally: open(sys.argv[-1] + ".peak", "w").write('
+        'str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))')
+    peak = Path(f'{tmp_path / "folder"}.peak')
+    with LoopbackHub(token='hf_test') as server:
+        environment = {
+            **os.environ, **server.environment(tmp_path / 'home', HF_TOKEN='hf_test'),
+            'SMPCONV_HUB_NAMESPACE': 'tester', 'PYTHONPATH': str(ROOT)}
+        for command in (
+                ['-c', script, path, tmp_path / 'folder'],
+                [ROOT / 'hub/publish.py', tmp_path / 'folder', f'tester/{name}.in1k', '--publish'],
+                ['-c', LOAD.replace('smpconv_t', name), '{}', tmp_path / 'image.pt', tmp_path / 'logits.pt'],
+                ['-c', LOAD.replace('smpconv_t', name), '{"num_classes": 10, "features_only": True}',
+                 tmp_path / 'image.pt', tmp_path / 'features.pt']):
+            subprocess.run([sys.executable, *map(str, command)], env=environment, check=True, timeout=300)
+    assert relative_error(torch.load(tmp_path / 'logits.pt'), expected) < 1e-6
+    for got, wanted in zip(torch.load(tmp_path / 'features.pt'), model.forward_intermediates(
+            image, intermediates_only=True)):
+        assert relative_error(got, wanted) < 1e-6
+    assert int(peak.read_text()) * 1024 <= 2.2 * path.stat().st_size
+
+
+def test_names_are_the_releases(released):
+    """What the whole way is tried on."""
+    model = timm.create_model('smpconv_t', num_classes=10, **TINY)
+    model.load_state_dict(checkpoint.from_release(released[0]))
+    made = to_release(model.state_dict())
+    theirs = {key: value for key, value in released[0].items() if not key.endswith('kernel_coord')}
+    assert made.keys() == theirs.keys()
+    assert all(torch.equal(made[key], theirs[key]) for key in made)
+    assert smpconv_models.__version__

@@ -1,0 +1,618 @@
+"""Pretrained weights from the Hugging Face Hub and from folders: what is loaded, and what is said where it can't be."""
+import contextlib
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from common import randomize_
+from huggingface_hub import close_session, constants, file_download
+from loopback import HTML, Fault, LoopbackHub
+from safetensors.torch import load_file, save_file
+
+from smpconv_models import download
+from smpconv_models.models import _pretrained
+
+TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5))
+NAME, HUB_NAME = 'owner/name', 'hf-hub:owner/name'
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+HEAD, CDN = f'/{NAME}/resolve/main/{WEIGHTS}', f'/cdn/{NAME}/*'
+IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def session():
+    """The client's connections, made anew: they may know other proxies."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+        close_session()
+        yield
+        close_session()
+
+
+@pytest.fixture(autouse=True)
+def client(monkeypatch, tmp_path):
+    """The Hub's client of this process, without waits and tokens; its default cache is in the test's folder."""
+    settings = dict(
+        HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False,
+        HF_HUB_CACHE=str(tmp_path / 'cache'), HF_TOKEN_PATH=str(tmp_path / 'token'))
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+
+
+def point_to(url, monkeypatch):
+    monkeypatch.setattr(constants, 'ENDPOINT', url)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')
+
+
+def make(seed=0, name='smpconv_nano', **kwargs):
+    return randomize_(timm.create_model(name, **dict(dict(TINY, num_classes=5), **kwargs)), seed).eval()
+
+
+def save(model, folder, **kwargs):
+    timm.models.save_for_hf(model, folder, **dict(dict(safe_serialization=True), **kwargs))
+    return folder
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope='module')
+def model():
+    return make()
+
+
+@pytest.fixture(scope='module')
+def folder(model, tmp_path_factory):
+    return save(model, tmp_path_factory.mktemp('saved') / 'model')
+
+
+@pytest.fixture
+def hub(monkeypatch, folder):
+    with LoopbackHub() as hub:
+        point_to(hub.url, monkeypatch)
+        hub.add_repo(NAME, files_of(folder))
+        yield hub
+
+
+def create(name=HUB_NAME, **kwargs):
+    return timm.create_model(name, pretrained=True, **kwargs).eval()
+
+
+def fails(call, *args, kind=ValueError, **kwargs):
+    """The one line of a call's ValueError."""
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    message = str(error.value)
+    assert type(error.value) is kind and message and len(message.splitlines()) == 1
+    return message
+
+
+def stored(root):
+    """What there is under a folder but the client's locks and marks: names, without the links to files."""
+    found = {path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file() and not path.is_symlink()}
+    return {name for name in found if '.lock' not in name and not name.endswith('CACHEDIR.TAG')}
+
+
+def blobs(tmp_path):
+    """Contents in the cache, whole or not."""
+    return {name for name in stored(tmp_path) if '/refs/' not in name}
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# --- what is loaded ---
+
+
+def test_hub_repository(hub, model, tmp_path):
+    loaded = create()
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    assert loaded.pretrained_cfg['hf_hub_id'] == NAME and loaded.pretrained_cfg['architecture'] == 'smpconv_nano'
+    assert loaded.pretrained_cfg['file'].startswith(str(tmp_path / 'cache'))
+    assert [request.method for request in hub.asked(CDN)] == ['GET']
+
+
+def test_hub_revisions(hub, model, tmp_path):
+    first = hub.repos[NAME].branches['main']
+    hub.repos[NAME].tags['v1'] = first
+    other = make(1)
+    hub.commit(NAME, files_of(save(other, tmp_path / 'other')))
+    assert torch.equal(create()(IMAGE), other(IMAGE))
+    for revision in ('v1', first):
+        loaded = create(f'{HUB_NAME}@{revision}')
+        assert torch.equal(loaded(IMAGE), model(IMAGE))
+        assert loaded.pretrained_cfg['hf_hub_id'] == f'{NAME}@{revision}'
+    assert torch.equal(create()(IMAGE), other(IMAGE))
+    assert len(hub.asked(CDN)) == 2
+
+
+def test_a_new_commit_is_loaded(hub, tmp_path):
+    create()
+    other = make(1)
+    hub.commit(NAME, files_of(save(other, tmp_path / 'other')))
+    assert torch.equal(create()(IMAGE), other(IMAGE))
+
+
+@pytest.mark.parametrize('serialization', [True, False, 'both'])
+def test_local_folder(model, tmp_path, serialization):
+    saved = save(model, tmp_path / 'saved', safe_serialization=serialization)
+    loaded = create(f'local-dir:{saved}')
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+    assert loaded.pretrained_cfg['file'].startswith(str(saved))
+
+
+@pytest.fixture(params=['hf-hub', 'local-dir'])
+def source(request, folder):
+    if request.param == 'local-dir':
+        return f'local-dir:{folder}'
+    request.getfixturevalue('hub')
+    return HUB_NAME
+
+
+def test_other_classes_and_none(source, model):
+    features = model.forward_features(IMAGE)
+    loaded = create(source, num_classes=3)
+    assert loaded(IMAGE).shape == (2, 3) and torch.equal(loaded.forward_features(IMAGE), features)
+    assert torch.equal(create(source, num_classes=0)(IMAGE), model.forward_head(features, pre_logits=True))
+
+
+def test_one_input_channel(source, model):
+    """timm sums the first kernel over the colours: the same answer for grey images."""
+    grey = IMAGE[:, :1]
+    torch.testing.assert_close(create(source, in_chans=1)(grey), model(grey.expand(-1, 3, -1, -1)))
+
+
+def test_features(source, model):
+    backbone, expected = create(source, features_only=True), model.forward_intermediates(IMAGE, intermediates_only=True)
+    assert [torch.equal(*pair) for pair in zip(backbone(IMAGE), expected)] == [True, True]
+    if source == HUB_NAME:
+        assert backbone.pretrained_cfg['hf_hub_id'] == NAME
+
+
+def test_cache_dir(hub, model, tmp_path):
+    assert torch.equal(create(cache_dir=tmp_path / 'mine')(IMAGE), model(IMAGE))
+    assert not (tmp_path / 'cache').exists() and (tmp_path / 'mine').is_dir()
+    assert download.from_hub(NAME, WEIGHTS, tmp_path / 'mine').is_relative_to(tmp_path / 'mine')
+    assert len(hub.asked(CDN)) == 1
+
+
+def test_weights_in_the_configuration_are_not_taken(tmp_path, model, folder):
+    """Of a folder or repository, the weights are in the file."""
+    config = json.loads((folder / CONFIG).read_text())
+    config['pretrained_cfg'].update(state_dict={'a': 1}, file='/etc/hostname', custom_load=True)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+    assert torch.equal(create(f'local-dir:{tmp_path}')(IMAGE), model(IMAGE))
+
+
+def test_weights_in_memory(model):
+    overlay = dict(state_dict=model.state_dict(), num_classes=5)
+    loaded = create('smpconv_nano', pretrained_cfg_overlay=overlay, **TINY)
+    assert torch.equal(loaded(IMAGE), model(IMAGE))
+
+
+def test_a_plain_name_in_a_fresh_process(hub, tmp_path):
+    """The namespace and the Hub's address are read at import."""
+    plain = make(name='smpconv_t', num_classes=1000)
+    save_file(plain.state_dict(), tmp_path / WEIGHTS)
+    hub.add_repo('mine/smpconv_t.in1k', {WEIGHTS: tmp_path / WEIGHTS})
+    save_file({'image': IMAGE, 'expected': plain(IMAGE)}, tmp_path / 'expected.safetensors')
+    script = f'''
+import sys
+import timm, torch
+from safetensors.torch import load_file
+import smpconv_models
+model = timm.create_model('smpconv_t', pretrained=True, **{TINY}).eval()
+data = load_file(sys.argv[1])
+assert torch.equal(model(data['image']), data['expected'])
+print(model.pretrained_cfg['hf_hub_id'], model.pretrained_cfg['file'])
+'''
+    environment = hub.environment(tmp_path / 'home', SMPCONV_HUB_NAMESPACE='mine')
+    done = subprocess.run(
+        [sys.executable, '-c', script, str(tmp_path / 'expected.safetensors')], env=environment, capture_output=True,
+        text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    name, path = done.stdout.split()
+    assert name == 'mine/smpconv_t.in1k' and path.startswith(str(tmp_path / 'home'))
+    assert [request.method for request in hub.asked('/cdn/*')] == ['GET']
+
+
+def test_a_plain_name(hub, model):
+    """As with the process of its own, but what the loaded model says of itself."""
+    repo = f'{_pretrained.HUB_NAMESPACE}/smpconv_t.in1k'
+    plain = make(name='smpconv_t', num_classes=1000)
+    hub.add_repo(repo, files_of_state(plain, hub))
+    loaded = create('smpconv_t', **TINY)
+    assert torch.equal(loaded(IMAGE), plain(IMAGE))
+    assert loaded.pretrained_cfg['hf_hub_id'] == repo and loaded.pretrained_cfg['tag'] == 'in1k'
+
+
+def files_of_state(model, hub):
+    path = hub.store.folder / WEIGHTS
+    save_file(model.state_dict(), path)
+    return {WEIGHTS: path}
+
+
+def test_a_model_without_published_weights_says_so(hub):
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for smpconv_mobile31'):
+        create('smpconv_mobile31')
+    assert not hub.requests
+
+
+# --- the cache ---
+
+
+def test_the_second_load_downloads_nothing(hub, model):
+    create()
+    hub.forget()
+    assert torch.equal(create()(IMAGE), model(IMAGE))
+    assert {request.method for request in hub.requests} == {'HEAD'}
+
+
+def test_a_file_that_another_revision_has_too(hub, tmp_path):
+    """The cache learns which revision main is now, for when there is no network."""
+    first = download.from_hub(NAME, CONFIG)
+    second = hub.commit(NAME, {CONFIG: b'{}'})
+    assert download.from_hub(f'{NAME}@{second}', CONFIG) != first
+    assert download.from_hub(NAME, CONFIG).read_bytes() == b'{}'
+    hub.fail('*', status=503, times=None)
+    assert download.from_hub(NAME, CONFIG).read_bytes() == b'{}'
+
+
+def test_offline_from_the_cache(hub, model, monkeypatch, caplog):
+    create()
+    hub.forget()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert torch.equal(create()(IMAGE), model(IMAGE))
+    assert not hub.requests
+    assert not [record for record in caplog.records if record.name.startswith('smpconv_models')]  # as asked for
+
+
+def test_offline_without_a_cache(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    message = fails(download.from_hub, NAME, WEIGHTS)
+    assert 'HF_HUB_OFFLINE' in message and NAME in message and WEIGHTS in message
+    message = fails(create, 'smpconv_t', cache_dir=tmp_path / 'empty')
+    assert 'HF_HUB_OFFLINE' in message and 'smpconv_t.in1k' in message
+    assert not hub.requests
+
+
+# --- checksums ---
+
+
+@pytest.mark.parametrize(('filename', 'pattern'), [(WEIGHTS, CDN), (CONFIG, '*/config.json')])
+def test_a_bit_flipped_on_the_way(hub, folder, tmp_path, filename, pattern):
+    """LFS files go by SHA-256, small ones by Git's SHA-1."""
+    fault = hub.fail(pattern, flip=100, method='GET')
+    message = fails(download.from_hub, NAME, filename)
+    assert 'checksum' in message and filename in message and str(tmp_path / 'cache') in message and fault.seen == 1
+    assert not blobs(tmp_path)
+    assert download.from_hub(NAME, filename).read_bytes() == (folder / filename).read_bytes()
+
+
+@pytest.mark.parametrize('offline', [False, True])
+@pytest.mark.parametrize('filename', [WEIGHTS, CONFIG])
+def test_a_bit_flipped_in_the_cache(hub, folder, tmp_path, monkeypatch, filename, offline):
+    path = download.from_hub(NAME, filename)
+    flip(path.resolve())
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
+    message = fails(download.from_hub, NAME, filename)
+    assert 'checksum' in message and str(path) in message
+    assert not blobs(tmp_path) and not os.path.lexists(path)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    assert download.from_hub(NAME, filename).read_bytes() == (folder / filename).read_bytes()
+
+
+@pytest.mark.parametrize('damage', [False, True])
+def test_content_that_several_repositories_share(hub, folder, tmp_path, damage):
+    """Of what it got by Xet the client leads the blob on, to a file that is named by a hash of Xet's."""
+    path = download.from_hub(NAME, WEIGHTS)
+    blob, shared = path.resolve(), tmp_path / 'cache/blobs/ab' / ('ab' * 32)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    if damage:
+        flip(shared)
+        assert 'checksum' in fails(download.from_hub, NAME, WEIGHTS)
+        assert not any(os.path.lexists(gone) for gone in (path, blob, shared))
+    assert download.from_hub(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert shared.exists() is not damage
+
+
+def test_a_file_system_without_links(hub, folder, monkeypatch):
+    monkeypatch.setattr(file_download, 'are_symlinks_supported', lambda cache_dir=None: False)
+    path = download.from_hub(NAME, WEIGHTS)
+    assert not path.is_symlink() and path.read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_bit_flipped_is_told_by_timm(hub, model):
+    hub.fail(CDN, flip=2000)
+    assert 'checksum' in fails(create)
+    assert torch.equal(create()(IMAGE), model(IMAGE))
+
+
+# --- a server that lies ---
+
+
+ESCAPES = ['../../../../evil', '../' * 20 + 'tmp/smpconv-evil', '{}/evil', 'evil', '0' * 39 + '/', '',
+           '0' * 40 + '/../evil', '..', '.']
+
+
+@pytest.mark.parametrize('name', ESCAPES)
+@pytest.mark.parametrize('kind', ['etag', 'commit'])
+@pytest.mark.parametrize('filename', [WEIGHTS, CONFIG])
+def test_a_path_in_place_of_a_checksum(hub, tmp_path, filename, kind, name):
+    name = name.format(tmp_path)
+    what = dict(etag=f'"{name}"') if kind == 'etag' else dict(headers={'X-Repo-Commit': name})
+    hub.fail('*', times=None, **what)
+    message = fails(download.from_hub, NAME, filename)
+    assert 'does not answer as the Hub does' in message and f'{NAME}/{filename}' in message
+    assert not stored(tmp_path) and not os.path.exists('/tmp/smpconv-evil')
+    assert not hub.asked(method='GET')
+
+
+def test_a_path_in_the_answer_to_the_client(hub, folder, tmp_path):
+    """Which asks again. What it writes then is not read."""
+    class Later(Fault):
+        asked = 0
+
+        def matches(self, request):
+            self.asked += super().matches(request)
+            return self.asked > 1 and super().matches(request)
+
+    mine = tmp_path / 'mine'
+    mine.write_bytes(b'mine')
+    hub.faults.append(Later('*/resolve/*', times=None, etag=f'"{mine}"'))
+    assert 'does not answer as the Hub does' in fails(download.from_hub, NAME, WEIGHTS)
+    assert mine.read_bytes() == b'mine'
+    hub.forget()
+    assert download.from_hub(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_commit_in_the_answer_that_there_is_no_file(hub, tmp_path):
+    """The client makes a mark under that name."""
+    hub.fail('*', times=None, headers={'X-Repo-Commit': str(tmp_path / 'evil')})
+    assert 'none.bin does not exist' in fails(download.from_hub, NAME, 'none.bin')
+    assert not stored(tmp_path)
+
+
+@pytest.mark.parametrize('filename', ['../../../evil', '/etc/hostname', '..\\evil'])
+def test_a_file_name_that_leads_out(hub, tmp_path, filename):
+    fails(download.from_hub, NAME, filename)
+    assert not stored(tmp_path)
+
+
+@pytest.mark.parametrize('repo', ['../..', 'a/b/c', '', 'owner/na me', '/etc', 'owner/..', 'owner/name@../../evil'])
+def test_a_name_of_no_repository(hub, tmp_path, repo):
+    with pytest.raises(ValueError) as error:
+        download.from_hub(repo, WEIGHTS)
+    assert len(str(error.value).splitlines()) == 1
+    assert not stored(tmp_path)
+
+
+# --- a server that fails ---
+
+
+# Where, how, and what is said besides the repository and the file.
+FAULTS = {
+    '401': (HEAD, dict(status=401), 'HF_TOKEN'),
+    '401_of_the_contents': (CDN, dict(status=401), 'HF_TOKEN'),
+    '403': (HEAD, dict(status=403), 'HF_TOKEN'),
+    '403_of_the_contents': (CDN, dict(status=403), 'HF_TOKEN'),
+    '404_of_the_contents': (CDN, dict(status=404), 'HF_ENDPOINT'),
+    '429': (HEAD, dict(status=429, headers={'Retry-After': '7'}), 'too many requests'),
+    '429_of_the_contents': (CDN, dict(status=429), 'too many requests'),
+    '500': (HEAD, dict(status=500), 'status 500'),
+    '500_of_the_contents': (CDN, dict(status=500), 'status 500'),
+    '503': (HEAD, dict(status=503), 'HF_ENDPOINT'),
+    '503_of_the_contents': (CDN, dict(status=503), 'HF_ENDPOINT'),
+    'closed': (HEAD, dict(drop='close'), 'HTTPS_PROXY'),
+    'reset': (HEAD, dict(drop='reset'), 'HTTPS_PROXY'),
+    'closed_before_the_body': (CDN, dict(drop='close'), 'HF_ENDPOINT'),
+    'reset_before_the_body': (CDN, dict(drop='reset'), 'HF_ENDPOINT'),
+    'closed_within_the_body': (CDN, dict(drop='close', at=1000), 'HF_ENDPOINT'),
+    'reset_within_the_body': (CDN, dict(drop='reset', at=1000), 'HF_ENDPOINT'),
+    'silence_within_the_body': (CDN, dict(hang=60, at=1000), 'HF_ENDPOINT'),
+    'html': (HEAD, dict(body=HTML), 'HF_ENDPOINT'),
+    'html_for_everything': ('*', dict(body=HTML), 'HF_ENDPOINT'),
+    'html_of_the_contents': (CDN, dict(body=HTML), 'HF_ENDPOINT'),
+    'truncated': (CDN, dict(resize=-10), 'HF_ENDPOINT'),
+    'too_long': (CDN, dict(resize=10), 'HF_ENDPOINT'),
+    'no_names': (HEAD, dict(headers={'ETag': None, 'X-Linked-Etag': None, 'X-Repo-Commit': None}), 'HF_ENDPOINT'),
+    'loop': (HEAD, dict(status=302, headers={'Location': HEAD}), 'HF_ENDPOINT'),
+}
+
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_a_fault_without_a_cache(hub, folder, tmp_path, monkeypatch, name):
+    pattern, what, said = FAULTS[name]
+    monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 0.05)
+    fault = hub.fail(pattern, times=None, **what)
+    message = fails(download.from_hub, NAME, WEIGHTS)
+    assert f'{NAME}/{WEIGHTS}' in message and hub.url in message and said in message
+    assert fault.seen and not blobs(tmp_path)
+    hub.forget()
+    assert download.from_hub(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def only_warning(caplog):
+    record, = [record for record in caplog.records if record.name.startswith('smpconv_models')]
+    assert record.levelname == 'WARNING' and len(record.getMessage().splitlines()) == 1
+    return record.getMessage()
+
+
+@pytest.mark.parametrize('name', [name for name in FAULTS if FAULTS[name][0] != CDN])
+def test_a_fault_with_the_file_cached(hub, caplog, name):
+    path = download.from_hub(NAME, WEIGHTS)
+    pattern, what, said = FAULTS[name]
+    fault = hub.fail(pattern, times=None, **what)
+    assert download.from_hub(NAME, WEIGHTS) == path and fault.seen
+    warning = only_warning(caplog)
+    assert said in warning and 'cached file' in warning and f'{NAME}/{WEIGHTS}' in warning
+
+
+def test_a_fault_that_passes(hub, folder):
+    """The client asks a few times again."""
+    hub.fail(CDN, status=429, times=3)
+    assert download.from_hub(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize('cached', [False, True])
+def test_a_hub_that_is_dead(hub, model, monkeypatch, caplog, cached):
+    if cached:
+        create()
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(('127.0.0.1', 0))
+        url = f'http://127.0.0.1:{free.getsockname()[1]}'
+    point_to(url, monkeypatch)
+    if cached:
+        assert torch.equal(create()(IMAGE), model(IMAGE))
+        assert url in only_warning(caplog)
+    else:
+        message = fails(download.from_hub, NAME, WEIGHTS)
+        assert f'{NAME}/{WEIGHTS}' in message and url in message and 'HF_ENDPOINT' in message
+
+
+def test_a_cache_that_cannot_be_written(hub, tmp_path):
+    """Which is no fault of the network."""
+    (tmp_path / 'file').write_bytes(b'')
+    message = fails(download.from_hub, NAME, WEIGHTS, tmp_path / 'file')
+    assert f'{NAME}/{WEIGHTS}' in message and str(tmp_path / 'file') in message and 'HF_ENDPOINT' not in message
+
+
+def test_a_dead_hub_and_a_damaged_cache(hub, monkeypatch):
+    """The fallback is checked as well."""
+    flip(download.from_hub(NAME, WEIGHTS).resolve())
+    hub.fail('*', status=503, times=None)
+    assert 'checksum' in fails(download.from_hub, NAME, WEIGHTS)
+
+
+def test_who_may_not_read(hub, monkeypatch):
+    hub.add_repo('owner/gated', {WEIGHTS: b'x'}, gated=True)
+    hub.add_repo('owner/private', {WEIGHTS: b'x'}, private=True)
+    for token in (None, hub.read_token):
+        if token:
+            monkeypatch.setenv('HF_TOKEN', token)
+        message = fails(download.from_hub, 'owner/gated', WEIGHTS)
+        assert 'agreement' in message and f'{hub.url}/owner/gated' in message and 'HF_TOKEN' in message
+    assert download.from_hub('owner/private', WEIGHTS).read_bytes() == b'x'
+    monkeypatch.delenv('HF_TOKEN')
+    message = fails(download.from_hub, 'owner/private', 'config.json', kind=download.NotPublished)
+    assert 'owner/private' in message and 'HF_TOKEN' in message
+
+
+def test_a_token_that_nobody_knows(hub, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
+    message = fails(download.from_hub, NAME, WEIGHTS)
+    assert 'HF_TOKEN' in message and 'hf_wrong' not in message
+
+
+@pytest.mark.parametrize('token', [None, 'hf_test'])
+def test_no_such_repository_revision_or_file(hub, tmp_path, monkeypatch, token):
+    if token:
+        monkeypatch.setenv('HF_TOKEN', token)
+    message = fails(download.from_hub, 'owner/none', WEIGHTS, kind=download.NotPublished)
+    assert 'owner/none' in message and hub.url in message
+    assert fails(download.from_hub, f'{NAME}@v9', WEIGHTS) == f'{NAME} has no revision v9'
+    assert fails(download.from_hub, NAME, 'none.bin') == f'{NAME}/none.bin does not exist'
+    assert not blobs(tmp_path)
+
+
+def test_a_removed_repository_with_the_file_cached(hub, caplog):
+    path = download.from_hub(NAME, WEIGHTS)
+    del hub.repos[NAME]
+    assert download.from_hub(NAME, WEIGHTS) == path
+    assert 'no repository' in only_warning(caplog)
+
+
+def test_the_token_stays_with_the_hub(hub, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', hub.token)
+    download.from_hub(NAME, WEIGHTS)
+    assert {request.headers.get('authorization') for request in hub.requests if request.server == 'hub'} == {
+        f'Bearer {hub.token}'}
+    get, = hub.asked(CDN)
+    assert hub.token not in str(get)
+
+
+# --- folders and their files ---
+
+
+def copy(folder, to, change=None, **config):
+    """A saved model's folder with something of it changed."""
+    to.mkdir()
+    weights = load_file(folder / WEIGHTS)
+    if change:
+        change(weights)
+    save_file(weights, to / WEIGHTS)
+    (to / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **config}))
+    return to
+
+
+def test_a_folder_without_weights(folder, tmp_path):
+    to = copy(folder, tmp_path / 'copy')
+    (to / WEIGHTS).unlink()
+    message = fails(create, f'local-dir:{to}')
+    assert str(to) in message and WEIGHTS in message and 'pytorch_model.bin' in message
+
+
+def test_a_folders_checksum(folder, model, tmp_path):
+    to = copy(folder, tmp_path / 'copy')
+    (to / CONFIG).write_text(
+        json.dumps({**json.loads((to / CONFIG).read_text()), 'sha256': download.file_sha256(to / WEIGHTS)}))
+    assert torch.equal(create(f'local-dir:{to}')(IMAGE), model(IMAGE))
+    flip(to / WEIGHTS)
+    message = fails(create, f'local-dir:{to}')
+    assert 'checksum' in message and str(to / WEIGHTS) in message
+    assert (to / WEIGHTS).exists()  # the user's, not ours to remove
+
+
+def test_weights_of_another_architecture(folder, tmp_path):
+    def change(weights):
+        weights.clear()
+        weights.update(make(name='smpconv_t').state_dict())
+    assert 'does not fit the model' in fails(create, f'local-dir:{copy(folder, tmp_path / "copy", change)}')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite(folder, tmp_path, value):
+    def change(weights):
+        weights['norm.weight'][3] = value
+    assert 'not finite: norm.weight' in fails(create, f'local-dir:{copy(folder, tmp_path / "copy", change)}')
+
+
+def test_weights_that_are_not_finite_from_the_hub(hub, folder, tmp_path):
+    hub.add_repo('owner/nan', files_of(
+        copy(folder, tmp_path / 'copy', lambda weights: weights['norm.weight'].fill_(float('nan')))))
+    assert 'not finite' in fails(create, 'hf-hub:owner/nan')
+
+
+class Touch:
+    """Creates a folder when it is unpickled by a loader that lets it."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('dump', [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_that_wants_to_run_code(model, tmp_path, dump):
+    to, trap = save(model, tmp_path / 'saved', safe_serialization=False), tmp_path / 'trap'
+    dump({**model.state_dict(), 'x': Touch(trap)}, to / 'pytorch_model.bin')
+    assert str(to / 'pytorch_model.bin') in fails(create, f'local-dir:{to}')
+    assert not trap.exists()
