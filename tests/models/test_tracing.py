@@ -76,6 +76,7 @@ def test_compile_with_gradients():
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.slow  # compiles a whole step; the gradients are in the default suite
 def test_compile_in_training():
     torch.compiler.reset()
     model = randomize_(tiny(drop_path_rate=0.2, **SHORT)).train()

@@ -13,9 +13,10 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(('file', 'which'), [
     ('test_triton.py', 'triton and not public_function and not every_form'),
-    pytest.param('test_triton.py', 'public_function or every_form', marks=pytest.mark.slow),  # the last, in detail
     ('test_depthwise.py', 'triton'),
-    ('test_backends.py', 'triton and not k31 and not k51'),     # 17 channels of them take 5 s a case
+    # minutes of interpreting, on every shape:
+    pytest.param('test_triton.py', 'public_function or every_form', marks=pytest.mark.slow),
+    pytest.param('test_backends.py', 'triton and not k31 and not k51', marks=pytest.mark.slow),  # 5 s a case of them
 ])
 def test_under_the_interpreter(file, which):
     """The kernels' own tests, and of the tests of all backends those that are this one's."""

@@ -64,6 +64,7 @@ def test_processes_that_measure_differently_go_on_together(tmp_path):
     assert torch.load(tmp_path / 'smpconv_nano/model_best.pth.tar', weights_only=True)['metric'] == 100
 
 
+@pytest.mark.slow  # it waits for what doesn't come
 def test_a_process_that_hangs_is_named_in_time(tmp_path):
     first, second = start([*COMMAND, '--dist-timeout', 4, '--output', tmp_path, '--epochs', 50], ranks=2)
     wait_for_step(first, 0, 2)

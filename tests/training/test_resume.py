@@ -154,6 +154,7 @@ def test_an_optimizer_of_other_groups_begins_anew(begun, capsys):
     assert state[0]['step'] == 11  # of one epoch
 
 
+@pytest.mark.slow  # half precision has no fast path on a CPU
 def test_the_scale_of_half_precision_goes_on(tmp_path):
     command = [
         *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 8, '--warmup-epochs', 0, '--batch-size', 512,
@@ -347,6 +348,7 @@ def test_a_flipped_bit_changes_nothing_unseen(straight, tmp_path):
 # --- processes that are killed ---
 
 
+@pytest.mark.slow  # those that are stopped and, of two processes, one that is killed, are in the default suite
 def test_a_killed_run_ends_in_the_same_bits(straight, tmp_path):
     """SIGKILL, in whatever it did right after a step."""
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
