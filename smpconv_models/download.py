@@ -51,6 +51,13 @@ class NotPublished(ValueError):
 
 
 def from_hub(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
+    """:func:`fetch` and :func:`check`."""
+    path = fetch(repo, filename, cache_dir)
+    check(path)
+    return path
+
+
+def fetch(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
     """A file of a model repository, from the cache if it is there in the revision that the Hub has.
 
     Args:
@@ -59,20 +66,17 @@ def from_hub(repo: str, filename: str, cache_dir: Union[str, Path, None] = None)
         cache_dir: The Hub client's, by default its own.
 
     Returns:
-        Its path in the cache; held against its checksum.
+        Its path in the cache, for :func:`check`.
 
     Raises:
         NotPublished: No such repository.
-        ValueError: No such revision or file, no access, no network and nothing cached, or another content than the
-            checksum says (what was cached of it is removed).
+        ValueError: No such revision or file, no access, or no network and nothing cached.
     """
     name, _, revision = repo.partition('@')
     try:
-        path = _fetch(name, filename, revision or 'main', cache_dir)
+        return _fetch(name, filename, revision or 'main', cache_dir)
     except HFValidationError as error:
         raise ValueError(f'{name!r} is no repository of the Hub: {first_line(error)}') from error
-    _check_cached(path)
-    return path
 
 
 def _fetch(repo: str, filename: str, revision: str, cache_dir: Union[str, Path, None]) -> Path:
@@ -126,10 +130,14 @@ def _check_names(metadata: HfFileMetadata) -> None:
         raise OSError(f'it does not answer as the Hub does, but names the file {etag[:80]!r} of {commit[:80]!r}')
 
 
-def _check_cached(path: Path) -> None:
-    """The client leads a file's name to its content, which it keeps under the checksum that the Hub gave it.
+def check(path: Path) -> None:
+    """Holds a file of the client's cache against its checksum.
 
-    From there it may lead on, to where it keeps the content for several repositories, under a name of another kind.
+    The client leads a file's name to its content, which it keeps under the checksum that the Hub gave it. From there it
+    may lead on, to where it keeps the content for several repositories, under a name of another kind.
+
+    Raises:
+        ValueError: The content is another one (what is cached of it is removed), or the name is no checksum.
     """
     if not path.is_symlink():  # a file system without links
         return

@@ -2,8 +2,10 @@
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
@@ -21,14 +23,32 @@ HUB_NAMESPACE = os.environ.get('SMPCONV_HUB_NAMESPACE', 'smpconv')
 _FILES = ('model.safetensors', 'pytorch_model.bin')
 
 
+Check = Callable[[], Any]
+
+
+class LocalWeights(NamedTuple):
+    """What timm needs, and what must be known before it is used.
+
+    Attributes:
+        overlay: Of the configuration: timm takes the weights from this file.
+        state_dict: The weights, read where they are used; none of those that timm finds itself.
+        verify: Waits until the file has been held against its checksum; raises ValueError if it is another.
+    """
+    overlay: Dict[str, Any]
+    state_dict: Dict[str, Tensor]
+    verify: Check
+
+
 def local_weights(
         variant: str,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Any = None,
         **kwargs: Any,
-) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
-    """The overlay with which timm takes weights from a file that is here and was looked at, and what is in it.
+) -> LocalWeights:
+    """The file that a model's weights are in, downloaded if need be, and looked at.
+
+    Its checksum is computed while the caller goes on, creating the model, say.
 
     Args:
         variant: The model's name.
@@ -36,39 +56,55 @@ def local_weights(
         pretrained_cfg_overlay: Likewise.
         cache_dir: Where downloads are kept, by default the Hub client's cache, and PyTorch's for the original files.
 
-    Returns:
-        The overlay; the weights, which are read where they are used, none of those that timm finds itself.
-
     Raises:
         ValueError: The file isn't there, can't be downloaded, or may not be read.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    path = _find(variant, cfg, cache_dir)
+    path, check = _find(variant, cfg, cache_dir)
     if path is None:  # weights in memory, or none, which timm tells
-        return overlay, {}
-    # before timm reads it, whose complaints of a bad file are long and of many kinds
-    weights, _ = checkpoint.select_state_dict(checkpoint.read_file(path, lazy=True))
+        return LocalWeights(overlay, {}, check)
+    verify = _in_background(check)
+    try:  # before timm reads it, whose complaints of a bad file are long and of many kinds
+        weights, _ = checkpoint.select_state_dict(checkpoint.read_file(path, lazy=True))
+    except ValueError:
+        verify()  # another checksum says more
+        raise
     # a configuration's own `state_dict` would come before the file
-    return {**overlay, 'source': None, 'state_dict': None, 'file': str(path), 'custom_load': False}, weights
+    overlay.update(source=None, state_dict=None, file=str(path), custom_load=False)
+    return LocalWeights(overlay, weights, verify)
 
 
-def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Optional[Path]:
+def _in_background(check: Check) -> Check:
+    """Begins, in a thread; the result is waited for by a call."""
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(check)
+    executor.shutdown(wait=False)
+    return future.result
+
+
+def _nothing() -> None:
+    """Of a file without a checksum beside it."""
+
+
+def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Path], Check]:
+    """The file, and its check."""
     if cfg.source == 'local-dir':
         return _in_folder(Path(str(cfg.file)))
     if cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
-        return None if cfg.state_dict else Path(str(cfg.file))
+        return (None if cfg.state_dict else Path(str(cfg.file))), _nothing
     if not cfg.hf_hub_id:
-        return None
+        return None, _nothing
     original_path = Path(cache_dir or Path(torch.hub.get_dir(), 'checkpoints'), f'{variant}.pth.tar')
     try:
-        return download.from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
+        path = download.fetch(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
+        return path, partial(download.check, path)
     except ValueError as error:
         is_there = isinstance(error, download.NotPublished) or original_path.exists()
         if not (is_there and _is_of_original(variant, cfg)):
             raise
         _logger.warning('%s; taking the original file', error)
-    return original.download(variant, original_path)
+    return original.download(variant, original_path), _nothing
 
 
 def _is_of_original(variant: str, cfg: PretrainedCfg) -> bool:
@@ -78,15 +114,18 @@ def _is_of_original(variant: str, cfg: PretrainedCfg) -> bool:
             and published is not None and cfg.hf_hub_id == published.hf_hub_id)
 
 
-def _in_folder(folder: Path) -> Path:
+def _in_folder(folder: Path) -> Tuple[Path, Check]:
     """The weights in a folder that timm's or this package's programs have written."""
     found = [folder / name for name in _FILES if (folder / name).is_file()]
     if not found:
         raise ValueError(f'{folder} has no {" or ".join(_FILES)}')
-    expected = _read_config(folder).get('sha256')
-    if expected is not None and checkpoint.file_sha256(found[0]) != expected:
-        raise ValueError(f'{found[0]} is damaged: its checksum is not the one in config.json, {expected}')
-    return found[0]
+    return found[0], partial(_check_in_folder, found[0])
+
+
+def _check_in_folder(path: Path) -> None:
+    expected = _read_config(path.parent).get('sha256')
+    if expected is not None and checkpoint.file_sha256(path) != expected:
+        raise ValueError(f'{path} is damaged: its checksum is not the one in config.json, {expected}')
 
 
 def _read_config(folder: Path) -> Dict[str, Any]:

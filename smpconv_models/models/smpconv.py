@@ -8,7 +8,7 @@ RepLKNet's (https://arxiv.org/abs/2203.06717). The implementation is this projec
 """
 import math
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -396,6 +396,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Di
     return state_dict
 
 
+def _verified(verify: Callable[[], Any], state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
+    verify()
+    return checkpoint_filter_fn(state_dict, model)
+
+
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     return {
         'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -420,16 +425,19 @@ default_cfgs = generate_default_cfgs({
 
 def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
     _check_configuration(**kwargs)
+    filter_fn = checkpoint_filter_fn
     if pretrained:
-        kwargs['pretrained_cfg_overlay'], weights = local_weights(variant, **kwargs)
-        kwargs.update(_resampled(weights, **kwargs))
+        weights = local_weights(variant, **kwargs)
+        kwargs['pretrained_cfg_overlay'] = weights.overlay
+        kwargs.update(_resampled(weights.state_dict, **kwargs))
+        filter_fn = partial(_verified, weights.verify)
     num_stages = len(kwargs['depths'])
     if kwargs.get('features_only'):
         kwargs.setdefault('num_classes', 0)  # features have no use for a classifier, nor for a file's
         _check_out_indices(kwargs.get('out_indices'), num_stages)
     return build_model_with_cfg(
         SMPConvNet, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         **kwargs,
     )
