@@ -379,3 +379,11 @@ def test_classes_that_nobody_declared_are_told(tmp_path, released):
     with pytest.raises(ValueError) as error:
         create(path, num_classes=1000, file_classes=1000)
     assert 'head.fc.weight expected (1000, 32), got (10, 32)' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_new_classifier_is_drawn_though_nothing_else_is(tmp_path, released):
+    path = release_file(tmp_path / 'smpconv.pth.tar', released[0])
+    weight = torch.cat([create(path, num_classes=500).head.fc.weight for _ in range(4)])
+    assert 0.019 < weight.std().item() < 0.021 and not create(path, num_classes=500).head.fc.bias.any()
+    with pytest.raises(ValueError, match="weight_init must be '' or 'skip', got 'none'"):
+        create(path, weight_init='none')

@@ -113,6 +113,7 @@ class SMPConvNet(nn.Module):
         norm_layer: Normalization; any callable that takes the channels, or timm's name.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
+        weight_init: 'skip' draws those of the classifier alone, where all others are about to be loaded.
 
     Raises:
         ValueError: Lengths that differ, even kernel sizes, a divisor that leaves no points, a stride or rate that
@@ -138,10 +139,13 @@ class SMPConvNet(nn.Module):
             norm_layer: NormLayer = 'batchnorm2d',
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
+            weight_init: str = '',
             device: Any = None,
             dtype: Any = None,
     ) -> None:
         super().__init__()
+        if weight_init not in ('', 'skip'):
+            raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
         _check_config(output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
         _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.num_classes = num_classes
@@ -186,7 +190,10 @@ class SMPConvNet(nn.Module):
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-        self.init_weights(needs_reset=False)
+        if weight_init == 'skip':
+            self.head.apply(partial(_init_weights, needs_reset=False))
+        else:
+            self.init_weights(needs_reset=False)
         self.set_kernel_scale(kernel_scale)
 
     @torch.jit.ignore
@@ -430,6 +437,8 @@ def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SM
         weights = local_weights(variant, **kwargs)
         kwargs['pretrained_cfg_overlay'] = weights.overlay
         kwargs.update(_resampled(weights.state_dict, **kwargs))
+        if weights.state_dict:  # of which none may be missing but the classifier's
+            kwargs.setdefault('weight_init', 'skip')
         filter_fn = partial(_verified, weights.verify)
     num_stages = len(kwargs['depths'])
     if kwargs.get('features_only'):
