@@ -5,7 +5,6 @@ timm reads them: ``timm.create_model('local-dir:FOLDER', pretrained=True)``, or 
 import json
 import shutil
 import tempfile
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Union
 
@@ -84,7 +83,7 @@ def convert(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as temporary:
         made = Path(temporary, folder.name)
-        _set_data(network, _arguments(loaded))
+        _set_data(network, checkpoint.run_arguments(loaded))
         sha256 = _save(network, made, kwargs, _labels(loaded), {'source': source, 'license': license})
         if card is not None:
             (made / CARD).write_text(card.format(
@@ -122,17 +121,9 @@ def load(where: Union[str, Path], cache_dir: Any = None, **kwargs: Any) -> Any:
         raise ValueError(f'{where} cannot be loaded: {reason}') from error
 
 
-def _arguments(loaded: Any) -> Dict[str, Any]:
-    """Of the training run, where a checkpoint has them: a namespace in timm's."""
-    arguments = loaded.get('args') if isinstance(loaded, dict) else None
-    if isinstance(arguments, Namespace):
-        arguments = vars(arguments)
-    return arguments if isinstance(arguments, dict) else {}
-
-
 def _described(loaded: Dict[str, Any], state_dict: Dict[str, Any], model: Optional[str]) -> Any:
     """The model's name and its constructor's arguments."""
-    arguments = _arguments(loaded)
+    arguments = checkpoint.run_arguments(loaded)
     kwargs = loaded.get('model_kwargs')
     if isinstance(kwargs, dict):  # ours
         return model or arguments.get('model'), kwargs

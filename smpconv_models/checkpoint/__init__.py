@@ -1,8 +1,17 @@
 """Checkpoints: which files may be read, what weights they hold, and the original release's names for them."""
 from .files import check_file, file_sha256, first_line, read_file
-from .state_dicts import adapt, check_finite, describe_mismatch, from_release, is_release, load_into, select_state_dict
+from .state_dicts import (
+    adapt,
+    check_finite,
+    describe_mismatch,
+    from_release,
+    is_release,
+    load_into,
+    run_arguments,
+    select_state_dict,
+)
 
 __all__ = [
     'adapt', 'check_file', 'check_finite', 'describe_mismatch', 'file_sha256', 'first_line', 'from_release',
-    'is_release', 'load_into', 'read_file', 'select_state_dict',
+    'is_release', 'load_into', 'read_file', 'run_arguments', 'select_state_dict',
 ]

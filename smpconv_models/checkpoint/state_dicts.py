@@ -5,6 +5,7 @@ written by timm's CheckpointSaver. Its modules alternate in one list where ours 
 dimension of size 1.
 """
 import re
+from argparse import Namespace
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 from torch import Tensor, nn
@@ -85,6 +86,14 @@ def _strip(key: str) -> str:
     while key.startswith(_WRAPPER_PREFIXES):
         key = key.split('.', 1)[1]
     return key
+
+
+def run_arguments(checkpoint: Any) -> Dict[str, Any]:
+    """Those of the training run, where a checkpoint has them: a dictionary in ours, a namespace in timm's."""
+    arguments = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+    if isinstance(arguments, Namespace):
+        arguments = vars(arguments)
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> Optional[str]:

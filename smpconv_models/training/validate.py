@@ -130,7 +130,7 @@ def _load(args: Namespace, loaded: Dict[str, Any]) -> Tuple[Any, str]:
     try:
         model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
     except ValueError as error:
-        trained = _training_arguments(loaded).get('model')
+        trained = checkpoint.run_arguments(loaded).get('model')
         raise ValueError(f'{error}' + (f'; {args.checkpoint} is of {trained}' if trained else '')) from error
     weights = 'pretrained'
     if args.checkpoint:
@@ -240,7 +240,7 @@ _SIZES = ('img_size', 'input_size')
 
 def inherit(args: Namespace, loaded: Dict[str, Any]) -> Namespace:
     """The arguments, those that were left open from the training arguments in a checkpoint."""
-    trained = _training_arguments(loaded)
+    trained = checkpoint.run_arguments(loaded)
     keys: Tuple[str, ...] = _INHERITED
     for together in (_IMAGES, _SIZES):
         if all(getattr(args, key) is None for key in together):
@@ -252,13 +252,6 @@ def inherit(args: Namespace, loaded: Dict[str, Any]) -> Namespace:
     return args
 
 
-def _training_arguments(loaded: Dict[str, Any]) -> Dict[str, Any]:
-    trained = loaded.get('args')
-    if isinstance(trained, Namespace):  # timm's
-        trained = vars(trained)
-    return trained if isinstance(trained, dict) else {}
-
-
 # Of timm's training script, by the constructor's names.
 _MODEL_OPTIONS = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'global_pool': 'gp'}
 
@@ -267,6 +260,6 @@ def _model_kwargs(loaded: Dict[str, Any]) -> Dict[str, Any]:
     """The constructor's arguments that a checkpoint tells: ours in a place of their own, timm's among all others."""
     if 'model_kwargs' in loaded:
         return loaded['model_kwargs']
-    trained = _training_arguments(loaded)
+    trained = checkpoint.run_arguments(loaded)
     told = {name: trained.get(key) for name, key in _MODEL_OPTIONS.items()}
     return {**(trained.get('model_kwargs') or {}), **{key: value for key, value in told.items() if value is not None}}
