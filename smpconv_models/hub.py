@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Union
+from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
 import timm
 import torch
@@ -224,7 +224,7 @@ def publish(
             weights, no token is set, or the Hub refuses.
     """
     folder = Path(folder)
-    files = _check_folder(folder)
+    files, sha256 = _check_folder(folder)
     client = HfApi()
     try:
         token = get_token()
@@ -243,7 +243,7 @@ def publish(
             client.create_repo(repo, private=private, exist_ok=True)
         commit = client.create_commit(
             repo, [CommitOperationAdd(name, str(path)) for name, path in sent.items()],
-            commit_message=f'Weights {checkpoint.file_sha256(files[WEIGHTS])[:12]}')
+            commit_message=f'Weights {sha256[:12]}')
         return planned._replace(url=str(commit.commit_url))
     except HFValidationError as error:
         raise ValueError(f'{repo!r} is no name for a repository: {checkpoint.first_line(error)}') from error
@@ -253,8 +253,8 @@ def publish(
         raise ValueError(f'{repo} cannot be published: {download.reason(error)}') from error
 
 
-def _check_folder(folder: Path) -> Dict[str, Path]:
-    """The files to send, by name."""
+def _check_folder(folder: Path) -> Tuple[Dict[str, Path], str]:
+    """The files to send, by name, and the checksum of the weights."""
     if not folder.is_dir():
         raise ValueError(f'{folder} is no folder; hub/convert.py makes one')
     missing = [name for name in (WEIGHTS, CONFIG, CARD) if not (folder / name).is_file()]
@@ -263,10 +263,10 @@ def _check_folder(folder: Path) -> Dict[str, Path]:
         raise ValueError(f'{folder} must have {WEIGHTS}, {CONFIG} and {CARD}: no {missing}, but {others[:5]}')
     weights = checkpoint.read_file(folder / WEIGHTS)
     checkpoint.check_finite(weights)
-    config = json.loads((folder / CONFIG).read_text())
-    if config.get('sha256') != checkpoint.file_sha256(folder / WEIGHTS):
+    config, sha256 = json.loads((folder / CONFIG).read_text()), checkpoint.file_sha256(folder / WEIGHTS)
+    if config.get('sha256') != sha256:
         raise ValueError(f'{folder / WEIGHTS} is not the file whose checksum is in {CONFIG}: {config.get("sha256")}')
-    return {name: folder / name for name in (WEIGHTS, CONFIG, CARD)}
+    return {name: folder / name for name in (WEIGHTS, CONFIG, CARD)}, sha256
 
 
 def _remote(client: HfApi, repo: str) -> Optional[Dict[str, Any]]:
