@@ -54,9 +54,9 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     world = World()
-    logging.basicConfig(
-        level=logging.INFO if world.is_first else logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
-    logging.getLogger('timm').setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
+    if world.is_first:
+        logging.getLogger('smpconv_models').setLevel(logging.INFO)
     parser = create_parser()
     try:
         args = config.parse_args(parser, argv)

@@ -40,9 +40,8 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout, force=True)
-    logging.getLogger('timm').setLevel(logging.WARNING)
-    logging.getLogger('httpx2').setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
+    logging.getLogger('smpconv_models').setLevel(logging.INFO)
     parser = create_parser()
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.download is None):

@@ -121,20 +121,15 @@ def load(where: Union[str, Path], cache_dir: Any = None, **kwargs: Any) -> Any:
         raise ValueError(f'{where} cannot be loaded: {reason}') from error
 
 
-def _described(loaded: Dict[str, Any], state_dict: Dict[str, Any], model: Optional[str]) -> Any:
-    """The model's name and its constructor's arguments."""
-    arguments = checkpoint.run_arguments(loaded)
-    kwargs = loaded.get('model_kwargs')
-    if isinstance(kwargs, dict):  # ours
-        return model or arguments.get('model'), kwargs
+def _described(loaded: Dict[str, Any], state_dict: Dict[str, Any], model: Optional[str]) -> Tuple[str, Dict[str, Any]]:
+    """The model's name and its constructor's arguments; what the weights' shapes tell is surest."""
+    kwargs = checkpoint.model_arguments(loaded)
     found = identify(state_dict)
     if found is not None:
-        return found.name, {'num_classes': found.num_classes, 'in_chans': found.in_chans}
-    name = model or arguments.get('model')
+        kwargs = {**kwargs, 'num_classes': found.num_classes, 'in_chans': found.in_chans}
+    name = model or (found.name if found else checkpoint.run_arguments(loaded).get('model'))
     if name is None:
         raise ValueError(f'it is of none of {timm.list_models("smpconv*")}: which one?')
-    told = {key: arguments.get(key) for key in ('num_classes', 'in_chans')}
-    kwargs = {**(arguments.get('model_kwargs') or {}), **{key: value for key, value in told.items() if value}}
     return name, kwargs
 
 

@@ -75,7 +75,10 @@ def _fetch(file_id: str, part: Path) -> None:
     query: Dict[str, str] = {'id': file_id, 'export': 'download'}
     for _ in range(3):
         done = part.stat().st_size if part.exists() else 0
-        with _open(query, done) as answer:
+        answer = _open(query, done)
+        if answer is None:
+            return
+        with answer:
             if answer.headers.get_content_type() != 'text/html':
                 return _append(answer, part, done)
             page = answer.read(1 << 20).decode(errors='replace')
@@ -86,7 +89,8 @@ def _fetch(file_id: str, part: Path) -> None:
     raise ValueError('Google Drive asks again and again whether to download; try later')
 
 
-def _open(query: Dict[str, str], done: int) -> HTTPResponse:
+def _open(query: Dict[str, str], done: int) -> Optional[HTTPResponse]:
+    """The answer; None where what is done is all there is."""
     request = urllib.request.Request(f'{_ADDRESS}?{urlencode(query)}')
     if done:
         request.add_header('Range', f'bytes={done}-')
@@ -94,6 +98,8 @@ def _open(query: Dict[str, str], done: int) -> HTTPResponse:
         return urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing is left of it
+            if error.headers.get('Content-Range') == f'bytes */{done}':
+                return None
             raise OSError(f'the file has changed: remove what was downloaded ({done} bytes)') from error
         raise
 

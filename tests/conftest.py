@@ -31,8 +31,10 @@ def poison():
 @pytest.fixture(autouse=True)
 def no_handlers_stay():
     """Programs called as functions log to a standard output that ends with the test, and at a level of their own."""
-    before, level = list(logging.root.handlers), logging.root.level
+    loggers = (logging.root, logging.getLogger('smpconv_models'))
+    before, levels = list(logging.root.handlers), [logger.level for logger in loggers]
     yield
-    logging.root.setLevel(level)
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
     for handler in set(logging.root.handlers) - set(before):
         logging.root.removeHandler(handler)

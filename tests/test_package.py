@@ -66,7 +66,7 @@ MAY_IMPORT = {
     'smpconv_models/figures.py': ('torch', 'numpy', 'matplotlib', LAYERS),
     'smpconv_models/training': (
         'torch', 'timm', 'PIL', 'numpy', 'sklearn', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS, CHECKPOINT,
-        FIGURES, f'{MODELS}.identify', 'smpconv_models.__version__'),
+        DOWNLOAD, FIGURES, f'{MODELS}.identify', 'smpconv_models.__version__'),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', *PUBLIC_TRAINING),

@@ -7,11 +7,12 @@ from .state_dicts import (
     from_release,
     is_release,
     load_into,
+    model_arguments,
     run_arguments,
     select_state_dict,
 )
 
 __all__ = [
     'adapt', 'check_file', 'check_finite', 'describe_mismatch', 'file_sha256', 'first_line', 'from_release',
-    'is_release', 'load_into', 'read_file', 'run_arguments', 'select_state_dict',
+    'is_release', 'load_into', 'model_arguments', 'read_file', 'run_arguments', 'select_state_dict',
 ]

@@ -96,6 +96,23 @@ def run_arguments(checkpoint: Any) -> Dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {}
 
 
+# Of timm's training script, by the constructor's names.
+_TIMM_OPTIONS = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'global_pool': 'gp'}
+
+
+def model_arguments(checkpoint: Any) -> Dict[str, Any]:
+    """The constructor's arguments that a checkpoint tells: ours in a place of their own, timm's among all others."""
+    own = checkpoint.get('model_kwargs') if isinstance(checkpoint, dict) else None
+    if isinstance(own, dict):
+        return own
+    trained = run_arguments(checkpoint)
+    told = {name: trained.get(option) for name, option in _TIMM_OPTIONS.items()}
+    kwargs = trained.get('model_kwargs')
+    return {
+        **(kwargs if isinstance(kwargs, dict) else {}),
+        **{name: value for name, value in told.items() if value is not None}}
+
+
 def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> Optional[str]:
     """How a state dict doesn't fit a model, in one line; None where it fits.
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from smpconv_models import checkpoint
+from smpconv_models import checkpoint, download
 from smpconv_models.models import identify
 
 
@@ -71,20 +71,35 @@ def _fixed_size(args: Namespace) -> Optional[Tuple[int, int]]:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless timm has a model of this name."""
-    if not timm.is_model(name):
-        raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}')
+    """Raises ValueError unless it is a model of timm's, or ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``."""
+    source, _ = parse_name(name)
+    if source not in _SOURCES and not timm.is_model(name):
+        of_hub = f'; hf-hub:{name} is a repository of the Hub' if '/' in name else ''
+        raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}{of_hub}')
+
+
+# Of models with a configuration of their own, as timm names them.
+_SOURCES = ('hf-hub', 'local-dir')
+
+
+def parse_name(name: str) -> Tuple[str, str]:
+    """Where a model is, ``hf-hub`` or ``local-dir``, and what it is called there; '' and the name of timm's own."""
+    source, _, where = name.partition(':')
+    return (source, where) if where else ('', name)
 
 
 def create_model(name: Optional[str], **kwargs: Any) -> Any:
     """``timm.create_model``, with users' mistakes as one line.
 
     Raises:
-        ValueError: No such model, or it doesn't take the arguments, or has no pretrained weights.
+        ValueError: No such model, or it doesn't take the arguments, has no pretrained weights, or can't be downloaded.
     """
     if name is None:
         raise ValueError('--model is needed, e.g. smpconv_t')
     check_name(name)
+    source, where = parse_name(name)
+    if source == 'hf-hub':  # timm fetches it too, with other errors
+        download.from_hub(where, 'config.json')
     try:
         return timm.create_model(name, **kwargs)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -83,7 +83,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model', metavar='NAME', help="of this package or of timm's")
+    group.add_argument(
+        '--model', metavar='NAME', help="of this package or of timm's, or hf-hub:OWNER/NAME, local-dir:FOLDER")
     group.add_argument('--num-classes', type=count, metavar='N', help="else the data set's, else the model's")
     group.add_argument('--in-chans', type=count, metavar='N', help='1 reads gray images')
     group.add_argument(

@@ -11,7 +11,7 @@ from torch import nn
 from smpconv_models import checkpoint
 
 from . import data, loaders, output, parts, report, resume, sources
-from .build import create_model, load_weights, memory_format, model_arguments, select_device
+from .build import create_model, load_weights, memory_format, model_arguments, parse_name, select_device
 from .evaluate import HeldOut
 from .folder import RunFolder
 from .progress import Progress
@@ -116,7 +116,7 @@ def set_up(args: Namespace, world: Optional[World] = None) -> Run:
         args=args,
         world=world,
         device=device,
-        folder=RunFolder(Path(args.output) / (args.experiment or args.model)),
+        folder=RunFolder(Path(args.output) / (args.experiment or Path(parse_name(args.model)[1]).name)),
         progress=Progress(),
         left_out=left_out,
         model=model,
@@ -135,10 +135,15 @@ def _open(args: Namespace, world: World, device: torch.device) -> Tuple[Any, Any
 
     Streams divide themselves among the processes that have met: of the validation images each process sees all.
     """
-    in_chans = model_arguments(args, {'in_chans': 3})['in_chans']
+    in_chans = _channels(args)
     val_set = sources.open_dataset(args, args.val_split, in_chans, is_training=False)
     world.connect(device, args.dist_timeout)
     return sources.open_dataset(args, args.train_split, in_chans, is_training=True), val_set
+
+
+def _channels(args: Namespace) -> int:
+    """Of the images, which are opened before the model is made."""
+    return model_arguments(args, {'in_chans': 3})['in_chans']
 
 
 def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
@@ -152,6 +157,8 @@ def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str
     if args.pretrained:
         _check_repeats(args, model, model_kwargs)
     data.check_num_classes(classes, model.num_classes)
+    if model.in_chans != _channels(args):  # by the configuration of its repository or folder
+        raise ValueError(f'{args.model} takes images of {model.in_chans} channels: --in-chans {model.in_chans}')
     if args.initial_checkpoint:
         load_weights(model, checkpoint.read_file(args.initial_checkpoint), args.initial_checkpoint)
     if args.grad_checkpointing:

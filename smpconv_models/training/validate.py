@@ -126,7 +126,7 @@ def _read(args: Namespace) -> Dict[str, Any]:
 
 def _load(args: Namespace, loaded: Dict[str, Any]) -> Tuple[Any, str]:
     """The model, and in a word which weights it has."""
-    kwargs = model_arguments(args, _model_kwargs(loaded))
+    kwargs = model_arguments(args, checkpoint.model_arguments(loaded))
     try:
         model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
     except ValueError as error:
@@ -250,16 +250,3 @@ def inherit(args: Namespace, loaded: Dict[str, Any]) -> Namespace:
     args.dataset = args.dataset or ''
     args.split = args.split or trained.get('val_split') or 'validation'
     return args
-
-
-# Of timm's training script, by the constructor's names.
-_MODEL_OPTIONS = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'global_pool': 'gp'}
-
-
-def _model_kwargs(loaded: Dict[str, Any]) -> Dict[str, Any]:
-    """The constructor's arguments that a checkpoint tells: ours in a place of their own, timm's among all others."""
-    if 'model_kwargs' in loaded:
-        return loaded['model_kwargs']
-    trained = checkpoint.run_arguments(loaded)
-    told = {name: trained.get(key) for name, key in _MODEL_OPTIONS.items()}
-    return {**(trained.get('model_kwargs') or {}), **{key: value for key, value in told.items() if value is not None}}

@@ -16,7 +16,10 @@ from huggingface_hub import close_session, constants, file_download
 from loopback import HTML, Fault, LoopbackHub
 from safetensors.torch import load_file, save_file
 
+import train
+import validate
 from smpconv_models import download
+from smpconv_models.hub import convert as convert_checkpoint
 from smpconv_models.models import _pretrained
 
 TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5))
@@ -616,3 +619,35 @@ def test_a_pickle_that_wants_to_run_code(model, tmp_path, dump):
     dump({**model.state_dict(), 'x': Touch(trap)}, to / 'pytorch_model.bin')
     assert str(to / 'pytorch_model.bin') in fails(create, f'local-dir:{to}')
     assert not trap.exists()
+
+
+# --- the programs ---
+
+
+def test_a_model_of_the_hub_is_trained_further_evaluated_and_converted(hub, tmp_path, capsys):
+    ten = randomize_(timm.create_model('smpconv_nano', num_classes=10, in_chans=1))
+    hub.add_repo('owner/ten', files_of(save(ten, tmp_path / 'ten')))
+    images = ['--dataset', 'digits', '--img-size', '16', '--workers', '0', '--batch-size', '256']
+    training = ['--model', 'hf-hub:owner/ten', '--pretrained', '--epochs', '1', '--warmup-epochs', '0', *images]
+    with pytest.raises(SystemExit):
+        train.main([*training, '--output', str(tmp_path / 'refused')])
+    assert 'takes images of 1 channels: --in-chans 1' in capsys.readouterr().err
+    assert train.main([*training, '--in-chans', '1', '--output', str(tmp_path)]) == 0
+    best = tmp_path / 'ten' / 'model_best.pth.tar'
+    assert validate.main(['--checkpoint', str(best)]) == 0
+    convert_checkpoint(best, tmp_path / 'converted')
+    again = timm.create_model(f'local-dir:{tmp_path / "converted"}', pretrained=True)
+    assert (again.num_classes, again.in_chans, len(again.stages)) == (10, 1, 4)
+    for name in ('hf-hub:owner/ten', f'local-dir:{tmp_path / "converted"}'):
+        assert validate.main(['--model', name, *images]) == 0
+
+
+@pytest.mark.parametrize('name, said', [
+    ('hf-hub:owner/none', 'no repository owner/none'), ('hf-hub:', 'no model is named'), ('s3:a', 'no model is named'),
+    ('local-dir:none', 'config.json'), (NAME, 'hf-hub:owner/name'),
+])
+def test_a_model_that_is_not_there_is_one_line(hub, capsys, name, said):
+    with pytest.raises(SystemExit):
+        validate.main(['--model', name, '--dataset', 'digits'])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert said in message and 'validate.py: error: ' in message

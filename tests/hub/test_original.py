@@ -85,8 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_page(200, FORM.format(action=html.escape(drive.url), id=query['id']))
         self._send_file(content)
 
-    def _send_page(self, status, page):
+    def _send_page(self, status, page, *headers):
         self.send_response(status)
+        for header in headers:
+            self.send_header(*header)
         self.send_header('Content-Type', 'text/html; charset=utf-8')
         self.end_headers()
         self.wfile.write(page.encode())
@@ -95,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         drive, wanted = self.server, self.headers.get('Range') if self.server.takes_ranges else None
         start = int(wanted.removeprefix('bytes=').removesuffix('-')) if wanted else 0
         if wanted and start >= len(content):
-            return self._send_page(416, '<title>Error 416</title>')
+            return self._send_page(416, '<title>Error 416</title>', ('Content-Range', f'bytes */{len(content)}'))
         self.send_response(206 if wanted else 200)
         self.send_header('Content-Type', 'application/octet-stream')
         if drive.tells_length:
@@ -254,6 +256,13 @@ def test_a_server_that_knows_no_ranges(drive, content, path):
     fails(path)
     assert download(path).read_bytes() == content
     assert ranges(drive)[-1] == 'bytes=50000-' and drive.sent == len(content) + 50_000
+
+
+def test_all_of_it_is_there_already(drive, content, path, part):
+    """As after a stop between the last byte and the file's check."""
+    part.write_bytes(content)
+    assert download(path).read_bytes() == content
+    assert drive.sent == 0 and not part.exists()
 
 
 def test_more_is_there_than_the_file_has(drive, content, path, part):
