@@ -50,7 +50,8 @@ def time_loading(name: str, path: Path, cache: str, rounds: int, kwargs: Dict[st
     def pretrained() -> torch.nn.Module:
         return timm.create_model(name, pretrained=True, cache_dir=cache, **kwargs)
 
-    saved = {key.replace('_', '.'): value for key, value in load_file(path).items()}  # as features, stages_0 of stages.0
+    # features have stages_0 for stages.0
+    saved = {key.replace('_', '.'): value for key, value in load_file(path).items()}
     for key, value in pretrained().state_dict().items():
         is_new = key.startswith('head') and 'num_classes' in kwargs
         if not is_new and not torch.equal(value, saved[key.replace('_', '.')]):

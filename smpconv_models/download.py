@@ -145,7 +145,7 @@ def check(path: Path) -> None:
     if _SHA256.fullmatch(blob.name):
         found = file_sha256(blob)
     elif _GIT_SHA1.fullmatch(blob.name):
-        found = git_sha1(blob)
+        found = git_sha1(blob.read_bytes())
     else:  # a server that changed its answer after it was looked at; what it led to may be anybody's
         path.unlink()
         raise ValueError(f'{constants.ENDPOINT} does not answer as the Hub does: it led {path} to {blob.name[:80]!r}')
@@ -156,7 +156,6 @@ def check(path: Path) -> None:
             f'{path} is damaged: its checksum is {found}, not {blob.name}; it was removed, to be downloaded again')
 
 
-def git_sha1(path: Path) -> str:
-    """The name that Git gives a file's content."""
-    content = path.read_bytes()
+def git_sha1(content: bytes) -> str:
+    """The name that Git gives a content."""
     return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()

@@ -204,7 +204,8 @@ def publish(
 ) -> Publication:
     """Creates or updates a repository of the Hugging Face Hub with a folder that :func:`convert` has made.
 
-    Only the weights in safetensors, the configuration and the card are sent. The token is the Hub client's own: of
+    Only the weights in safetensors, the configuration and the card are sent, in which ``OWNER/NAME`` becomes the
+    repository's. The token is the Hub client's own: of
     ``HF_TOKEN``, or of ``hf auth login``.
 
     Args:
@@ -219,7 +220,11 @@ def publish(
             weights, no token is set, or the Hub refuses.
     """
     folder = Path(folder)
-    files, sha256 = _check_folder(folder)
+    sha256 = _check_folder(folder)
+    texts = {
+        CONFIG: (folder / CONFIG).read_bytes(),
+        CARD: (folder / CARD).read_bytes().replace(b'OWNER/NAME', repo.encode())}
+    names = {WEIGHTS: sha256, **{name: download.git_sha1(content) for name, content in texts.items()}}
     client = HfApi()
     try:
         token = get_token()
@@ -227,17 +232,17 @@ def publish(
             raise ValueError('publishing needs a token: set HF_TOKEN, or run hf auth login')
         client.whoami(token=token)
         there = _remote(client, repo)
-        changes = {name: _change(path, (there or {}).get(name)) for name, path in files.items()}
+        changes = {file: _change(name, (there or {}).get(file)) for file, name in names.items()}
         if changes[WEIGHTS] == 'changed' and not force:
             raise ValueError(f'{repo} has other weights: --force replaces them')
         planned = Publication(repo, there is None, changes)
-        sent = {name: path for name, path in files.items() if changes[name] != 'same'}
+        sent = [file for file, change in changes.items() if change != 'same']
         if dry_run or not sent:
             return planned
         if there is None:
             client.create_repo(repo, private=private, exist_ok=True)
         commit = client.create_commit(
-            repo, [CommitOperationAdd(name, str(path)) for name, path in sent.items()],
+            repo, [CommitOperationAdd(file, texts.get(file, str(folder / file))) for file in sent],
             commit_message=f'Weights {sha256[:12]}')
         return planned._replace(url=str(commit.commit_url))
     except HFValidationError as error:
@@ -248,8 +253,8 @@ def publish(
         raise ValueError(f'{repo} cannot be published: {download.reason(error)}') from error
 
 
-def _check_folder(folder: Path) -> Tuple[Dict[str, Path], str]:
-    """The files to send, by name, and the checksum of the weights."""
+def _check_folder(folder: Path) -> str:
+    """Raises ValueError unless it can be sent; the checksum of its weights."""
     if not folder.is_dir():
         raise ValueError(f'{folder} is no folder; hub/convert.py makes one')
     missing = [name for name in (WEIGHTS, CONFIG, CARD) if not (folder / name).is_file()]
@@ -261,7 +266,7 @@ def _check_folder(folder: Path) -> Tuple[Dict[str, Path], str]:
     config, sha256 = json.loads((folder / CONFIG).read_text()), checkpoint.file_sha256(folder / WEIGHTS)
     if config.get('sha256') != sha256:
         raise ValueError(f'{folder / WEIGHTS} is not the file whose checksum is in {CONFIG}: {config.get("sha256")}')
-    return {name: folder / name for name in (WEIGHTS, CONFIG, CARD)}, sha256
+    return sha256
 
 
 def _remote(client: HfApi, repo: str) -> Optional[Dict[str, Any]]:
@@ -273,9 +278,8 @@ def _remote(client: HfApi, repo: str) -> Optional[Dict[str, Any]]:
     return {sibling.rfilename: sibling for sibling in info.siblings or []}
 
 
-def _change(path: Path, there: Any) -> str:
+def _change(name: str, there: Any) -> str:
+    """Of a content, by the Hub's name for it: the SHA-256 of what is large, else Git's."""
     if there is None:
         return 'new'
-    is_same = (
-        there.lfs.sha256 == checkpoint.file_sha256(path) if there.lfs else there.blob_id == download.git_sha1(path))
-    return 'same' if is_same else 'changed'
+    return 'same' if name == (there.lfs.sha256 if there.lfs else there.blob_id) else 'changed'

@@ -268,8 +268,9 @@ def test_a_dry_run_sends_nothing(remote, folder, capsys):
 def test_publishing_sends_what_changed_and_never_the_token(remote, folder, capsys):
     assert run(publish, folder, REPO, '--publish') == 0
     assert 'published: ' in capsys.readouterr().out
+    assert 'OWNER/NAME' in (folder / 'README.md').read_text()
     assert {name: path.read_bytes() for name, path in remote.files(REPO).items() if name != '.gitattributes'} == {
-        path.name: path.read_bytes() for path in folder.iterdir()}
+        path.name: path.read_bytes().replace(b'OWNER/NAME', REPO.encode()) for path in folder.iterdir()}
     remote.forget()
     assert run(publish, folder, REPO, '--publish') == 0
     assert 'is up to date' in capsys.readouterr().out
