@@ -13,12 +13,17 @@ left in it), 130 interrupted.
 """
 import argparse
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import List, Optional
 
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'convert.py: interrupted\n'), os._exit(130)))
+
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import hub, original
+from smpconv_models import checkpoint, hub, original
 
 RELEASE = 'https://github.com/sangnekim/SMPConv'
 
@@ -30,7 +35,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT', help='what to convert')
     parser.add_argument('folder', metavar='FOLDER', help='what to make; a new or an empty one')
     parser.add_argument('--download', metavar='MODEL', choices=sorted(original.FILES), help='%(choices)s')
-    parser.add_argument('--download-dir', metavar='DIR', default='.', help='where to (default: here)')
+    parser.add_argument('--download-dir', metavar='DIR', help='where to (default: here)')
     parser.add_argument('--model', metavar='NAME', help='where the checkpoint does not tell')
     parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the averaged weights')
@@ -43,13 +48,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
     logging.getLogger('smpconv_models').setLevel(logging.INFO)
     parser = create_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if (args.checkpoint is None) == (args.download is None):
         parser.error('expected a CHECKPOINT or --download, one of them')
+    if args.download_dir is not None and args.download is None:
+        parser.error('--download-dir is of no use without --download')
     try:
         path, source = args.checkpoint, args.source
         if args.download:
-            path = original.download(args.download, Path(args.download_dir, f'{args.download}.pth.tar'))
+            path = original.download(args.download, Path(args.download_dir or '.', f'{args.download}.pth.tar'))
+            print(f'{path}: {path.stat().st_size} bytes, sha256 {checkpoint.file_sha256(path)}')
             source = source or RELEASE
         done = hub.convert(
             path, args.folder, args.model, args.use_ema, source or Path(path).name, args.license,
@@ -64,4 +72,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -9,9 +9,15 @@ The token is the Hub client's: of HF_TOKEN, or of `hf auth login`. It is never t
 Exit codes: 0 done, or nothing to do, 2 a folder, a name or a token that won't do, or the Hub refuses, 130 interrupted.
 """
 import argparse
+import os
+import signal
 import sys
 from typing import List, Optional
 
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'publish.py: interrupted\n'), os._exit(130)))
+
+import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import hub
 
 
@@ -23,13 +29,13 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('repo', metavar='OWNER/NAME', help='where to')
     parser.add_argument('--publish', action='store_true', help='do it')
     parser.add_argument('--force', action='store_true', help='replace other weights that are there')
-    parser.add_argument('--private', action='store_true', help='make the repository so, if it is made')
+    parser.add_argument('--private', action='store_true', help='make the repository so; one that is there must be')
     return parser
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = create_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         done = hub.publish(args.folder, args.repo, not args.publish, args.force, args.private)
     except (OSError, ValueError) as error:
@@ -51,4 +57,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

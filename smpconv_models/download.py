@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any, Tuple, Union
+from typing import Any, NoReturn, Optional, Tuple, Union
 
 from huggingface_hub import (
     HfFileMetadata,
@@ -34,7 +34,7 @@ from .checkpoint import file_sha256, first_line
 _logger = logging.getLogger(__name__)
 
 # The client's, the system's, and the HTTP library's, of which the client's are made, whichever it is.
-HUB_ERRORS: Tuple[Any, ...] = (EntryNotFoundError, OSError, *HfHubHTTPError.__mro__[1:-3])
+HUB_ERRORS: Tuple[Any, ...] = (EntryNotFoundError, OSError, UnicodeEncodeError, *HfHubHTTPError.__bases__)
 
 # By status.
 _ADVICE = {
@@ -84,8 +84,11 @@ def _fetch(repo: str, filename: str, revision: str, cache_dir: Union[str, Path, 
     try:
         if constants.HF_HUB_OFFLINE:
             return Path(hf_hub_download(repo, filename, local_files_only=True, **options))
-        _check_names(get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), token=get_token()))
-        return Path(hf_hub_download(repo, filename, **options))
+        name = _check_names(get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), token=get_token()))
+        path = Path(hf_hub_download(repo, filename, **options))
+        if not path.is_symlink():  # a file system without links, where the cache forgets the name
+            _check_content(path, name)
+        return path
     except HUB_ERRORS as error:
         line = _explained(error, repo, filename, revision)
         try:
@@ -117,43 +120,69 @@ def reason(error: BaseException) -> str:
     """Why the Hub or the way to it failed, in a line that says what to do."""
     cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ else error
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
+    if isinstance(cause, UnicodeEncodeError):  # what it sends is a token, or a name
+        return 'there are characters other than ASCII in HF_TOKEN or in the name'
     what = f'{type(cause).__name__}: {first_line(cause)}' if status is None else f'status {status}'
-    if getattr(cause, 'errno', None) is not None:  # this machine's: a full disk, say
+    if constants.HF_HUB_OFFLINE or getattr(cause, 'errno', None) is not None:  # this machine's: a full disk, say
         return what
     return f'{what}: {_ADVICE.get(status or 0, "see HF_ENDPOINT and HTTPS_PROXY")}'
 
 
-def _check_names(metadata: HfFileMetadata) -> None:
-    """The client makes paths of these; OSError, as where there is no Hub, of others (or a network's login page)."""
+def _check_names(metadata: HfFileMetadata) -> str:
+    """The content's name. The client makes paths of them; OSError, as where there is no Hub, of others."""
     etag, commit = metadata.etag or '', metadata.commit_hash or ''
     if not (_SHA256.fullmatch(etag) or _GIT_SHA1.fullmatch(etag)) or not _GIT_SHA1.fullmatch(commit):
         raise OSError(f'it does not answer as the Hub does, but names the file {etag[:80]!r} of {commit[:80]!r}')
+    return etag
 
 
-def check(path: Path) -> None:
-    """Holds a file of the client's cache against its checksum.
+def _check_content(path: Path, name: str) -> None:
+    found = git_sha1(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
+    if found != name:
+        _remove(path, found, name)
+
+
+def digest(path: Path) -> str:
+    """The name that the content of a file of the client's cache should have; '' where the client keeps no names.
 
     The client leads a file's name to its content, which it keeps under the checksum that the Hub gave it. From there it
     may lead on, to where it keeps the content for several repositories, under a name of another kind.
+    """
+    if not path.is_symlink():  # a file system without links
+        return ''
+    blob = _blob(path)
+    return git_sha1(blob.read_bytes()) if _GIT_SHA1.fullmatch(blob.name) else file_sha256(blob)
+
+
+def check(path: Path, found: Optional[str] = None) -> None:
+    """Holds a file of the client's cache against the name of its content.
+
+    Args:
+        path: The file.
+        found: Its :func:`digest`, where that is known already.
 
     Raises:
         ValueError: The content is another one (what is cached of it is removed), or the name is no checksum.
     """
-    if not path.is_symlink():  # a file system without links
+    found = digest(path) if found is None else found
+    name = _blob(path).name if found else ''
+    if found == name:
         return
-    blob = path.parent / os.readlink(path)
-    if _SHA256.fullmatch(blob.name):
-        found = file_sha256(blob)
-    elif _GIT_SHA1.fullmatch(blob.name):
-        found = git_sha1(blob.read_bytes())
-    else:  # a server that changed its answer after it was looked at; what it led to may be anybody's
-        path.unlink()
-        raise ValueError(f'{constants.ENDPOINT} does not answer as the Hub does: it led {path} to {blob.name[:80]!r}')
-    if found != blob.name:
-        for damaged in (path, blob.resolve(), blob):
-            damaged.unlink(missing_ok=True)
-        raise ValueError(
-            f'{path} is damaged: its checksum is {found}, not {blob.name}; it was removed, to be downloaded again')
+    if not (_SHA256.fullmatch(name) or _GIT_SHA1.fullmatch(name)):
+        path.unlink()  # a server that changed its answer after it was looked at; what it led to may be anybody's
+        raise ValueError(f'{constants.ENDPOINT} does not answer as the Hub does: it led {path} to {name[:80]!r}')
+    blob = _blob(path)
+    _remove(path, found, name, blob.resolve(), blob)
+
+
+def _blob(path: Path) -> Path:
+    return path.parent / os.readlink(path)
+
+
+def _remove(path: Path, found: str, name: str, *contents: Path) -> NoReturn:
+    for damaged in (path, *contents):
+        damaged.unlink(missing_ok=True)
+    raise ValueError(f'{path} is damaged: its checksum is {found}, not {name}; it was removed, to be downloaded again')
 
 
 def git_sha1(content: bytes) -> str:

@@ -2,7 +2,6 @@
 
 The release is the code published with the paper (github.com/sangnekim/SMPConv).
 """
-import logging
 import os
 import re
 import urllib.error
@@ -16,9 +15,7 @@ from urllib.parse import urlencode
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
-from .checkpoint import check_file, file_sha256, first_line
-
-_logger = logging.getLogger(__name__)
+from .checkpoint import check_file, first_line
 
 # Model -> file.
 FILES = {'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V', 'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9'}
@@ -30,7 +27,7 @@ _BLOCK = 1 << 18
 def download(model: str, path: Union[str, Path]) -> Path:
     """Downloads a model's file, unless it is there; goes on where an earlier download broke off.
 
-    The release names no checksums: the file's is logged, and its own, of each part, are checked.
+    The release names no checksums; those in the file itself, of each part, are checked.
 
     Args:
         model: One of :data:`FILES`.
@@ -67,7 +64,6 @@ def _take(part: Path, path: Path) -> None:
         part.unlink()
         raise
     os.replace(part, path)
-    _logger.info('%s: sha256 %s', path, file_sha256(path))
 
 
 def _fetch(file_id: str, part: Path) -> None:

@@ -62,16 +62,18 @@ MAY_IMPORT = {
     'smpconv_models/checkpoint': ('torch', 'safetensors'),
     'smpconv_models/download.py': ('huggingface_hub', CHECKPOINT),
     'smpconv_models/original.py': ('huggingface_hub', 'tqdm', CHECKPOINT),
-    'smpconv_models/hub.py': ('torch', 'timm', 'huggingface_hub', f'{MODELS}.identify', CHECKPOINT, DOWNLOAD),
+    'smpconv_models/hub': (
+        'torch', 'timm', 'huggingface_hub', 'safetensors', f'{MODELS}.check_arguments', f'{MODELS}.identify',
+        CHECKPOINT, DOWNLOAD),
     'smpconv_models/figures.py': ('torch', 'numpy', 'matplotlib', LAYERS),
     'smpconv_models/training': (
         'torch', 'timm', 'PIL', 'numpy', 'sklearn', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS, CHECKPOINT,
-        DOWNLOAD, FIGURES, f'{MODELS}.identify', 'smpconv_models.__version__'),
+        DOWNLOAD, FIGURES, f'{MODELS}.identify', f'{MODELS}.whose', 'smpconv_models.__version__'),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', *PUBLIC_TRAINING),
     'validate.py': ('smpconv_models', *PUBLIC_TRAINING),
-    'hub': ('smpconv_models', HUB, ORIGINAL),
+    'hub': ('smpconv_models', HUB, ORIGINAL, CHECKPOINT),
     'benchmarks': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'matplotlib', 'smpconv_models', *PUBLIC_TRAINING,
         *BENCHMARKS),

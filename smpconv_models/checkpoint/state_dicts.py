@@ -127,6 +127,12 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
     reshaped = [key for key in expected if key in given and expected[key] != given[key]]
+    retyped = [
+        key for key, value in model.state_dict().items()
+        if key in given and value.is_floating_point() != state_dict[key].is_floating_point()]
+    if retyped and not (missing or unexpected or reshaped):
+        dtype = state_dict[retyped[0]].dtype
+        return f'{len(retyped)} of {len(expected)} tensors have other numbers ({retyped[0]}: {dtype})'
     if not (missing or unexpected or reshaped):
         return None
     examples: List[str] = [f'{key} expected {expected[key]}, got {given[key]}' for key in reshaped[:3]]
@@ -178,6 +184,8 @@ def load_into(model: nn.Module, checkpoint: Any, use_ema: bool = True) -> str:
 def check_finite(state_dict: StateDict) -> None:
     """Raises ValueError where a weight is NaN or infinite; no network computes anything from those."""
     for name, value in state_dict.items():
+        if value.is_floating_point() and value.element_size() == 1:
+            value = value.half()  # which has all of their values, and a sum
         # the sum is five times as quick, and finite values whose sum isn't are looked at one by one
         if not value.sum().isfinite() and not value.isfinite().all():
             raise ValueError(f'the checkpoint has weights that are not finite: {name}')

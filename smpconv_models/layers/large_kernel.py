@@ -1,4 +1,6 @@
 """The blocks of the ImageNet models: RepLKNet's structure with kernels drawn from points."""
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -67,22 +69,39 @@ class LargeKernelConv(nn.Module):
         return y
 
     @torch.jit.ignore
+    def is_drawn_from_points(self) -> bool:
+        """Whether it isn't re-parameterized yet."""
+        return isinstance(self.large.conv, SMPDepthwiseConv2d)
+
+    @torch.jit.ignore
     def rescale(self, scale: float) -> None:
-        """Draws the large kernel with ``1 + 2 * round(scale * (k - 1) / 2)`` elements a side from now on.
+        """Draws the large kernel with :meth:`scaled_size` elements a side from now on.
+
+        Raises:
+            ValueError: As :meth:`scaled_size`.
+        """
+        large: Any = self.large.conv
+        large.resize(self.scaled_size(scale))
+
+    @torch.jit.ignore
+    def scaled_size(self, scale: float) -> int:
+        """``1 + 2 * round(scale * (k - 1) / 2)``, the side of the large kernel at a scale.
 
         Args:
             scale: How many times as densely as at the ``kernel_size`` k of the constructor.
 
         Raises:
-            ValueError: The kernel would be smaller than the small one.
+            ValueError: It is no number, or the kernel would be smaller than the small one or larger than 4095.
         """
+        if not isinstance(scale, Real) or not 0 < scale < math.inf:
+            raise ValueError(f'a kernel must be scaled by a positive number, got {scale!r}')
         large: Any = self.large.conv
         size = 1 + 2 * round(scale * (large.base_size - 1) / 2)
-        if size < self.small_kernel_size or size < 1:
+        if not max(self.small_kernel_size, 1) <= size <= 4095:
             raise ValueError(
-                f'a kernel of {large.base_size} must be scaled to at least {max(self.small_kernel_size, 1)} elements, '
+                f'a kernel of {large.base_size} must be scaled to {max(self.small_kernel_size, 1)} to 4095 elements, '
                 f'got {size} (scale {scale})')
-        large.resize(size)
+        return size
 
     @torch.jit.ignore
     @torch.no_grad()

@@ -130,7 +130,7 @@ def resample_kernel(
     """Draws the kernel of ``base_size`` on another grid, with the same response to a constant input. One leaf for fx.
 
     Every point keeps the sum of its tent over the grid. On a coarser grid the tents are wider by as much as a point may
-    be farther from the nearest element, lest they fall between the elements.
+    be farther from the nearest element; and one that would still fall between the elements reaches the nearest.
 
     Args:
         coords: ``(..., P, d)``.
@@ -148,7 +148,8 @@ def resample_kernel(
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
     base = tents(sampling_grid(base_size, device=coords.device, dtype=dtype), coords, radius)
     wider = max(_farthest(kernel_size) - _farthest(base_size), 0.)
-    g = tents(sampling_grid(kernel_size, device=coords.device, dtype=dtype), coords, radius + wider)
+    reach = torch.maximum(radius.to(dtype) + wider, 1.001 * _distance(coords.to(dtype), kernel_size) + 1e-6)
+    g = tents(sampling_grid(kernel_size, device=coords.device, dtype=dtype), coords, reach)
     g = g * (base.sum(-1) / g.sum(-1).clamp_min(1e-6)).unsqueeze(-1)
     return (weights.to(g.dtype) @ g).to(weights.dtype).unflatten(-1, kernel_size)
 
@@ -158,6 +159,17 @@ def _farthest(kernel_size: List[int]) -> float:
     distance = 0.
     for size in kernel_size:
         distance += 1 / max(size - 1, 1)
+    return distance
+
+
+def _distance(coords: Tensor, kernel_size: List[int]) -> Tensor:
+    """L1 distance of each point from the nearest element of a grid, of shape ``(..., P)``."""
+    distance = torch.zeros_like(coords[..., 0])
+    for axis in range(len(kernel_size)):
+        half = (kernel_size[len(kernel_size) - 1 - axis] - 1) / 2
+        position = coords[..., axis]
+        nearest = ((position.clamp(-1., 1.) + 1) * half).round() / half - 1 if half > 0 else torch.zeros_like(position)
+        distance = distance + (position - nearest).abs()
     return distance
 
 

@@ -2,7 +2,9 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
@@ -19,7 +21,7 @@ _logger = logging.getLogger(__name__)
 # Owner of the repositories on the Hugging Face Hub.
 HUB_NAMESPACE = os.environ.get('SMPCONV_HUB_NAMESPACE', 'smpconv')
 
-# In a folder or repository, the one that comes first.
+# In a folder, the one that comes first; in a repository only the first, unless its configuration names another.
 _FILES = ('model.safetensors', 'pytorch_model.bin')
 
 
@@ -32,11 +34,25 @@ class LocalWeights(NamedTuple):
     Attributes:
         overlay: Of the configuration: timm takes the weights from this file.
         state_dict: The weights, read where they are used; none of those that timm finds itself.
+        path: The file.
         verify: Waits until the file has been held against its checksum; raises ValueError if it is another.
     """
     overlay: Dict[str, Any]
     state_dict: Dict[str, Tensor]
+    path: Optional[Path]
     verify: Check
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Names the file in a ValueError; that it is another than it should be says more."""
+        try:
+            yield
+        except ValueError as error:
+            self.verify()
+            raise ValueError(f'{self.path or "the weights"}: {error}') from error
+
+
+NO_WEIGHTS = LocalWeights({}, {}, None, lambda: None)
 
 
 def local_weights(
@@ -61,10 +77,9 @@ def local_weights(
     """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    path, check = _find(variant, cfg, cache_dir)
+    path, verify = _find(variant, cfg, cache_dir)
     if path is None:  # weights in memory, or none, which timm tells
-        return LocalWeights(overlay, {}, check)
-    verify = _in_background(check)
+        return LocalWeights(overlay, {}, None, verify)
     try:  # before timm reads it, whose complaints of a bad file are long and of many kinds
         weights, _ = checkpoint.select_state_dict(checkpoint.read_file(path, lazy=True))
     except ValueError:
@@ -72,10 +87,10 @@ def local_weights(
         raise
     # a configuration's own `state_dict` would come before the file
     overlay.update(source=None, state_dict=None, file=str(path), custom_load=False)
-    return LocalWeights(overlay, weights, verify)
+    return LocalWeights(overlay, weights, path, verify)
 
 
-def _in_background(check: Check) -> Check:
+def _in_background(check: Callable[[], Any]) -> Check:
     """Begins, in a thread; the result is waited for by a call."""
     executor = ThreadPoolExecutor(1)
     future = executor.submit(check)
@@ -94,11 +109,14 @@ def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Pa
     if cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
         return (None if cfg.state_dict else Path(str(cfg.file))), _nothing
     if not cfg.hf_hub_id:
+        if cfg.url:  # timm would unpickle whatever is there
+            raise ValueError(f'weights are not taken from a URL: download {cfg.url} and give it as `file`')
         return None, _nothing
     original_path = Path(cache_dir or Path(torch.hub.get_dir(), 'checkpoints'), f'{variant}.pth.tar')
     try:
         path = download.fetch(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
-        return path, partial(download.check, path)
+        found = _in_background(partial(download.digest, path))
+        return path, lambda: download.check(path, found())  # which removes a damaged file: not while it is read
     except ValueError as error:
         is_there = isinstance(error, download.NotPublished) or original_path.exists()
         if not (is_there and _is_of_original(variant, cfg)):
@@ -119,7 +137,7 @@ def _in_folder(folder: Path) -> Tuple[Path, Check]:
     found = [folder / name for name in _FILES if (folder / name).is_file()]
     if not found:
         raise ValueError(f'{folder} has no {" or ".join(_FILES)}')
-    return found[0], partial(_check_in_folder, found[0])
+    return found[0], _in_background(partial(_check_in_folder, found[0]))
 
 
 def _check_in_folder(path: Path) -> None:

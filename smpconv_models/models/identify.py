@@ -1,5 +1,5 @@
 """Which of this package's models a state dict is of."""
-from typing import Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import timm
 from torch import Tensor
@@ -15,6 +15,15 @@ class Identity(NamedTuple):
 
     def __str__(self) -> str:
         return f'{self.name} with {self.num_classes} classes and {self.in_chans} input channels'
+
+
+def whose(loaded: Any) -> str:
+    """Which registered model a checkpoint is of, to be added to an error's line; '' where it is of none."""
+    try:
+        found = identify(checkpoint.select_state_dict(loaded)[0])
+    except ValueError:
+        return ''
+    return f'; it is of {found}' if found else ''
 
 
 def identify(state_dict: Dict[str, Tensor]) -> Optional[Identity]:

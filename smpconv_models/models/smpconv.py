@@ -6,9 +6,8 @@ CVPR 2023, https://arxiv.org/abs/2304.02330. T and B are section 4.3 and appendi
 Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose T and B checkpoints load here. The block structure is
 RepLKNet's (https://arxiv.org/abs/2203.06717). The implementation is this project's own, and so is the nano variant.
 """
-import math
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -22,7 +21,10 @@ from smpconv_models.layers import ConvFFN, ConvNormAct, LargeKernelBlock, LargeK
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, check_odd, create_act, create_norm
 from smpconv_models.layers.large_kernel import pointwise
 
-from ._pretrained import HUB_NAMESPACE, local_weights
+from ._configuration import check_configuration, check_names, described, is_of_elsewhere
+from ._kernel_sizes import resampled
+from ._pretrained import HUB_NAMESPACE, NO_WEIGHTS, LocalWeights, local_weights
+from .identify import whose
 
 __all__ = ['SMPConvNet']
 
@@ -147,6 +149,8 @@ class SMPConvNet(nn.Module):
         if weight_init not in ('', 'skip'):
             raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
         _check_config(output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
+        if num_classes < 0:
+            raise ValueError(f'num_classes must be at least 0, got {num_classes}')
         _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -241,15 +245,19 @@ class SMPConvNet(nn.Module):
             ValueError: Not as many numbers as stages, a kernel would be smaller than the small one beside it, or the
                 kernels are not drawn from points any more.
         """
-        scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(self.stages)
-        if len(scales) != len(self.stages):
-            raise ValueError(f'kernel_scale must have one entry for each of {len(self.stages)} stages, got {scale}')
-        for stage, factor in zip(self.stages, scales):
-            layers = [module for module in stage.modules() if isinstance(module, LargeKernelConv)]
-            if not layers:
-                raise ValueError('kernel_scale needs the points, and these kernels are drawn (re-parameterized)')
-            for layer in layers:
-                layer.rescale(factor)
+        stages: Any = self.stages
+        scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(stages)
+        if len(scales) != len(stages):
+            raise ValueError(f'kernel_scale must have one entry for each of {len(stages)} stages, got {scale}')
+        layers = [
+            (module, factor) for stage, factor in zip(stages, scales) for module in stage.modules()
+            if isinstance(module, LargeKernelConv) and module.is_drawn_from_points()]
+        if not layers and any(len(stage.blocks) for stage in stages):
+            raise ValueError('kernel_scale needs the points, and these kernels are drawn (re-parameterized)')
+        for layer, factor in layers:  # all of them before any is changed
+            layer.scaled_size(factor)
+        for layer, factor in layers:
+            layer.rescale(factor)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -385,27 +393,34 @@ def _init_weights(module: nn.Module, needs_reset: bool) -> None:
         reset_parameters()
 
 
+def check_arguments(arguments: Any) -> None:
+    """Raises ValueError unless these describe one of the networks, by name: those of a checkpoint, say."""
+    check_names(SMPConvNet, arguments)
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
     """State dict of the original release or of ours -> ours.
 
     Raises:
-        ValueError: It is another model's. Where the model differs from its ``pretrained_cfg`` in classes or input
-            channels, timm drops the classifier or adapts the first convolution.
+        ValueError: It is another model's, or has weights that are not finite. Where the model differs from its
+            ``pretrained_cfg`` in classes or input channels, timm drops the classifier or adapts the first convolution.
     """
-    cfg = getattr(model, 'pretrained_cfg', {})
-    adapted = []
-    if model.in_chans != cfg.get('input_size', (model.in_chans,))[0]:
-        adapted.append('stem.0.conv.weight')
-    if model.num_classes != cfg.get('num_classes', model.num_classes):
-        adapted += ['head.fc.weight', 'head.fc.bias']
-    state_dict = checkpoint.adapt(state_dict, model, ignore=adapted)
+    state_dict = _adapt(state_dict, model)
     checkpoint.check_finite(state_dict)
     return state_dict
 
 
-def _verified(verify: Callable[[], Any], state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
-    verify()
-    return checkpoint_filter_fn(state_dict, model)
+def _adapt(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
+    cfg = getattr(model, 'pretrained_cfg', {})
+    by_timm = []
+    if model.in_chans != cfg.get('input_size', (model.in_chans,))[0]:
+        by_timm.append('stem.0.conv.weight')
+    if model.num_classes != cfg.get('num_classes', model.num_classes):
+        by_timm += ['head.fc.weight', 'head.fc.bias']
+    try:
+        return checkpoint.adapt(state_dict, model, ignore=by_timm)
+    except ValueError as error:
+        raise ValueError(f'{error}{whose(state_dict)}') from error
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
@@ -430,98 +445,46 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
-    _check_configuration(**kwargs)
-    filter_fn = checkpoint_filter_fn
+def _filter(weights: LocalWeights, state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
+    """As checkpoint_filter_fn, of a file that is held against its checksum."""
+    weights.verify()
+    with weights.named():
+        return checkpoint_filter_fn(state_dict, model)
+
+
+def _create_smpconv(variant: str, pretrained: bool, model_args: Dict[str, Any], **wished: Any) -> SMPConvNet:
+    """A variant of these arguments, before which the user's and those of a repository's configuration come."""
+    kwargs = {**model_args, **wished, 'pretrained_filter_fn': checkpoint_filter_fn}
+    is_checked = is_of_elsewhere(kwargs.get('pretrained_cfg'))
+    if is_checked:
+        check_configuration(SMPConvNet, **kwargs)
+    weights = local_weights(variant, **kwargs) if pretrained else NO_WEIGHTS
     if pretrained:
-        weights = local_weights(variant, **kwargs)
-        kwargs['pretrained_cfg_overlay'] = weights.overlay
-        kwargs.update(_resampled(weights.state_dict, **kwargs))
-        if weights.state_dict:  # of which none may be missing but the classifier's
-            kwargs.setdefault('weight_init', 'skip')
-        filter_fn = partial(_verified, weights.verify)
+        kwargs.update(_for_weights(weights, model_args, **wished))
+    if is_checked:
+        network = described(SMPConvNet, **kwargs)
+        with weights.named():
+            _adapt(weights.state_dict or network.state_dict(), network)
     num_stages = len(kwargs['depths'])
     if kwargs.get('features_only'):
         kwargs.setdefault('num_classes', 0)  # features have no use for a classifier, nor for a file's
         _check_out_indices(kwargs.get('out_indices'), num_stages)
     return build_model_with_cfg(
         SMPConvNet, variant, pretrained,
-        pretrained_filter_fn=filter_fn,
         feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         **kwargs,
     )
 
 
-# What a configuration from elsewhere may ask for: parameters, the side of a kernel, blocks.
-_MOST_PARAMETERS, _MOST_SIDE, _MOST_BLOCKS = 2e9, 511, 1000
-
-
-def _check_configuration(
-        pretrained_cfg: Any = None,
-        depths: Any = (),
-        dims: Any = (),
-        kernel_sizes: Any = (31, 29, 27, 13),
-        kernel_scale: Any = 1.,
-        mlp_ratio: Any = 4.,
-        num_classes: Any = None,
-        in_chans: Any = None,
-        **kwargs: Any,
-) -> None:
-    """Raises ValueError where the configuration of a repository or folder would take any amount of memory or time."""
-    if not isinstance(pretrained_cfg, dict) or pretrained_cfg.get('source') not in ('hf-hub', 'local-dir'):
-        return
-    num_classes = pretrained_cfg.get('num_classes', 0) if num_classes is None else num_classes
-    in_chans = pretrained_cfg.get('input_size', (3,))[0] if in_chans is None else in_chans
-    scales = kernel_scale if isinstance(kernel_scale, (list, tuple)) else [kernel_scale]
-    try:
-        blocks = sum(depths)
-        side = max(kernel_sizes) * max(1., *scales)
-        parameters = dims[-1] * num_classes + dims[0] * in_chans + sum(
-            depth * dim ** 2 * (2 + 2 * mlp_ratio) for depth, dim in zip(depths, dims))
-    except (IndexError, TypeError, ValueError) as error:
-        raise ValueError(f'the configuration of the weights is malformed: {error}') from error
-    if not (blocks <= _MOST_BLOCKS and side <= _MOST_SIDE and parameters <= _MOST_PARAMETERS):
-        raise ValueError(
-            f'the configuration of the weights asks for {blocks} blocks, kernels of {side:g} and {parameters:.1e} '
-            f'parameters; expected at most {_MOST_BLOCKS}, {_MOST_SIDE} and {_MOST_PARAMETERS:.0e}')
-
-
-def _resampled(
-        weights: Dict[str, Tensor],
-        kernel_sizes: Optional[Sequence[int]] = None,
-        kernel_scale: Union[float, Sequence[float]] = 1.,
-        points_divisor: int = 4,
-        **kwargs: Any,
-) -> Dict[str, Any]:
-    """The arguments with which kernels of other sizes than the weights' are drawn from the weights' points."""
-    trained = _trained_sizes(weights, points_divisor)
-    if kernel_sizes is None or len(kernel_sizes) != len(trained) or list(kernel_sizes) == trained:
-        return {}
-    if kernel_scale != 1:
-        raise ValueError(f'kernel_sizes {kernel_sizes}, other than the weights\' {trained}, contradict kernel_scale')
-    for size in kernel_sizes:
-        check_odd(size)
-    return {
-        'kernel_sizes': trained,
-        'kernel_scale': [(size - 1) / max(base - 1, 1) for size, base in zip(kernel_sizes, trained)],
-    }
-
-
-def _trained_sizes(weights: Dict[str, Tensor], points_divisor: int) -> List[int]:
-    """The kernels' sides, by the numbers of points; none where these fit no odd side."""
-    if checkpoint.is_release(weights):
-        weights = checkpoint.from_release(weights)
-    sizes: List[int] = []
-    while points_divisor >= 1:
-        coords = weights.get(f'stages.{len(sizes)}.blocks.0.mixer.large_kernel.large.conv.coords')
-        if coords is None:
-            return sizes
-        size = math.isqrt(len(coords) * points_divisor)
-        size += 1 if size ** 2 // points_divisor < len(coords) else 0
-        if size % 2 == 0 or size ** 2 // points_divisor != len(coords):
-            return []
-        sizes.append(size)
-    return []
+def _for_weights(weights: LocalWeights, model_args: Dict[str, Any], **wished: Any) -> Dict[str, Any]:
+    """The arguments with which timm loads them."""
+    kwargs = {'pretrained_cfg_overlay': weights.overlay, 'pretrained_filter_fn': partial(_filter, weights)}
+    if weights.state_dict:  # of which none may be missing but the classifier's
+        kwargs['weight_init'] = wished.get('weight_init', 'skip')
+    if 'kernel_sizes' in wished:
+        own = {**model_args, **wished.get('pretrained_model_args', {})}['kernel_sizes']
+        kwargs.update(resampled(weights.state_dict, own, **{**model_args, **wished}))
+    return kwargs
 
 
 def _check_out_indices(out_indices: Union[int, Sequence[int], None], num_stages: int) -> None:
@@ -538,22 +501,27 @@ def _check_out_indices(out_indices: Union[int, Sequence[int], None], num_stages:
 @register_model
 def smpconv_t(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
     """SMPConv-T: 27 M parameters."""
-    model_args = dict(depths=(2, 2, 8, 2), dims=(96, 192, 384, 768), drop_path_rate=0.1)
-    return _create_smpconv('smpconv_t', pretrained, **dict(model_args, **kwargs))
+    model_args = dict(
+        depths=(2, 2, 8, 2), dims=(96, 192, 384, 768), kernel_sizes=(31, 29, 27, 13), points_divisor=4,
+        drop_path_rate=0.1)
+    return _create_smpconv('smpconv_t', pretrained, model_args, **kwargs)
 
 
 @register_model
 def smpconv_b(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
     """SMPConv-B: 80 M parameters."""
-    model_args = dict(depths=(2, 2, 20, 2), dims=(128, 256, 512, 1024), drop_path_rate=0.5)
-    return _create_smpconv('smpconv_b', pretrained, **dict(model_args, **kwargs))
+    model_args = dict(
+        depths=(2, 2, 20, 2), dims=(128, 256, 512, 1024), kernel_sizes=(31, 29, 27, 13), points_divisor=4,
+        drop_path_rate=0.5)
+    return _create_smpconv('smpconv_b', pretrained, model_args, **kwargs)
 
 
 @register_model
 def smpconv_mobile31(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
     """SMPConv-mobile with kernels of up to 31x31."""
-    model_args = dict(depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), points_divisor=8, mlp_ratio=2.)
-    return _create_smpconv('smpconv_mobile31', pretrained, **dict(model_args, **kwargs))
+    model_args = dict(
+        depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), kernel_sizes=(31, 29, 27, 13), points_divisor=8, mlp_ratio=2.)
+    return _create_smpconv('smpconv_mobile31', pretrained, model_args, **kwargs)
 
 
 @register_model
@@ -561,14 +529,14 @@ def smpconv_mobile51(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
     """SMPConv-mobile with kernels of up to 51x51."""
     model_args = dict(
         depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), kernel_sizes=(51, 49, 47, 13), points_divisor=8, mlp_ratio=2.)
-    return _create_smpconv('smpconv_mobile51', pretrained, **dict(model_args, **kwargs))
+    return _create_smpconv('smpconv_mobile51', pretrained, model_args, **kwargs)
 
 
 @register_model
 def smpconv_nano(pretrained: bool = False, **kwargs: Any) -> SMPConvNet:
     """SMPConv-nano, this project's own: for small images (32x32) and CPUs."""
     model_args = dict(
-        depths=(1, 1, 2, 1), dims=(24, 48, 72, 96), kernel_sizes=(15, 13, 7, 5), stem_stride=2, mlp_ratio=2.,
-        small_kernel_size=3,
+        depths=(1, 1, 2, 1), dims=(24, 48, 72, 96), kernel_sizes=(15, 13, 7, 5), points_divisor=4, stem_stride=2,
+        mlp_ratio=2., small_kernel_size=3,
     )
-    return _create_smpconv('smpconv_nano', pretrained, **dict(model_args, **kwargs))
+    return _create_smpconv('smpconv_nano', pretrained, model_args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from smpconv_models import checkpoint, download
-from smpconv_models.models import identify
+from smpconv_models.models import whose
 
 
 def select_device(name: Optional[str], local_rank: Optional[int] = None) -> torch.device:
@@ -124,13 +124,4 @@ def load_weights(model: nn.Module, loaded: Any, path: str, use_ema: bool = True)
     try:
         return checkpoint.load_into(model, loaded, use_ema)
     except ValueError as error:
-        raise ValueError(f'{path}: {error}{_whose(loaded)}') from error
-
-
-def _whose(loaded: Any) -> str:
-    """Which of this package's models the weights are of, in words."""
-    try:
-        found = identify(checkpoint.select_state_dict(loaded)[0])
-    except ValueError:
-        return ''
-    return f'; it is of {found}' if found else ''
+        raise ValueError(f'{path}: {error}{whose(loaded)}') from error

@@ -19,9 +19,11 @@ from common import randomize_, relative_error
 from huggingface_hub import constants
 from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
+from test_original import Drive
 
 import smpconv_models
 from smpconv_models import checkpoint, hub, original
+from smpconv_models.hub import conversion, publication
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7))
@@ -166,7 +168,7 @@ def test_files_have_the_users_permissions(tmp_path, file):
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model='resnet18')}, path),
      "got 'resnet18'"),
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model_kwargs={'x': 1})}, path),
-     "unexpected keyword argument 'x'"),
+     "got ['x']"),
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace()}, path), 'does not fit'),
     (lambda path: path.unlink(), 'found nothing'),
 ])
@@ -191,17 +193,118 @@ def test_a_folder_with_files_is_left_alone(tmp_path, file, capsys):
 
 
 def test_the_originals_file_is_downloaded_first(tmp_path, file, monkeypatch, capsys):
-    asked = []
+    argv = ('--download', 'smpconv_t', '--download-dir', tmp_path / 'files', tmp_path / 'folder')
+    with Drive() as drive:
+        drive.files[original.FILES['smpconv_t']] = file.read_bytes()
+        monkeypatch.setattr(original, '_ADDRESS', drive.url)
+        monkeypatch.setenv('no_proxy', '127.0.0.1')
+        assert run(convert, *argv) == 0
+        config = json.loads((tmp_path / 'folder/config.json').read_text())
+        assert config['source'] == 'https://github.com/sangnekim/SMPConv'
+        shutil.rmtree(tmp_path / 'folder')
+        asked = len(drive.asked)
+        assert run(convert, *argv) == 0 and len(drive.asked) == asked  # it is there
+    path = tmp_path / 'files/smpconv_t.pth.tar'
+    told = f'{path}: {file.stat().st_size} bytes, sha256 {checkpoint.file_sha256(file)}'
+    assert capsys.readouterr().out.count(told) == 2
 
-    def download(model, path):
-        asked.append((model, path))
-        return file
 
-    monkeypatch.setattr(original, 'download', download)
-    assert run(convert, '--download', 'smpconv_t', '--download-dir', tmp_path, tmp_path / 'folder') == 0
-    assert asked == [('smpconv_t', tmp_path / 'smpconv_t.pth.tar')]
+@pytest.mark.parametrize('argv', [[], ['a', '--download', 'smpconv_t', 'b'], ['a', 'b', '--download-dir', 'c']])
+def test_arguments_that_contradict_each_other(capsys, argv):
+    assert refused(capsys, convert, *argv)
+
+
+def test_a_checkpoint_of_gray_images_without_a_size(tmp_path):
+    """As train.py writes one where --img-size is left to the model."""
+    model = randomize_(timm.create_model('smpconv_nano', num_classes=2, in_chans=1)).eval()
+    torch.save({
+        'state_dict': model.state_dict(), 'model_kwargs': {'num_classes': 2, 'in_chans': 1},
+        'args': {'model': 'smpconv_nano', 'img_size': None, 'mean': [0.3], 'std': None}}, tmp_path / 'ours.pth.tar')
+    hub.convert(tmp_path / 'ours.pth.tar', tmp_path / 'folder')
+    data = timm.data.resolve_model_data_config(load(tmp_path / 'folder'))
+    assert data['input_size'] == (1, 32, 32) and list(data['mean']) == [0.3]
+    assert list(data['std']) == pytest.approx([sum(timm.data.IMAGENET_DEFAULT_STD) / 3])
+
+
+def test_arguments_of_timms_script_are_the_models(tmp_path):
+    """Those that no shape tells too."""
+    kwargs = dict(act_layer='silu', output_stride=16)
+    model = randomize_(timm.create_model('smpconv_nano', num_classes=3, global_pool='max', **kwargs)).eval()
+    torch.save({'state_dict': model.state_dict(), 'args': namespace(
+        model='smpconv_nano', num_classes=None, gp='max', model_kwargs=kwargs)}, tmp_path / 'timm.pth.tar')
+    hub.convert(tmp_path / 'timm.pth.tar', tmp_path / 'folder')
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load(tmp_path / 'folder')(image), model(image))
+
+
+def test_another_model_than_the_weights_is_refused(tmp_path, capsys):
+    torch.save(timm.create_model('smpconv_nano').state_dict(), tmp_path / 'nano.pth')
+    for name, told in (('smpconv_b', 'does not fit the model'), ('resnet18', "got 'resnet18'")):
+        assert told in refused(capsys, convert, tmp_path / 'nano.pth', tmp_path / 'folder', '--model', name)
+
+
+@pytest.mark.parametrize('content, told', [
+    (dict(model_kwargs={'dims': [10 ** 4] * 4}), 'at most 2e+09 numbers'),
+    (dict(model_kwargs={'checkpoint_path': 'x.pth'}), "got ['checkpoint_path']"),
+    (dict(model_kwargs={'pretrained': True}), "got ['pretrained']"),
+    (dict(model_kwargs={'device': 'meta'}), "got ['device']"),
+    (dict(model_kwargs={'points_divisor': -1}), 'a number as points_divisor'),
+    (dict(model_kwargs={'kernel_scale': float('inf')}), 'scaled by a positive number'),
+    (dict(args={'model': 'smpconv_nano', 'img_size': 10 ** 6}), 'to tell of images'),
+    (dict(args={'model': 'smpconv_nano', 'img_size': 'x'}), 'to tell of images'),
+    (dict(args={'model': 'smpconv_nano', 'input_size': [3, 0]}), 'to tell of images'),
+    (dict(args={'model': 'smpconv_nano', 'mean': 'abc'}), 'to tell of images'),
+    (dict(args={'model': 'smpconv_nano', 'interpolation': 'nope'}), 'to tell of images'),
+    (dict(args={'model': 'smpconv_nano', 'crop_pct': 'x'}), 'to tell of images'),
+    (dict(classes=5), 'expected 2 names of classes'), (dict(classes=['a']), 'expected 2 names of classes'),
+])
+def test_what_a_checkpoint_says_of_itself_is_not_believed(tmp_path, capsys, content, told):
+    state = timm.create_model('smpconv_nano', num_classes=2).state_dict()
+    torch.save({'state_dict': state, **content}, tmp_path / 'bad.pth')
+    assert told in refused(capsys, convert, tmp_path / 'bad.pth', tmp_path / 'folder')
+    assert os.listdir(tmp_path) == ['bad.pth']
+
+
+def test_outputs_that_differ_are_no_conversion(tmp_path, file, monkeypatch, capsys):
+    """What is written is read again."""
+    save_for_hf = conversion.save_for_hf
+
+    def damaged(network, *args, **kwargs):
+        network.norm.weight.data[0] += 1
+        save_for_hf(network, *args, **kwargs)
+
+    monkeypatch.setattr(conversion, 'save_for_hf', damaged)
+    assert 'the outputs after the conversion differ' in refused(capsys, convert, file, tmp_path / 'folder')
+    assert os.listdir(tmp_path) == ['release.pth.tar']
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, file):
+    script = (
+        'import resource, runpy, sys\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n'
+        f'runpy.run_path({str(ROOT / "hub/convert.py")!r}, run_name="__main__")')
+    done = subprocess.run(
+        [sys.executable, '-c', script, file, tmp_path / 'folder'], capture_output=True, text=True, timeout=120,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    line, = done.stderr.splitlines()
+    assert done.returncode == 2 and 'cannot be written' in line and str(tmp_path) in line
+    assert os.listdir(tmp_path) == ['release.pth.tar']
+
+
+def test_an_empty_folder_is_filled(tmp_path, file, monkeypatch):
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    assert run(convert, file, '.') == 0
+    assert sorted(os.listdir()) == ['README.md', 'config.json', 'model.safetensors']
+
+
+def test_licence_and_source_are_told(tmp_path, file, capsys):
+    assert run(convert, file, '--license', 'cc-by-nc-4.0', tmp_path / 'folder', '--source', 'mine') == 0
     config = json.loads((tmp_path / 'folder/config.json').read_text())
-    assert config['source'] == 'https://github.com/sangnekim/SMPConv'
+    assert config['license'] == config['pretrained_cfg']['license'] == 'cc-by-nc-4.0' and config['source'] == 'mine'
+    card = (tmp_path / 'folder/README.md').read_text()
+    assert 'license: cc-by-nc-4.0' in card and 'Converted from mine' in card
+    assert 'one line each' in refused(capsys, convert, file, tmp_path / 'other', '--license', 'mit\nevil: yes')
 
 
 # --- load ---
@@ -217,16 +320,27 @@ def hostile(change):
 @pytest.mark.parametrize('write, told', [
     (hostile(lambda config: config.update(architecture='resnet18')), "got 'resnet18'"),
     (hostile(lambda config: config.pop('architecture')), "it has no 'architecture'"),
-    (hostile(lambda config: config.update(model_args={'depths': [10 ** 6] * 4})), '4000000 blocks'),
-    (hostile(lambda config: config.update(model_args={**TINY, 'dims': [10 ** 9] * 4})), 'parameters'),
-    (hostile(lambda config: config.update(model_args={**TINY, 'num_classes': 10 ** 12})), 'parameters'),
+    (hostile(lambda config: config.update(model_args={'depths': [10 ** 6] * 4})), 'at most 1000 blocks'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'dims': [10 ** 9] * 4})), 'expected dims of'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'num_classes': 10 ** 12})), 'a number as num_classes'),
     (hostile(lambda config: config.update(num_classes=10 ** 12) or config['model_args'].pop('num_classes')),
-     'parameters'),
-    (hostile(lambda config: config.update(model_args={**TINY, 'kernel_sizes': [5001] * 4})), 'kernels of 5001'),
-    (hostile(lambda config: config.update(model_args={**TINY, 'kernel_scale': 1000})), 'kernels of 13000'),
-    (hostile(lambda config: config.update(model_args={**TINY, 'depths': 'abcd'})), 'malformed'),
+     'at most 2e.09 numbers'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'kernel_sizes': [4001] * 4})), 'at most 2e.09 numbers'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'kernel_scale': 1000})), 'to 4095 elements'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'depths': 'abcd'})), 'expected depths of a number'),
     (hostile(lambda config: config.update(model_args={**TINY, 'points_divisor': 0})), 'points_divisor'),
-    (hostile(lambda config: config.update(model_args={'nothing': 1})), "unexpected keyword argument 'nothing'"),
+    (hostile(lambda config: config.update(model_args={'nothing': 1})), r"got \['nothing'\]"),
+    (hostile(lambda config: config.update(model_args=dict(depths=[0, 0, 0, 1], dims=[10 ** 5] * 3 + [8]))), '2e.09'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'num_classes': -10 ** 12})), 'a number as num_classes'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'mlp_ratio': -10})), 'no network of'),
+    (hostile(lambda config: config.update(model_args=dict(
+        depths=[9] * 4, dims=[200] * 4, kernel_sizes=[511] * 4, points_divisor=1))), '2e.09'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'device': 'meta'})), r"got \['device'\]"),
+    (hostile(lambda config: config.update(model_args={**TINY, 'global_pool': 'x'})), 'no network of'),
+    (hostile(lambda config: config.update(model_args={**TINY, 'drop_path_rate': 'x'})), 'no network of'),
+    (hostile(lambda config: config.update(model_args=[1])), 'cannot be loaded'),
+    (hostile(lambda config: config['pretrained_cfg'].update(input_size=[])), 'expected the input_size'),
+    (hostile(lambda config: config.update(pretrained_cfg=[1])), 'cannot be loaded'),
     (hostile(lambda config: config['pretrained_cfg'].update(nothing=1)), "unexpected keyword argument 'nothing'"),
     (lambda config: '[1, 2]', 'cannot be loaded'),
     (lambda config: 'nonsense', 'cannot be loaded'),
@@ -305,14 +419,25 @@ def nan_weights(folder):
     weights = load_file(folder / 'model.safetensors')
     weights['norm.weight'][0] = float('nan')
     save_file(weights, folder / 'model.safetensors')
+    change_config(folder, sha256=checkpoint.file_sha256(folder / 'model.safetensors'))
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, **changes}))
 
 
 @pytest.mark.parametrize('change, told', [
     (nan_weights, 'not finite: norm.weight'),
-    (lambda folder: (folder / 'model.safetensors').write_bytes(b''), 'not a whole safetensors file'),
+    (lambda folder: (folder / 'model.safetensors').write_bytes(b''), 'is damaged: its checksum'),
     (lambda folder: (folder / 'README.md').unlink(), "no ['README.md']"),
     (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b'x'), "but ['pytorch_model.bin']"),
-    (lambda folder: (folder / 'config.json').write_text('{}'), 'is not the file whose checksum is in config.json'),
+    (lambda folder: (folder / 'config.json').write_text('{}'), "it has no 'architecture'"),
+    (lambda folder: (folder / 'config.json').write_text('[]'), 'cannot be loaded'),
+    (lambda folder: (folder / 'config.json').write_text(''), 'cannot be loaded'),
+    (lambda folder: change_config(folder, sha256=None), 'is not the file whose checksum is in config.json'),
+    (lambda folder: change_config(folder, architecture='resnet18'), "got 'resnet18'"),
+    (lambda folder: change_config(folder, architecture='smpconv_mobile31', model_args={}), 'does not fit the model'),
 ])
 def test_a_folder_that_is_not_whole_is_not_sent(remote, folder, capsys, change, told):
     change(folder)
@@ -337,8 +462,49 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(
     assert told in line and 'hf_' not in line.replace(REPO, '')
 
 
-def test_a_name_that_is_none(remote, folder, capsys):
-    assert 'is no name for a repository' in refused(capsys, publish, folder, 'a/b/c', '--publish')
+@pytest.mark.parametrize('name, told', [
+    ('a/b/c', 'expected OWNER/NAME'), ('model', 'expected OWNER/NAME'), ('a/b c', 'is no name for a repository')])
+def test_a_name_that_is_none(remote, folder, capsys, name, told):
+    assert told in refused(capsys, publish, folder, name, '--publish')
+    assert not remote.repos
+
+
+def test_weights_of_another_kind_are_other_weights(remote, folder, capsys):
+    remote.add_repo(REPO, {'pytorch_model.bin': b'x', 'notes.txt': b'y'})
+    assert '(pytorch_model.bin): --force replaces them' in refused(capsys, publish, folder, REPO, '--publish')
+    assert run(publish, folder, REPO, '--publish', '--force') == 0
+    assert 'removed  pytorch_model.bin' in capsys.readouterr().out
+    assert {*remote.files(REPO)} - {'.gitattributes'} == {'README.md', 'config.json', 'model.safetensors', 'notes.txt'}
+
+
+def test_somebody_else_is_quicker(remote, folder, capsys, monkeypatch):
+    assert run(publish, folder, REPO, '--publish') == 0
+    create_commit = publication.HfApi.create_commit
+
+    def late(self, *args, **kwargs):
+        remote.commit(REPO, {'model.safetensors': b'theirs'})
+        return create_commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(publication.HfApi, 'create_commit', late)
+    (folder / 'README.md').write_text('another card')
+    assert 'status 412' in refused(capsys, publish, folder, REPO, '--publish')
+    assert remote.files(REPO)['model.safetensors'].read_bytes() == b'theirs'
+
+
+def test_a_public_repository_stays_public(remote, folder, capsys):
+    assert run(publish, folder, REPO, '--publish', '--private') == 0
+    remote.repos[REPO].private = False
+    assert '--private cannot change that' in refused(capsys, publish, folder, REPO, '--publish', '--private')
+
+
+def test_a_repository_that_stays_empty_is_told(remote, folder, capsys):
+    remote.fail('*/commit/*', status=403, times=None)
+    assert f'({REPO} was made, and is empty)' in refused(capsys, publish, folder, REPO, '--publish')
+
+
+def test_a_hub_that_answers_with_something_else(remote, folder, capsys):
+    remote.fail('/api/models/*', body=b'[]', headers={'Content-Type': 'application/json'}, times=None)
+    assert 'does not answer as one' in refused(capsys, publish, folder, REPO, '--publish')
 
 
 # --- the whole way ---

@@ -20,6 +20,7 @@ import train
 import validate
 from smpconv_models import download
 from smpconv_models.hub import convert as convert_checkpoint
+from smpconv_models.hub import load
 from smpconv_models.models import _pretrained
 
 TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5))
@@ -348,6 +349,23 @@ def test_a_bit_flipped_is_told_by_timm(hub, model):
     assert torch.equal(create()(IMAGE), model(IMAGE))
 
 
+def test_a_bit_flipped_in_the_cache_is_told_whoever_is_first(hub, tmp_path):
+    """The checksum is computed beside; the file is there until it has been read."""
+    for _ in range(5):
+        create()
+        flip(download.from_hub(NAME, WEIGHTS).resolve())
+        assert 'its checksum is' in fails(create)
+
+
+@pytest.mark.parametrize('filename', [WEIGHTS, CONFIG])
+def test_a_bit_flipped_on_the_way_to_a_file_system_without_links(hub, folder, monkeypatch, filename):
+    monkeypatch.setattr(file_download, 'are_symlinks_supported', lambda cache_dir=None: False)
+    hub.fail(f'/cdn/{NAME}/*' if filename == WEIGHTS else f'/{NAME}/resolve/*', method='GET', flip=100)
+    assert 'its checksum is' in fails(download.from_hub, NAME, filename)
+    path = download.from_hub(NAME, filename)
+    assert not path.is_symlink() and path.read_bytes() == (folder / filename).read_bytes()
+
+
 # --- a server that lies ---
 
 
@@ -378,7 +396,7 @@ def test_a_path_in_the_answer_to_the_client(hub, folder, tmp_path):
             return self.asked > 1 and super().matches(request)
 
     mine = tmp_path / 'mine'
-    mine.write_bytes(b'mine')
+    mine.write_bytes(b'mine')  # which the client takes for the file; one that isn't there it would write
     hub.faults.append(Later('*/resolve/*', times=None, etag=f'"{mine}"'))
     assert 'does not answer as the Hub does' in fails(download.from_hub, NAME, WEIGHTS)
     assert mine.read_bytes() == b'mine'
@@ -619,6 +637,73 @@ def test_a_pickle_that_wants_to_run_code(model, tmp_path, dump):
     dump({**model.state_dict(), 'x': Touch(trap)}, to / 'pytorch_model.bin')
     assert str(to / 'pytorch_model.bin') in fails(create, f'local-dir:{to}')
     assert not trap.exists()
+
+
+def test_no_weights_are_taken_from_a_url(tmp_path):
+    """timm's own loader would unpickle what is there."""
+    message = fails(create, 'smpconv_nano', pretrained_cfg_overlay=dict(url='http://127.0.0.1:9/weights.pth'))
+    assert 'http://127.0.0.1:9/weights.pth' in message and '`file`' in message
+
+
+@pytest.mark.parametrize('content, told', [
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'is a Git LFS pointer'),
+    (HTML, 'is an HTML or XML page'), (b'', 'is empty'),
+])
+def test_a_folder_that_was_cloned_without_its_weights(folder, tmp_path, content, told):
+    to = copy(folder, tmp_path / 'copy')
+    (to / WEIGHTS).write_bytes(content)
+    assert told in fails(create, f'local-dir:{to}')
+
+
+def test_another_variants_weights_are_told_by_name(tmp_path):
+    torch.save(timm.create_model('smpconv_mobile31', num_classes=5).state_dict(), tmp_path / 'model.pth')
+    message = fails(create, 'smpconv_nano', num_classes=5, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'model.pth'), num_classes=5))
+    assert message.startswith(f'{tmp_path / "model.pth"}: ')
+    assert message.endswith('it is of smpconv_mobile31 with 5 classes and 3 input channels')
+
+
+@pytest.mark.parametrize('dtype', [torch.int32, torch.complex64])
+def test_weights_that_are_no_real_numbers(model, tmp_path, dtype):
+    torch.save({name: value.to(dtype) for name, value in model.state_dict().items()}, tmp_path / 'model.pth')
+    message = fails(create, 'smpconv_nano', **TINY, num_classes=5, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'model.pth'), num_classes=5))
+    assert 'have other numbers' in message and str(dtype) in message
+
+
+def test_weights_of_eight_bits(model, tmp_path):
+    state = {
+        name: value.to(torch.float8_e5m2) if value.is_floating_point() else value
+        for name, value in model.state_dict().items()}
+    save_file(state, tmp_path / 'model.safetensors')
+    loaded = create('smpconv_nano', **TINY, num_classes=5, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'model.safetensors'), num_classes=5))
+    assert torch.equal(loaded.head.fc.weight, state['head.fc.weight'].float())
+
+
+def test_a_new_classifier_is_drawn(source):
+    classifier = create(source, num_classes=400).head.fc
+    assert 0.01 < classifier.weight.std() < 0.03 and not classifier.bias.any()
+
+
+def test_load_takes_repositories_and_their_revisions(hub, model, tmp_path):
+    assert torch.equal(load(NAME).eval()(IMAGE), model(IMAGE)) and blobs(tmp_path / 'cache')
+    assert load(f'{NAME}@main', cache_dir=tmp_path / 'mine', num_classes=7).num_classes == 7
+    assert len(blobs(tmp_path / 'mine')) == 2
+    assert len(load(NAME, features_only=True)(IMAGE)) == 2
+    assert 'no revision v9' in fails(load, f'{NAME}@v9') and 'no repository owner/none' in fails(
+        load, 'owner/none', kind=download.NotPublished)
+
+
+def test_load_believes_no_configuration_of_a_repository(hub, folder, tmp_path):
+    to = copy(folder, tmp_path / 'copy', model_args={**TINY, 'kernel_sizes': [4001, 4001]})
+    hub.add_repo('owner/hostile', files_of(to))
+    assert 'numbers' in fails(load, 'owner/hostile') and 'numbers' in fails(create, 'hf-hub:owner/hostile')
+
+
+def test_load_follows_no_path_in_place_of_a_checksum(hub, tmp_path):
+    hub.fail(f'/{NAME}/resolve/*/{CONFIG}', times=None, etag=f'"{tmp_path / "evil"}"')
+    assert 'does not answer as the Hub does' in fails(load, NAME) and not (tmp_path / 'evil').exists()
 
 
 # --- the programs ---

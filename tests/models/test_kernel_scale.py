@@ -31,7 +31,8 @@ def loop_kernel(coords, radius, weights, base, size):
         def tent(grid, reach, p=p):
             return (1 - (grid - coords[p]).abs().sum(-1) / reach).clamp_min(0)
 
-        drawn = tent(new, radius[p] + wider)
+        nearest = (new - coords[p]).abs().sum(-1).min()
+        drawn = tent(new, max(radius[p] + wider, 1.001 * nearest + 1e-6))
         kernel += weights[:, p, None] * drawn * tent(old, radius[p]).sum() / drawn.sum()
     return kernel.view(-1, size, size)
 
@@ -43,6 +44,36 @@ def test_every_point_keeps_its_sum(size):
     kernel = points.resample_kernel(coords, radius, weights, [13, 13], [size, size])
     torch.testing.assert_close(kernel, loop_kernel(coords, radius, weights, 13, size))
     torch.testing.assert_close(kernel.sum((1, 2)), layer.kernel().detach().sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize('base, size', [(31, 41), (31, 61), (13, 11), (31, 7), (5, 9)])
+@pytest.mark.parametrize('radius', [1e-3, 0.01, 0.03, 0.1])
+def test_small_radii_do_not_fall_between_the_elements(base, size, radius):
+    generator = torch.Generator().manual_seed(0)
+    coords = torch.empty(500, 2, dtype=torch.float64).uniform_(-1.1, 1.1, generator=generator)
+    coords[:25] = points.sampling_grid([base, base], dtype=torch.float64)[torch.linspace(0, base ** 2 - 1, 25).long()]
+    radii, weights = torch.full((500,), radius, dtype=torch.float64), torch.eye(500, dtype=torch.float64)
+    old = points.sample_kernel(coords, radii, weights, [base, base], normalize=False).sum((1, 2))
+    new = points.resample_kernel(coords, radii, weights, [base, base], [size, size]).sum((1, 2))
+    assert (old > 0).sum() >= 25
+    torch.testing.assert_close(new, old)
+
+
+def test_half_precision_is_drawn_in_single():
+    layer = randomize_(SMPDepthwiseConv2d(3, 31, 100))
+    layer.resize(51)
+    expected = layer.kernel()
+    half = layer.half().kernel()
+    assert half.dtype == torch.float16
+    assert (half.float() - expected).abs().max() < 4e-3 * expected.abs().max()
+
+
+def test_resetting_keeps_the_first_size():
+    layer = SMPDepthwiseConv2d(3, 13, 20)
+    radius = layer.radius.detach().clone()
+    layer.resize(25)
+    layer.reset_parameters()
+    assert torch.equal(layer.radius, radius)
 
 
 def test_the_same_size_is_the_same_kernel():
@@ -88,7 +119,7 @@ def test_what_cannot_be_drawn_is_refused():
     layer = SMPDepthwiseConv2d(2, 5, 4)
     with pytest.raises(ValueError, match='kernel size must be odd and positive, got 6'):
         layer.resize(6)
-    with pytest.raises(ValueError, match=r'must be scaled to at least 5 elements, got 3 \(scale 0.2\)'):
+    with pytest.raises(ValueError, match=r'a kernel of 11 must be scaled to 5 to 4095 elements, got 3 \(scale 0.2\)'):
         LargeKernelConv(2, 11, 4).rescale(0.2)
 
 
@@ -125,11 +156,42 @@ def test_a_scaled_model_traces_scripts_and_reparameterizes():
 
 @pytest.mark.parametrize('scale, told', [
     ((1, 2, 3), r'kernel_scale must have one entry for each of 2 stages, got \(1, 2, 3\)'),
-    (0.1, 'a kernel of 15 must be scaled to at least 5 elements, got 3'),
+    (0.1, 'a kernel of 15 must be scaled to 5 to 4095 elements, got 3'),
+    (1e9, 'must be scaled to 5 to 4095 elements'),
+    ((2, 0.1), 'a kernel of 9 must be scaled to 5 to 4095 elements, got 1'),
+    (0, 'must be scaled by a positive number, got 0'), (-1, 'got -1'), (float('nan'), 'got nan'),
+    (float('inf'), 'got inf'), ('abc', "must be scaled by a positive number, got 'abc'"), (None, 'got None'),
+    ((2, 'a'), "got 'a'"),
 ])
 def test_scales_that_do_not_fit_are_refused(scale, told):
     with pytest.raises(ValueError, match=told):
         make(kernel_scale=scale)
+    model = make()
+    with pytest.raises(ValueError, match=told):
+        model.set_kernel_scale(scale)
+    assert sizes(model) == [15, 9, 9]  # none of them is changed
+
+
+def test_stages_without_blocks():
+    model = make(depths=(1, 0))
+    model.set_kernel_scale(2)
+    assert sizes(model) == [29]
+
+
+def test_kernels_that_are_drawn_beside_norms_that_cannot_be_folded():
+    with pytest.raises(ValueError, match='needs the points, and these kernels are drawn'):
+        reparameterize_model(make(norm_layer='layernorm2d').eval()).set_kernel_scale(1)
+
+
+def test_a_dilated_model_is_scaled():
+    model = make(depths=(1, 1, 1), dims=(4, 6, 8), kernel_sizes=(15, 9, 7), output_stride=8, kernel_scale=2)
+    assert [layer.dilation for layer in smp_layers(model).values()] == [1, 1, 2]
+    layer = list(smp_layers(model).values())[-1].double()
+    same = SMPDepthwiseConv2d(8, 7, len(layer.coords), dtype=torch.float64)
+    same.load_state_dict(layer.state_dict())
+    same.resize(13)
+    x = torch.randn(1, 8, 20, 22, dtype=torch.float64)
+    torch.testing.assert_close(layer(x)[..., ::2, ::2], same(x[..., ::2, ::2]))
 
 
 # --- pretrained weights ---
@@ -166,6 +228,40 @@ def test_one_point_for_nine_elements_has_its_size_too(tmp_path):
         'smpconv_mobile31', pretrained=True, depths=(1, 1), dims=(4, 6), kernel_sizes=(61, 101), num_classes=3,
         pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.pth'), num_classes=3))
     assert sizes(sized) == [61, 101] and [layer.base_size for layer in smp_layers(sized).values()] == [31, 51]
+
+
+def test_nothing_is_resampled_unasked(file, tmp_path):
+    """Neither by a variant's own sizes nor for another variant's weights."""
+    other = timm.create_model('smpconv_nano', kernel_sizes=(11, 9, 7, 5), num_classes=3)
+    torch.save(other.state_dict(), tmp_path / 'other.pth')
+    overlay = dict(file=str(tmp_path / 'other.pth'), num_classes=3)
+    with pytest.raises(ValueError, match='does not fit the model'):
+        timm.create_model('smpconv_nano', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+    asked = timm.create_model(
+        'smpconv_nano', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, kernel_sizes=(21, 9, 7, 5))
+    assert [(layer.base_size, layer.kernel_size) for layer in smp_layers(asked).values()][:2] == [(11, 21), (9, 9)]
+    mobile = timm.create_model('smpconv_mobile31', num_classes=3)
+    torch.save(mobile.state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match=r'other\.pth: .* does not fit .* it is of smpconv_mobile31'):
+        timm.create_model('smpconv_mobile51', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+
+
+def test_the_models_own_size_comes_before_a_smaller_one_with_as_many_points(tmp_path):
+    kwargs = dict(depths=(1,), dims=(4,), points_divisor=25, num_classes=3, small_kernel_size=0)  # 7x7 and 5x5: 1 point
+    torch.save(timm.create_model('smpconv_nano', kernel_sizes=(7,), **kwargs).state_dict(), tmp_path / 'model.pth')
+    same = timm.create_model('smpconv_nano', kernel_sizes=(7,), pretrained=True, **kwargs, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'model.pth'), num_classes=3))
+    assert [(layer.base_size, layer.kernel_size) for layer in smp_layers(same).values()] == [(7, 7)]
+
+
+def test_the_releases_weights_at_other_sizes(golden, tmp_path):
+    data = golden('imagenet_tiny')
+    state = {key.removeprefix('state_dict.'): data[key] for key in data if key.startswith('state_dict.')}
+    torch.save(state, tmp_path / 'release.pth')
+    sized = timm.create_model(
+        'smpconv_t', pretrained=True, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(25, 11, 9, 7),
+        num_classes=10, pretrained_cfg_overlay=dict(file=str(tmp_path / 'release.pth'), num_classes=10))
+    assert [(layer.base_size, layer.kernel_size) for layer in smp_layers(sized).values()][:2] == [(13, 25), (11, 11)]
 
 
 @pytest.mark.parametrize('kwargs, told', [

@@ -1,0 +1,110 @@
+"""What the ``config.json`` of a repository or folder may ask of a model."""
+import inspect
+from typing import Any, Callable, Dict, Optional, Set
+
+from torch import nn
+
+from smpconv_models import checkpoint
+from smpconv_models.layers import smp_layers
+
+Network = Callable[..., nn.Module]
+
+# Parameters and what drawing a kernel takes; blocks.
+_MOST_NUMBERS, _MOST_BLOCKS = 2e9, 1000
+_LARGEST = 1 << 20  # channels, a kernel's side, classes
+
+# Of a constructor's arguments, those that say how a network is made, not which.
+_NOT_OF_NETWORK = {'device', 'dtype', 'weight_init'}
+
+# What a constructor may stumble over.
+_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def is_of_elsewhere(pretrained_cfg: Any) -> bool:
+    """Whether it comes from a repository or folder rather than from this package."""
+    return isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in ('hf-hub', 'local-dir')
+
+
+def check_configuration(
+        network: Network,
+        pretrained_cfg: Dict[str, Any],
+        pretrained_model_args: Any = None,
+        **kwargs: Any,
+) -> None:
+    """Looks at a configuration before any of it is used.
+
+    Args:
+        network: The constructor.
+        pretrained_cfg: The configuration's, of the weights.
+        pretrained_model_args: The configuration's, of the constructor.
+        kwargs: The constructor's, the user's among them.
+
+    Raises:
+        ValueError: It has arguments that the constructor hasn't, or values of other types.
+    """
+    check_names(network, {} if pretrained_model_args is None else pretrained_model_args)
+    for name in ('depths', 'dims', 'kernel_sizes'):
+        if not _are_counts(kwargs.get(name, ())):
+            raise ValueError(f'expected {name} of a number for each stage, got {_shown(kwargs[name])}')
+    for name in ('points_divisor', 'num_classes', 'in_chans'):
+        if not _are_counts([kwargs.get(name, 1)]):
+            raise ValueError(f'expected a number as {name}, got {_shown(kwargs[name])}')
+    size: Any = pretrained_cfg.get('input_size')
+    if not _are_counts(size) or len(size) != 3 or not all(size):
+        raise ValueError(f'expected the input_size (channels, height, width) of the images, got {_shown(size)}')
+    if sum(kwargs.get('depths', ())) > _MOST_BLOCKS:
+        raise ValueError(f'expected at most {_MOST_BLOCKS} blocks, got depths {_shown(kwargs["depths"])}')
+
+
+def check_names(network: Network, arguments: Any) -> None:
+    """Raises ValueError unless these are arguments of the constructor by name."""
+    known = sorted(_arguments(network))
+    if not isinstance(arguments, dict) or not set(arguments) <= set(known):
+        unknown = sorted(set(arguments) - set(known)) if isinstance(arguments, dict) else arguments
+        raise ValueError(f"expected a network's arguments to be of {known}, got {_shown(unknown)}")
+
+
+def described(
+        network: Network,
+        pretrained_cfg: Dict[str, Any],
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+) -> Any:
+    """A configuration's network without memory: on the meta device.
+
+    Args:
+        network: The constructor.
+        pretrained_cfg: Of the weights; becomes the network's.
+        pretrained_cfg_overlay: The user's over it.
+        kwargs: The constructor's and others.
+
+    Raises:
+        ValueError: It can't be made, or would take any amount of memory.
+    """
+    pretrained_cfg = {**pretrained_cfg, **(pretrained_cfg_overlay or {})}
+    kwargs = {name: value for name, value in kwargs.items() if name in _arguments(network)}
+    kwargs.setdefault('in_chans', pretrained_cfg['input_size'][0])
+    kwargs.setdefault('num_classes', pretrained_cfg.get('num_classes', 1000))
+    try:
+        model: Any = network(**kwargs, device='meta')
+    except _MALFORMED as error:
+        raise ValueError(f'there is no network of {_shown(kwargs)}: {checkpoint.first_line(error)}') from error
+    drawn = [(len(layer.coords) + layer.channels) * layer.kernel_size ** 2 for layer in smp_layers(model).values()]
+    numbers = sum(parameter.numel() for parameter in model.parameters()) + max(drawn, default=0)
+    if numbers > _MOST_NUMBERS:
+        raise ValueError(f'expected at most {_MOST_NUMBERS:.0e} numbers, but {_shown(kwargs)} takes {numbers:.1e}')
+    model.pretrained_cfg = pretrained_cfg
+    return model
+
+
+def _arguments(network: Network) -> Set[str]:
+    return set(inspect.signature(network).parameters) - _NOT_OF_NETWORK
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST for value in values)
+
+
+def _shown(value: Any) -> str:
+    return f'{value!r:.200}'
