@@ -75,8 +75,8 @@ MAY_IMPORT = {
     'validate.py': ('smpconv_models', *PUBLIC_TRAINING),
     'hub': ('smpconv_models', HUB, ORIGINAL, CHECKPOINT),
     'benchmarks': (
-        'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'matplotlib', 'smpconv_models', *PUBLIC_TRAINING,
-        *BENCHMARKS),
+        'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'matplotlib', 'smpconv_models', CHECKPOINT,
+        *PUBLIC_TRAINING, *BENCHMARKS),
 }
 
 

@@ -100,17 +100,25 @@ def run_arguments(checkpoint: Any) -> Dict[str, Any]:
 _TIMM_OPTIONS = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'global_pool': 'gp'}
 
 
+# Arguments of timm's create_model that would have it read or download what a checkpoint names.
+_LOADING = {'cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
+
+
 def model_arguments(checkpoint: Any) -> Dict[str, Any]:
-    """The constructor's arguments that a checkpoint tells: ours in a place of their own, timm's among all others."""
+    """The constructor's arguments that a checkpoint tells: ours in a place of their own, timm's among all others.
+
+    Raises:
+        ValueError: They would load other weights.
+    """
     own = checkpoint.get('model_kwargs') if isinstance(checkpoint, dict) else None
-    if isinstance(own, dict):
-        return own
     trained = run_arguments(checkpoint)
-    told = {name: trained.get(option) for name, option in _TIMM_OPTIONS.items()}
-    kwargs = trained.get('model_kwargs')
-    return {
-        **(kwargs if isinstance(kwargs, dict) else {}),
-        **{name: value for name, value in told.items() if value is not None}}
+    told = {name: trained[option] for name, option in _TIMM_OPTIONS.items() if trained.get(option) is not None}
+    more = trained.get('model_kwargs')
+    kwargs = own if isinstance(own, dict) else {**(more if isinstance(more, dict) else {}), **told}
+    loading = sorted(_LOADING & kwargs.keys())
+    if loading:
+        raise ValueError(f"expected a checkpoint's model_kwargs to be of a network, got {loading}")
+    return kwargs
 
 
 def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> Optional[str]:

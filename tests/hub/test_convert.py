@@ -247,6 +247,8 @@ def test_another_model_than_the_weights_is_refused(tmp_path, capsys):
     (dict(model_kwargs={'dims': [10 ** 4] * 4}), 'at most 2e+09 numbers'),
     (dict(model_kwargs={'checkpoint_path': 'x.pth'}), "got ['checkpoint_path']"),
     (dict(model_kwargs={'pretrained': True}), "got ['pretrained']"),
+    (dict(args={'model_kwargs': {'checkpoint_path': 'x.pth'}}), "got ['checkpoint_path']"),
+    (dict(model_kwargs={'nothing': 1}), "got ['nothing']"),
     (dict(model_kwargs={'device': 'meta'}), "got ['device']"),
     (dict(model_kwargs={'points_divisor': -1}), 'a number as points_divisor'),
     (dict(model_kwargs={'kernel_scale': float('inf')}), 'scaled by a positive number'),
