@@ -6,6 +6,7 @@ from typing import Any, Union
 import timm
 
 from smpconv_models import checkpoint, download
+from smpconv_models.models import check_arguments
 
 # Of a folder or repository.
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
@@ -28,6 +29,7 @@ def load(where: Union[str, Path], cache_dir: Any = None, **kwargs: Any) -> Any:
         config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
         if config['architecture'] not in known:
             raise ValueError(f'its architecture must be one of {known}, got {config["architecture"]!r}')
+        check_arguments(config.get('model_args', {}))
         return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
     except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = f'it has no {error}' if isinstance(error, KeyError) else checkpoint.first_line(error)

@@ -63,7 +63,10 @@ def make(seed=0, name='smpconv_nano', **kwargs):
 
 
 def save(model, folder, **kwargs):
-    timm.models.save_for_hf(model, folder, **dict(dict(safe_serialization=True), **kwargs))
+    tiny = TINY if len(model.stages) == 2 else {}
+    timm.models.save_for_hf(model, folder, **{  # which a later timm knows itself
+        'model_args': {**tiny, 'num_classes': model.num_classes, 'in_chans': model.in_chans},
+        'safe_serialization': True, **kwargs})
     return folder
 
 
