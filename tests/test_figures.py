@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from smpconv_models import SMPConvNet, SMPDepthwiseConv2d, figures
+from smpconv_models.figures import kernels
 
 ROWS = [
     {'epoch': epoch, 'train_loss': 2. / (epoch + 1), 'eval_loss': 2.5 / (epoch + 1), 'eval_top1': 30. * epoch}
@@ -34,8 +35,8 @@ def test_the_smallest_kernel_is_drawn():
 
 
 def test_layers_are_picked_over_the_whole_depth():
-    assert figures._evenly(list(range(14)), 6) == [0, 3, 5, 8, 10, 13]
-    assert figures._evenly([1, 2], 6) == [1, 2]
+    assert kernels.evenly(list(range(14)), 6) == [0, 3, 5, 8, 10, 13]
+    assert kernels.evenly([1, 2], 6) == [1, 2]
 
 
 def test_kernel_and_points_lie_on_each_other():

@@ -65,7 +65,10 @@ MAY_IMPORT = {
     'smpconv_models/hub': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', f'{MODELS}.check_arguments', f'{MODELS}.identify',
         CHECKPOINT, DOWNLOAD),
-    'smpconv_models/figures.py': ('torch', 'numpy', 'matplotlib', LAYERS),
+    'smpconv_models/figures': ('torch', 'numpy', 'matplotlib', 'PIL', 'tqdm', 'pytorch_grad_cam', LAYERS),
+    'smpconv_models/figures/_inputs.py': (
+        'torch', 'timm', 'PIL', f'{MODELS}.identify', CHECKPOINT, TRAINING, 'smpconv_models.figures.kernels'),
+    'smpconv_models/figures/__main__.py': ('torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING),
     'smpconv_models/training': (
         'torch', 'timm', 'PIL', 'numpy', 'sklearn', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS, CHECKPOINT,
         DOWNLOAD, FIGURES, f'{MODELS}.identify', f'{MODELS}.whose', 'smpconv_models.__version__'),
@@ -141,7 +144,7 @@ def test_backends_do_not_know_each_other():
     ('smpconv_models/layers', 'from timm.models import create_model'),
     ('smpconv_models/ops', 'def f():\n    import timm'),
     ('smpconv_models/ops', 'def f():\n    import triton'),
-    ('smpconv_models/figures.py', 'import smpconv_models.models.smpconv'),
+    ('smpconv_models/figures', 'import smpconv_models.models.smpconv'),
     ('smpconv_models/checkpoint', 'from smpconv_models import layers'),
     ('smpconv_models/download.py', 'import timm'),
     ('train.py', 'import smpconv_models.ops._cpu'),

@@ -59,6 +59,8 @@ class RunFolder:
         output.remove_temporaries([
             self.arguments, self.last, self.previous, self.best, self.table, self.summary, self.curves, self.picture,
             self._holder])
+        for temporary in self.path.glob('.checkpoint-*.pth.tar.*'):  # of snapshots, of whichever epochs
+            temporary.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Lets the next run have it, if this one did."""
@@ -103,6 +105,10 @@ class RunFolder:
         if problems:
             raise ValueError('; '.join(problems) + '; remove them to start anew')
         return None
+
+    def snapshot(self, epoch: int) -> Path:
+        """Where the weights of an epoch are kept, by timm's name."""
+        return self.path / f'checkpoint-{epoch}.pth.tar'
 
     def save(self, state: Dict[str, Any]) -> None:
         """Makes this the last checkpoint, and the one that was the last the previous one."""

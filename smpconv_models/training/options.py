@@ -148,6 +148,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         '--recovery-interval', type=count, default=500, metavar='N',
         help='steps between checkpoints, which epochs have anyway (default: %(default)s)')
     group.add_argument(
+        '--snapshot-interval', type=count, metavar='N',
+        help='also keep the weights of each N-th epoch, as checkpoint-EPOCH.pth.tar (default: none)')
+    group.add_argument(
         '--resume', metavar='FILE', help="go on from this checkpoint while the run's folder has none of its own")
     group.add_argument(
         '--force-resume', action='store_true', help='go on although what should not have changed has')

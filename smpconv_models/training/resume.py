@@ -22,8 +22,8 @@ _FIXED = (
 # What a run's results don't depend on, or only by rounding.
 _FREE = (
     'config', 'output', 'experiment', 'workers', 'pin_mem', 'device', 'validation_batch_size',
-    'recovery_interval', 'log_interval', 'resume', 'force_resume', 'log_tensorboard', 'log_wandb', 'wandb_project',
-    'dist_timeout', 'debug', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
+    'recovery_interval', 'snapshot_interval', 'log_interval', 'resume', 'force_resume', 'log_tensorboard', 'log_wandb',
+    'wandb_project', 'dist_timeout', 'debug', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
     'patience_nonfinite',
 )
 

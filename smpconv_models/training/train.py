@@ -28,8 +28,9 @@ def train(run: Run) -> Dict[str, Any]:
 
     The first process writes the files of the run's folder: ``last.pth.tar`` to go on from, each epoch and every
     ``--recovery-interval`` steps, the one before it as ``previous.pth.tar``, the best weights as
-    ``model_best.pth.tar``, ``summary.csv`` with a row for each epoch, ``summary.json``, ``curves.png`` and, at the end,
-    ``summary.png`` with the learned kernels.
+    ``model_best.pth.tar``, those of every ``--snapshot-interval`` epochs as ``checkpoint-EPOCH.pth.tar``,
+    ``summary.csv`` with a row for each epoch, ``summary.json``, ``curves.png`` and, at the end, ``summary.png`` with
+    the learned kernels.
 
     Returns:
         ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, both of the averaged weights where there
@@ -159,12 +160,14 @@ def _save(run: Run) -> None:
 
 
 def _save_epoch(run: Run) -> None:
-    """The best first: should the run end in between, it goes on from before the evaluation and does this again."""
+    """What is kept first: should the run end in between, it goes on before the evaluation and does this again."""
     progress = run.progress
     row, best = progress.rows[-1], progress.best_epoch
+    content = {**run.weights(), 'epoch': row['epoch'], 'metric': _score(row)}
+    if run.args.snapshot_interval and row['epoch'] % run.args.snapshot_interval == 0:
+        run.world.first_does(lambda: output.save_checkpoint(run.folder.snapshot(row['epoch']), content))
     if best is None or _score(row) > _score(progress.rows[best]):
         progress.best_epoch = row['epoch']
-        content = {**run.weights(), 'epoch': row['epoch'], 'metric': _score(row)}
         run.world.first_does(lambda: output.save_checkpoint(run.folder.best, content))
     _save(run)
     run.world.first_does(lambda: _write_results(run))

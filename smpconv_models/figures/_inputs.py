@@ -1,0 +1,217 @@
+"""The networks and images that the command line names."""
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+import torch
+from PIL import Image
+from timm.data import create_transform, get_img_extensions
+from timm.utils import reparameterize_model
+from torch import Tensor
+
+from smpconv_models import checkpoint
+from smpconv_models.models import identify
+from smpconv_models.training import Digits
+from smpconv_models.training.build import create_model, load_weights, model_arguments
+from smpconv_models.training.data import data_config
+from smpconv_models.training.folder import RunFolder
+from smpconv_models.training.unreadable import ERRORS
+
+from .kernels import evenly
+
+
+class Network(NamedTuple):
+    """A network to look into.
+
+    Attributes:
+        label: What to call it.
+        model: In evaluation mode.
+        loaded: What was in its checkpoint; empty without.
+    """
+    label: str
+    model: Any
+    loaded: Dict[str, Any]
+
+    @property
+    def classes(self) -> Optional[List[str]]:
+        """Their names, where the checkpoint tells."""
+        return self.loaded.get('classes')
+
+
+class Images(NamedTuple):
+    """Images as a network takes them.
+
+    Attributes:
+        names: Of files or of digits.
+        inputs: ``(N, C, H, W)``.
+        pixels: The same in [0, 1], to look at.
+    """
+    names: List[str]
+    inputs: Tensor
+    pixels: Tensor
+
+
+def networks(args: Namespace) -> List[Network]:
+    """Those of the checkpoints, or the one that is named; with ``--untrained`` one more, before the others.
+
+    Raises:
+        ValueError: There is no such file or model, or they don't fit each other.
+    """
+    if args.checkpoint is None:
+        if args.model is None:
+            raise ValueError('expected --checkpoint or --model')
+        label = args.model if args.pretrained else f'{args.model}, untrained'
+        return [Network(label, _finished(_create(args, args.model, {}, args.pretrained), args), {})]
+    if args.pretrained:
+        raise ValueError('--pretrained and --checkpoint both say which weights')
+    found = [from_file(args, path) for path in map(best_of, args.checkpoint)]
+    if getattr(args, 'untrained', False):
+        loaded = found[0].loaded
+        name, kwargs = _described(args, args.checkpoint[0], loaded)
+        seed = checkpoint.run_arguments(loaded).get('seed', 42)  # train.py draws the same from it
+        found.insert(0, Network('untrained', _finished(_create(args, name, kwargs, seed=seed), args), loaded))
+    return _told_apart(found)
+
+
+def best_of(path: str) -> str:
+    """The file, or the best checkpoint where it is a run's folder."""
+    return str(RunFolder(Path(path)).best if Path(path).is_dir() else path)
+
+
+def snapshots_of(paths: List[str]) -> List[str]:
+    """The files as they are given; of a run's folder its ``checkpoint-EPOCH.pth.tar``, by epoch.
+
+    Raises:
+        ValueError: A folder has none.
+    """
+    found: List[str] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(str(path))
+            continue
+        numbered = [(re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', file.name), file) for file in path.iterdir()]
+        of_run = sorted((int(number[1]), str(file)) for number, file in numbered if number)
+        if not of_run:
+            raise ValueError(
+                f'{path} has no checkpoint-EPOCH.pth.tar: train.py --snapshot-interval N keeps one each N epochs')
+        found += [file for _, file in of_run]
+    return found
+
+
+def from_file(args: Namespace, path: str) -> Network:
+    """The network of a checkpoint of ``train.py``, of timm's script or of the original release.
+
+    Raises:
+        ValueError: It is no checkpoint, of no known model, or of another one than is named.
+    """
+    loaded = checkpoint.read_file(path)
+    name, kwargs = _described(args, path, loaded)
+    model = _create(args, name, kwargs)
+    load_weights(model, loaded, path, args.use_ema)
+    try:
+        checkpoint.check_finite(model.state_dict())
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return Network(_label(path, loaded), _finished(model, args), loaded if isinstance(loaded, dict) else {})
+
+
+def _described(args: Namespace, path: str, loaded: Any) -> Tuple[str, Dict[str, Any]]:
+    """The name of the model and its constructor's arguments: as given, as the checkpoint tells, or as it fits."""
+    kwargs = checkpoint.model_arguments(loaded)
+    name = args.model or checkpoint.run_arguments(loaded).get('model')
+    if name is None:
+        identity = identify(checkpoint.select_state_dict(loaded, args.use_ema)[0])
+        if identity is None:
+            raise ValueError(f'{path} does not tell its model: --model says which')
+        name, kwargs = identity.name, {'num_classes': identity.num_classes, 'in_chans': identity.in_chans}
+    return name, kwargs
+
+
+def _create(args: Namespace, name: str, kwargs: Dict[str, Any], pretrained: bool = False, seed: int = 42) -> Any:
+    options = Namespace(**{**vars(args), 'model': name, 'input_size': None})
+    options.img_size = getattr(args, 'img_size', None)
+    torch.manual_seed(seed if args.seed is None else args.seed)  # of a network without weights
+    return create_model(name, pretrained=pretrained, **model_arguments(options, kwargs))
+
+
+def _finished(model: Any, args: Namespace) -> Any:
+    model = model.eval()
+    return reparameterize_model(model) if args.reparam else model
+
+
+def _label(path: str, loaded: Any) -> str:
+    """The epoch where the checkpoint tells, else the file's name."""
+    epoch = loaded.get('epoch') if isinstance(loaded, dict) else None
+    return f'epoch {epoch}' if isinstance(epoch, int) else Path(path).name.split('.')[0]
+
+
+def _told_apart(found: List[Network]) -> List[Network]:
+    labels = [network.label for network in found]
+    return [
+        network._replace(label=f'{network.label} ({index + 1})') if labels.count(network.label) > 1 else network
+        for index, network in enumerate(found)]
+
+
+# What a checkpoint of ours says of how images were made ready for its model.
+_PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct', 'img_size', 'input_size')
+
+
+def images(args: Namespace, network: Network) -> Images:
+    """At most ``--num-images`` of those named, evenly over all, made ready as for the network's evaluation.
+
+    Raises:
+        ValueError: There are none, or one can't be read.
+    """
+    model: Any = network.model
+    if model.in_chans not in (1, 3):
+        raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {model.in_chans}')
+    trained = checkpoint.run_arguments(network.loaded)
+    options = {key: trained.get(key) for key in _PREPARATION}
+    if args.img_size is not None:
+        options.update(img_size=args.img_size, input_size=None)
+    config = data_config(Namespace(**options), model)
+    transform = create_transform(
+        config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
+        interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
+    named = list(_named(args, trained, 'L' if model.in_chans == 1 else 'RGB'))
+    inputs = torch.stack([transform(image) for _, image in named])
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    return Images([name for name, _ in named], inputs, (inputs * std + mean).clamp(0, 1))
+
+
+def _named(args: Namespace, trained: Dict[str, Any], mode: str) -> Iterable[Tuple[str, Any]]:
+    if args.images == ['digits'] or (args.images is None and trained.get('dataset') == 'digits'):
+        digits = Digits('validation', mode)
+        for index in evenly(list(range(len(digits))), args.num_images):
+            image, label = digits[index]
+            yield f'digit {label}', image
+        return
+    if args.images is None:
+        raise ValueError("expected --images: files, folders, or 'digits' for the embedded ones")
+    for path in evenly(_files(args.images), args.num_images):
+        yield path.stem, _read(path, mode)
+
+
+def _files(paths: List[str]) -> List[Path]:
+    endings = get_img_extensions(as_set=True)
+    found: List[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in endings and file.is_file())
+            if not inside:
+                raise ValueError(f'--images {path} has no images ({", ".join(sorted(endings))})')
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ValueError(f'--images {path}: no such file or folder')
+    return found
+
+
+def _read(path: Path, mode: str) -> Any:
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except ERRORS as error:
+        raise ValueError(f'--images {path} cannot be read: {checkpoint.first_line(error)}') from error

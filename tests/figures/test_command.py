@@ -1,0 +1,187 @@
+"""`python -m smpconv_models.figures`, as a user calls it."""
+import numpy as np
+import pytest
+import timm
+import torch
+from common import randomize_
+from PIL import Image
+
+from smpconv_models import figures
+from smpconv_models.figures.__main__ import main
+from smpconv_models.training import Digits
+
+TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), in_chans=1, num_classes=10)
+LAYER = 'stages.1.blocks.0.mixer.large_kernel.large.conv'
+
+
+def tiny(seed):
+    return randomize_(timm.create_model('smpconv_nano', **TINY), seed).eval()
+
+
+def save(path, seed, **more):
+    """A checkpoint as train.py leaves it, of a network that was trained on the digits."""
+    weights = tiny(seed).state_dict()
+    torch.save({
+        'state_dict': {name: torch.zeros_like(value) for name, value in weights.items()}, 'state_dict_ema': weights,
+        'model_kwargs': TINY, 'classes': [f'class-{index}' for index in range(10)],
+        'args': {'model': 'smpconv_nano', 'dataset': 'digits', 'mean': [0.3], 'std': [0.4], 'img_size': 16, 'seed': 3},
+        **more,
+    }, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Of a run."""
+    path = tmp_path_factory.mktemp('run')
+    save(path / 'model_best.pth.tar', 0, epoch=9)
+    for epoch in (10, 9, 0):
+        save(path / f'checkpoint-{epoch}.pth.tar', epoch, epoch=epoch)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a command that must succeed; gives what it drew with, and the picture's path."""
+    def call(command, *argv, name='out.png'):
+        path = tmp_path / name
+        assert main([command, '--output', str(path), *map(str, argv)]) == 0
+        with Image.open(path) as picture:
+            assert np.asarray(picture.convert('RGB')).std() > 5
+        assert {file.name for file in tmp_path.iterdir() if not file.name.startswith('in')} == {name}
+        return calls, path
+
+    calls = []
+    for name in figures.__all__:
+        if name.startswith('save_'):
+            function = getattr(figures, name)
+            monkeypatch.setattr(figures, name, lambda *args, function=function: calls.append(args) or function(*args))
+    return call
+
+
+def test_kernels(run, folder):
+    (call,), _ = run('kernels', '--checkpoint', folder, '--layer', LAYER, '--columns', 2)
+    _, model, layers, _, columns = call
+    assert layers == [LAYER] and columns == 2
+    expected = tiny(0).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())  # the averaged ones
+
+
+def test_stages_before_and_after(run, folder):
+    (call,), _ = run('stages', '--checkpoint', folder, '--untrained')
+    before, after = call[1].items()
+    assert (before[0], after[0]) == ('untrained', 'epoch 9')
+    torch.manual_seed(3)  # the run's
+    expected = timm.create_model('smpconv_nano', **TINY)
+    assert torch.equal(before[1].get_submodule(LAYER).coords, expected.get_submodule(LAYER).coords)
+
+
+def test_receptive_field_of_the_runs_digits(run, folder, capsys):
+    (call,), _ = run('receptive-field', '--checkpoint', folder, '--num-images', 4)
+    (label, field), = call[1].items()
+    assert label == 'epoch 9' and field.shape == (16, 16)
+    digits = Digits('validation')
+    chosen = [np.asarray(digits[index][0].resize((16, 16), Image.Resampling.BICUBIC)) for index in (0, 120, 239, 359)]
+    images = (torch.tensor(np.stack(chosen))[:, None] / 255 - 0.3) / 0.4
+    np.testing.assert_allclose(field, figures.effective_receptive_field(tiny(0), images), rtol=1e-4)
+    rows = capsys.readouterr().out.splitlines()
+    areas = [100 * figures.central_square(field, share).area for share in (0.2, 0.3, 0.5, 0.99)]
+    assert rows[2].split() == ['epoch', '9', 'the', 'gradient', *(word for x in areas for word in (f'{x:.1f}', '%'))]
+
+
+def test_heat_maps_of_files(run, folder, tmp_path):
+    inside = tmp_path / 'in' / 'sub'
+    inside.mkdir(parents=True)
+    Image.new('RGB', (30, 20), 'red').save(inside / 'red.png')
+    Image.new('L', (16, 16), 99).save(tmp_path / 'in.jpg')
+    (call,), _ = run(
+        'heat-map', '--checkpoint', folder, '--images', tmp_path / 'in', tmp_path / 'in.jpg', '--img-size', 24,
+        '--class', 7)
+    _, pixels, maps, titles = call
+    assert pixels.shape == (2, 1, 24, 24) and maps.shape == (2, 24, 24)
+    torch.testing.assert_close(pixels[1], torch.full((1, 24, 24), 99 / 255), atol=1e-5, rtol=0)
+    assert [title.split(' (')[0] for title in titles] == ['red: class-7', 'in: class-7']
+
+
+def test_animation_of_a_run_goes_by_epoch(run, folder):
+    (call,), path = run('animation', '--checkpoint', folder, '--fps', 10, '--max-layers', 1, name='out.gif')
+    assert [title for title, _ in call[1]] == ['epoch 0', 'epoch 9', 'epoch 10']
+    for (_, layers), seed in zip(call[1], (0, 9, 10)):
+        (name, layer), = layers.items()
+        assert torch.equal(layer.coords, tiny(seed).get_submodule(name).coords)
+    with Image.open(path) as picture:
+        assert picture.n_frames == 3 and picture.info['duration'] == 100
+
+
+def test_the_original_releases_files_tell_their_model(run, tmp_path):
+    model = randomize_(timm.create_model('smpconv_nano', num_classes=10, in_chans=1))
+    torch.save(model.state_dict(), tmp_path / 'in.pth')  # a bare state dict
+    (call,), _ = run('stages', '--checkpoint', tmp_path / 'in.pth')
+    (label, found), = call[1].items()
+    assert label == 'in' and found.get_classifier().out_features == 10
+
+
+def refused(capsys, tmp_path, *argv):
+    """The one line; nothing is left."""
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, argv)))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    assert set(tmp_path.iterdir()) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize(('command', 'argv', 'message'), [
+    ('kernels', ['--checkpoint', 'RUN', '--layer', 'stages.1'], f"no layer is named 'stages.1'; near are ['{LAYER}']"),
+    ('kernels', ['--model', 'resnet18'], 'no kernels that are drawn from points'),
+    ('kernels', ['--checkpoint', 'RUN', '--reparam'], 'no kernels that are drawn from points'),
+    ('kernels', ['--checkpoint', 'GONE'], 'expected a checkpoint file, found nothing at GONE'),
+    ('kernels', ['--checkpoint', 'RUN', '--model', 'smpconv_t'], 'the checkpoint does not fit the model'),
+    ('kernels', ['--checkpoint', 'RUN', '--pretrained'], 'both say which weights'),
+    ('kernels', [], 'expected --checkpoint or --model'),
+    ('kernels', ['--model', 'smpconv_x'], "no model is named 'smpconv_x'"),
+    ('stages', ['--model', 'resnet18'], 'resnet18, untrained: expected depthwise convolutions'),
+    ('receptive-field', ['--model', 'smpconv_nano'], "expected --images: files, folders, or 'digits'"),
+    ('receptive-field', ['--checkpoint', 'RUN', '--images', 'GONE'], '--images GONE: no such file or folder'),
+    ('heat-map', ['--checkpoint', 'RUN', '--images', 'BROKEN'], 'broken.png cannot be read: cannot identify'),
+    ('heat-map', ['--checkpoint', 'RUN', '--images', 'RUN'], 'has no images (.jpeg, .jpg, .png)'),
+    ('heat-map', ['--checkpoint', 'RUN', '--layer', 'stages.5'], "no layer is named 'stages.5'"),
+    ('heat-map', ['--checkpoint', 'RUN', '--class', '10'], 'must lie in [0, 9], got 10'),
+    ('animation', ['--model', 'smpconv_nano'], 'expected --checkpoint: two or more'),
+    ('animation', ['--checkpoint', 'RUN/model_best.pth.tar'], 'at least 2 checkpoints, got 1'),
+    ('animation', ['--checkpoint', 'EMPTY'], 'has no checkpoint-EPOCH.pth.tar'),
+    ('animation', ['--checkpoint', 'RUN', '--reparam'], 'no kernels that are drawn from points'),
+])
+def test_what_is_wrong_is_one_line(folder, tmp_path, tmp_path_factory, capsys, command, argv, message):
+    elsewhere = tmp_path_factory.mktemp('elsewhere')
+    (elsewhere / 'broken.png').write_bytes(b'no image')
+    (elsewhere / 'empty').mkdir()
+    places = {'RUN': folder, 'BROKEN': elsewhere / 'broken.png', 'EMPTY': elsewhere / 'empty'}
+    words = argv
+    for place, path in places.items():
+        words = [word.replace(place, str(path)) if word.split('/')[0] == place else word for word in words]
+    output = tmp_path / ('out.gif' if command == 'animation' else 'out.png')
+    line = refused(capsys, tmp_path, command, '--output', output, *words)
+    assert line.startswith('python -m smpconv_models.figures: error: ') and message in line
+
+
+@pytest.mark.parametrize(('command', 'output', 'message'), [
+    ('kernels', 'out.jpg', 'takes the name of a .png file'),
+    ('animation', 'out.mp4', 'takes the name of a .gif or .png or .apng file'),
+    ('kernels', 'gone/out.png', 'cannot be written: No such file or directory'),
+    ('kernels', 'taken.png', 'is not a file'),
+])
+def test_an_output_that_cannot_be_is_told_first(tmp_path, capsys, command, output, message):
+    (tmp_path / 'taken.png').mkdir()
+    line = refused(capsys, tmp_path, command, '--checkpoint', 'GONE', '--output', tmp_path / output)
+    assert message in line
+
+
+def test_a_checkpoint_of_nan_is_told(tmp_path, capsys):
+    weights = tiny(0).state_dict()
+    weights['head.fc.bias'][0] = torch.nan
+    torch.save({'state_dict': weights, 'model_kwargs': TINY, 'args': {'model': 'smpconv_nano'}}, tmp_path / 'in.pth')
+    line = refused(
+        capsys, tmp_path, 'stages', '--checkpoint', tmp_path / 'in.pth', '--output', tmp_path / 'out.png')
+    assert 'in.pth: the checkpoint has weights that are not finite: head.fc.bias' in line
