@@ -77,6 +77,9 @@ MAY_IMPORT = {
     'train.py': ('smpconv_models', *PUBLIC_TRAINING),
     'validate.py': ('smpconv_models', *PUBLIC_TRAINING),
     'hub': ('smpconv_models', HUB, ORIGINAL, CHECKPOINT),
+    'examples': (
+        'torch', 'torchvision', 'timm', 'matplotlib', 'safetensors', 'segmentation_models_pytorch', 'tqdm',
+        'smpconv_models', CHECKPOINT, HUB, *PUBLIC_TRAINING),
     'benchmarks': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'matplotlib', 'smpconv_models', CHECKPOINT,
         *PUBLIC_TRAINING, *BENCHMARKS),

@@ -185,7 +185,9 @@ def _save(network: Any, folder: Path, kwargs: Dict[str, Any], labels: Dict[str, 
         raise OSError(f'{folder.parent.parent} cannot be written: {checkpoint.first_line(error)}') from error
     sha256 = checkpoint.file_sha256(folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
-    config = {**config, **more, 'sha256': sha256}
+    # the classes stand beside the arguments too, and transformers takes them from there only
+    model_args = {name: value for name, value in config['model_args'].items() if name != 'num_classes'}
+    config = {**config, 'model_args': model_args, **more, 'sha256': sha256}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes files for their owner alone
     return sha256

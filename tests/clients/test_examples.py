@@ -1,0 +1,68 @@
+"""examples/features.py and examples/segmentation.py, as their readers run them."""
+import importlib.util
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[2] / 'examples'
+
+
+@pytest.fixture(scope='module')
+def segmentation():
+    spec = importlib.util.spec_from_file_location('segmentation_example', EXAMPLES / 'segmentation.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_features_prints_what_its_comments_say(capsys):
+    runpy.run_path(str(EXAMPLES / 'features.py'))
+    lines = capsys.readouterr().out.splitlines()
+    comments = [
+        line.partition('  # ')[2] for line in (EXAMPLES / 'features.py').read_text().splitlines() if 'print(' in line]
+    assert lines[0] == comments[0] and ', '.join(lines[1:]) == comments[1]
+
+
+def test_made_images_have_their_digits_under_the_masks(segmentation):
+    images, masks = segmentation.make_images('validation', 40, 64, seed=3).tensors
+    assert images.shape == (40, 3, 64, 64) and masks.shape == (40, 1, 64, 64)
+    assert images.min() >= 0 and images.max() <= 1 and set(masks.unique().tolist()) == {0., 1.}
+    assert 0.03 < masks.mean() < 0.5
+    for image, mask in zip(images.mean(1), masks[:, 0].bool()):
+        if mask.sum() > 20:
+            assert (image[mask].mean() - image[~mask].mean()).abs() > 0.1
+    again = segmentation.make_images('validation', 40, 64, seed=3).tensors
+    assert torch.equal(images, again[0]) and torch.equal(masks, again[1])
+    assert not torch.equal(images, segmentation.make_images('validation', 40, 64, seed=4).tensors[0])
+
+
+def test_segmentation_writes_what_it_says(segmentation, tmp_path, capsys):
+    out = tmp_path / 'out'
+    assert segmentation.main([
+        '--output', str(out), '--images', '16', '--batch-size', '8', '--epochs', '1', '--size', '32']) == 0
+    assert sorted(path.name for path in out.iterdir()) == ['segmentation.png', 'unet.safetensors']
+    heading, row, last = capsys.readouterr().out.splitlines()
+    assert heading.split() == ['epoch', 'loss', 'IoU'] and row.split()[2] in last and str(out) in last
+    segmentation.create_model('smpconv_nano').load_state_dict(load_file(out / 'unet.safetensors'))
+
+
+@pytest.mark.slow  # trains for a minute and a half
+def test_segmentation_learns(segmentation, tmp_path):
+    args = segmentation.create_parser().parse_args(['--output', str(tmp_path / 'out')])
+    assert segmentation.run(args) > 0.85
+
+
+def test_bad_arguments_are_one_line(segmentation, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    for arguments, told in (
+            (('--encoder', 'resnet18'), "got 'resnet18'"), (('--size', '50'), 'a multiple of 32, got 50'),
+            (('--epochs', '0'), '--epochs 0'), (('--images', '4'), '--images 4'), (('--lr', '-1'), 'got -1.0'),
+            (('--output', tmp_path / 'file'), str(tmp_path / 'file'))):
+        with pytest.raises(SystemExit) as error:
+            segmentation.main(['--output', str(tmp_path / 'out'), *map(str, arguments)])
+        line, = capsys.readouterr().err.splitlines()
+        assert error.value.code == 2 and line.startswith('segmentation.py: error: ') and told in line
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
