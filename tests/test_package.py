@@ -51,9 +51,11 @@ def test_public_names_exist(module):
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
 DOWNLOAD, ORIGINAL, HUB = 'smpconv_models.download', 'smpconv_models.original', 'smpconv_models.hub'
+DETECTION = 'smpconv_models.detection'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
 BENCHMARKS = tuple(path.stem for path in (PACKAGE.parent / 'benchmarks').glob('*.py'))  # scripts see their neighbours
+EXAMPLES = tuple(path.stem for path in (PACKAGE.parent / 'examples').glob('*.py'))
 MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
     'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._call', f'{OPS}._phases'),
@@ -77,12 +79,13 @@ MAY_IMPORT = {
     'train.py': ('smpconv_models', *PUBLIC_TRAINING),
     'validate.py': ('smpconv_models', *PUBLIC_TRAINING),
     'hub': ('smpconv_models', HUB, ORIGINAL, CHECKPOINT),
+    'smpconv_models/detection.py': ('torch', 'torchvision', 'timm'),
     'examples': (
-        'torch', 'torchvision', 'timm', 'matplotlib', 'safetensors', 'segmentation_models_pytorch', 'tqdm',
-        'smpconv_models', CHECKPOINT, HUB, *PUBLIC_TRAINING),
+        'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'matplotlib', 'safetensors', 'segmentation_models_pytorch',
+        'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, *PUBLIC_TRAINING, *EXAMPLES),
     'benchmarks': (
-        'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'matplotlib', 'smpconv_models', CHECKPOINT,
-        *PUBLIC_TRAINING, *BENCHMARKS),
+        'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'torchvision', 'matplotlib',
+        'smpconv_models', CHECKPOINT, DETECTION, *PUBLIC_TRAINING, *BENCHMARKS),
 }
 
 

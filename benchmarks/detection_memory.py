@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""What memory a detector takes in training, on one image of detection's usual size, on the CPU.
+
+    python benchmarks/detection_memory.py [--backbone smpconv_mobile31 --detector fasterrcnn --grad-checkpointing]
+
+The process's largest resident set, with all that Python and PyTorch hold, after one step of forward, backward and
+AdamW on an 800x1333 image with twenty boxes, and after more of them: glibc's allocator doesn't give back all that a
+step has freed (more of it with MALLOC_MMAP_THRESHOLD_=1000000 in the environment, which is noted). All layers are
+trained, and no batch norm is frozen, which takes the most; --fine-tuning trains the last three with frozen norms, as is
+usual with pretrained weights. Appends to benchmarks/results/detection_memory.jsonl.
+"""
+import argparse
+import os
+import resource
+import sys
+from typing import Any
+
+import measure
+import torch
+import torchvision
+from tqdm import tqdm
+
+import smpconv_models
+from smpconv_models import detection
+from smpconv_models.training import param_groups
+
+SIZE = 800, 1333
+BOXES = 20
+STEPS = 4
+
+
+def peak_gib() -> float:
+    """The largest resident set of this process so far."""
+    unit = 1 if sys.platform == 'darwin' else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def target() -> Any:
+    """Boxes over the whole image, of 32 pixels a side and more."""
+    corners = torch.rand(BOXES, 2) * torch.tensor([SIZE[1] - 400, SIZE[0] - 400])
+    sides = 32 + torch.rand(BOXES, 2) * 368
+    return {'boxes': torch.cat([corners, corners + sides], 1), 'labels': torch.randint(1, 91, (BOXES,))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--backbone', default='smpconv_mobile31')
+    parser.add_argument('--detector', default='fasterrcnn', choices=('fasterrcnn', 'fcos', 'retinanet'))
+    parser.add_argument('--grad-checkpointing', action='store_true', help='stages are computed again, not kept')
+    parser.add_argument('--fine-tuning', action='store_true', help='three layers are trained, batch norms are frozen')
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    backbone = detection.fpn_backbone(
+        args.backbone, trainable_layers=3 if args.fine_tuning else None, frozen_bn=args.fine_tuning)
+    if args.grad_checkpointing:
+        backbone.set_grad_checkpointing()
+    model = getattr(detection, args.detector)(backbone, num_classes=91)
+    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.05), lr=1e-4)
+    images, targets = [torch.rand(3, *SIZE)], [target()]
+    peaks = [peak_gib()]
+    for _ in tqdm(range(STEPS), desc='steps', leave=False, disable=None):
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        smpconv_models.clip_radius_(model)
+        peaks.append(peak_gib())
+    if not loss.isfinite():
+        sys.exit(f'the loss is {loss.item()}: nothing is kept')
+    print(f'{args.detector} with {args.backbone} at {SIZE[0]}x{SIZE[1]}, peak in GiB: '
+          f'{peaks[0]:.2f} before, {peaks[1]:.2f} after one step, {peaks[-1]:.2f} after {STEPS}')
+    measure.append(measure.RESULTS / 'detection_memory.jsonl', {
+        **vars(args), 'mmap_threshold': os.environ.get('MALLOC_MMAP_THRESHOLD_'), 'size': SIZE,
+        'peak_gib': [round(peak, 3) for peak in peaks],
+        'torchvision': torchvision.__version__, 'version': smpconv_models.__version__})
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,370 @@
+#!/usr/bin/env python3
+"""Trains a detector on data in COCO format; without any, on handwritten digits in scenes that it makes itself.
+
+    python examples/train_detection.py
+
+    python examples/train_detection.py --data-path COCO --train-split train2017 --val-split val2017 \\
+        --detector fasterrcnn --backbone smpconv_t --pretrained --returned-layers 1 2 3 4 --out-channels 256 \\
+        --min-size 800 --max-size 1333 --hflip 0.5 --epochs 12 --lr 1e-4 --sched multistep --milestones 8 11 --amp
+    torchrun --nproc_per_node 4 examples/train_detection.py ...      on 4 GPUs, or processes on a CPU
+
+The data are COCO/SPLIT/IMAGES and COCO/annotations/instances_SPLIT.json, looked through before the start. A row is
+printed for each epoch. The folder --output takes last.pth after each epoch, metrics.json, and at the end
+detections.png: held-out images, what is there and what was detected. --resume goes on from last.pth: on a CPU to the
+same bits as without the stop.
+
+Exit codes: 0 done, 1 failed, 2 wrong arguments or data, 130 interrupted.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch loads OpenMP, whose threads would else spin
+
+import coco_folder
+import detection_picture
+import digit_scenes
+import torch
+from coco_folder import CocoFolder
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import distribute_bn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import smpconv_models
+from smpconv_models import checkpoint, detection
+from smpconv_models.training import World, config, explain, options, param_groups
+
+DETECTORS = {'fasterrcnn': detection.fasterrcnn, 'fcos': detection.fcos, 'retinanet': detection.retinanet}
+# what a run that goes on must have in common with the one that stopped
+FIXED = (
+    'detector', 'backbone', 'pretrained', 'trainable_layers', 'returned_layers', 'out_channels', 'extra_levels', 'opt')
+SHOWN = 16  # images in the picture
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = config.Parser(
+        prog='train_detection.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    add = partial(_add, parser.add_argument_group('data'))
+    add('--data-path', type=Path, metavar='FOLDER', help='in COCO format; digit scenes if not given')
+    add('--train-split', default='train', metavar='NAME', help='folder of the training images')
+    add('--val-split', default='val', metavar='NAME', help='folder of the held-out images')
+    add('--skip-empty-boxes', action='store_true', help='leave out annotations whose box has no area')
+    add('--hflip', type=options.fraction, default=0., metavar='P', help='probability of mirroring a training image')
+    add('--workers', type=options.whole, default=1, metavar='N', help='processes that load images')
+    add = partial(_add, parser.add_argument_group('model'))
+    add('--detector', choices=DETECTORS, default='fcos', help="torchvision's")
+    add('--backbone', default='smpconv_nano', metavar='NAME', help="of this package or of timm's")
+    add('--pretrained', action='store_true', help="the backbone's weights are loaded, its batch norms frozen")
+    add('--trainable-layers', type=options.whole, metavar='N', help='of the backbone; 3 with --pretrained, else all')
+    add('--returned-layers', type=options.count, nargs='+', default=[2, 3, 4], metavar='N',
+        help='stages that the pyramid is made of')
+    add('--out-channels', type=options.count, default=64, metavar='N', help='of the pyramid')
+    add('--extra-levels', choices=('pool', 'p6p7'), default='pool', help='coarser ones')
+    add('--grad-checkpointing', action='store_true', help='less memory, more time')
+    add('--min-size', type=options.count, default=128, metavar='PIXELS', help='images are resized to this side')
+    add('--max-size', type=options.count, default=128, metavar='PIXELS', help='and the longer side to at most this')
+    add = partial(_add, parser.add_argument_group('training'))
+    add('--epochs', type=options.count, default=10, metavar='N', help='')
+    add('--batch-size', type=options.count, default=8, metavar='N', help='images of a step, in each process')
+    add('--opt', default='adamw', metavar='NAME', help="timm's, sgd say")
+    add('--lr', type=options.positive, default=2e-3, metavar='RATE', help='')
+    add('--weight-decay', type=options.non_negative, default=0.05, metavar='W', help='')
+    add('--momentum', type=options.fraction, default=0.9, metavar='M', help='of sgd')
+    add('--sched', choices=('cosine', 'multistep'), default='cosine', help='after a linear warm-up')
+    add('--milestones', type=options.count, nargs='+', default=[8, 11], metavar='EPOCH', help='of multistep')
+    add('--warmup-epochs', type=options.non_negative, default=1., metavar='N', help='')
+    add('--clip-grad', type=options.positive, default=10., metavar='NORM', help='largest norm of the gradient')
+    add('--seed', type=options.whole, default=0, metavar='N', help='')
+    add('--eval-interval', type=options.count, default=5, metavar='N', help='epochs between evaluations')
+    add = partial(_add, parser.add_argument_group('run'))
+    add('--output', type=Path, default=Path('output/detection'), metavar='FOLDER', help='')
+    add('--resume', action='store_true', help="go on from the output folder's last.pth")
+    add('--device', metavar='NAME', help='cuda if there is one, else cpu')
+    add('--amp', action='store_true', help='train in automatic mixed precision')
+    add('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16', help='')
+    add('--dist-timeout', type=options.positive, default=600., metavar='S', help='seconds to wait for another process')
+    options.add_debug_option(parser)
+    return parser
+
+
+def _add(group: Any, name: str, help: str, **kwargs: Any) -> None:
+    is_told = kwargs.get('default') not in (None, 0.)
+    group.add_argument(name, help=f'{help} (%(default)s)'.strip() if is_told else help or None, **kwargs)
+
+
+# --- what a run is made of ---
+
+
+def open_data(args: argparse.Namespace, world: World) -> Tuple[CocoFolder, CocoFolder]:
+    """The training and the held-out images."""
+    folder = args.data_path or Path(args.output) / 'digits'
+    if args.data_path is None:
+        world.first_does(lambda: digit_scenes.make(folder))
+    augment = v2.Compose([
+        v2.ToImage(), v2.RandomHorizontalFlip(args.hflip), v2.ColorJitter(brightness=0.2, contrast=0.2)])
+    train = CocoFolder(folder, args.train_split, args.skip_empty_boxes, augment)
+    val = CocoFolder(folder, args.val_split, args.skip_empty_boxes)
+    if train.categories != val.categories:
+        differing = sorted(set(train.categories.items()) ^ set(val.categories.items()))
+        raise ValueError(f'{args.train_split} and {args.val_split} must have the same categories; in one only: '
+                         f'{differing[:5]}')
+    if len(train) < args.batch_size * world.size:
+        raise ValueError(f'a step takes {args.batch_size * world.size} images, got {len(train)} in all')
+    return train, val
+
+
+def create_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
+    extra = LastLevelP6P7(args.out_channels, args.out_channels) if args.extra_levels == 'p6p7' else None
+    backbone = detection.fpn_backbone(
+        args.backbone, args.pretrained, args.trainable_layers, args.returned_layers, args.out_channels, extra)
+    if args.grad_checkpointing:
+        backbone.set_grad_checkpointing()
+    return DETECTORS[args.detector](backbone, num_classes, min_size=args.min_size, max_size=args.max_size)
+
+
+class Run:
+    """Model, optimizer, schedule and data of the arguments.
+
+    Raises:
+        ValueError: The data, the backbone or the checkpoint can't be what is asked for.
+    """
+
+    def __init__(self, args: argparse.Namespace, world: World) -> None:
+        self.args, self.world = args, world
+        self.last = args.output / 'last.pth'
+        self._check_output()
+        self.device = _device(args.device)
+        if self.device.type == 'cuda' and world.size > 1:
+            self.device = torch.device('cuda', world.local_rank)
+        world.connect(self.device, args.dist_timeout)
+        self.train_data, self.val_data = open_data(args, world)
+        torch.manual_seed(args.seed)
+        self.model = create_model(args, 1 + len(self.train_data.categories)).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # a fifth less time for a step of the digits on a CPU
+        self.optimizer = create_optimizer_v2(
+            param_groups(self.model, args.weight_decay), opt=args.opt, lr=args.lr, weight_decay=args.weight_decay,
+            momentum=args.momentum)
+        self.dtype = getattr(torch, args.amp_dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp and self.dtype == torch.float16)
+        self.sampler: Any = DistributedSampler(self.train_data, world.size, world.rank, seed=args.seed, drop_last=True)
+        self.loader = self._loader(self.train_data, sampler=self.sampler, drop_last=True)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, args.sched, num_epochs=args.epochs, decay_milestones=args.milestones,
+            warmup_epochs=args.warmup_epochs, warmup_lr=args.lr / 1000, step_on_epochs=False,
+            updates_per_epoch=len(self.loader))
+        self.rows: List[Dict[str, Any]] = []
+        world.first_does(partial(args.output.mkdir, parents=True, exist_ok=True))
+        if args.resume:
+            self._load()
+        self.wrapped: Any = self.model
+        if world.size > 1:
+            ids = None if self.device.type == 'cpu' else [self.device]
+            self.wrapped = DistributedDataParallel(self.model, device_ids=ids)
+
+    def _check_output(self) -> None:
+        if self.args.resume and not self.last.exists():
+            raise ValueError(f'there is no {self.last} to --resume from')
+        if not self.args.resume and self.last.exists():
+            raise ValueError(f'{self.args.output} holds a run: --resume goes on with it, another --output starts anew')
+        if self.args.warmup_epochs >= self.args.epochs:
+            raise ValueError(f'--warmup-epochs must be below the {self.args.epochs} epochs, '
+                             f'got {self.args.warmup_epochs:g}')
+        if self.args.min_size > self.args.max_size:
+            raise ValueError(f'--min-size must be at most --max-size, got {self.args.min_size} and '
+                             f'{self.args.max_size}')
+
+    def _loader(self, data: Any, **kwargs: Any) -> DataLoader:
+        return DataLoader(
+            data, self.args.batch_size, num_workers=self.args.workers, collate_fn=as_lists,
+            pin_memory=self.device.type == 'cuda', worker_init_fn=self.world.shield, **kwargs)
+
+    def _settings(self) -> Dict[str, Any]:
+        return {**{name: getattr(self.args, name) for name in FIXED}, 'categories': self.train_data.categories}
+
+    def _load(self) -> None:
+        state: Any = checkpoint.read_file(self.last)
+        stopped, now = state['settings'], self._settings()
+        for name in now:
+            if stopped[name] != now[name]:
+                raise ValueError(f'{self.last} was trained with {name} {stopped[name]}, got {now[name]}')
+        self.model.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.scaler.load_state_dict(state['scaler'])
+        self.rows = state['rows']
+
+    def save(self) -> None:
+        """Writes last.pth and metrics.json, each whole at every instant."""
+        state = {
+            'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(), 'rows': self.rows, 'settings': self._settings()}
+        replace(self.last, lambda path: torch.save(state, path))
+        replace(self.args.output / 'metrics.json', lambda path: path.write_text(json.dumps(self.rows, indent=2) + '\n'))
+
+    # --- training ---
+
+    def train_epoch(self, epoch: int) -> float:
+        """Returns the mean loss."""
+        self.sampler.set_epoch(epoch)
+        torch.manual_seed(hash((self.args.seed, epoch, self.world.rank)))  # so that it doesn't matter what was before
+        self.wrapped.train()
+        sum_of_losses = torch.zeros((), device=self.device)
+        bar = tqdm(self.loader, desc=f'epoch {epoch + 1}', leave=False, disable=None if self.world.is_first else True)
+        for step, (images, targets) in enumerate(bar, epoch * len(self.loader)):
+            self.scheduler.step_update(step)
+            sum_of_losses += self.train_step(images, targets)
+        if self.world.size > 1:
+            distribute_bn(self.model, self.world.size, reduce=True)  # else each would evaluate by its own statistics
+        return self.world.total(sum_of_losses)[0] / len(self.loader) / self.world.size
+
+    def train_step(self, images: List[torch.Tensor], targets: List[Dict[str, Any]]) -> torch.Tensor:
+        """One optimizer step; returns its loss.
+
+        Raises:
+            FloatingPointError: The loss isn't finite, in any process; nothing is changed.
+        """
+        with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
+            losses = self.wrapped([image.to(self.device) for image in images], [
+                {name: target[name].to(self.device) for name in ('boxes', 'labels')} for target in targets])
+        loss = sum(value.float() for value in losses.values())
+        if not torch.tensor(self.world.total(loss)).isfinite():
+            own = f'{loss.item():g} for images {[target["image_id"] for target in targets]}'
+            raise FloatingPointError(f'the loss is not finite: {own}; a lower --lr may help')
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        smpconv_models.clip_radius_(self.model)
+        return loss.detach()
+
+    # --- evaluation ---
+
+    @torch.no_grad()
+    def detect(self, data: Any, desc: str) -> Iterator[Tuple[Any, Any, Any]]:
+        """Each image with its target and detections, in float32."""
+        self.model.eval()
+        for images, targets in tqdm(
+                self._loader(data), desc=desc, leave=False, disable=None if self.world.is_first else True):
+            yield from zip(images, targets, self.model([image.to(self.device) for image in images]))
+
+    def evaluate(self) -> Dict[str, float]:
+        """COCO's figures of the held-out images, each detected in by one process."""
+        own = range(self.world.rank, len(self.val_data), self.world.size)
+        results = [
+            result for _, target, detected in self.detect(Subset(self.val_data, own), 'held-out images')
+            for result in self.val_data.results(target['image_id'], detected)]
+        if self.world.size > 1:
+            gathered: List[Any] = [None] * self.world.size
+            dist.all_gather_object(gathered, results)
+            results = [result for part in gathered for result in part]
+        return self.val_data.metrics(results)
+
+    def save_picture(self) -> Path:
+        path = self.args.output / 'detections.png'
+        shown = Subset(self.val_data, range(min(SHOWN, len(self.val_data))))
+        samples = [
+            (image, target, {name: value.cpu() for name, value in detected.items()})
+            for image, target, detected in self.detect(shown, 'picture')]
+        names = ['background', *self.val_data.categories.values()]
+        replace(path, lambda part: detection_picture.save_detections(part, samples, names))
+        return path
+
+
+def _device(name: Optional[str]) -> torch.device:
+    device = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f'--device {device} cannot be used here: {checkpoint.first_line(error)}') from error
+
+
+def as_lists(samples: Sequence[Tuple[Any, Any]]) -> Tuple[List[Any], List[Any]]:
+    """Images may differ in size, so a batch is a list."""
+    images, targets = zip(*samples)
+    return list(images), list(targets)
+
+
+def replace(path: Path, write: Any) -> None:
+    """Writes a file beside ``path``, which takes its name once it is whole and on the disk."""
+    part = path.with_name(f'.{path.name}.part')
+    try:
+        write(part)
+        with open(part, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- the run ---
+
+
+def train(run: Run) -> Dict[str, float]:
+    """Trains what is left of the epochs; returns the last figures."""
+    args, is_first = run.args, run.world.is_first
+    if is_first:
+        print(f'{len(run.train_data)} images to train on, {len(run.val_data)} held out, '
+              f'{len(run.train_data.categories)} classes, {len(run.loader)} steps an epoch')
+        if run.train_data.skipped or run.val_data.skipped:
+            print(f'annotations without an area left out: {run.train_data.skipped} and {run.val_data.skipped}')
+        print('epoch     loss       AP     AP50   seconds', flush=True)
+    for epoch in range(len(run.rows), args.epochs):
+        start = time.perf_counter()
+        row: Dict[str, Any] = {'epoch': epoch + 1, 'loss': run.train_epoch(epoch)}
+        if (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs:
+            row.update(run.evaluate())
+        row['seconds'] = time.perf_counter() - start
+        run.rows.append(row)
+        run.world.first_does(run.save)
+        if is_first:
+            figures = '  '.join(f'{row[name]:7.3f}' if name in row else f'{"":7}' for name in ('AP', 'AP50'))
+            print(f'{row["epoch"]:5}  {row["loss"]:7.4f}  {figures}  {row["seconds"]:8.1f}', flush=True)
+    return {name: run.rows[-1][name] for name in coco_folder.METRICS}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    options.show_causes(args)
+    world = World()
+    run = None
+    try:
+        run = Run(args, world)
+        figures = train(run)
+        picture = world.first_does(run.save_picture)
+        world.disconnect()
+    except KeyboardInterrupt:
+        parser.exit(130, f'{parser.prog}: interrupted; --resume goes on from the last epoch that was saved\n')
+    except Exception as error:
+        line = explain(error, args, world)
+        if line is None:
+            raise
+        if line.startswith('Caught '):  # in a process that loads images, whose traceback ends with the cause
+            line = str(error).rstrip().splitlines()[-1]
+        is_wrong = run is None and isinstance(error, (OSError, ValueError))
+        parser.exit(2 if is_wrong else 1, f'{parser.prog}: error: {line}\n')
+    finally:
+        world.shield.lower()
+    if world.is_first:
+        print('\nheld-out images, by pycocotools')
+        for name, value in figures.items():
+            print(f'  {name:10} {value:6.3f}')
+        print(f'checkpoint: {run.last}\npicture: {picture}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

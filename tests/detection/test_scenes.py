@@ -1,0 +1,112 @@
+"""examples/digit_scenes.py: the boxes are where the digits are, and the held-out digits are held out."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smpconv_models.training import Digits
+
+
+@pytest.fixture
+def scenes(load):
+    return load('digit_scenes')
+
+
+def content(folder, split='train'):
+    return json.loads((folder / 'annotations' / f'instances_{split}.json').read_text())
+
+
+def test_boxes_match_the_pixels(scenes, monkeypatch):
+    """Without a texture, what is not background lies in the boxes and touches all sides of each."""
+    monkeypatch.setattr(scenes, 'texture', lambda random, size: np.full((size, size, 3), 240.))
+    monkeypatch.setattr(scenes, 'INKED', 0.004)  # all that is drawn
+    monkeypatch.setattr(scenes, 'OVERLAP', 0.)
+    digits = Digits('train')
+    for seed in range(6):
+        pixels, boxes, labels = scenes.scene(np.random.default_rng(seed), digits, 128)
+        inked = (pixels != 240).any(2)
+        assert 1 <= len(boxes) == len(labels) and set(labels) <= set(range(10))
+        left_over = inked.copy()
+        for left, top, right, bottom in boxes:
+            cut = inked[top:bottom, left:right]
+            assert cut.shape == (bottom - top, right - left)
+            assert cut[0].any() and cut[-1].any() and cut[:, 0].any() and cut[:, -1].any()
+            left_over[top:bottom, left:right] = False
+        assert not left_over.any()
+
+
+def test_boxes_are_of_the_digits_told(scenes, monkeypatch):
+    """A network of one class a digit would learn nothing from others."""
+    monkeypatch.setattr(scenes, 'texture', lambda random, size: np.full((size, size, 3), 240.))
+    digits = Digits('train')
+    drawn = []
+    opacity = scenes._opacity
+    monkeypatch.setattr(scenes, '_opacity', lambda digit, side: drawn.append(digit) or opacity(digit, side))
+    _, boxes, labels = scenes.scene(np.random.default_rng(0), digits, 256)
+    assert len(boxes) == len(drawn)
+    for digit, label in zip(drawn, labels):
+        assert label in {digits.labels[index] for index, image in enumerate(digits.images) if image is digit}
+
+
+def test_held_out_digits_are_in_no_training_image(scenes, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(scenes, 'Digits', lambda split: asked.append(split) or Digits(split))
+    scenes.make(tmp_path / 'made', train=1, val=1, size=64)
+    assert asked == ['train', 'validation']
+    train, held_out = ({image.tobytes() for image in Digits(split).images} for split in asked)
+    assert not train & held_out
+
+
+def test_the_same_arguments_make_the_same_files(scenes, tmp_path):
+    first = scenes.make(tmp_path / 'a', train=3, val=2, size=64)
+    second = scenes.make(tmp_path / 'b', train=3, val=2, size=64)
+    files = sorted(path.relative_to(first) for path in first.rglob('*') if path.is_file())
+    assert len(files) == 7
+    assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
+    train, held_out = (np.asarray(Image.open(first / split / '00000.png')) for split in ('train', 'val'))
+    assert (train != held_out).mean() > 0.8  # not the same texture with other digits
+    assert oct(first.stat().st_mode & 0o777) == '0o755'
+
+
+def test_the_files_are_coco(scenes, tmp_path):
+    folder = scenes.make(tmp_path / 'made', train=4, val=3, size=64)
+    for split, count in (('train', 4), ('val', 3)):
+        made = content(folder, split)
+        assert [category['name'] for category in made['categories']] == list('0123456789')
+        assert len(made['images']) == count
+        assert {image['id'] for image in made['images']} == {note['image_id'] for note in made['annotations']}
+        for image in made['images']:
+            assert Image.open(folder / split / image['file_name']).size == (image['width'], image['height'])
+        for note in made['annotations']:
+            x, y, width, height = note['bbox']
+            assert min(x, y) >= 0 and x + width <= 64 and y + height <= 64 and note['area'] == width * height > 0
+
+
+def test_what_is_there_is_used_again_or_left_alone(scenes, tmp_path):
+    folder = scenes.make(tmp_path / 'made', train=2, val=1, size=64)
+    before = (folder / 'train/00000.png').stat().st_mtime_ns
+    scenes.make(folder, train=2, val=1, size=64)
+    assert (folder / 'train/00000.png').stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r'made is there already, and is not the set of .* 3 and 1 images'):
+        scenes.make(folder, train=3, val=1, size=64)
+
+
+def test_nothing_half_made_stays(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, 'DIGITS', (1, -1))
+    with pytest.raises(ValueError):
+        scenes.make(tmp_path / 'made', train=2, val=1, size=64)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(('argv', 'line'), [
+    (['--size', '20'], 'argument --size: must be at least 48, got 20'),
+    (['--train', '0'], 'argument --train: must be at least 1, got 0'),
+])
+def test_bad_arguments_are_one_line(scenes, tmp_path, capsys, argv, line):
+    with pytest.raises(SystemExit) as end:
+        scenes.main([str(tmp_path / 'made'), *argv])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and line in error
+    assert not (tmp_path / 'made').exists()

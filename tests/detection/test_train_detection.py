@@ -1,0 +1,292 @@
+"""examples/train_detection.py: it trains, evaluates, goes on after a stop, and says in a line what is wrong."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+TINY = ['--epochs', '2', '--batch-size', '3', '--out-channels', '32', '--returned-layers', '3', '4',
+        '--min-size', '64', '--max-size', '64', '--workers', '0', '--eval-interval', '1', '--device', 'cpu']
+
+
+@pytest.fixture
+def example(load):
+    return load('train_detection')
+
+
+@pytest.fixture
+def data(load, tmp_path):
+    return load('digit_scenes').make(tmp_path / 'data', train=7, val=3, size=64)
+
+
+def state(folder):
+    return torch.load(folder / 'last.pth', weights_only=True)
+
+
+def failure(example, capsys, *argv):
+    """Exit code and message of a run that must fail."""
+    with pytest.raises(SystemExit) as end:
+        example.main([str(arg) for arg in argv])
+    return end.value.code, capsys.readouterr().err
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return a == b if not isinstance(a, (list, tuple)) else len(a) == len(b) and all(map(same, a, b))
+
+
+# --- a run ---
+
+
+@pytest.mark.parametrize(('detector', 'more'), [
+    ('fcos', ['--amp', '--hflip', '0.5']), ('fasterrcnn', ['--opt', 'sgd', '--lr', '0.01', '--grad-checkpointing']),
+    ('retinanet', ['--extra-levels', 'p6p7', '--sched', 'multistep', '--milestones', '1'])])
+def test_a_run_leaves_rows_checkpoint_and_picture(example, data, tmp_path, capsys, detector, more):
+    output = tmp_path / 'run'
+    assert example.main(
+        ['--data-path', str(data), '--output', str(output), '--detector', detector, *more, *TINY]) == 0
+    assert sorted(path.name for path in output.iterdir()) == ['detections.png', 'last.pth', 'metrics.json']
+    rows = json.loads((output / 'metrics.json').read_text())
+    assert [row['epoch'] for row in rows] == [1, 2]
+    assert all(0 < row['loss'] < 100 and {'AP', 'AP50', 'AR 100'} <= set(row) for row in rows)
+    assert Image.open(output / 'detections.png').size[0] > 1000
+    told = capsys.readouterr().out
+    assert '7 images to train on, 3 held out, 10 classes, 2 steps an epoch' in told
+    assert told.count('AP50') == 2 and str(output / 'detections.png') in told
+
+
+def test_a_run_that_goes_on_ends_in_the_same_bits(example, data, tmp_path, monkeypatch, capsys):
+    straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
+    argv = ['--data-path', str(data), *TINY]
+    assert example.main([*argv, '--output', str(straight)]) == 0
+
+    save = example.Run.save
+
+    def interrupted(run):
+        save(run)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(example.Run, 'save', interrupted)
+    code, line = failure(example, capsys, *argv, '--output', stopped)
+    assert code == 130 and line == (
+        'train_detection.py: interrupted; --resume goes on from the last epoch that was saved\n')
+    assert len(state(stopped)['rows']) == 1
+    monkeypatch.setattr(example.Run, 'save', save)
+    torch.manual_seed(123)
+    assert example.main([*argv, '--output', str(stopped), '--resume']) == 0
+    first, second = state(straight), state(stopped)
+    for key in ('model', 'optimizer', 'settings'):
+        assert same(first[key], second[key]), key
+    figures = [[{**row, 'seconds': 0} for row in found['rows']] for found in (first, second)]
+    assert figures[0] == figures[1]
+
+
+def test_a_finished_run_only_tells_again(example, data, tmp_path, capsys):
+    argv = ['--data-path', str(data), '--output', str(tmp_path / 'run'), *TINY, '--epochs', '1', '--warmup-epochs', '0']
+    example.main(argv)
+    before = (tmp_path / 'run' / 'last.pth').read_bytes()
+    assert example.main([*argv, '--resume']) == 0
+    assert (tmp_path / 'run' / 'last.pth').read_bytes() == before
+
+
+def test_training_lowers_the_loss(example, data, tmp_path):
+    example.main(['--data-path', str(data), '--output', str(tmp_path / 'run'), *TINY, '--epochs', '12',
+                  '--eval-interval', '12'])
+    rows = state(tmp_path / 'run')['rows']
+    assert rows[-1]['loss'] < 0.8 * rows[0]['loss']
+    assert [row['epoch'] for row in rows if 'AP' in row] == [12]
+
+
+def make_run(example, data, tmp_path, *argv):
+    args = ['--data-path', str(data), '--output', str(tmp_path / 'run'), *TINY, *argv]
+    return example.Run(example.create_parser().parse_args(args), example.World())
+
+
+def test_radii_are_in_their_range_after_a_step(example, data, tmp_path):
+    run = make_run(example, data, tmp_path)
+    radii = [param for name, param in run.model.named_parameters() if name.endswith('.radius')]
+    with torch.no_grad():
+        for radius in radii:
+            radius.fill_(5.)
+    run.train_step(*next(iter(run.loader)))
+    assert radii and all(radius.max() <= 1 for radius in radii)
+
+
+def test_every_epoch_has_an_order_of_its_own(example, data, tmp_path, monkeypatch):
+    run = make_run(example, data, tmp_path)
+    seen = []
+
+    def note(images, targets):
+        seen.extend(target['image_id'] for target in targets)
+        return torch.zeros(())
+    monkeypatch.setattr(run, 'train_step', note)
+    for epoch in (0, 1, 0):
+        run.train_epoch(epoch)
+    first, second, again = (seen[start:start + 6] for start in (0, 6, 12))
+    assert first == again != second
+    assert all(len(set(order)) == 6 and set(order) <= set(range(1, 8)) for order in (first, second))
+
+
+# --- what goes wrong ---
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(example, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(example.DETECTORS, 'fcos', lambda *args, **kwargs: _Broken())
+    code, line = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY)
+    assert code == 1 and line.count('\n') == 1
+    assert 'error: the loss is not finite: nan for images [' in line
+    assert not (tmp_path / 'run' / 'last.pth').exists()
+
+
+class _Broken(torch.nn.Conv2d):
+    def __init__(self):
+        super().__init__(1, 1, 1)
+
+    def forward(self, images, targets):
+        return {'loss': self.weight.sum() * float('nan')}
+
+
+@pytest.mark.parametrize(('argv', 'line'), [
+    (['--returned-layers', '4', '5'], r'smpconv_nano lacks a stage of returned_layers=[4, 5]'),
+    (['--backbone', 'smpconv_x'], "timm's name of a network"),
+    (['--trainable-layers', '9'], 'trainable_layers must lie in [0, 5]'),
+    (['--out-channels', '48'], 'num_channels (48) must be divisible by num_groups (32)'),
+    (['--detector', 'fasterrcnn', '--returned-layers', '2', '4'], 'twice the stride of the one before'),
+    (['--batch-size', '99'], 'a step takes 99 images, got 7 in all'),
+    (['--warmup-epochs', '2'], '--warmup-epochs must be below the 2 epochs, got 2'),
+    (['--min-size', '65'], '--min-size must be at most --max-size, got 65 and 64'),
+    (['--opt', 'sdg'], 'sdg'),
+    (['--device', 'tpu9'], 'tpu9'),
+    (['--train-split', 'train2017'], 'instances_train2017.json'),
+    (['--resume'], 'last.pth to --resume from'),
+    (['--epochs', '0'], 'argument --epochs: must be at least 1'),
+    (['--lr', 'nan'], 'argument --lr'),
+])
+def test_wrong_arguments_are_one_line_before_anything_is_written(example, data, tmp_path, capsys, argv, line):
+    code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, *argv)
+    assert code == 2 and error.count('\n') == 1, error
+    assert error.startswith('train_detection.py: error: ') and line in error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_wrong_record_is_one_line_before_training(example, data, tmp_path, capsys):
+    path = data / 'annotations' / 'instances_val.json'
+    content = json.loads(path.read_text())
+    content['annotations'][0]['bbox'][2] = 0
+    path.write_text(json.dumps(content))
+    argv = ['--data-path', data, '--output', tmp_path / 'run', *TINY]
+    code, error = failure(example, capsys, *argv)
+    assert code == 2 and error.count('\n') == 1 and 'annotation 1: bbox must have an area' in error
+    assert example.main([*map(str, argv), '--skip-empty-boxes']) == 0
+    assert 'annotations without an area left out: 0 and 1' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_an_image_that_is_cut_off_is_named(example, data, tmp_path, capsys, workers):
+    for path in (data / 'train').iterdir():
+        path.write_bytes(path.read_bytes()[:3000])  # the header, which is looked at first, is whole
+    code, error = failure(
+        example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, '--workers', workers)
+    assert code == 1 and error.count('\n') == 1
+    assert 'image ' in error and '.png cannot be read: ' in error
+
+
+def test_categories_of_both_splits_must_agree(example, data, tmp_path, capsys):
+    path = data / 'annotations' / 'instances_val.json'
+    content = json.loads(path.read_text())
+    content['categories'][3]['name'] = 'drei'
+    path.write_text(json.dumps(content))
+    code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY)
+    assert code == 2 and 'train and val must have the same categories' in error and "(4, 'drei')" in error
+
+
+def test_runs_that_cannot_go_on(example, data, tmp_path, capsys):
+    run = tmp_path / 'run'
+    argv = ['--data-path', data, '--output', run, *TINY, '--epochs', '1', '--warmup-epochs', '0']
+    example.main(list(map(str, argv)))
+    capsys.readouterr()
+    code, error = failure(example, capsys, *argv)
+    assert code == 2 and f'{run} holds a run: --resume goes on with it' in error
+    code, error = failure(example, capsys, *argv, '--resume', '--detector', 'retinanet')
+    assert code == 2 and 'last.pth was trained with detector fcos, got retinanet' in error
+    code, error = failure(example, capsys, *argv, '--resume', '--trainable-layers', '1')
+    assert code == 2 and 'was trained with trainable_layers None, got 1' in error
+    (run / 'last.pth').write_bytes((run / 'last.pth').read_bytes()[:1000])
+    code, error = failure(example, capsys, *argv, '--resume')
+    assert code == 2 and error.count('\n') == 1 and 'last.pth' in error
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(example, tmp_path):
+    path = tmp_path / 'last.pth'
+    path.write_text('old')
+
+    def write(part):
+        part.write_text('half')
+        raise OSError('no space')
+    with pytest.raises(OSError, match='no space'):
+        example.replace(path, write)
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+    with open(path) as before:
+        example.replace(path, lambda part: part.write_text('new'))
+        assert before.read() == 'old'  # it is another file that has taken the name
+    assert path.read_text() == 'new'
+
+
+# --- slow ---
+
+
+def launch(*argv, processes=1):
+    command = [sys.executable]
+    if processes > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    return subprocess.run(
+        [*command, *map(str, argv)], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+
+
+@pytest.mark.slow  # two processes start in half a minute
+@pytest.mark.timeout(600)
+def test_two_processes_train_one_network_and_evaluate_all_images(example, data, tmp_path):
+    output = tmp_path / 'run'
+    argv = ['--data-path', data, '--output', output, *TINY]
+    done = launch(ROOT / 'examples' / 'train_detection.py', *argv, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('epoch     loss') == 1 and '1 steps an epoch' in done.stdout
+    # one process finds the same in the same weights
+    run = make_run(example, data, tmp_path, '--resume')
+    assert run.evaluate() == pytest.approx({name: run.rows[-1][name] for name in example.coco_folder.METRICS})
+    wrong = launch(ROOT / 'examples' / 'train_detection.py', *argv, processes=2)
+    assert wrong.returncode and wrong.stderr.count('holds a run') == 2 and 'Traceback' not in wrong.stdout
+
+
+@pytest.mark.slow  # ten minutes, as a user would run it
+@pytest.mark.timeout(3600)
+def test_the_default_run_finds_the_digits(tmp_path):
+    done = launch(ROOT / 'examples' / 'train_detection.py', '--output', tmp_path / 'run')
+    assert done.returncode == 0, done.stderr
+    row = state(tmp_path / 'run')['rows'][-1]
+    assert row['AP50'] >= 0.8
+    assert f'{row["AP50"]:.3f}' in done.stdout
+    assert (tmp_path / 'run' / 'detections.png').exists()
+
+
+@pytest.mark.slow  # four steps of 15 s, and a process of its own to be measured
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(('argv', 'steps'), [([], 1), (['--grad-checkpointing'], -1)], ids=['kept', 'computed again'])
+def test_memory_of_detection_size_images(tmp_path, argv, steps):
+    benchmark = 'import sys, measure, pathlib; measure.RESULTS = pathlib.Path(sys.argv.pop(1)); ' \
+                'import detection_memory; detection_memory.main()'
+    done = subprocess.run(
+        [sys.executable, '-c', benchmark, str(tmp_path), *argv], capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "benchmarks"}'})
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / 'detection_memory.jsonl').read_text())
+    assert row['peak_gib'][steps] * 2 ** 30 < 4e9
+    assert row['peak_gib'][1] > row['peak_gib'][0] + 0.5  # it was a step
