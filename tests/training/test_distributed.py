@@ -56,6 +56,7 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on_to_the_same
     assert differences(straight, tmp_path / 'run') == []
 
 
+@pytest.mark.slow  # two pairs of processes
 def test_processes_that_measure_differently_go_on_together(tmp_path):
     """By what the first one measured: each would else decide on its own which epoch is the best."""
     script = Path(__file__).with_name('disagreeing.py')
@@ -75,6 +76,7 @@ def test_a_process_that_hangs_is_named_in_time(tmp_path):
     assert code == 1 and '(no sign of rank 1): Timed out waiting 4000ms' in error
 
 
+@pytest.mark.slow  # two pairs of processes; a lost one is in the default suite
 def test_both_processes_stop_at_the_same_step_when_one_is_asked(straight, tmp_path):
     command = [*COMMAND, '--output', tmp_path, '--experiment', 'run', '--recovery-interval', 1000]
     first, second = start(command, ranks=2)

@@ -200,6 +200,7 @@ def test_an_interrupt_while_pytorch_loads_is_one_line(script):
     assert finish([process]) == [(130, '', f'{script}: interrupted\n')]
 
 
+@pytest.mark.slow  # ten seconds
 def test_a_second_interrupt_does_not_wait(tmp_path):
     """The first one waits for the step, which is stuck here."""
     process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 1])
