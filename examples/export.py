@@ -11,7 +11,8 @@ images of several batch and map sizes and compared with the model itself:
     onnx          timm's exporter (TorchScript); batch, height and width are free, here and in all others
     onnx-dynamo   torch.onnx.export(dynamo=True)
     torch-export  torch.export.save
-    aotinductor   compiled ahead of time for this kind of CPU; needs a C++ compiler, as does compile
+    aotinductor   compiled ahead of time for this kind of CPU; needs a C++ compiler, as does compile. It believes that
+                  images are contiguous, as its example was: of others (channels_last) it computes something else
     torchscript   torch.jit.script
     compile       torch.compile; leaves no file
     float16, bfloat16    weights and arithmetic; the file has the re-parameterized weights. float16 is for GPUs, as few
@@ -20,10 +21,10 @@ images of several batch and map sizes and compared with the model itself:
                   the digits, or noise where the weights are random too
     int8-dynamic  onnxruntime, ranges taken anew from each map; it has no fast depthwise convolutions for that
 
-Prints a table, with the accuracy where the checkpoint is of the digits, and writes it to FOLDER/export.json: the file's
-size, median milliseconds for one image (formats in turn, channels_last), and the largest difference over the largest
-logit, of which formats in float32 may have 1e-4 (random weights magnify what lower precision loses). A format that a
-missing library or compiler prevents has a line with the reason.
+Prints a table, with the accuracy where the checkpoint is of the digits, and writes it to FOLDER/export.json: the
+file's size, median milliseconds for one image (formats in turn, in random order, channels_last), and the largest
+difference over the largest logit, of which formats in float32 may have 1e-4, others less than 1 (random weights magnify
+what they lose). A format that a missing library or compiler prevents has a line with the reason.
 
 Exit codes: 0 done, 1 a format failed (one that cannot be made here: if it was asked for by name), 2 wrong arguments, no
 checkpoint, or a folder that cannot be written, 130 interrupted.
@@ -35,7 +36,9 @@ import importlib
 import json
 import logging
 import os
+import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -44,20 +47,26 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'export.py: interrupted\n'), os._exit(130)))
+
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # or threads of one format spin while the next one is timed
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import create_dataset, create_transform, resolve_model_data_config
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import checkpoint, hub
 
 TOLERANCE = 1e-4            # of formats in float32
+MOST_LOW_PRECISION = 1.     # of the others: outputs of zero differ by so much
 MOST_SECONDS = 5.           # of timing for each format
 CALIBRATION_IMAGES = 256
 SIZES = ((1, 1, 1), (2, 1.4, 1.1), (3, 1, 1), (5, 0.7, 1.2))  # batch, height and width over the model's own
@@ -145,9 +154,18 @@ def image_folder(folder: str, transform: Any, channels: int) -> Any:
     if not Path(folder).is_dir():
         raise ValueError(f'--calibration must be a folder of class folders of images, found none at {folder}')
     try:
-        return create_dataset('', root=folder, transform=transform, input_img_mode='L' if channels == 1 else 'RGB')
-    except RuntimeError as error:
+        loader = functools.partial(read_image, mode='L' if channels == 1 else 'RGB')
+        return ImageFolder(folder, transform, loader=loader)
+    except FileNotFoundError as error:
         raise ValueError(f'--calibration {folder}: {checkpoint.first_line(error)}') from error
+
+
+def read_image(path: str, mode: str) -> Any:
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f'--calibration {path} cannot be read: {checkpoint.first_line(error)}') from error
 
 
 def stacked(dataset: Any, most: int = sys.maxsize) -> Tuple[Tensor, Tensor]:
@@ -193,7 +211,8 @@ def aotinductor(subject: Subject, path: Path) -> Run:
     needs_compiler()
     from torch._inductor import aoti_compile_and_package, aoti_load_package
     aoti_compile_and_package(exported(subject), package_path=str(path))
-    return aoti_load_package(str(path))
+    package = aoti_load_package(str(path))
+    return lambda images: package(images.contiguous())
 
 
 def exported(subject: Subject) -> torch.export.ExportedProgram:
@@ -308,6 +327,8 @@ def make(name: str, subject: Subject, folder: Path) -> Tuple[Run, Dict[str, Any]
     file, function = FORMATS[name]
     with tempfile.TemporaryDirectory(dir=folder, prefix='.making.') as temporary:
         path = Path(temporary, file or name)
+        if file:  # of an earlier model
+            (folder / file).unlink(missing_ok=True)
         try:
             run = function(subject, path)
             difference = largest_difference(run, subject, SIZES[:2] if name in LOW_PRECISION else SIZES)
@@ -316,7 +337,7 @@ def make(name: str, subject: Subject, folder: Path) -> Tuple[Run, Dict[str, Any]
             raise
         except Exception as error:  # exporters and compilers have each their own
             raise Failed(f'{type(error).__name__}: {checkpoint.first_line(error)}') from error
-        most = float('inf') if name in LOW_PRECISION else TOLERANCE
+        most = MOST_LOW_PRECISION if name in LOW_PRECISION else TOLERANCE
         if not difference < most:
             raise Failed(f'its outputs differ by {difference:.1e} of the largest logit, expected less than {most}')
         if file:
@@ -326,7 +347,7 @@ def make(name: str, subject: Subject, folder: Path) -> Tuple[Run, Dict[str, Any]
 
 
 def largest_difference(run: Run, subject: Subject, sizes: Sequence[Tuple[int, float, float]]) -> float:
-    """Relative to the largest logit; NaN where there is one."""
+    """Relative to the largest logit, of images in both layouts; NaN where there is one."""
     height, width = subject.example.shape[2:]
     images = subject.example if subject.calibration is None else subject.calibration
     differences = []
@@ -334,7 +355,9 @@ def largest_difference(run: Run, subject: Subject, sizes: Sequence[Tuple[int, fl
         size = (round(height * h), round(width * w))
         some = F.interpolate(images[torch.arange(batch) % len(images)], size, mode='bilinear')
         expected = subject.model(some)
-        differences.append((run(some) - expected).abs().max() / expected.abs().max())
+        for layout in (torch.contiguous_format, torch.channels_last):
+            difference = run(some.contiguous(memory_format=layout)) - expected
+            differences.append(difference.abs().max() / expected.abs().max())
     return torch.stack(differences).max().item()
 
 
@@ -352,7 +375,7 @@ def milliseconds(runs: Dict[str, Run], image: Tensor, rounds: int) -> Dict[str, 
     for run in runs.values():
         run(image)
     for _ in tqdm(range(rounds), desc='timing', leave=False, disable=None):
-        for name, run in runs.items():
+        for name, run in random.sample(list(runs.items()), len(runs)):  # each meets what the one before it left
             if len(times[name]) < 3 or sum(times[name]) < MOST_SECONDS:
                 start = time.perf_counter()
                 run(image)
@@ -434,10 +457,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
         parser.error(f'--output {folder} is not a folder')
+    path = args.checkpoint
+    if path and Path(path).is_dir():  # a run's
+        path = str(Path(path, 'model_best.pth.tar'))
     try:
-        subject = load(args.model or (None if args.checkpoint else 'smpconv_t'), args.checkpoint, args.calibration)
+        subject = load(args.model or (None if path else 'smpconv_t'), path, args.calibration)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = export(subject, args.formats or list(FORMATS), folder, args.rounds)
+        rows = export(subject, list(dict.fromkeys(args.formats or FORMATS)), folder, args.rounds)
         save(folder / 'export.json', {
             'model': args.checkpoint or args.model or 'smpconv_t', 'input_size': list(subject.example.shape[1:]),
             'threads': torch.get_num_threads(), 'torch': torch.__version__, 'formats': rows})
@@ -451,4 +477,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

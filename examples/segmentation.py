@@ -14,9 +14,13 @@ Exit codes: 0 done, 2 wrong arguments or a folder that cannot be written, 130 in
 import argparse
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, List, NoReturn, Optional, Tuple
+
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'segmentation.py: interrupted\n'), os._exit(130)))
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
@@ -169,7 +173,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f'expected at least 1 epoch, 2 images a step and a step of images, got --epochs {args.epochs}, '
             f'--batch-size {args.batch_size} and --images {args.images}')
-    if not args.lr > 0:
+    if not 0 < args.lr < math.inf:
         raise ValueError(f'--lr must be positive, got {args.lr}')
 
 
@@ -212,4 +216,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

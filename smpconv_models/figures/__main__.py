@@ -61,7 +61,7 @@ def create_parser() -> argparse.ArgumentParser:
     command = _add(commands, 'animation', "layers' points and kernels over several checkpoints", several=True)
     _add_layers(command, 3)
     command.add_argument(
-        '--fps', type=options.number(float, options.TINIEST, 50), default=5., metavar='X',
+        '--fps', type=options.number(float, 0.1, 50), default=5., metavar='X',
         help='frames in a second (default: %(default)g)')
     return parser
 
@@ -141,6 +141,8 @@ def draw_receptive_fields(args: argparse.Namespace, path: Path) -> None:
     fields: Dict[str, np.ndarray] = {}
     for network in _inputs.networks(args):
         images = _inputs.images(args, network)
+        if network.is_random:
+            _inputs.settle_norms(network.model, images.inputs)
         try:
             fields[network.label] = figures.effective_receptive_field(network.model, images.inputs)
         except ValueError as error:
@@ -179,8 +181,12 @@ def _shortened(name: str) -> str:
 def draw_animation(args: argparse.Namespace, path: Path) -> None:
     if args.checkpoint is None:
         raise ValueError('expected --checkpoint: two or more, or the folder of a run')
+    if args.pretrained:
+        raise ValueError('--pretrained and --checkpoint both say which weights')
     snapshots = []
     files = _inputs.snapshots_of(args.checkpoint)
+    if len({Path(file).resolve() for file in files}) < len(files):
+        raise ValueError(f'expected different checkpoints, got one of them twice: {" ".join(files)}')
     for file in tqdm(files, desc='reading', unit='checkpoint', leave=False, disable=None):
         network = _inputs.from_file(args, file)
         snapshots.append((network.label, figures.choose_layers(network.model, args.layer, args.max_layers)))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, get_img_extensions
 from timm.utils import reparameterize_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.models import identify
@@ -28,10 +28,12 @@ class Network(NamedTuple):
         label: What to call it.
         model: In evaluation mode.
         loaded: What was in its checkpoint; empty without.
+        is_random: Whether its weights are initial ones.
     """
     label: str
     model: Any
     loaded: Dict[str, Any]
+    is_random: bool = False
 
     @property
     def classes(self) -> Optional[List[str]]:
@@ -61,8 +63,11 @@ def networks(args: Namespace) -> List[Network]:
     if args.checkpoint is None:
         if args.model is None:
             raise ValueError('expected --checkpoint or --model')
+        if getattr(args, 'untrained', False):
+            raise ValueError('--untrained is for --checkpoint; --model without --pretrained has random weights')
         label = args.model if args.pretrained else f'{args.model}, untrained'
-        return [Network(label, _finished(_create(args, args.model, {}, args.pretrained), args), {})]
+        model = _finished(_create(args, args.model, {}, args.pretrained), args)
+        return [Network(label, model, {}, not args.pretrained)]
     if args.pretrained:
         raise ValueError('--pretrained and --checkpoint both say which weights')
     found = [from_file(args, path) for path in map(best_of, args.checkpoint)]
@@ -70,8 +75,25 @@ def networks(args: Namespace) -> List[Network]:
         loaded = found[0].loaded
         name, kwargs = _described(args, args.checkpoint[0], loaded)
         seed = checkpoint.run_arguments(loaded).get('seed', 42)  # train.py draws the same from it
-        found.insert(0, Network('untrained', _finished(_create(args, name, kwargs, seed=seed), args), loaded))
+        found.insert(0, Network('untrained', _finished(_create(args, name, kwargs, seed=seed), args), loaded, True))
     return _told_apart(found)
+
+
+@torch.no_grad()
+def settle_norms(model: Any, images: Tensor) -> None:
+    """Gives batch norms the statistics of these images.
+
+    Those of a new network (mean 0, variance 1) let the maps of large kernels vanish beside what bypasses them, which no
+    network in training does.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.
+    model.train()(images)
+    model.eval()
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 def best_of(path: str) -> str:

@@ -51,9 +51,10 @@ def save_animation(
     format = format or FORMATS.get(Path(path).suffix.lower())
     if format not in FORMATS.values():
         raise ValueError(f'an animation is a file that ends in one of {tuple(FORMATS)}, got {path}')
-    if not 0 < fps <= 50:
-        raise ValueError(f'fps must lie in (0, 50], got {fps}')
+    if not 0.1 <= fps <= 50:  # a GIF counts 16 bits of 10 ms
+        raise ValueError(f'fps must lie in [0.1, 50], got {fps}')
     _check(snapshots)
+    columns = min(columns, max(layer.channels for layer in snapshots[0][1].values()))
     scales = {name: _scale([layers[name] for _, layers in snapshots], columns) for name in snapshots[0][1]}
     frames = []
     for title, layers in tqdm(snapshots, desc='drawing', unit='frame', leave=False, disable=None):

@@ -46,7 +46,7 @@ def heat_maps(
         raise ValueError('the model must be in evaluation mode: model.eval()')
     logits = predict(model, images)
     targets = _targets(classes, *logits.shape)
-    layer = layer or _last_stage(model)
+    layer = _last_stage(model) if layer is None else layer
     modules = dict(model.named_modules())
     check_known(layer, [name for name in modules if name])
     cam = getattr(_library(), method)(model=model, target_layers=[modules[layer]])

@@ -112,6 +112,7 @@ def save_kernels(
         ValueError: The model has no such layers, or none at all.
     """
     chosen = choose_layers(model, layers, max_layers)
+    columns = min(columns, max(layer.channels for layer in chosen.values()))
     figure = Figure(figsize=(1.4 * (1 + columns) + 0.5, 1.45 * len(chosen) + 0.3), layout='constrained')
     grid = figure.subplots(len(chosen), 1 + columns, squeeze=False)
     for axes, title in zip(grid[0], ['points', *(f'channel {channel}' for channel in range(columns))]):
@@ -145,8 +146,8 @@ def choose_layers(
     found = smp_layers(model)
     if not found:
         raise ValueError(
-            'the model has no kernels that are drawn from points (re-parameterized ones are plain convolutions, whose '
-            'sums `stages` shows)')
+            'the model has no kernels that are drawn from points (of re-parameterized large kernels `stages` shows the '
+            'sums)')
     if names is None:
         return dict(evenly(list(found.items()), most))
     for name in names:

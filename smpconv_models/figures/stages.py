@@ -103,7 +103,7 @@ def save_stages(path: Union[str, Path], models: Mapping[str, nn.Module]) -> None
         for axes, (stage, found) in zip(row, stages.items()):
             picture = _draw(axes, stage, found)
         row[0].set_ylabel(name, fontsize=10, parse_math=False)
-    figure.colorbar(picture, ax=grid, label='sum of absolute kernels', shrink=0.8, aspect=30)
+    figure.colorbar(picture, ax=grid, label='sum of absolute kernels over the largest', shrink=0.8, aspect=30)
     figure.savefig(path, dpi=130, format='png')
 
 

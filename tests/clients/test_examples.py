@@ -49,6 +49,29 @@ def test_segmentation_writes_what_it_says(segmentation, tmp_path, capsys):
     segmentation.create_model('smpconv_nano').load_state_dict(load_file(out / 'unet.safetensors'))
 
 
+def test_the_intersection_over_the_union(segmentation):
+    masks = torch.zeros(2, 1, 4, 4)
+    masks[:, :, :2] = 1
+    predicted = torch.zeros(2, 1, 4, 4)
+    predicted[:, :, :, :2] = 1  # 8 pixels of both, 24 of either
+    assert segmentation.iou(predicted, masks) == pytest.approx(1 / 3)
+
+
+def test_a_step_trains_and_radii_stay_in_range(segmentation, tmp_path, monkeypatch):
+    splits, made = [], segmentation.make_images
+    monkeypatch.setattr(segmentation, 'make_images', lambda split, *args: splits.append(split) or made(split, *args))
+    torch.manual_seed(0)
+    before = segmentation.create_model('smpconv_nano').state_dict()
+    assert segmentation.main([
+        '--output', str(tmp_path), '--images', '16', '--batch-size', '8', '--epochs', '1', '--size', '32', '--lr', '30',
+        '--seed', '0']) == 0
+    after = load_file(tmp_path / 'unet.safetensors')
+    assert splits == ['train', 'validation']
+    assert not any(torch.equal(after[name], before[name]) for name in before if name.endswith('.coords'))
+    radii = torch.cat([value for name, value in after.items() if name.endswith('.radius')])
+    assert radii.min().item() == pytest.approx(1e-3) and radii.max() == 1  # at such a rate they would leave
+
+
 @pytest.mark.slow  # trains for a minute and a half
 def test_segmentation_learns(segmentation, tmp_path):
     args = segmentation.create_parser().parse_args(['--output', str(tmp_path / 'out')])

@@ -226,3 +226,48 @@ def test_bad_arguments_are_one_line(export, tmp_path, capsys):
     ):
         assert told in refused(capsys, export, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['empty', 'file']
+
+
+# --- what a format is held to, by formats that are wrong ---
+
+
+@pytest.mark.parametrize('name, wrong', [
+    ('onnx', lambda model, images: model(images) * (1 + 1e-3)),
+    ('onnx', lambda model, images: model(images) * (1 if len(images) < 5 else 2)),
+    ('onnx', lambda model, images: model(images) * (1 if images.shape[2] == images.shape[3] else 2)),
+    ('onnx', lambda model, images: model(images) * (1 if images.is_contiguous() else 2)),
+    ('float16', lambda model, images: model(images) * 0),
+    ('int8', lambda model, images: model(images) * float('nan')),
+])
+def test_a_format_that_computes_something_else_is_none(export, run, monkeypatch, tmp_path, name, wrong):
+    def made(subject, path):
+        path.write_bytes(b'x')
+        return lambda images: wrong(subject.model, images)
+
+    (tmp_path / 'out').mkdir()
+    monkeypatch.setitem(export.FORMATS, name, ('file', made))
+    (tmp_path / 'out/file').write_text('of an earlier model')
+    code, rows = run('--formats', name)
+    assert code == 1 and 'its outputs differ' in rows[name]['reason'] and not (tmp_path / 'out/file').exists()
+
+
+def test_accuracy_is_the_formats_own(export):
+    images, classes = torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 1, 2])
+    subject = export.Subject(None, images, None, (images, classes))
+    assert export.measure_accuracy(lambda images: torch.eye(3)[[0, 1, 2, 2]], subject) == 75
+
+
+def test_each_is_timed_as_often_and_not_always_in_the_same_order(export):
+    calls = []
+    runs = {name: lambda image, name=name: calls.append(name) for name in 'abc'}
+    assert export.milliseconds(runs, torch.zeros(1), 30).keys() == runs.keys()
+    assert sorted(calls) == sorted('abc' * 31) and len({*zip(calls[3::3], calls[4::3])}) > 1
+
+
+def test_an_unreadable_calibration_image_is_named(export, tmp_path, capsys):
+    (tmp_path / 'images/a').mkdir(parents=True)
+    (tmp_path / 'images/a/bad.png').write_text('<html>')
+    line = refused(
+        capsys, export, '--model', 'smpconv_nano', '--formats', 'int8', '--output', tmp_path / 'out', '--calibration',
+        tmp_path / 'images')
+    assert str(tmp_path / 'images/a/bad.png') in line and 'cannot be read' in line

@@ -7,7 +7,8 @@ from common import randomize_
 from PIL import Image
 
 from smpconv_models import figures
-from smpconv_models.figures.__main__ import main
+from smpconv_models.figures import _inputs
+from smpconv_models.figures.__main__ import create_parser, main
 from smpconv_models.training import Digits
 
 TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), in_chans=1, num_classes=10)
@@ -185,3 +186,36 @@ def test_a_checkpoint_of_nan_is_told(tmp_path, capsys):
     line = refused(
         capsys, tmp_path, 'stages', '--checkpoint', tmp_path / 'in.pth', '--output', tmp_path / 'out.png')
     assert 'in.pth: the checkpoint has weights that are not finite: head.fc.bias' in line
+
+
+def test_norms_of_a_network_without_weights_know_the_images(run, folder):
+    """Else nothing of its large kernels would be seen."""
+    (call,), _ = run('receptive-field', '--checkpoint', folder, '--untrained', '--num-images', 4)
+    _, fields = call
+    model, images = timm.create_model('smpconv_nano', **TINY), torch.randn(6, 1, 16, 16)
+    momenta = [norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+    _inputs.settle_norms(model, images)
+    assert not model.training and momenta == [
+        norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+    first = model.stem[0]
+    x = first.conv(images)
+    torch.testing.assert_close(first.norm.running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(first.norm.running_var, x.var((0, 2, 3)))
+    argv = ['receptive-field', '--checkpoint', str(folder), '--untrained', '--output', 'x.png']
+    bare = _inputs.networks(create_parser().parse_args(argv))[0]
+    assert bare.is_random
+    assert not np.allclose(fields['untrained'], figures.effective_receptive_field(bare.model, images))
+
+
+@pytest.mark.parametrize('argv, told', [
+    (['stages', '--model', 'smpconv_nano', '--untrained'], '--untrained is for --checkpoint'),
+    (['animation', '--checkpoint', 'FOLDER', '--pretrained'], 'both say which weights'),
+    (['animation', '--checkpoint', 'FOLDER/model_best.pth.tar', 'FOLDER/model_best.pth.tar'], 'one of them twice'),
+    (['animation', '--checkpoint', 'FOLDER', '--fps', '0.001'], '--fps'),
+    (['heat-map', '--checkpoint', 'FOLDER', '--layer', ''], "''"),
+])
+def test_nothing_is_swallowed(folder, tmp_path, capsys, argv, told):
+    name = 'x.gif' if argv[0] == 'animation' else 'x.png'
+    with pytest.raises(SystemExit, match='2'):
+        main([*(part.replace('FOLDER', str(folder)) for part in argv), '--output', str(tmp_path / name)])
+    assert told in capsys.readouterr().err and not list(tmp_path.iterdir())

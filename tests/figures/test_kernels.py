@@ -63,7 +63,23 @@ def test_layers_that_are_not_there_are_told(network):
 
 
 def test_a_picture_of_kernels_has_a_row_for_each_layer(network, tmp_path):
-    figures.save_kernels(tmp_path / 'one.png', network, NAMES[:1], columns=5)
-    figures.save_kernels(tmp_path / 'all.png', network, columns=5)
+    figures.save_kernels(tmp_path / 'one.png', network, NAMES[:1], columns=4)
+    figures.save_kernels(tmp_path / 'all.png', network, columns=4)
     one, every = (np.asarray(Image.open(tmp_path / name).convert('RGB')) for name in ('one.png', 'all.png'))
     assert one.std() > 10 and every.shape[0] > 2 * one.shape[0] and every.shape[1] == one.shape[1]
+
+
+def test_no_columns_without_channels(network, tmp_path):
+    sizes = []
+    for columns in (4, 10 ** 9):
+        figures.save_kernels(tmp_path / 'one.png', network, NAMES[:1], columns=columns)
+        with Image.open(tmp_path / 'one.png') as picture:
+            sizes.append(picture.size)
+    assert sizes[0] == sizes[1]  # the layer has four
+
+
+def test_each_column_is_its_channel(network, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(kernels, 'draw_kernel', lambda axes, layer, channel, *args, **kwargs: drawn.append(channel))
+    figures.save_kernels(tmp_path / 'one.png', network, NAMES[:1], columns=3)
+    assert drawn == [0, 1, 2]
