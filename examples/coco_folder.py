@@ -5,7 +5,6 @@
 import contextlib
 import io
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -100,14 +99,22 @@ class CocoFolder(Dataset):
     def metrics(self, results: Sequence[Record]) -> Dict[str, float]:
         """COCO's twelve figures of the whole split, by pycocotools; -1 where there is nothing to find."""
         from pycocotools.cocoeval import COCOeval
-        if not results:  # pycocotools takes no empty list
-            return dict.fromkeys(METRICS, 0.)
         with quiet():
-            evaluation = COCOeval(self.coco, self.coco.loadRes(list(results)), 'bbox')
+            evaluation = COCOeval(self.coco, self._index(results), 'bbox')
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         return dict(zip(METRICS, evaluation.stats.tolist()))
+
+
+    def _index(self, results: Sequence[Record]) -> Any:
+        from pycocotools.coco import COCO
+        if results:
+            return self.coco.loadRes(list(results))
+        nothing = COCO()  # loadRes takes no empty list
+        nothing.dataset = {**self.coco.dataset, 'annotations': []}
+        nothing.createIndex()
+        return nothing
 
 
 @contextlib.contextmanager
@@ -126,7 +133,7 @@ def check(path: Path, images: Path, skip_empty_boxes: bool = False) -> Record:
         skip_empty_boxes: Leave them out instead of refusing them.
 
     Returns:
-        What the file holds.
+        What the file holds, its annotations numbered from 1, with an area and iscrowd where they lack them.
 
     Raises:
         ValueError: With the first record that is wrong.
@@ -140,10 +147,12 @@ def check(path: Path, images: Path, skip_empty_boxes: bool = False) -> Record:
         _need(record, f'{path}: category {category}', name=str)
     for number, record in tqdm(found['images'].items(), desc=f'checking {images.name}', leave=False, disable=None):
         _check_image(record, f'{path}: image {number}', images)
-    kept = []
+    kept: List[Record] = []
     for annotation, record in found['annotations'].items():
         if _has_area(record, f'{path}: annotation {annotation}', found['images'], found['categories']):
-            kept.append(record)
+            # pycocotools takes id 0 for none, and needs what other programs leave out
+            _, _, width, height = record['bbox']
+            kept.append({'iscrowd': 0, 'area': width * height, **record, 'id': len(kept) + 1})
         elif not skip_empty_boxes:
             image = found['images'][record['image_id']]
             raise ValueError(
@@ -158,7 +167,7 @@ def _read(path: Path) -> Record:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f'annotations cannot be read: {error}') from error
-    except ValueError as error:  # of JSON, and of its encoding
+    except (RecursionError, ValueError) as error:  # of JSON, and of its encoding
         raise ValueError(f'{path} is not JSON: {error}') from error
     for name in ('images', 'annotations', 'categories'):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
@@ -212,10 +221,18 @@ def _has_area(record: Record, where: str, images: Dict[int, Record], categories:
         raise ValueError(f'{where}: there is no category {record["category_id"]}, only '
                          f'{", ".join(map(str, sorted(categories)[:10]))}{", ..." if len(categories) > 10 else ""}')
     box = record['bbox']
-    if len(box) != 4 or not all(type(value) in (int, float) and math.isfinite(value) for value in box):
-        raise ValueError(f'{where}: bbox must be [x, y, width, height] of finite numbers, got {box}')
+    if len(box) != 4 or not all(map(_is_number, box)):
+        raise ValueError(f'{where}: bbox must be [x, y, width, height] of finite numbers, got {box!r:.80}')
+    if record.get('iscrowd', 0) not in (0, 1) or not _is_number(record.get('area', 0)):
+        raise ValueError(
+            f'{where}: iscrowd must be 0 or 1 and area a number, got {record.get("iscrowd")!r:.40} and '
+            f'{record.get("area")!r:.40}')
     left, top, width, height = box
     image = images[record['image_id']]
     inside_x = min(left + width, image['width']) - max(left, 0)
     inside_y = min(top + height, image['height']) - max(top, 0)
     return inside_x > 0 and inside_y > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e9 < value < 1e9

@@ -48,7 +48,9 @@ from smpconv_models.training import World, config, explain, options, param_group
 DETECTORS = {'fasterrcnn': detection.fasterrcnn, 'fcos': detection.fcos, 'retinanet': detection.retinanet}
 # what a run that goes on must have in common with the one that stopped
 FIXED = (
-    'detector', 'backbone', 'pretrained', 'trainable_layers', 'returned_layers', 'out_channels', 'extra_levels', 'opt')
+    'detector', 'backbone', 'pretrained', 'trainable_layers', 'returned_layers', 'out_channels', 'extra_levels',
+    'min_size', 'max_size', 'epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'momentum', 'sched', 'milestones',
+    'warmup_epochs', 'clip_grad', 'seed', 'amp', 'amp_dtype')
 SHOWN = 16  # images in the picture
 
 
@@ -83,7 +85,7 @@ def create_parser() -> argparse.ArgumentParser:
     add('--weight-decay', type=options.non_negative, default=0.05, metavar='W', help='')
     add('--momentum', type=options.fraction, default=0.9, metavar='M', help='of sgd')
     add('--sched', choices=('cosine', 'multistep'), default='cosine', help='after a linear warm-up')
-    add('--milestones', type=options.count, nargs='+', default=[8, 11], metavar='EPOCH', help='of multistep')
+    add('--milestones', type=options.count, nargs='+', metavar='EPOCH', help='of multistep (8 11)')
     add('--warmup-epochs', type=options.non_negative, default=1., metavar='N', help='')
     add('--clip-grad', type=options.positive, default=10., metavar='NORM', help='largest norm of the gradient')
     add('--seed', type=options.whole, default=0, metavar='N', help='')
@@ -120,6 +122,13 @@ def open_data(args: argparse.Namespace, world: World) -> Tuple[CocoFolder, CocoF
         differing = sorted(set(train.categories.items()) ^ set(val.categories.items()))
         raise ValueError(f'{args.train_split} and {args.val_split} must have the same categories; in one only: '
                          f'{differing[:5]}')
+    for data in (train, val):
+        for record in data.coco.imgs.values():
+            short, long = sorted((record['width'], record['height']))
+            if int(short * min(args.min_size / short, args.max_size / long)) < 1:
+                raise ValueError(
+                    f'image {record["id"]}: {record["file_name"]} is too thin for --max-size {args.max_size}, got '
+                    f'{record["width"]}x{record["height"]} pixels')
     if len(train) < args.batch_size * world.size:
         raise ValueError(f'a step takes {args.batch_size * world.size} images, got {len(train)} in all')
     return train, val
@@ -127,8 +136,11 @@ def open_data(args: argparse.Namespace, world: World) -> Tuple[CocoFolder, CocoF
 
 def create_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
     extra = LastLevelP6P7(args.out_channels, args.out_channels) if args.extra_levels == 'p6p7' else None
-    backbone = detection.fpn_backbone(
-        args.backbone, args.pretrained, args.trainable_layers, args.returned_layers, args.out_channels, extra)
+    try:
+        backbone = detection.fpn_backbone(
+            args.backbone, args.pretrained, args.trainable_layers, args.returned_layers, args.out_channels, extra)
+    except RuntimeError as error:  # timm's, of weights that there aren't
+        raise ValueError(f'--backbone {args.backbone}: {checkpoint.first_line(error)}') from error
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
     return DETECTORS[args.detector](backbone, num_classes, min_size=args.min_size, max_size=args.max_size)
@@ -161,7 +173,7 @@ class Run:
         self.sampler: Any = DistributedSampler(self.train_data, world.size, world.rank, seed=args.seed, drop_last=True)
         self.loader = self._loader(self.train_data, sampler=self.sampler, drop_last=True)
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, args.sched, num_epochs=args.epochs, decay_milestones=args.milestones,
+            self.optimizer, args.sched, num_epochs=args.epochs, decay_milestones=args.milestones or [8, 11],
             warmup_epochs=args.warmup_epochs, warmup_lr=args.lr / 1000, step_on_epochs=False,
             updates_per_epoch=len(self.loader))
         self.rows: List[Dict[str, Any]] = []
@@ -181,6 +193,10 @@ class Run:
         if self.args.warmup_epochs >= self.args.epochs:
             raise ValueError(f'--warmup-epochs must be below the {self.args.epochs} epochs, '
                              f'got {self.args.warmup_epochs:g}')
+        milestones = self.args.milestones or []
+        if milestones != sorted(set(milestones)) or (milestones and self.args.sched != 'multistep'):
+            raise ValueError(f'--milestones are ascending epochs of --sched multistep, got {milestones} and '
+                             f'{self.args.sched}')
         if self.args.min_size > self.args.max_size:
             raise ValueError(f'--min-size must be at most --max-size, got {self.args.min_size} and '
                              f'{self.args.max_size}')
@@ -195,14 +211,18 @@ class Run:
 
     def _load(self) -> None:
         state: Any = checkpoint.read_file(self.last)
-        stopped, now = state['settings'], self._settings()
-        for name in now:
-            if stopped[name] != now[name]:
-                raise ValueError(f'{self.last} was trained with {name} {stopped[name]}, got {now[name]}')
-        self.model.load_state_dict(state['model'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.scaler.load_state_dict(state['scaler'])
-        self.rows = state['rows']
+        now = self._settings()
+        try:
+            stopped, self.rows = dict(state['settings']), list(state['rows'])
+            differing = next((name for name in now if stopped[name] != now[name]), None)
+            if differing is None:
+                self.model.load_state_dict(state['model'])
+                self.optimizer.load_state_dict(state['optimizer'])
+                self.scaler.load_state_dict(state['scaler'])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f'{self.last} is no checkpoint of this program: {checkpoint.first_line(error)}') from error
+        if differing is not None:
+            raise ValueError(f'{self.last} was trained with {differing} {stopped[differing]}, got {now[differing]}')
 
     def save(self) -> None:
         """Writes last.pth and metrics.json, each whole at every instant."""
@@ -232,7 +252,7 @@ class Run:
         """One optimizer step; returns its loss.
 
         Raises:
-            FloatingPointError: The loss isn't finite, in any process; nothing is changed.
+            FloatingPointError: The loss or the gradient isn't finite, in any process; nothing is changed.
         """
         with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
             losses = self.wrapped([image.to(self.device) for image in images], [
@@ -244,7 +264,9 @@ class Run:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        if not norm.isfinite() and not self.scaler.is_enabled():  # which leaves such a step out
+            raise FloatingPointError(f'the gradient is not finite: its norm is {norm:g}; a lower --lr may help')
         self.scaler.step(self.optimizer)
         self.scaler.update()
         smpconv_models.clip_radius_(self.model)

@@ -14,7 +14,7 @@ import copy
 from collections import OrderedDict
 from inspect import signature
 from itertools import pairwise
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -80,13 +80,14 @@ def fpn_backbone(
         returned_layers: Optional[Sequence[int]] = None,
         out_channels: int = 256,
         extra_blocks: Optional[ExtraFPNBlock] = None,
-        norm_layer: Optional[Callable[..., nn.Module]] = None,
+        fpn_norm_layer: Optional[Callable[..., nn.Module]] = None,
         frozen_bn: Optional[bool] = None,
         **kwargs: Any,
 ) -> FPNBackbone:
     """A feature pyramid (FPN, https://arxiv.org/abs/1612.03144) on a backbone, as torchvision's detectors take it.
 
-    The arguments are those of torchvision's ``resnet_fpn_backbone``. A layer is the stem or a stage.
+    The arguments are those of torchvision's ``resnet_fpn_backbone``, but for the norms: ``frozen_bn`` freezes the
+    backbone's, and its ``norm_layer`` is timm's. A layer is the stem or a stage.
 
     Args:
         backbone: timm's name of a network, or one that timm has made with ``features_only=True``, whose
@@ -98,7 +99,7 @@ def fpn_backbone(
             feature maps, which may begin at the stem. By default the last four maps.
         out_channels: Channels of the pyramid.
         extra_blocks: What adds coarser levels. By default ``LastLevelMaxPool()``: one level of twice the stride.
-        norm_layer: Normalization in the pyramid, by default none.
+        fpn_norm_layer: Normalization in the pyramid, by default none.
         frozen_bn: Whether the backbone's batch norms become torchvision's ``FrozenBatchNorm2d``, whose statistics and
             affine parameters stay, in training too. By default where ``pretrained``.
         kwargs: Further arguments of ``timm.create_model`` for a network by name.
@@ -122,7 +123,7 @@ def fpn_backbone(
     if pretrained if frozen_bn is None else frozen_bn:
         body = freeze_batch_norm_2d(body)  # after the weights are loaded: it copies their statistics
     fpn = FeaturePyramidNetwork(
-        body.feature_info.channels(), out_channels, extra_blocks or LastLevelMaxPool(), norm_layer)
+        body.feature_info.channels(), out_channels, extra_blocks or LastLevelMaxPool(), fpn_norm_layer)
     return FPNBackbone(body, fpn, out_channels)
 
 
@@ -138,13 +139,13 @@ def fasterrcnn(backbone: FPNBackbone, num_classes: Optional[int] = 91, **kwargs:
         ValueError: Levels that boxes can't be pooled from, fewer than 2 classes, what torchvision refuses.
         TypeError: An argument that the class doesn't have.
     """
-    _check(backbone, num_classes)
+    _check(backbone, num_classes, may_be_none=True)
     return _detector(FasterRCNN, backbone, num_classes, _rcnn_defaults(backbone), kwargs)
 
 
 def maskrcnn(backbone: FPNBackbone, num_classes: Optional[int] = 91, **kwargs: Any) -> MaskRCNN:
     """Mask R-CNN (https://arxiv.org/abs/1703.06870); otherwise as :func:`fasterrcnn`."""
-    _check(backbone, num_classes)
+    _check(backbone, num_classes, may_be_none=True)
     defaults = {**_rcnn_defaults(backbone), 'mask_roi_pool': _roi_align(backbone, output_size=14)}
     return _detector(MaskRCNN, backbone, num_classes, defaults, kwargs)
 
@@ -163,7 +164,7 @@ def retinanet(backbone: FPNBackbone, num_classes: int = 91, **kwargs: Any) -> Re
         TypeError: An argument that the class doesn't have.
     """
     _check(backbone, num_classes)
-    sizes = tuple(tuple(round(4 * stride * 2 ** (i / 3)) for i in range(3)) for stride in backbone.strides)
+    sizes = tuple(tuple(int(4 * stride * 2 ** (i / 3)) for i in range(3)) for stride in backbone.strides)
     defaults = {**_statistics(backbone), 'anchor_generator': AnchorGenerator(sizes, (_RATIOS,) * len(sizes))}
     return _detector(RetinaNet, backbone, num_classes, defaults, kwargs)
 
@@ -214,23 +215,22 @@ def _check_body(body: Any) -> None:
 
 
 def _freeze_layers(body: nn.Module, trainable_layers: Optional[int], default: Optional[int]) -> None:
-    """All layers but the last so many; by default so many, or none where that is None."""
-    layers = _layers(body)
+    """All layers but the last so many, by default so many, or none where that is None; and what no map comes from."""
+    layers, unused = _layers(body)
     if trainable_layers is None:
         trainable_layers = len(layers) if default is None else min(default, len(layers))
     if not 0 <= trainable_layers <= len(layers):
         raise ValueError(
             f'trainable_layers must lie in [0, {len(layers)}], of which the last is the stem, got {trainable_layers}')
-    for layer in layers[:len(layers) - trainable_layers]:
+    for layer in [*layers[:len(layers) - trainable_layers], unused]:
         for parameter in layer:
             parameter.requires_grad_(False)
 
 
-def _layers(body: Any) -> List[List[nn.Parameter]]:
-    """The parameters of the stem and of each stage, in the order in which they are registered.
+def _layers(body: Any) -> Tuple[List[List[nn.Parameter]], List[nn.Parameter]]:
+    """The parameters of the stem and of each stage, in the order in which they are registered, and all that follow.
 
-    The stem is what comes before the first map's module, a stage ends with its map's module. What follows the last map
-    that is used counts with its stage.
+    The stem is what comes before the first map's module, a stage ends with its map's module.
     """
     info = body.feature_info.info
     last = max(range(len(info))[index] for index in body.feature_info.out_indices)  # they may count from the end
@@ -246,9 +246,8 @@ def _layers(body: Any) -> List[List[nn.Parameter]]:
         if makes_map or left:
             current = f'{name}_' if makes_map else ''
         layers[-1].extend(module.parameters(recurse=False))
-    if not current and len(layers) > 1:
-        layers[-2].extend(layers.pop())
-    return [layer for layer in layers if layer]
+    unused = layers.pop() if not current and len(layers) > 1 else []
+    return [layer for layer in layers if layer], unused
 
 
 def _pyramid_strides(fpn: FeaturePyramidNetwork, channels: List[int], strides: List[int]) -> List[int]:
@@ -268,10 +267,12 @@ def _pyramid_strides(fpn: FeaturePyramidNetwork, channels: List[int], strides: L
 # --- the detectors ---
 
 
-def _check(backbone: Any, num_classes: Optional[int]) -> None:
+def _check(backbone: Any, num_classes: Any, may_be_none: bool = False) -> None:
     if not isinstance(backbone, FPNBackbone):
         raise ValueError(f'backbone must be made by fpn_backbone, got {type(backbone).__name__}')
-    if num_classes is not None and num_classes < 2:
+    if num_classes is None and may_be_none:
+        return
+    if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f'num_classes must be at least 2, as it counts the background, got {num_classes}')
 
 
@@ -279,7 +280,9 @@ def _detector(
         kind: Callable[..., Any], backbone: FPNBackbone, num_classes: Optional[int], defaults: Dict[str, Any],
         kwargs: Dict[str, Any]) -> Any:
     """torchvision's class, with the arguments that are none of its own refused: its transform would swallow them."""
-    known = {name for source in (kind, GeneralizedRCNNTransform) for name in signature(source).parameters}
+    known = {
+        name for source in (kind, GeneralizedRCNNTransform) for name, parameter in signature(source).parameters.items()
+        if parameter.kind != parameter.VAR_KEYWORD}
     for name in sorted(set(kwargs) - known):
         raise TypeError(f'{kind.__name__} got an unexpected keyword argument {name!r}')  # as any function would
     return kind(backbone, num_classes, **{**defaults, **kwargs})

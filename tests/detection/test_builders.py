@@ -114,8 +114,8 @@ def test_at_stride_4_to_32_the_anchors_are_torchvisions():
     retina = detection.retinanet(
         detection.fpn_backbone('smpconv_mobile31', returned_layers=(2, 3, 4), extra_blocks=LastLevelP6P7(256, 256)))
     assert retina.backbone.strides == [8, 16, 32, 64, 128]
-    assert retina.anchor_generator.sizes[0] == (32, 40, 51)
-    assert retina.anchor_generator.sizes[-1] == (512, 645, 813)
+    assert retina.anchor_generator.sizes[0] == (32, 40, 50)
+    assert retina.anchor_generator.sizes[-1] == (512, 645, 812)
 
 
 def test_what_is_asked_for_comes_before_the_defaults():
@@ -159,10 +159,11 @@ def test_the_last_layers_are_trained(count, trained):
     ('test_efficientnet', ['conv_stem', 'bn1'])])
 def test_layers_of_other_networks(name, stem):
     body = pyramid(name).body
-    count = len(detection._layers(body))
+    count = len(detection._layers(body)[0])
     body = pyramid(name, trainable_layers=count - 1).body
     assert {key.split('.')[0] for key, param in body.named_parameters() if not param.requires_grad} == set(stem)
-    assert sum(map(len, detection._layers(body))) == len(list(body.parameters()))
+    layers, unused = detection._layers(body)
+    assert sum(map(len, layers)) + len(unused) == len(list(body.parameters()))
 
 
 def test_stages_that_are_not_used_are_no_layers():
@@ -170,6 +171,7 @@ def test_stages_that_are_not_used_are_no_layers():
     assert hasattr(body.blocks, '4')  # timm leaves it there
     assert not any(param.requires_grad for param in body.blocks[0].parameters())
     assert all(param.requires_grad for param in body.blocks[1].parameters())
+    assert not any(param.requires_grad for param in body.blocks[4].parameters())  # several processes wait for gradients
     with pytest.raises(ValueError, match=r'must lie in \[0, 3\]'):
         pyramid('test_efficientnet', returned_layers=(1, 2), trainable_layers=4)
 
@@ -300,7 +302,7 @@ def test_the_last_four_maps_by_default():
 
 
 def test_norm_of_the_pyramid_is_not_touched_by_looking_at_it():
-    fpn = pyramid(norm_layer=nn.BatchNorm2d).fpn
+    fpn = pyramid(fpn_norm_layer=nn.BatchNorm2d).fpn
     norms = [module for module in fpn.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and all(norm.num_batches_tracked == 0 for norm in norms)
 
@@ -360,3 +362,13 @@ def test_boxes_are_pooled_from_octaves(name):
 def test_one_classifier_only():
     with pytest.raises(ValueError, match='num_classes should be None'):
         detection.fasterrcnn(pyramid(), 4, box_predictor=nn.Identity())
+
+
+def test_arguments_that_nobody_has(tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kwargs'"):
+        detection.fcos(pyramid(), 4, kwargs=5)
+    for classes in (None, 4.5):
+        with pytest.raises(ValueError, match=f'num_classes must be at least 2, .* got {classes}'):
+            detection.retinanet(pyramid(), classes)
+    body = pyramid('smpconv_nano', norm_layer='groupnorm1').body  # timm's, of the network
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in body.modules())

@@ -1,4 +1,5 @@
 """examples/train_detection.py: it trains, evaluates, goes on after a stop, and says in a line what is wrong."""
+import copy
 import json
 import os
 import subprocess
@@ -221,6 +222,57 @@ def test_runs_that_cannot_go_on(example, data, tmp_path, capsys):
     (run / 'last.pth').write_bytes((run / 'last.pth').read_bytes()[:1000])
     code, error = failure(example, capsys, *argv, '--resume')
     assert code == 2 and error.count('\n') == 1 and 'last.pth' in error
+
+
+@pytest.mark.parametrize('option', [('--weight-decay', '0.5'), ('--epochs', '5'), ('--amp',), ('--lr', '1')])
+def test_a_run_goes_on_with_its_own_settings(example, data, tmp_path, capsys, option):
+    argv = ['--data-path', data, '--output', tmp_path / 'run', *TINY, '--epochs', '1', '--warmup-epochs', '0']
+    example.main(list(map(str, argv)))
+    code, error = failure(example, capsys, *argv, '--resume', *option)
+    assert code == 2 and f'was trained with {option[0][2:].replace("-", "_")} ' in error
+
+
+@pytest.mark.parametrize('change', [
+    lambda state: state.pop('settings'), lambda state: state.pop('rows'), lambda state: state.update(optimizer={}),
+    lambda state: state['model'].popitem(), lambda state: state['settings'].pop('opt'),
+    lambda state: state.update(rows=3),
+])
+def test_a_foreign_checkpoint_is_one_line(example, data, tmp_path, capsys, change):
+    argv = ['--data-path', data, '--output', tmp_path / 'run', *TINY, '--epochs', '1', '--warmup-epochs', '0']
+    example.main(list(map(str, argv)))
+    state = torch.load(tmp_path / 'run/last.pth')
+    change(state)
+    torch.save(state, tmp_path / 'run/last.pth')
+    code, error = failure(example, capsys, *argv, '--resume')
+    assert code == 2 and 'last.pth is no checkpoint of this program' in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(example, data, tmp_path):
+    run = make_run(example, data, tmp_path)
+    next(iter(run.model.parameters())).register_hook(lambda gradient: gradient * float('inf'))
+    before = copy.deepcopy(run.model.state_dict())
+    with pytest.raises(FloatingPointError, match='the gradient is not finite'):
+        run.train_step(*next(iter(run.loader)))
+    parameters = dict(run.model.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in parameters.items())
+
+
+def test_options_reach_what_they_are_for(example, data, tmp_path):
+    run = make_run(example, data, tmp_path, '--min-size', '64', '--max-size', '96', '--hflip', '0.25')
+    assert run.model.transform.min_size == (64,) and run.model.transform.max_size == 96
+    assert any(getattr(step, 'p', None) == 0.25 for step in run.train_data.augment.transforms)
+    scales = {group.get('lr_scale', 1.) for group in run.optimizer.param_groups}
+    decays = {group['weight_decay'] for group in run.optimizer.param_groups}
+    assert scales == {1., 0.1} and decays == {0., 0.05}
+
+
+@pytest.mark.parametrize('argv, told', [
+    (['--milestones', '3'], '--sched multistep'), (['--sched', 'multistep', '--milestones', '11', '8'], 'ascending'),
+    (['--pretrained'], '--backbone smpconv_nano'), (['--backbone', 'smpconv_nano.nope'], 'smpconv_nano.nope'),
+])
+def test_options_that_cannot_be(example, data, tmp_path, capsys, argv, told):
+    code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, *argv)
+    assert code == 2 and told in error
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(example, tmp_path):

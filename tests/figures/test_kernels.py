@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from smpconv_models import SMPConvNet, SMPDepthwiseConv2d, figures
+from smpconv_models.figures import kernels
 
 
 @pytest.fixture
