@@ -137,7 +137,7 @@ def _check_names(metadata: HfFileMetadata) -> str:
 
 
 def _check_content(path: Path, name: str) -> None:
-    found = git_sha1(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
+    found = _digest(path, name)
     if found != name:
         _remove(path, found, name)
 
@@ -150,8 +150,12 @@ def digest(path: Path) -> str:
     """
     if not path.is_symlink():  # a file system without links
         return ''
-    blob = _blob(path)
-    return git_sha1(blob.read_bytes()) if _GIT_SHA1.fullmatch(blob.name) else file_sha256(blob)
+    return _digest(_blob(path), _blob(path).name)
+
+
+def _digest(path: Path, name: str) -> str:
+    """The checksum of a file, of the kind that ``name`` is: Git's or SHA-256."""
+    return git_sha1(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
 
 
 def check(path: Path, found: Optional[str] = None) -> None:

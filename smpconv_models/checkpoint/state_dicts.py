@@ -130,13 +130,14 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
         ignore: Names that may differ.
     """
     ignored = set(ignore)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in ignored}
+    own = model.state_dict()
+    expected = {key: tuple(value.shape) for key, value in own.items() if key not in ignored}
     given = {key: tuple(value.shape) for key, value in state_dict.items() if key not in ignored}
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
     reshaped = [key for key in expected if key in given and expected[key] != given[key]]
     retyped = [
-        key for key, value in model.state_dict().items()
+        key for key, value in own.items()
         if key in given and value.is_floating_point() != state_dict[key].is_floating_point()]
     if retyped and not (missing or unexpected or reshaped):
         dtype = state_dict[retyped[0]].dtype

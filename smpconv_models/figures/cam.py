@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from .forward import applied
 from .kernels import check_known
 
 # Of pytorch_grad_cam, those that need no more than a layer's activations and gradients.
@@ -70,13 +71,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     """
     if len(images) == 0:
         raise ValueError('expected at least one image, got none')
-    try:
-        logits = model(images)
-    except torch.OutOfMemoryError:
-        raise
-    except (AssertionError, RuntimeError) as error:  # how networks refuse a size
-        shape = tuple(images.shape[1:])
-        raise ValueError(f'the model cannot take images of {shape}: {str(error).splitlines()[0]}') from error
+    logits = applied(model, images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] == 0:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f'expected a classifier with logits of shape (N, classes), got {got}')

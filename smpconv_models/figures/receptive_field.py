@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .forward import applied
 from .squares import central_square
 
 # Those that RepLKNet tabulates.
@@ -65,14 +66,7 @@ def _contributions(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def _features(model: Any, image: Tensor) -> Tensor:
-    compute = getattr(model, 'forward_features', model)
-    try:
-        features = compute(image)
-    except torch.OutOfMemoryError:
-        raise
-    except (AssertionError, RuntimeError) as error:  # how networks refuse a size
-        shape = tuple(image.shape[1:])
-        raise ValueError(f'the model cannot take images of {shape}: {str(error).splitlines()[0]}') from error
+    features = applied(getattr(model, 'forward_features', model), image)
     channels = getattr(model, 'num_features', None)
     if not isinstance(features, Tensor) or features.ndim != 4 or channels not in (None, features.shape[1]):
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
