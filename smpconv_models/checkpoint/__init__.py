@@ -1,11 +1,10 @@
 """Checkpoints: which files may be read, what weights they hold, and the original release's names for them."""
 from .files import check_file, file_sha256, first_line, read_file
+from .release import from_release, is_release
 from .state_dicts import (
     adapt,
     check_finite,
     describe_mismatch,
-    from_release,
-    is_release,
     load_into,
     model_arguments,
     run_arguments,

@@ -1,61 +1,15 @@
-"""The weights in a checkpoint, and the original release's names for them.
-
-The release is the code published with the paper (github.com/sangnekim/SMPConv). Its files are pickled dictionaries
-written by timm's CheckpointSaver. Its modules alternate in one list where ours pair up, and its points carry a leading
-dimension of size 1.
-"""
-import re
+"""The weights in a checkpoint, and whether they fit a model."""
 from argparse import Namespace
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from torch import Tensor, nn
 
-StateDict = Dict[str, Tensor]
+from .release import StateDict, from_release, is_release
 
 # In the order in which they are preferred: the published accuracies are the averaged weights'.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _MODEL_KEYS = ('state_dict', 'model')
 _WRAPPER_PREFIXES = ('_orig_mod.', 'module.')
-
-# Release name -> ours, tried in order on every key.
-_RELEASE_RULES: Tuple[Tuple[str, Union[str, Callable[[re.Match], str]]], ...] = (
-    (r'^transitions\.(\d+)\.(\d+)\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.{m[2]}.'),
-    (r'^stages\.(\d+)\.blocks\.(\d+)\.', lambda m: f'stages.{m[1]}.blocks.{int(m[2]) // 2}.{_branch(int(m[2]))}.'),
-    (r'\.large_kernel\.smp\.', '.large_kernel.large.'),
-    (r'\.large_kernel\.small_conv\.', '.large_kernel.small.'),
-    (r'\.(prelkb_bn|preffn_bn|bn)\.', '.norm.'),
-    (r'\.weight_coord$', '.coords'),
-    (r'\.weights$', '.weight'),
-    (r'^head\.', 'head.fc.'),
-)
-
-
-def _branch(index: int) -> str:
-    return 'mixer' if index % 2 == 0 else 'ffn'
-
-
-def is_release(state_dict: StateDict) -> bool:
-    """Whether the names are those of the original release's ImageNet models."""
-    return any(key.endswith('.smp.conv.weight_coord') for key in state_dict)
-
-
-def from_release(state_dict: StateDict) -> StateDict:
-    """The original release's ImageNet state dict under our names and shapes.
-
-    The sampling grid that the files carry (``kernel_coord``) is left out: it is computed here.
-    """
-    converted = {}
-    for key, tensor in state_dict.items():
-        if key.endswith('.kernel_coord'):
-            continue
-        if key.endswith(('.weight_coord', '.weights')):
-            tensor = tensor.squeeze(0)
-        elif key.endswith('.radius'):
-            tensor = tensor.flatten()
-        for pattern, replacement in _RELEASE_RULES:
-            key = re.sub(pattern, replacement, key)
-        converted[key] = tensor
-    return converted
 
 
 def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict, str]:

@@ -80,7 +80,7 @@ class ConvNormAct(nn.Module):
     """``act(norm(conv(x)))``.
 
     Args:
-        conv: Any convolution module with a weight ``(out, in / groups, kh, kw)``.
+        conv: Any convolution module with a weight ``(out, in / groups, ...)``.
         norm: A normalization of its output channels.
         act: An activation, or None.
     """
@@ -98,13 +98,14 @@ class ConvNormAct(nn.Module):
     def reparameterize(self) -> None:
         """Draws the kernel if it is of points and folds a batch norm into it. In place, idempotent.
 
-        What can't be folded stays: other normalizations, and convolutions that aren't ``nn.Conv2d``.
+        What can't be folded stays: other normalizations, and convolutions that are neither ``nn.Conv2d`` nor
+        ``nn.Conv1d``.
         """
         if callable(fuse_conv := getattr(self.conv, 'fuse', None)):
             self.conv = fuse_conv()
         conv: Any = self.conv
         affine = batch_norm_affine(self.norm)
-        if affine is not None and isinstance(conv, nn.Conv2d):
+        if affine is not None and isinstance(conv, (nn.Conv1d, nn.Conv2d)):
             set_weight_bias(conv, *fuse.fold_after(conv.weight, conv.bias, *affine))
             self.norm = nn.Identity().train(self.training)
 
@@ -115,7 +116,7 @@ def batch_norm_affine(norm: Any) -> Optional[Tuple[Tensor, Tensor]]:
     Batch norms with running statistics can, frozen ones too. Subclasses that do more (an activation) can't.
     """
     frozen = type(norm).__name__ == 'FrozenBatchNorm2d'
-    if not frozen and type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if not frozen and type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm):
         return None
     if norm.running_mean is None:
         return None

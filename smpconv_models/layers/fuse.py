@@ -28,7 +28,7 @@ def norm_affine(
 
 def fold_after(weight: Tensor, bias: Optional[Tensor], scale: Tensor, shift: Tensor) -> Tuple[Tensor, Tensor]:
     """Kernel and bias of ``scale * conv(x) + shift``; scale and shift are per output channel."""
-    folded = _wide(weight) * scale.view(-1, 1, 1, 1)
+    folded = _wide(weight) * scale.view(-1, *[1] * (weight.ndim - 1))
     folded_bias = shift if bias is None else shift + _wide(bias) * scale
     return folded.to(weight.dtype), folded_bias.to(weight.dtype)
 
@@ -49,6 +49,11 @@ def merge_parallel(large: Tensor, small: Tensor) -> Tensor:
     """One kernel for the sum of two "same" convolutions: the small one, zeros around, added to the large one."""
     rows, columns = large.shape[2] - small.shape[2], large.shape[3] - small.shape[3]
     return large + F.pad(small, (columns // 2, columns // 2, rows // 2, rows // 2))
+
+
+def merge_causal(large: Tensor, small: Tensor) -> Tensor:
+    """One kernel for the sum of two causal convolutions, both of which end at the present; the first is the longer."""
+    return large + F.pad(small, (large.shape[2] - small.shape[2], 0))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from .conv_norm import (
     create_norm,
     set_weight_bias,
 )
+from .parallel import ParallelConv, check_small_kernel
 from .smp_conv import SMPDepthwiseConv2d
 
 
-class LargeKernelConv(nn.Module):
+class LargeKernelConv(ParallelConv):
     """A large SMP depthwise convolution and a small plain one in parallel, each with its norm, summed.
 
     Args:
@@ -47,26 +48,18 @@ class LargeKernelConv(nn.Module):
             device: Any = None,
             dtype: Any = None,
     ) -> None:
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if small_kernel_size > kernel_size:
-            raise ValueError(
-                f'small_kernel_size must not exceed the large kernel, {kernel_size}, got {small_kernel_size}')
-        self.small_kernel_size = small_kernel_size
-        self.large = ConvNormAct(
+        check_small_kernel(small_kernel_size, kernel_size)
+        large = ConvNormAct(
             SMPDepthwiseConv2d(channels, kernel_size, num_points, dilation, **dd),
             create_norm(norm_layer, channels, **dd),
         )
-        self.small = ConvNormAct(
+        small = ConvNormAct(
             DepthwiseConv2d(channels, small_kernel_size, dilation, bias=False, **dd),
             create_norm(norm_layer, channels, **dd),
         ) if small_kernel_size else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.large(x)
-        if self.small is not None:
-            y = y + self.small(x)
-        return y
+        super().__init__(large, small)
+        self.small_kernel_size = small_kernel_size
 
     @torch.jit.ignore
     def is_drawn_from_points(self) -> bool:
@@ -102,29 +95,6 @@ class LargeKernelConv(nn.Module):
                 f'a kernel of {large.base_size} must be scaled to {max(self.small_kernel_size, 1)} to 4095 elements, '
                 f'got {size} (scale {scale})')
         return size
-
-    @torch.jit.ignore
-    @torch.no_grad()
-    def fuse(self) -> nn.Module:
-        """The same function with the kernel drawn once: a single convolution where the norms can be folded.
-
-        Works in place, so that what shares the module shares the result; called again it returns the same.
-        """
-        self.large.reparameterize()
-        if self.small is not None:
-            self.small.reparameterize()
-            if not isinstance(self.small.norm, nn.Identity):
-                return self
-        if not isinstance(self.large.norm, nn.Identity):
-            return self
-        merged: Any = self.large.conv
-        if self.small is not None:
-            small: Any = self.small.conv
-            bias = sum(conv.bias for conv in (merged, small) if conv.bias is not None)
-            bias = bias + merged.weight.new_zeros(merged.out_channels)  # neither has one where the norm is none
-            set_weight_bias(merged, fuse.merge_parallel(merged.weight, small.weight), bias)
-            self.small = None
-        return merged
 
 
 class PreNormBlock(nn.Module):

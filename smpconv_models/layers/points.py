@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
+from . import blocks
+
 
 def tents(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
     """Equation 2, cut off at zero: ``relu(1 - |x - p|_1 / r)``.
@@ -99,7 +101,8 @@ def sample_kernel(
     """Draws the kernel: :func:`interpolate` on :func:`sampling_grid`. One leaf for fx.
 
     Positions and distances are computed in float32 at least, whatever the parameters' dtype: half precision is
-    coarser than the distance between two elements of a large kernel.
+    coarser than the distance between two elements of a large kernel. Where points times elements are many (a kernel of
+    16,000 steps), they are never held at once, neither here nor in the backward pass: see :mod:`.blocks`.
 
     Args:
         coords: ``(..., P, d)``.
@@ -116,6 +119,10 @@ def sample_kernel(
             sample_kernel, (coords, radius, weights), coords, radius, weights, kernel_size, normalize)
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
     query = sampling_grid(kernel_size, device=coords.device, dtype=dtype)
+    if not torch.jit.is_scripting():
+        if blocks.are_many(query, coords):
+            kernel = blocks.interpolate_in_blocks(interpolate, query, coords, radius, weights, normalize)
+            return kernel.unflatten(-1, kernel_size)
     kernel = interpolate(query, coords, radius, weights, normalize)
     return kernel.unflatten(-1, kernel_size)
 
@@ -126,6 +133,7 @@ def resample_kernel(
         weights: Tensor,
         base_size: List[int],
         kernel_size: List[int],
+        normalize: bool = False,
 ) -> Tensor:
     """Draws the kernel of ``base_size`` on another grid, with the same response to a constant input. One leaf for fx.
 
@@ -135,23 +143,39 @@ def resample_kernel(
     Args:
         coords: ``(..., P, d)``.
         radius: ``(..., P)``.
-        weights: ``(..., C, P)``, for the kernel of ``base_size`` without normalization.
+        weights: ``(..., C, P)``, for the kernel of ``base_size``.
         base_size: d sizes.
         kernel_size: d sizes of the kernel to draw.
+        normalize: As in :func:`interpolate`; a point's sum is then that of its tent over |N(x)|.
 
     Returns:
         ``(..., C, *kernel_size)`` in the dtype of ``weights``; positions and sums in float32 at least.
     """
     if has_torch_function_variadic(coords, radius, weights):
         return handle_torch_function(
-            resample_kernel, (coords, radius, weights), coords, radius, weights, base_size, kernel_size)
+            resample_kernel, (coords, radius, weights), coords, radius, weights, base_size, kernel_size, normalize)
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
-    base = tents(sampling_grid(base_size, device=coords.device, dtype=dtype), coords, radius)
     wider = max(_farthest(kernel_size) - _farthest(base_size), 0.)
     reach = torch.maximum(radius.to(dtype) + wider, 1.001 * _distance(coords.to(dtype), kernel_size) + 1e-6)
-    g = tents(sampling_grid(kernel_size, device=coords.device, dtype=dtype), coords, reach)
-    g = g * (base.sum(-1) / g.sum(-1).clamp_min(1e-6)).unsqueeze(-1)
-    return (weights.to(g.dtype) @ g).to(weights.dtype).unflatten(-1, kernel_size)
+    base = _sums(sampling_grid(base_size, device=coords.device, dtype=dtype), coords, radius, normalize)
+    now = _sums(sampling_grid(kernel_size, device=coords.device, dtype=dtype), coords, reach, normalize)
+    scaled = weights.to(dtype) * (base / now.clamp_min(1e-6)).unsqueeze(-2)
+    return sample_kernel(coords, reach, scaled, kernel_size, normalize).to(weights.dtype)
+
+
+def point_sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
+    """Sum of each point's tent over the queries, ``(..., P)``: its share of the function's sum for a weight of 1."""
+    g = tents(query, coords, radius)
+    if normalize:
+        g = g / ((g > 0).sum(dim=-2, keepdim=True, dtype=g.dtype) + 1e-6)
+    return g.sum(-1)
+
+
+def _sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
+    if not torch.jit.is_scripting():
+        if blocks.are_many(query, coords):
+            return blocks.sum_in_blocks(point_sums, query, coords, radius, normalize)
+    return point_sums(query, coords, radius, normalize)
 
 
 def _farthest(kernel_size: List[int]) -> float:

@@ -10,7 +10,29 @@ from . import points
 from .conv_norm import DepthwiseConv2d, check_odd
 
 
-class SMPDepthwiseConv2d(nn.Module):
+class SMPLayer(nn.Module):
+    """What all layers with points have: their parameters' names, the radii's range, and the kernel as it is now.
+
+    Attributes:
+        coords: Parameter ``(..., P, d)``.
+        radius: Parameter ``(..., P)``.
+        weight: Parameter ``(..., P)``.
+        radius_range: Smallest and largest radius that the forward pass uses.
+        kernel_size: Elements along each side.
+    """
+
+    coords: nn.Parameter
+    radius: nn.Parameter
+    weight: nn.Parameter
+    radius_range: Tuple[float, float]
+    kernel_size: int
+
+    def kernel(self) -> Tensor:
+        """The kernel as a convolution takes it."""
+        raise NotImplementedError
+
+
+class SMPDepthwiseConv2d(SMPLayer):
     """Depthwise convolution with one set of points for all channels, the form of the ImageNet models.
 
     The kernel of channel c is ``sum_i weight[c, i] * relu(1 - |x - coords[i]|_1 / radius[i])`` sampled on a regular
@@ -52,8 +74,7 @@ class SMPDepthwiseConv2d(nn.Module):
         super().__init__()
         check_odd(kernel_size)
         check_options(dilation, backend)
-        if num_points < 1:
-            raise ValueError(f'num_points must be at least 1, got {num_points}')
+        check_points(num_points)
         self.channels = channels
         self.kernel_size = kernel_size
         self.base_size = kernel_size
@@ -123,9 +144,15 @@ class SMPDepthwiseConv2d(nn.Module):
         )
 
 
-def smp_layers(model: nn.Module) -> Dict[str, SMPDepthwiseConv2d]:
+def check_points(num_points: int) -> None:
+    """Raises ValueError unless there is a point."""
+    if num_points < 1:
+        raise ValueError(f'num_points must be at least 1, got {num_points}')
+
+
+def smp_layers(model: nn.Module) -> Dict[str, SMPLayer]:
     """The layers of a model whose kernels are drawn from points, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SMPDepthwiseConv2d)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SMPLayer)}
 
 
 @torch.no_grad()

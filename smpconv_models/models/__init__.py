@@ -1,5 +1,10 @@
 """timm model families; importing them registers their models."""
 from .identify import Identity, identify, whose
+from .sequence import SMPSequenceNet, create_sequence_model, list_sequence_models
 from .smpconv import SMPConvNet, check_arguments
+from .smpconv_cifar import SMPResNet
 
-__all__ = ['Identity', 'SMPConvNet', 'check_arguments', 'identify', 'whose']
+__all__ = [
+    'Identity', 'SMPConvNet', 'SMPResNet', 'SMPSequenceNet', 'check_arguments', 'create_sequence_model', 'identify',
+    'list_sequence_models', 'whose',
+]

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Optional, Set
 from torch import nn
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import smp_layers
+from smpconv_models.layers import SMPLayer, smp_layers
 
 Network = Callable[..., nn.Module]
 
@@ -89,12 +89,19 @@ def described(
         model: Any = network(**kwargs, device='meta')
     except _MALFORMED as error:
         raise ValueError(f'there is no network of {_shown(kwargs)}: {checkpoint.first_line(error)}') from error
-    drawn = [(len(layer.coords) + layer.channels) * layer.kernel_size ** 2 for layer in smp_layers(model).values()]
+    drawn = [_drawn_numbers(layer) for layer in smp_layers(model).values()]
     numbers = sum(parameter.numel() for parameter in model.parameters()) + max(drawn, default=0)
     if numbers > _MOST_NUMBERS:
         raise ValueError(f'expected at most {_MOST_NUMBERS:.0e} numbers, but {_shown(kwargs)} takes {numbers:.1e}')
     model.pretrained_cfg = pretrained_cfg
     return model
+
+
+def _drawn_numbers(layer: SMPLayer) -> int:
+    """Of the tents and the kernels on the grid."""
+    points, dimensions = layer.coords.shape[-2:]
+    sets, kernels = layer.coords.numel() // (points * dimensions), layer.weight.numel() // points
+    return (sets * points + kernels) * layer.kernel_size ** dimensions
 
 
 def _arguments(network: Network) -> Set[str]:

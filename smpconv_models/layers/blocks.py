@@ -1,0 +1,98 @@
+"""Long kernels drawn a block at a time, so that points times elements are never held at once.
+
+A kernel of 16,000 steps with 30 filters of 30 points has 14 million pairs of a point and an element, and the gradient
+needs several numbers of each. But tents are local. So the elements are cut into blocks, each block takes only the points
+that reach into it, and what a block computed is computed again in the backward pass instead of being kept.
+"""
+from typing import Any, Callable, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Pairs of a point and an element that are held at once: 4 MB in float32, a few times that in the backward pass. Smaller
+# blocks spare more points, but each costs a millisecond.
+_MOST_PAIRS = 1 << 20
+
+
+def are_many(query: Tensor, coords: Tensor) -> bool:
+    """Whether there are too many pairs of points ``(..., P, d)`` and queries ``(Q, d)`` to hold them at once."""
+    return query.ndim == 2 and _pairs_of_query(coords) * query.shape[0] > _MOST_PAIRS
+
+
+def _pairs_of_query(coords: Tensor) -> int:
+    return coords.numel() // max(coords.shape[-1], 1)
+
+
+def interpolate_in_blocks(
+        interpolate: Callable[..., Tensor],
+        query: Tensor,
+        coords: Tensor,
+        radius: Tensor,
+        weights: Tensor,
+        normalize: bool,
+) -> Tensor:
+    """``interpolate(query, coords, radius, weights, normalize)`` of :mod:`.points`, block by block.
+
+    Args:
+        interpolate: The function.
+        query: ``(Q, d)``, neighbours next to each other, as a grid in row-major order has them.
+        coords: ``(..., P, d)``.
+        radius: ``(..., P)``.
+        weights: ``(..., C, P)``.
+        normalize: Passed on.
+
+    Returns:
+        ``(..., C, Q)``.
+    """
+    sets = torch.broadcast_shapes(coords.shape[:-2], weights.shape[:-2])
+    weights = weights.expand(*sets, *weights.shape[-2:])
+    drawn = []
+    for block in _cut(query, coords):
+        index = _reaching(block, coords, radius)
+        of_these = weights.take_along_dim(index.expand(*sets, -1).unsqueeze(-2), -1)
+        drawn.append(_recomputed(interpolate, block, *_take(index, coords, radius), of_these, normalize))
+    return torch.cat(drawn, -1)
+
+
+def sum_in_blocks(
+        point_sums: Callable[..., Tensor],
+        query: Tensor,
+        coords: Tensor,
+        radius: Tensor,
+        normalize: bool,
+) -> Tensor:
+    """``point_sums(query, coords, radius, normalize)`` of :mod:`.points`, block by block; ``(..., P)``."""
+    total = torch.zeros_like(coords[..., 0], dtype=torch.promote_types(query.dtype, radius.dtype))
+    for block in _cut(query, coords):
+        index = _reaching(block, coords, radius)
+        total = total.scatter_add(-1, index, _recomputed(point_sums, block, *_take(index, coords, radius), normalize))
+    return total
+
+
+def _cut(query: Tensor, coords: Tensor) -> Tuple[Tensor, ...]:
+    return query.split(max(_MOST_PAIRS // max(_pairs_of_query(coords), 1), 1))
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@torch.no_grad()
+def _reaching(block: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
+    """Indices ``(..., n)`` of the points whose tents reach into the box of these queries.
+
+    As many for each set of points as the fullest has: those that are too many have no effect. A compiled graph can't
+    depend on the values, and takes all.
+    """
+    if torch.compiler.is_compiling():
+        return torch.arange(coords.shape[-2], device=coords.device).expand(coords.shape[:-1])
+    low, high = block.amin(0), block.amax(0)
+    distance = ((low - coords).relu() + (coords - high).relu()).sum(-1)
+    reaches = distance < radius
+    most = int(reaches.sum(-1).max())
+    return torch.sort(reaches.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :most]
+
+
+def _take(index: Tensor, coords: Tensor, radius: Tensor) -> Tuple[Tensor, Tensor]:
+    return coords.take_along_dim(index.unsqueeze(-1), -2), radius.take_along_dim(index, -1)

@@ -1,0 +1,206 @@
+"""Convolutions whose kernels are as long as what they run over: the direct sum, or by fast Fourier transforms."""
+from typing import Any, List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+METHODS = ('auto', 'direct', 'fft')
+
+# Kernels from so many elements on are quicker by FFT, forward and backward pass together, where the input is at least
+# as long: by benchmarks/long_conv.py on a CPU. On GPUs nothing was measured; the original release takes the FFT for
+# sequences of 784 and more and not for 182 and less.
+_FFT_FROM_CPU = {1: 32, 2: 9}
+_FFT_FROM_GPU = {1: 256, 2: 1 << 30}
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method: str = 'auto') -> Tensor:
+    """``y[n, o, t] = bias[o] + sum over c, s of weight[o, c, k - 1 - s] * x[n, c, t - s]``, zero before the beginning.
+
+    Equal to ``F.conv1d(F.pad(x, (k - 1, 0)), weight, bias)``; equation 3 of the paper, cut off at the present. One leaf
+    for fx.
+
+    Args:
+        x: ``(N, C, L)``.
+        weight: ``(O, C, k)``, the last element for the present; k may exceed L.
+        bias: ``(O,)``.
+        method: 'direct', 'fft', or 'auto': whichever was measured to be quicker for the kernel's size and the kind of
+            device. Scripted, traced and exported it is 'direct'.
+
+    Returns:
+        ``(N, O, L)`` in the dtype of a convolution. The FFT is computed in float32 at least; its rounding errors are
+        relative to the largest values of the sequence, not to each output's own.
+
+    Raises:
+        ValueError: Unknown ``method``.
+    """
+    if has_torch_function_variadic(x, weight):
+        return handle_torch_function(causal_conv1d, (x, weight), x, weight, bias, method)
+    if _takes_fft(method, x, weight):
+        return _fft_conv(x, weight, bias, [weight.shape[2] - 1])
+    return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
+
+
+def same_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method: str = 'auto') -> Tensor:
+    """``F.conv2d(x, weight, bias, padding=(kh // 2, kw // 2))`` for odd kernels. One leaf for fx.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        weight: ``(O, C, kh, kw)``, both odd.
+        bias: ``(O,)``.
+        method: As in :func:`causal_conv1d`.
+
+    Returns:
+        ``(N, O, H, W)``; numerics as in :func:`causal_conv1d`.
+
+    Raises:
+        ValueError: Unknown ``method``.
+    """
+    if has_torch_function_variadic(x, weight):
+        return handle_torch_function(same_conv2d, (x, weight), x, weight, bias, method)
+    left = [weight.shape[2] // 2, weight.shape[3] // 2]
+    if _takes_fft(method, x, weight):
+        return _fft_conv(x, weight, bias, left)
+    return F.conv2d(x, weight, bias, padding=left)
+
+
+def check_method(method: str) -> None:
+    """Raises ValueError unless there is such a method."""
+    if method not in METHODS:
+        raise ValueError(f'method must be one of {METHODS}, got {method!r}')
+
+
+def _takes_fft(method: str, x: Tensor, weight: Tensor) -> bool:
+    if torch.jit.is_scripting():
+        return False
+    check_method(method)
+    if method != 'auto':
+        return method == 'fft'
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    threshold = (_FFT_FROM_CPU if x.device.type == 'cpu' else _FFT_FROM_GPU)[x.ndim - 2]
+    return min(weight.shape[2:]) >= threshold and min(x.shape[2:]) * 2 > threshold
+
+
+@torch.jit.unused
+def _fft_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], left: List[int]) -> Tensor:
+    """A convolution with ``left`` zeros before each dimension and, behind, as many as make the output the input's size.
+
+    On a ring that holds the input and these zeros: what goes round the end meets the zeros, or lands in outputs that
+    are cut off. The kernel itself must fit.
+    """
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    sizes = list(x.shape[2:])
+    ring = [_fast_length(max(size + pad, k)) for size, pad, k in zip(sizes, left, weight.shape[2:])]
+    padding = [amount for pad in reversed(left) for amount in (pad, 0)]
+    axes = tuple(range(2, x.ndim))
+    with torch.autocast(x.device.type, enabled=False):
+        signal = torch.fft.rfftn(F.pad(_wide(x), padding), ring, dim=axes)
+        y = torch.fft.irfftn(_products(signal, torch.fft.rfftn(_wide(weight), ring, dim=axes)), ring, dim=axes)
+    for axis, size in enumerate(sizes):
+        y = y.narrow(2 + axis, 0, size)
+    if bias is not None:
+        y = y + bias.view(-1, *[1] * len(sizes))
+    return y.to(dtype)
+
+
+def _products(signal: Tensor, kernel: Tensor) -> Tensor:
+    """``(N, C, ...)`` times the conjugate of ``(O, C, ...)`` to ``(N, O, ...)``: a small matrix product a frequency.
+
+    As products of real matrices: those of complex ones take ten times as long on a CPU.
+    """
+    a = torch.view_as_real(signal.flatten(2)).permute(3, 2, 0, 1).contiguous()
+    b = torch.view_as_real(kernel.flatten(2)).permute(3, 2, 1, 0).contiguous()
+    real = torch.baddbmm(torch.bmm(a[0], b[0]), a[1], b[1])
+    imaginary = torch.baddbmm(torch.bmm(a[1], b[0]), a[0], b[1], alpha=-1)
+    y = torch.stack([real, imaginary], -1).permute(1, 2, 0, 3).contiguous()
+    return torch.view_as_complex(y).unflatten(-1, signal.shape[2:])
+
+
+def _fast_length(length: int) -> int:
+    """The next whole number that is a product of 2, 3 and 5, and even."""
+    length += length % 2
+    while True:
+        rest = length
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return length
+        length += 2
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class CausalConv1d(nn.Conv1d):
+    """``nn.Conv1d`` that sees the past only: :func:`causal_conv1d` as a module, stride 1.
+
+    Args:
+        in_channels, out_channels: Channels.
+        kernel_size: Elements of the kernel, any number.
+        bias: Whether there is a bias ``(out_channels,)``.
+        method: As in :func:`causal_conv1d`.
+
+    Raises:
+        ValueError: Unknown ``method``.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            bias: bool = True,
+            method: str = 'auto',
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        check_method(method)
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
+        self.method = method
+
+    def forward(self, input: Tensor) -> Tensor:
+        return causal_conv1d(input, self.weight, self.bias, self.method)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, method={self.method!r}'
+
+
+class SameConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with ``padding='same'``: :func:`same_conv2d` as a module, stride 1.
+
+    Args:
+        in_channels, out_channels: Channels.
+        kernel_size: Odd side of the kernel.
+        bias: Whether there is a bias ``(out_channels,)``.
+        method: As in :func:`same_conv2d`.
+
+    Raises:
+        ValueError: Unknown ``method``.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            bias: bool = True,
+            method: str = 'auto',
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        check_method(method)
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding='same', bias=bias, device=device, dtype=dtype)
+        self.method = method
+
+    def forward(self, input: Tensor) -> Tensor:
+        return same_conv2d(input, self.weight, self.bias, self.method)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, method={self.method!r}'

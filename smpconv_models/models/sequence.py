@@ -1,0 +1,224 @@
+"""SMPConv networks for sequences, and their factory.
+
+Paper: SMPConv: Self-moving Point Representations for Continuous Convolution, Sanghyeon Kim and Eunbyung Park,
+CVPR 2023, https://arxiv.org/abs/2304.02330, section 4.2 and appendix A.1.
+
+Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose checkpoints load here. The structure is that of FlexTCN
+(https://arxiv.org/abs/2110.08059), a temporal convolutional network. The implementation is this project's own, and so is
+the variant for digits. They are no image models, so timm does not know them: :func:`create_sequence_model` makes them.
+"""
+import difflib
+from typing import Any, Dict, List, Optional, Set
+
+import torch
+from torch import Tensor, nn
+
+from smpconv_models.layers import CausalConv1d, ConvNormAct, ParallelConv, ResidualBlock, SMPConv1d, smp_layers
+from smpconv_models.layers.parallel import check_small_kernel
+from smpconv_models.layers.residual import init_weights_
+
+__all__ = ['SMPSequenceNet', 'create_sequence_model', 'list_sequence_models']
+
+
+class SMPSequenceNet(nn.Module):
+    """Causal network over a sequence: residual blocks whose kernels are as long as it, then the last step's features.
+
+    Args:
+        sequence_length: Steps L of a sequence. Others are refused; see :meth:`set_sequence_length`.
+        in_chans: Channels of the sequence.
+        num_classes: Classes; 0 leaves the classifier out.
+        depth: Residual blocks of two convolutions each.
+        dim: Channels within.
+        num_points: Points of each filter.
+        kernel_size: Elements of the kernels, else L.
+        small_kernel_size: Elements of the kernels parallel to the large ones; 0 for none.
+        conv_bias: Whether the large convolutions have biases.
+        coords_std: Of the points' places at the start; see :class:`~smpconv_models.layers.SMPConv1d`.
+        init_radius: Of the points at the start, else ``2 / kernel_size``.
+        input_drop_rate: Dropout of the sequence.
+        drop_rate: Dropout within the blocks.
+        method: Of the large convolutions; see :func:`~smpconv_models.layers.causal_conv1d`.
+
+    Shapes: ``(N, in_chans, L)`` to ``(N, num_classes)``.
+
+    Raises:
+        ValueError: A size that can't be, a small kernel larger than the large one, a rate outside of [0, 1).
+    """
+
+    def __init__(
+            self,
+            sequence_length: int,
+            in_chans: int = 1,
+            num_classes: int = 10,
+            depth: int = 6,
+            dim: int = 30,
+            num_points: int = 30,
+            kernel_size: Optional[int] = None,
+            small_kernel_size: int = 5,
+            conv_bias: bool = False,
+            coords_std: float = 0.1,
+            init_radius: Optional[float] = None,
+            input_drop_rate: float = 0.,
+            drop_rate: float = 0.,
+            method: str = 'auto',
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        kernel_size = sequence_length if kernel_size is None else kernel_size
+        _check(sequence_length=sequence_length, in_chans=in_chans, depth=depth, dim=dim, kernel_size=kernel_size)
+        check_small_kernel(small_kernel_size, kernel_size)
+        for name, rate in (('input_drop_rate', input_drop_rate), ('drop_rate', drop_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f'{name} must lie in [0, 1), got {rate}')
+        if num_classes < 0:
+            raise ValueError(f'num_classes must be at least 0, got {num_classes}')
+        dd = {'device': device, 'dtype': dtype}
+        self.base_length = sequence_length
+        self.sequence_length = sequence_length
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dim
+
+        def conv(in_channels: int) -> ParallelConv:
+            large = SMPConv1d(
+                in_channels, dim, kernel_size, num_points, conv_bias, coords_std, init_radius, method=method, **dd)
+            small = CausalConv1d(in_channels, dim, small_kernel_size, bias=False, **dd) if small_kernel_size else None
+            return ParallelConv(
+                ConvNormAct(large, nn.BatchNorm1d(dim, **dd)),
+                None if small is None else ConvNormAct(small, nn.BatchNorm1d(dim, **dd)))
+
+        self.input_drop = nn.Dropout(input_drop_rate)
+        widths = [in_chans] + [dim] * depth
+        self.blocks = nn.Sequential(*(
+            ResidualBlock(
+                conv(before), conv(dim), nn.Identity() if before == dim else nn.Conv1d(before, dim, 1, **dd),
+                drop_rate, is_temporal=True)
+            for before in widths[:-1]))
+        self.head: nn.Module = nn.Linear(dim, num_classes, **dd) if num_classes else nn.Identity()
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draws the initial weights.
+
+        Args:
+            needs_reset: Also reset the norms and points, whose constructors have done so; for a model that was made
+                on the meta device and moved by ``to_empty``.
+        """
+        for module in self.blocks.modules():
+            init_weights_(module, needs_reset)
+        _init_classifier(self.head)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(('.coords', '.radius'))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(stem=r'^input_drop', blocks=r'^blocks\.(\d+)')
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int) -> None:
+        some_weight = next(self.blocks.parameters())
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(device=some_weight.device, dtype=some_weight.dtype)
+        _init_classifier(self.head)
+
+    @torch.jit.ignore
+    def set_sequence_length(self, sequence_length: int) -> None:
+        """Takes sequences of another length from now on: of another sampling rate, or as much longer or shorter.
+
+        The kernels are drawn anew, as much longer as the sequences are than those of the constructor, and every point
+        keeps its sum. The parameters stay as they are: a state dict fits at every length.
+
+        Args:
+            sequence_length: Steps of a sequence.
+
+        Raises:
+            ValueError: It isn't positive, or the kernels would be shorter than the small ones beside them, or they are
+                not drawn from points any more.
+        """
+        _check(sequence_length=sequence_length)
+        layers: Any = list(smp_layers(self).values())
+        if not layers:
+            raise ValueError('another sequence_length needs the points, and these kernels are drawn (re-parameterized)')
+        scaled = [max(round(layer.base_size * sequence_length / self.base_length), 1) for layer in layers]
+        shortest = max((module.small.conv.kernel_size[0] for module in self.modules()
+                        if isinstance(module, ParallelConv) and module.small is not None), default=1)
+        if min(scaled) < shortest:
+            raise ValueError(
+                f'sequence_length must leave kernels of at least {shortest} elements, got {min(scaled)} '
+                f'({sequence_length} steps)')
+        for layer, size in zip(layers, scaled):
+            layer.resize(size)
+        self.sequence_length = sequence_length
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``(N, in_chans, L)`` to ``(N, dim, L)``."""
+        if x.shape[-1] != self.sequence_length:
+            raise ValueError(
+                f'expected sequences of {self.sequence_length} steps, got {x.shape[-1]}: set_sequence_length draws the '
+                'kernels anew for others')
+        return self.blocks(self.input_drop(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """``(N, dim, L)`` to ``(N, num_classes)``: the last step has seen all others."""
+        x = x[:, :, -1]
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f'{name} must be a positive whole number, got {size!r}')
+
+
+def _init_classifier(head: nn.Module) -> None:
+    if isinstance(head, nn.Linear):
+        nn.init.normal_(head.weight, std=.01)
+        nn.init.zeros_(head.bias)
+
+
+# The paper's networks (tables 2 and 3), and one for the embedded digits.
+_VARIANTS: Dict[str, Dict[str, Any]] = {
+    'smpconv_smnist': dict(sequence_length=784, init_radius=0.002, input_drop_rate=0.1),
+    'smpconv_scifar10': dict(sequence_length=1024, in_chans=3, conv_bias=True, init_radius=0.002),
+    'smpconv_characters': dict(sequence_length=182, in_chans=3, num_classes=20, conv_bias=True, init_radius=0.012),
+    'smpconv_speech_mfcc': dict(
+        sequence_length=161, in_chans=20, conv_bias=True, init_radius=0.012, drop_rate=0.2),
+    'smpconv_speech': dict(sequence_length=16000, init_radius=0.0002, drop_rate=0.1),
+    'smpconv_sdigits': dict(sequence_length=64, depth=3, input_drop_rate=0.1),
+}
+
+
+def list_sequence_models() -> List[str]:
+    """Names of :func:`create_sequence_model`."""
+    return sorted(_VARIANTS)
+
+
+def create_sequence_model(name: str, **kwargs: Any) -> SMPSequenceNet:
+    """A network for sequences, as ``timm.create_model`` makes those for images.
+
+    Args:
+        name: One of :func:`list_sequence_models`: ``smpconv_smnist`` (also for permuted MNIST), ``smpconv_scifar10``,
+            ``smpconv_characters``, ``smpconv_speech_mfcc``, ``smpconv_speech`` (16,000 steps), ``smpconv_sdigits``.
+        kwargs: Of :class:`SMPSequenceNet`, over those of the variant.
+
+    Raises:
+        ValueError: No such name; else as the constructor.
+        TypeError: No such argument.
+    """
+    if name not in _VARIANTS:
+        near = difflib.get_close_matches(name, _VARIANTS, n=1)
+        hint = f'; did you mean {near[0]}?' if near else ''
+        raise ValueError(f'no network for sequences is named {name!r}, there are {list_sequence_models()}{hint}')
+    return SMPSequenceNet(**{**_VARIANTS[name], **kwargs})

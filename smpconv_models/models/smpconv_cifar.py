@@ -1,0 +1,311 @@
+"""SMPConv network for small images.
+
+Paper: SMPConv: Self-moving Point Representations for Continuous Convolution, Sanghyeon Kim and Eunbyung Park,
+CVPR 2023, https://arxiv.org/abs/2304.02330, section 4.3 (CIFAR10) and appendix A.1.
+
+Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose checkpoint loads here. The structure is that of FlexNet
+(https://arxiv.org/abs/2110.08059), a residual network that keeps the resolution. The implementation is this project's own.
+"""
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from timm.layers import ClassifierHead
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from smpconv_models import checkpoint
+from smpconv_models.layers import ConvNormAct, ParallelConv, ResidualBlock, SameConv2d, SMPConv2d, smp_layers
+from smpconv_models.layers.conv_norm import NormLayer, check_odd, create_norm
+from smpconv_models.layers.parallel import check_small_kernel
+from smpconv_models.layers.residual import init_weights_
+
+from ._configuration import check_configuration, described, is_of_elsewhere
+from ._pretrained import HUB_NAMESPACE, NO_WEIGHTS, LocalWeights, local_weights
+
+__all__ = ['SMPResNet']
+
+# What ablations may leave as it was drawn.
+_LEARNED = ('coords', 'radius')
+
+
+class SMPResNet(nn.Module):
+    """Residual network at one resolution: a stem, stages of blocks of two large-kernel convolutions, pooling, classifier.
+
+    Points are per filter, and the kernels divided by |N(x)| (equation 1 of the paper).
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Classes; 0 leaves the classifier out.
+        global_pool: Pooling before the classifier, by timm's names; '' for none.
+        depths: Blocks of each stage.
+        dims: Channels of each stage; the stem has the first's.
+        kernel_size: Odd side of the large kernels.
+        num_points: Points of each filter.
+        small_kernel_size: Odd side of the kernels parallel to the large ones; 0 for none.
+        coords_std: Standard deviation of the points' places at the start.
+        init_radius: Of the points at the start, else ``4 / kernel_size``.
+        learned: Which of 'coords' and 'radius' are trained; the others stay as they were drawn (table 6).
+        norm_layer: Normalization; any callable that takes the channels, or timm's name.
+        drop_rate: Dropout before the classifier.
+        block_drop_rate: Dropout between the two convolutions of a block.
+        method: Of the large convolutions; see :func:`~smpconv_models.layers.same_conv2d`.
+
+    Raises:
+        ValueError: Lengths that differ, even kernel sizes, a rate or a name that can't be.
+    """
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 10,
+            global_pool: str = 'avg',
+            depths: Sequence[int] = (2, 3, 2),
+            dims: Sequence[int] = (24, 36, 48),
+            kernel_size: int = 33,
+            num_points: int = 16,
+            small_kernel_size: int = 3,
+            coords_std: float = 0.05,
+            init_radius: Optional[float] = None,
+            learned: Sequence[str] = _LEARNED,
+            norm_layer: NormLayer = 'batchnorm2d',
+            drop_rate: float = 0.,
+            block_drop_rate: float = 0.,
+            method: str = 'auto',
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check(depths, dims, kernel_size, small_kernel_size, num_classes, learned)
+        for name, rate in (('drop_rate', drop_rate), ('block_drop_rate', block_drop_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f'{name} must lie in [0, 1), got {rate}')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        dd = {'device': device, 'dtype': dtype}
+
+        def conv(in_channels: int, out_channels: int, small_bias: bool = False) -> ParallelConv:
+            large = SMPConv2d(
+                in_channels, out_channels, kernel_size, num_points, False, coords_std, init_radius, method=method, **dd)
+            small = SameConv2d(
+                in_channels, out_channels, small_kernel_size, small_bias, **dd) if small_kernel_size else None
+            return ParallelConv(
+                ConvNormAct(large, create_norm(norm_layer, out_channels, **dd)),
+                None if small is None else ConvNormAct(small, create_norm(norm_layer, out_channels, **dd)))
+
+        self.stem = conv(in_chans, dims[0], small_bias=True)
+        self.act = nn.ReLU()
+        stages = []
+        self.feature_info: List[Dict[str, Any]] = []
+        before = dims[0]
+        for i, (depth, dim) in enumerate(zip(depths, dims)):
+            blocks = []
+            for _ in range(depth):
+                shortcut = nn.Identity() if before == dim else nn.Conv2d(before, dim, 1, **dd)
+                blocks.append(ResidualBlock(
+                    conv(before, dim), conv(dim, dim), shortcut, block_drop_rate, is_temporal=False))
+                before = dim
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append({'num_chs': dim, 'reduction': 1, 'module': f'stages.{i}'})
+        self.stages = nn.Sequential(*stages)
+        self.num_features = dims[-1]
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        for layer in smp_layers(self).values():
+            layer.coords.requires_grad_('coords' in learned)
+            layer.radius.requires_grad_('radius' in learned)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draws the initial weights.
+
+        Args:
+            needs_reset: Also reset the norms and points, whose constructors have done so; for a model that was made
+                on the meta device and moved by ``to_empty``.
+        """
+        self.apply(partial(init_weights_, is_reset=needs_reset))
+        _init_classifier(self.head.fc)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(('.coords', '.radius'))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(stem=r'^stem', blocks=r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)')
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        some_weight = next(self.stem.parameters())  # reset() looks in the head, which may have had no parameter
+        self.head.to(device=some_weight.device, dtype=some_weight.dtype)
+        _init_classifier(self.head.fc)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Forward pass that returns the stages' outputs.
+
+        Args:
+            x: Image ``(N, C, H, W)``.
+            indices: Stages to return: the last n if an int, all if None, else those listed (negative from the end).
+            norm: No effect: there is no norm after the last stage.
+            stop_early: Leave out the stages after the last one asked for.
+            output_fmt: 'NCHW', the only one there is.
+            intermediates_only: Return the list alone, without the final features.
+
+        Returns:
+            Final features and the list of stage outputs, or the list alone.
+        """
+        assert output_fmt == 'NCHW', f"output_fmt must be 'NCHW', got {output_fmt}"
+        intermediates: List[Tensor] = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        x = self.act(self.stem(x))
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript can't slice
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        for index, stage in enumerate(stages):
+            x = stage(x)
+            if index in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Removes what ``forward_intermediates`` doesn't need for these stages; returns their indices.
+
+        The head goes with the last stage, whatever ``prune_head`` says: it fits that stage's channels only.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shortened = max_index < len(self.stages) - 1
+        self.stages = self.stages[:max_index + 1]
+        if shortened:
+            self.num_features = self.feature_info[max_index]['num_chs']
+            self.head.in_features = self.num_features
+        if prune_head or shortened:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.stages, x, flatten=True)
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _check(
+        depths: Sequence[int],
+        dims: Sequence[int],
+        kernel_size: int,
+        small_kernel_size: int,
+        num_classes: int,
+        learned: Sequence[str],
+) -> None:
+    if len(depths) != len(dims) or not depths:
+        raise ValueError(
+            f'depths and dims must have one entry for each stage, got {len(depths)} and {len(dims)}')
+    check_odd(kernel_size)
+    if small_kernel_size:
+        check_odd(small_kernel_size)
+    check_small_kernel(small_kernel_size, kernel_size)
+    if num_classes < 0:
+        raise ValueError(f'num_classes must be at least 0, got {num_classes}')
+    if isinstance(learned, str) or not set(learned) <= set(_LEARNED):
+        raise ValueError(f'learned must be some of {_LEARNED}, got {learned!r}')
+
+
+def _init_classifier(fc: nn.Module) -> None:
+    if isinstance(fc, nn.Linear):
+        nn.init.kaiming_normal_(fc.weight)
+        nn.init.zeros_(fc.bias)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPResNet) -> Dict[str, Tensor]:
+    """State dict of the original release or of ours -> ours.
+
+    Raises:
+        ValueError: It is another model's, or has weights that are not finite. Where the model differs from its
+            ``pretrained_cfg`` in classes or input channels, timm drops the classifier or refuses.
+    """
+    cfg = getattr(model, 'pretrained_cfg', {})
+    by_timm = []
+    if model.num_classes != cfg.get('num_classes', model.num_classes):
+        by_timm += ['head.fc.weight', 'head.fc.bias']
+    state_dict = checkpoint.adapt(state_dict, model, ignore=by_timm)
+    checkpoint.check_finite(state_dict)
+    return state_dict
+
+
+default_cfgs = generate_default_cfgs({
+    'smpconv_cifar.cifar10': {
+        'url': '', 'hf_hub_id': f'{HUB_NAMESPACE}/smpconv_cifar.cifar10', 'num_classes': 10,
+        'input_size': (3, 32, 32), 'pool_size': (32, 32), 'crop_pct': 1.0, 'interpolation': 'bicubic',
+        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.247, 0.2435, 0.2616),
+        'first_conv': None, 'classifier': 'head.fc',
+        'paper_ids': 'arXiv:2304.02330',
+        'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
+        'origin_url': 'https://github.com/sangnekim/SMPConv', 'license': 'mit',
+    },
+})
+
+
+def _filter(weights: LocalWeights, state_dict: Dict[str, Tensor], model: SMPResNet) -> Dict[str, Tensor]:
+    """As checkpoint_filter_fn, of a file that is held against its checksum."""
+    weights.verify()
+    with weights.named():
+        return checkpoint_filter_fn(state_dict, model)
+
+
+@register_model
+def smpconv_cifar(pretrained: bool = False, **kwargs: Any) -> SMPResNet:
+    """The paper's network for CIFAR10: 489,646 parameters, kernels of 33x33."""
+    kwargs = {'init_radius': 0.12, 'block_drop_rate': 0.1, **kwargs}
+    if is_of_elsewhere(kwargs.get('pretrained_cfg')):
+        check_configuration(SMPResNet, **kwargs)
+        described(SMPResNet, **kwargs)
+    weights = local_weights('smpconv_cifar', **kwargs) if pretrained else NO_WEIGHTS
+    if pretrained:
+        kwargs['pretrained_cfg_overlay'] = weights.overlay
+    num_stages = len(kwargs.get('depths', (2, 3, 2)))
+    if kwargs.get('features_only'):
+        kwargs.setdefault('num_classes', 0)
+    return build_model_with_cfg(
+        SMPResNet, 'smpconv_cifar', pretrained,
+        pretrained_filter_fn=partial(_filter, weights),
+        feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
+        **kwargs,
+    )
