@@ -25,14 +25,16 @@ def in_fresh_process(script):
 
 def test_public_names_are_frozen():
     assert smpconv_models.__all__ == [
-        'DepthwiseConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d', '__version__', 'accelerate_depthwise',
-        'available_backends', 'clip_radius_', 'depthwise_conv2d',
+        'DepthwiseConv2d', 'SMPConv1d', 'SMPConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d', 'SMPResNet', 'SMPSequenceNet',
+        '__version__', 'accelerate_depthwise', 'available_backends', 'clip_radius_', 'create_sequence_model',
+        'depthwise_conv2d', 'list_sequence_models',
     ]
     assert ops.__all__ == ['available_backends', 'check_options', 'depthwise_conv2d']
     assert layers.__all__ == [
-        'ConvFFN', 'ConvNormAct', 'DepthwiseConv2d', 'LargeKernelBlock', 'LargeKernelConv', 'SMPDepthwiseConv2d',
-        'accelerate_depthwise', 'clip_radius', 'clip_radius_', 'interpolate', 'sample_kernel', 'sampling_grid',
-        'smp_layers', 'tents',
+        'CausalConv1d', 'ConvFFN', 'ConvNormAct', 'DepthwiseConv2d', 'LargeKernelBlock', 'LargeKernelConv',
+        'ParallelConv', 'ResidualBlock', 'SMPConv1d', 'SMPConv2d', 'SMPDepthwiseConv2d', 'SMPLayer', 'SameConv2d',
+        'accelerate_depthwise', 'causal_conv1d', 'clip_radius', 'clip_radius_', 'interpolate', 'same_conv2d',
+        'sample_kernel', 'sampling_grid', 'smp_layers', 'tents',
     ]
     assert training.__all__ == [
         'Digits', 'Stopped', 'World', 'config', 'evaluate', 'explain', 'measure', 'options', 'param_groups',
@@ -51,11 +53,12 @@ def test_public_names_exist(module):
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
 DOWNLOAD, ORIGINAL, HUB = 'smpconv_models.download', 'smpconv_models.original', 'smpconv_models.hub'
-DETECTION = 'smpconv_models.detection'
+DETECTION, DIGITS, SEQUENCES = 'smpconv_models.detection', 'smpconv_models.digits', 'smpconv_models.sequences'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
 BENCHMARKS = tuple(path.stem for path in (PACKAGE.parent / 'benchmarks').glob('*.py'))  # scripts see their neighbours
 EXAMPLES = tuple(path.stem for path in (PACKAGE.parent / 'examples').glob('*.py'))
+EXPERIMENTS = tuple(path.stem for path in (PACKAGE.parent / 'experiments').glob('*.py'))
 MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
     'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._call', f'{OPS}._phases'),
@@ -64,6 +67,10 @@ MAY_IMPORT = {
     'smpconv_models/checkpoint': ('torch', 'safetensors'),
     'smpconv_models/download.py': ('huggingface_hub', CHECKPOINT),
     'smpconv_models/original.py': ('huggingface_hub', 'tqdm', CHECKPOINT),
+    'smpconv_models/digits.py': ('torch', 'PIL', 'sklearn'),
+    'smpconv_models/sequences': (
+        'torch', 'torchvision', 'numpy', 'scipy', 'sklearn', 'safetensors', 'filelock', 'tqdm', DIGITS,
+        f'{CHECKPOINT}.file_sha256', f'{CHECKPOINT}.first_line'),
     'smpconv_models/hub': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', f'{MODELS}.check_arguments', f'{MODELS}.identify',
         CHECKPOINT, DOWNLOAD),
@@ -72,8 +79,9 @@ MAY_IMPORT = {
         'torch', 'timm', 'PIL', f'{MODELS}.identify', CHECKPOINT, TRAINING, 'smpconv_models.figures.kernels'),
     'smpconv_models/figures/__main__.py': ('torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING),
     'smpconv_models/training': (
-        'torch', 'timm', 'PIL', 'numpy', 'sklearn', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS, CHECKPOINT,
-        DOWNLOAD, FIGURES, f'{MODELS}.identify', f'{MODELS}.whose', 'smpconv_models.__version__'),
+        'torch', 'torchvision', 'timm', 'PIL', 'numpy', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS,
+        CHECKPOINT, DIGITS, DOWNLOAD, FIGURES, SEQUENCES, 'smpconv_models.__version__',
+        *(f'{MODELS}.{name}' for name in ('create_sequence_model', 'identify', 'list_sequence_models', 'whose'))),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', *PUBLIC_TRAINING),
@@ -83,6 +91,8 @@ MAY_IMPORT = {
     'examples': (
         'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'matplotlib', 'safetensors', 'segmentation_models_pytorch',
         'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, *PUBLIC_TRAINING, *EXAMPLES),
+    'experiments': (
+        'torch', 'timm', 'numpy', 'matplotlib', 'tqdm', 'smpconv_models', LAYERS, *PUBLIC_TRAINING, *EXPERIMENTS),
     'benchmarks': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'torchvision', 'matplotlib',
         'smpconv_models', CHECKPOINT, DETECTION, *PUBLIC_TRAINING, *BENCHMARKS),
@@ -153,6 +163,8 @@ def test_backends_do_not_know_each_other():
     ('smpconv_models/figures', 'import smpconv_models.models.smpconv'),
     ('smpconv_models/checkpoint', 'from smpconv_models import layers'),
     ('smpconv_models/download.py', 'import timm'),
+    ('smpconv_models/sequences', 'from smpconv_models.checkpoint import read_file'),
+    ('smpconv_models/digits.py', 'import smpconv_models.training'),
     ('train.py', 'import smpconv_models.ops._cpu'),
     ('validate.py', 'from smpconv_models.training.step import Stepper'),
 ])
@@ -233,13 +245,13 @@ print(any(name.partition('.')[0] == 'triton' for name in set(sys.modules) - modu
     assert {name.partition('.')[0] for name in new_modules.split()} <= expected
 
 
-def test_importing_loads_no_backend_and_no_training_and_prints_nothing():
+def test_importing_loads_no_backend_no_training_no_sequences_and_prints_nothing():
     script = """
 import sys
 import smpconv_models
 loaded = [name for name in sys.modules if name.startswith('smpconv_models.ops._')]
 assert not {'smpconv_models.ops._cpu', 'smpconv_models.ops._triton'} & set(loaded), loaded
-assert 'smpconv_models.training' not in sys.modules
+assert not {'smpconv_models.training', 'smpconv_models.sequences'} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
@@ -253,7 +265,7 @@ import smpconv_models
 print(*timm.list_models('smpconv*'))
 """
     assert in_fresh_process(script).split() == [
-        'smpconv_b', 'smpconv_mobile31', 'smpconv_mobile51', 'smpconv_nano', 'smpconv_t']
+        'smpconv_b', 'smpconv_cifar', 'smpconv_mobile31', 'smpconv_mobile51', 'smpconv_nano', 'smpconv_t']
 
 
 # --- documents ---

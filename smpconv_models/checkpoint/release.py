@@ -56,9 +56,9 @@ def from_release(state_dict: StateDict) -> StateDict:
     What the files carry of the sampling grid (``kernel_coord``, ``train_length``) is left out: it is computed here. The
     blocks of the network for small images, one list there, are divided where their channels change, as ours are.
     """
-    if any(key.endswith('.smp.conv.weight_coord') for key in state_dict):
-        return _from_imagenet(state_dict)
-    return _from_small(state_dict)
+    if any(key.endswith('.Kernel.weight_coord') for key in state_dict):
+        return _from_small(state_dict)
+    return _from_imagenet(state_dict)
 
 
 def _from_imagenet(state_dict: StateDict) -> StateDict:
@@ -80,9 +80,7 @@ def _from_small(state_dict: StateDict) -> StateDict:
     for key, tensor in state_dict.items():
         if key.endswith('.train_length'):
             continue
-        if key.endswith('.radius'):
-            tensor = tensor.flatten(1)
-        elif key == 'out_layer.weight':
+        if key.endswith('.radius') or key == 'out_layer.weight':
             tensor = tensor.flatten(1)
         key = re.sub(r'^blocks\.(\d+)\.', lambda m: places.get(int(m[1]), m[0]), key)
         converted[_renamed(key, _SMALL)] = tensor

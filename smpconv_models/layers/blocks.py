@@ -1,8 +1,8 @@
 """Long kernels drawn a block at a time, so that points times elements are never held at once.
 
 A kernel of 16,000 steps with 30 filters of 30 points has 14 million pairs of a point and an element, and the gradient
-needs several numbers of each. But tents are local. So the elements are cut into blocks, each block takes only the points
-that reach into it, and what a block computed is computed again in the backward pass instead of being kept.
+needs several numbers of each. But tents are local. So the elements are cut into blocks, each block takes only the
+points that reach into it, and what a block computed is computed again in the backward pass instead of being kept.
 """
 from typing import Any, Callable, Tuple
 
@@ -83,9 +83,9 @@ def _reaching(block: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
     """Indices ``(..., n)`` of the points whose tents reach into the box of these queries.
 
     As many for each set of points as the fullest has: those that are too many have no effect. A compiled graph can't
-    depend on the values, and takes all.
+    depend on the values, and tensors on the meta device have none: these take all.
     """
-    if torch.compiler.is_compiling():
+    if coords.is_meta or torch.compiler.is_compiling():
         return torch.arange(coords.shape[-2], device=coords.device).expand(coords.shape[:-1])
     low, high = block.amin(0), block.amax(0)
     distance = ((low - coords).relu() + (coords - high).relu()).sum(-1)

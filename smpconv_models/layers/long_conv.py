@@ -37,7 +37,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, meth
     """
     if has_torch_function_variadic(x, weight):
         return handle_torch_function(causal_conv1d, (x, weight), x, weight, bias, method)
-    if _takes_fft(method, x, weight):
+    if _takes_fft(method, x, weight) and x.shape[0] > 0:  # which FFTs don't take
         return _fft_conv(x, weight, bias, [weight.shape[2] - 1])
     return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
 
@@ -60,7 +60,7 @@ def same_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method
     if has_torch_function_variadic(x, weight):
         return handle_torch_function(same_conv2d, (x, weight), x, weight, bias, method)
     left = [weight.shape[2] // 2, weight.shape[3] // 2]
-    if _takes_fft(method, x, weight):
+    if _takes_fft(method, x, weight) and x.shape[0] > 0:
         return _fft_conv(x, weight, bias, left)
     return F.conv2d(x, weight, bias, padding=left)
 
@@ -91,13 +91,14 @@ def _fft_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], left: List[int]
     are cut off. The kernel itself must fit.
     """
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else 'cpu'  # meta has none
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     sizes = list(x.shape[2:])
     ring = [_fast_length(max(size + pad, k)) for size, pad, k in zip(sizes, left, weight.shape[2:])]
     padding = [amount for pad in reversed(left) for amount in (pad, 0)]
     axes = tuple(range(2, x.ndim))
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         signal = torch.fft.rfftn(F.pad(_wide(x), padding), ring, dim=axes)
         y = torch.fft.irfftn(_products(signal, torch.fft.rfftn(_wide(weight), ring, dim=axes)), ring, dim=axes)
     for axis, size in enumerate(sizes):

@@ -3,9 +3,10 @@
 Paper: SMPConv: Self-moving Point Representations for Continuous Convolution, Sanghyeon Kim and Eunbyung Park,
 CVPR 2023, https://arxiv.org/abs/2304.02330, section 4.2 and appendix A.1.
 
-Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose checkpoints load here. The structure is that of FlexTCN
-(https://arxiv.org/abs/2110.08059), a temporal convolutional network. The implementation is this project's own, and so is
-the variant for digits. They are no image models, so timm does not know them: :func:`create_sequence_model` makes them.
+Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose checkpoints load here. The structure is that of
+FlexTCN (https://arxiv.org/abs/2110.08059), a temporal convolutional network. The implementation is this project's own,
+and so is the variant for digits. They are no image models, so timm doesn't know them: :func:`create_sequence_model`
+makes them.
 """
 import difflib
 from typing import Any, Dict, List, Optional, Set
@@ -149,8 +150,8 @@ class SMPSequenceNet(nn.Module):
         if not layers:
             raise ValueError('another sequence_length needs the points, and these kernels are drawn (re-parameterized)')
         scaled = [max(round(layer.base_size * sequence_length / self.base_length), 1) for layer in layers]
-        shortest = max((module.small.conv.kernel_size[0] for module in self.modules()
-                        if isinstance(module, ParallelConv) and module.small is not None), default=1)
+        parallel: Any = [module for module in self.modules() if isinstance(module, ParallelConv)]
+        shortest = max((module.small.conv.kernel_size[0] for module in parallel if module.small is not None), default=1)
         if min(scaled) < shortest:
             raise ValueError(
                 f'sequence_length must leave kernels of at least {shortest} elements, got {min(scaled)} '

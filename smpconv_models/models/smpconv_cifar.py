@@ -3,13 +3,15 @@
 Paper: SMPConv: Self-moving Point Representations for Continuous Convolution, Sanghyeon Kim and Eunbyung Park,
 CVPR 2023, https://arxiv.org/abs/2304.02330, section 4.3 (CIFAR10) and appendix A.1.
 
-Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose checkpoint loads here. The structure is that of FlexNet
-(https://arxiv.org/abs/2110.08059), a residual network that keeps the resolution. The implementation is this project's own.
+Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose checkpoint loads here. The structure is that of
+FlexNet (https://arxiv.org/abs/2110.08059), a residual network that keeps the resolution. The implementation is this
+project's own.
 """
 from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -31,7 +33,7 @@ _LEARNED = ('coords', 'radius')
 
 
 class SMPResNet(nn.Module):
-    """Residual network at one resolution: a stem, stages of blocks of two large-kernel convolutions, pooling, classifier.
+    """Residual network at one resolution: stem, stages of blocks of two large-kernel convolutions, pooling, classifier.
 
     Points are per filter, and the kernels divided by |N(x)| (equation 1 of the paper).
 
@@ -274,7 +276,7 @@ default_cfgs = generate_default_cfgs({
     'smpconv_cifar.cifar10': {
         'url': '', 'hf_hub_id': f'{HUB_NAMESPACE}/smpconv_cifar.cifar10', 'num_classes': 10,
         'input_size': (3, 32, 32), 'pool_size': (32, 32), 'crop_pct': 1.0, 'interpolation': 'bicubic',
-        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.247, 0.2435, 0.2616),
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,  # as the original trained
         'first_conv': None, 'classifier': 'head.fc',
         'paper_ids': 'arXiv:2304.02330',
         'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',

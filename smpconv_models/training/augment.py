@@ -1,8 +1,10 @@
 """timm's augmentation, on every Pillow."""
-from typing import Any
+from typing import Any, Tuple
 
 from PIL import Image, ImageOps
 from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import RandomCrop
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -28,3 +30,16 @@ def repair(transform: Any) -> Any:
             if op.name.startswith('Posterize'):
                 op.aug_fn = posterize
     return transform
+
+
+def crop_padded(transform: Any, input_size: Tuple[int, int, int], padding: int) -> None:
+    """Puts a crop of the padded image in place of timm's resized crop, in a transform of timm's; in place.
+
+    Args:
+        transform: Of ``create_transform``.
+        input_size: (channels, height, width) of the crop.
+        padding: Black pixels on each side; images are expected to have the crop's size.
+    """
+    parts = transform.transforms
+    first = next(index for index, part in enumerate(parts) if isinstance(part, RandomResizedCropAndInterpolation))
+    parts[first] = RandomCrop(input_size[1:], padding=padding, pad_if_needed=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from smpconv_models import checkpoint, download
-from smpconv_models.models import whose
+from smpconv_models.models import create_sequence_model, list_sequence_models, whose
 
 
 def select_device(name: Optional[str], local_rank: Optional[int] = None) -> torch.device:
@@ -62,7 +62,7 @@ def model_arguments(args: Namespace, defaults: Dict[str, Any]) -> Dict[str, Any]
 
 def _fixed_size(args: Namespace) -> Optional[Tuple[int, int]]:
     """The images' size for a model that is made for one (ViT); None for the others, and where none was given."""
-    cfg = timm.get_pretrained_cfg(args.model) if args.model else None
+    cfg = timm.get_pretrained_cfg(args.model) if args.model and timm.is_model(args.model) else None
     if cfg is None or not cfg.fixed_input_size:
         return None
     if args.input_size is not None:
@@ -71,11 +71,13 @@ def _fixed_size(args: Namespace) -> Optional[Tuple[int, int]]:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless it is a model of timm's, or ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``."""
+    """Raises ValueError unless it is a model of timm's or of ours, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``."""
     source, _ = parse_name(name)
-    if source not in _SOURCES and not timm.is_model(name):
+    if source not in _SOURCES and not timm.is_model(name) and name not in list_sequence_models():
         of_hub = f'; hf-hub:{name} is a repository of the Hub' if '/' in name else ''
-        raise ValueError(f'no model is named {name!r}; this package has {timm.list_models("smpconv*")}{of_hub}')
+        raise ValueError(
+            f'no model is named {name!r}; this package has {timm.list_models("smpconv*")} for images and '
+            f'{list_sequence_models()} for sequences{of_hub}')
 
 
 # Of models with a configuration of their own, as timm names them.
@@ -89,7 +91,7 @@ def parse_name(name: str) -> Tuple[str, str]:
 
 
 def create_model(name: Optional[str], **kwargs: Any) -> Any:
-    """``timm.create_model``, with users' mistakes as one line.
+    """``timm.create_model``, or ``create_sequence_model`` where timm has no such model; users' mistakes as one line.
 
     Raises:
         ValueError: No such model, or it doesn't take the arguments, has no pretrained weights, or can't be downloaded.
@@ -101,9 +103,17 @@ def create_model(name: Optional[str], **kwargs: Any) -> Any:
     if source == 'hf-hub':  # timm fetches it too, with other errors
         download.from_hub(where, 'config.json')
     try:
+        if name in list_sequence_models():
+            return _create_for_sequences(name, **kwargs)
         return timm.create_model(name, **kwargs)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'{name} cannot be created: {checkpoint.first_line(error)}') from error
+
+
+def _create_for_sequences(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    if pretrained:
+        raise ValueError('there are no pretrained weights for it but in files: --checkpoint, --initial-checkpoint')
+    return create_sequence_model(name, **kwargs)
 
 
 def load_weights(model: nn.Module, loaded: Any, path: str, use_ema: bool = True) -> str:

@@ -1,55 +1,17 @@
-"""The embedded digits, and what a model must know of its data: classes, and how images are made ready."""
+"""What a model must know of its data: classes, and how images are made ready."""
 from argparse import Namespace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
-from PIL import Image
 from timm.data import resolve_data_config
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from torch.utils.data import Dataset
 
-# Names under which timm looks for a split's folder.
-SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+from smpconv_models.digits import SPLIT_SYNONYMS, Digits
 
+from . import sequence_data
 
-class Digits(Dataset):
-    """Handwritten digits, as scikit-learn ships them: 1,797 gray images of 8x8 pixels, 10 classes.
-
-    A stratified fifth (360 images) is held out as the validation split; the division is fixed.
-
-    Args:
-        split: 'train' or 'validation', or a synonym that timm knows.
-        mode: PIL's mode of the images, 'L' (gray) or 'RGB'.
-        transform: Applied to the PIL image; timm's loader sets it.
-
-    Raises:
-        ValueError: Another split's name, or scikit-learn isn't installed.
-    """
-
-    classes = tuple('0123456789')
-
-    def __init__(self, split: str, mode: str = 'L', transform: Any = None) -> None:
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise ValueError('the digits need scikit-learn: pip install scikit-learn') from error
-        train_names, validation_names = SPLIT_SYNONYMS
-        if split not in train_names + validation_names:
-            raise ValueError(f'split of the digits must be one of {train_names + validation_names}, got {split!r}')
-        images, labels = load_digits(return_X_y=True)
-        train, validation = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-        indices = train if split in train_names else validation
-        pixels = (images[indices] * (255 / 16)).round().astype('uint8').reshape(-1, 8, 8)
-        self.images = [Image.fromarray(image).convert(mode) for image in pixels]
-        self.labels = labels[indices].tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Tuple[Any, int]:
-        image = self.images[index]
-        return (image if self.transform is None else self.transform(image)), self.labels[index]
+__all__ = [
+    'SPLIT_SYNONYMS', 'Digits', 'check_classes', 'check_num_classes', 'class_names', 'data_config',
+]
 
 
 def class_names(dataset: Any) -> Optional[List[str]]:
@@ -100,9 +62,13 @@ def check_num_classes(names: Optional[List[str]], num_classes: int) -> None:
 def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
     """timm's data configuration of model and arguments; the model's mean and std are averaged for other channels.
 
+    Of sequences, :func:`.sequence_data.data_config`.
+
     Raises:
         ValueError: As many means or deviations were given as there are neither channels nor one.
     """
+    if sequence_data.are_meant(args):
+        return sequence_data.data_config(model)
     overrides = {key: value for key, value in vars(args).items() if value is not None}
     overrides['in_chans'] = model.in_chans
     for key in ('mean', 'std'):

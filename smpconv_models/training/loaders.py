@@ -9,7 +9,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from . import augment, draws
+from . import augment, draws, sequence_data
 from .evaluate import HeldOut
 from .samples import Batches, Collate, InOrder, Loader, Samples, Stream, is_hugging_face, is_webdataset
 from .unreadable import LeftOutOfEvaluation, Unreadable
@@ -93,6 +93,26 @@ def train_loader(
     Raises:
         ValueError: A step takes more images than there are, or the augmentation is none of timm's.
     """
+    if not sequence_data.are_meant(args):
+        dataset.transform = _train_transform(args, config, device)
+    erasing = dict(re_prob=0. if args.no_aug else args.reprob, re_mode=args.remode, re_count=args.recount)
+    if isinstance(dataset, IterableImageDataset):
+        return _stream(args, dataset, config, device, world, tell, erasing)
+    batches = Batches(len(dataset), args.batch_size, args.grad_accum_steps, world.rank, world.size, args.seed)
+    if batches.steps == 0:
+        raise ValueError(
+            f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}'
+            + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
+            + (f' x {world.size} processes' if world.size > 1 else ''))
+    samples = Samples(dataset, args.seed, fills=True)
+    collate = Collate(_collate(args, device), args.batch_size)
+    loader = _loader(args, samples, device, world, collate, batch_sampler=batches)
+    loader = _on_device(args, Loader(loader, tell, config.get('num_classes')), config, device, **erasing)
+    return Images(loader, batches.steps, samples, batches, accumulation=args.grad_accum_steps)
+
+
+def _train_transform(args: Namespace, config: Dict[str, Any], device: torch.device) -> Any:
+    """timm's augmentation."""
     try:
         transform = create_transform(
             config['input_size'],
@@ -114,21 +134,10 @@ def train_loader(
         )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'the images cannot be augmented so: {type(error).__name__} {error}') from error
-    dataset.transform = augment.repair(transform)
-    erasing = dict(re_prob=0. if args.no_aug else args.reprob, re_mode=args.remode, re_count=args.recount)
-    if isinstance(dataset, IterableImageDataset):
-        return _stream(args, dataset, config, device, world, tell, erasing)
-    batches = Batches(len(dataset), args.batch_size, args.grad_accum_steps, world.rank, world.size, args.seed)
-    if batches.steps == 0:
-        raise ValueError(
-            f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}'
-            + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
-            + (f' x {world.size} processes' if world.size > 1 else ''))
-    samples = Samples(dataset, args.seed, fills=True)
-    collate = Collate(_collate(args, device), args.batch_size)
-    loader = _loader(args, samples, device, world, collate, batch_sampler=batches)
-    loader = _on_device(args, Loader(loader, tell, config.get('num_classes')), config, device, **erasing)
-    return Images(loader, batches.steps, samples, batches, accumulation=args.grad_accum_steps)
+    transform = augment.repair(transform)
+    if args.crop_padding is not None and not args.no_aug:
+        augment.crop_padded(transform, config['input_size'], args.crop_padding)
+    return transform
 
 
 def held_out(
@@ -148,15 +157,16 @@ def held_out(
         world: The processes that share the data set.
     """
     batch_size = args.validation_batch_size or args.batch_size
-    dataset.transform = create_transform(
-        config['input_size'],
-        use_prefetcher=_prefetches(args, device),
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-    )
+    if not sequence_data.are_meant(args):
+        dataset.transform = create_transform(
+            config['input_size'],
+            use_prefetcher=_prefetches(args, device),
+            interpolation=config['interpolation'],
+            mean=config['mean'],
+            std=config['std'],
+            crop_pct=config['crop_pct'],
+            crop_mode=config['crop_mode'],
+        )
     collate = Collate(_collate(args, device))
     expected = None
     if isinstance(dataset, IterableImageDataset):
@@ -216,8 +226,8 @@ def _count_shards(args: Namespace, reader: Any) -> int:
 
 
 def _prefetches(args: Namespace, device: torch.device) -> bool:
-    """timm's prefetcher copies to the device ahead of time, normalizes there, and exists for accelerators."""
-    return device.type == 'cuda' and not args.no_prefetcher
+    """timm's prefetcher copies images to the device ahead of time, normalizes there, and exists for accelerators."""
+    return device.type == 'cuda' and not args.no_prefetcher and not sequence_data.are_meant(args)
 
 
 def _collate(args: Namespace, device: torch.device) -> Any:

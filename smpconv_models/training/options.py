@@ -54,8 +54,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--data-dir', metavar='DIR', help='folder of the data set')
     group.add_argument(
         '--dataset', metavar='NAME',
-        help="'digits' (embedded), torch/NAME, wds/NAME, hfds/NAME, tfds/NAME; without it --data-dir has a folder for "
-             'each split with a folder for each class')
+        help="'digits' (embedded), torch/NAME, wds/NAME, hfds/NAME, tfds/NAME; seq/NAME for sequences, embedded "
+             'seq/digits and seq/permuted-digits; without it --data-dir has a folder for each split with a folder for '
+             'each class')
     group.add_argument('--dataset-download', action='store_true', help='let torchvision or the hub download it')
     group.add_argument(
         '-b', '--batch-size', type=count, default=128, metavar='N', help='(default: %(default)s)')
@@ -194,6 +195,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help='area kept (default: %(default)s)')
     group.add_argument(
         '--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar='X', help='aspect (default: 3/4 4/3)')
+    group.add_argument(
+        '--crop-padding', type=whole, metavar='N',
+        help='instead of --scale and --ratio: N black pixels around the image, and a crop of its size (CIFAR)')
     group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='(default: %(default)s)')
     group.add_argument('--vflip', type=fraction, default=0., metavar='P', help='(default: %(default)s)')
     group.add_argument('--color-jitter', type=non_negative, default=0.4, metavar='X', help='(default: %(default)s)')
@@ -234,8 +238,9 @@ _NEEDS: Tuple[Tuple[Tuple[str, ...], str, Callable[[argparse.Namespace], Any]], 
     (('remode', 'recount'), 'without --reprob', lambda args: args.reprob),
     (('model_ema_decay', 'model_ema_warmup'), 'without --model-ema', lambda args: args.model_ema),
     (('wandb_project',), 'without --log-wandb', lambda args: args.log_wandb),
-    (('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob'), 'with --no-aug',
+    (('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob', 'crop_padding'), 'with --no-aug',
      lambda args: not args.no_aug),
+    (('scale', 'ratio'), 'with --crop-padding', lambda args: args.crop_padding is None),
     (('color_jitter',), 'with --aa, except for 3a', lambda args: not args.aa or '3a' in args.aa),
 )
 

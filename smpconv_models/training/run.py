@@ -10,7 +10,7 @@ from torch import nn
 
 from smpconv_models import checkpoint
 
-from . import data, loaders, output, parts, report, resume, sources
+from . import data, loaders, output, parts, report, resume, sequence_data, sources
 from .build import create_model, load_weights, memory_format, model_arguments, parse_name, select_device
 from .evaluate import HeldOut
 from .folder import RunFolder
@@ -108,6 +108,9 @@ def set_up(args: Namespace, world: Optional[World] = None) -> Run:
     model = parts.synchronized(args, model, world, device)
     model.to(device).to(memory_format=memory_format(args))
     config = data.data_config(args, model)
+    if sequence_data.are_meant(args):
+        sequence_data.check_shape(args, train_set, model)
+        sequence_data.augment(args, train_set)
     _check_size(args, model, config['input_size'], device)
     left_out = LeftOutOfTraining(args.max_unreadable)
     images = loaders.train_loader(args, train_set, config, device, world, left_out)
@@ -157,7 +160,8 @@ def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str
     if args.pretrained:
         _check_repeats(args, model, model_kwargs)
     data.check_num_classes(classes, model.num_classes)
-    if model.in_chans != _channels(args):  # by the configuration of its repository or folder
+    is_of_images = not sequence_data.are_meant(args)
+    if is_of_images and model.in_chans != _channels(args):  # by the configuration of its repository or folder
         raise ValueError(f'{args.model} takes images of {model.in_chans} channels: --in-chans {model.in_chans}')
     if args.initial_checkpoint:
         load_weights(model, checkpoint.read_file(args.initial_checkpoint), args.initial_checkpoint)
@@ -188,7 +192,7 @@ def _check_size(args: Namespace, model: Any, input_size: Tuple[int, int, int], d
         raise
     except (AssertionError, RuntimeError) as error:
         reason = checkpoint.first_line(error)
-        raise ValueError(f'{args.model} cannot take images of {input_size}: {reason}; see --img-size') from error
+        raise ValueError(f'{args.model} cannot take inputs of {input_size}: {reason}; see --img-size') from error
 
 
 def _create_stepper(args: Namespace, model: Any, steps: int, device: torch.device, world: World) -> Stepper:
@@ -210,6 +214,7 @@ def _create_stepper(args: Namespace, model: Any, steps: int, device: torch.devic
 
 
 def _check(args: Namespace) -> None:
+    sequence_data.check_options(args)
     if args.experiment is not None and (
             Path(args.experiment).name != args.experiment or args.experiment in ('', '..')):
         raise ValueError(f'--experiment must be the name of a folder, got {args.experiment}')

@@ -11,6 +11,8 @@ from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from smpconv_models.sequences import SequenceDataset
+
 from . import draws
 from .unreadable import ERRORS, Unreadable
 
@@ -78,6 +80,8 @@ class Samples(Dataset):
 
 def image_name(dataset: Any, index: int) -> str:
     """The path of a map-style data set's image where it has one of its own, else its index."""
+    if isinstance(dataset, SequenceDataset):
+        return dataset.name(index)
     if not isinstance(dataset, ImageDataset):
         files = getattr(dataset, 'samples', None)  # torchvision's
         return f'image {index}' if files is None else str(files[index][0])

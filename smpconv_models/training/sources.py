@@ -17,6 +17,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from smpconv_models import checkpoint
 
+from . import sequence_data
 from .data import SPLIT_SYNONYMS, Digits, class_names
 from .samples import image_name
 
@@ -36,7 +37,7 @@ _ERRORS: Tuple[Type[Exception], ...] = (
 
 
 def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) -> Any:
-    """The data set that the arguments name: 'digits', or anything of ``timm.data.create_dataset``.
+    """The data set that the arguments name: 'digits', ``seq/NAME``, or anything of ``timm.data.create_dataset``.
 
     Without a name ``--data-dir`` holds, for each split, a folder of class folders (``train/CLASS/IMAGE``), a folder of
     tar files of a class each (``train/CLASS.tar``), or a tar file of either (``train.tar``).
@@ -45,10 +46,12 @@ def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) 
         ValueError: There is no such data set, or no such split of it, or what is wrong with it shows without reading
             the images.
     """
-    if in_chans not in (1, 3):
-        raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {in_chans}')
     if not split:
         raise ValueError('the name of a split must not be empty')
+    if sequence_data.are_meant(args):
+        return sequence_data.open_dataset(args, split)
+    if in_chans not in (1, 3):
+        raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {in_chans}')
     mode = 'L' if in_chans == 1 else 'RGB'
     if args.dataset == 'digits':
         return Digits(split, mode)
@@ -70,7 +73,8 @@ def _parse(dataset: str) -> Tuple[str, str]:
     prefix = prefix.lower()
     if prefix not in _PREFIXES or not name:
         raise ValueError(
-            f"--dataset must be 'digits' or begin with one of {tuple(_PREFIXES)} and /, then a name, got {dataset!r}")
+            f"--dataset must be 'digits' or begin with one of {('seq', *_PREFIXES)} and /, then a name, got "
+            f'{dataset!r}')
     package = _PREFIXES[prefix]
     if importlib.util.find_spec(package) is None:
         raise ValueError(f'--dataset {dataset} needs {package}: pip install {package.replace("_", "-")}')

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smpconv_models import checkpoint
 
-from . import data, loaders, output, sources
+from . import data, loaders, output, sequence_data, sources
 from .build import check_name, create_model, load_weights, memory_format, model_arguments, select_device
 from .evaluate import HeldOut, evaluate
 from .folder import RunFolder
@@ -86,6 +86,7 @@ def measure(args: Namespace, before: Optional[Namespace] = None, with_confusion:
     args = inherit(args, loaded)
     if before is not None:
         _check_same_images(args, before)
+    sequence_data.check_options(args)
     model, weights = _load(args, loaded)
     model.to(device).to(memory_format=memory_format(args)).eval()
     config = data.data_config(args, model)
@@ -111,8 +112,8 @@ def measure(args: Namespace, before: Optional[Namespace] = None, with_confusion:
         'split': args.split,
         'param_count': round(sum(param.numel() for param in model.parameters()) / 1e6, 2),
         'img_size': config['input_size'][-1],
-        'crop_pct': config['crop_pct'],
-        'interpolation': config['interpolation'],
+        'crop_pct': config.get('crop_pct', ''),
+        'interpolation': config.get('interpolation', ''),
     }
     return Evaluation(result, metrics['confusion'].cpu(), classes, args)
 
@@ -148,6 +149,8 @@ def _load(args: Namespace, loaded: Dict[str, Any]) -> Tuple[Any, str]:
 def _open(args: Namespace, loaded: Dict[str, Any], model: Any) -> Tuple[Any, Optional[List[str]]]:
     """The data set, whose classes must be the model's, and their names."""
     dataset = sources.open_dataset(args, args.split, model.in_chans, is_training=False)
+    if sequence_data.are_meant(args):
+        sequence_data.check_shape(args, dataset, model)
     classes = data.class_names(dataset)
     data.check_classes(loaded.get('classes'), classes)
     data.check_num_classes(classes, model.num_classes)

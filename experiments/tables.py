@@ -1,0 +1,123 @@
+"""Tables of experiments: rows as CSV, their mean and spread over seeds as Markdown, in files that are whole."""
+import csv
+import io
+import os
+import platform
+import statistics
+import tempfile
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+
+import torch
+
+Row = Mapping[str, Any]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path``, which takes its name at the end of the block."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o644)  # mkstemp's files are the owner's alone
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(paths: Sequence[Path]) -> None:
+    """Makes the files' folders, and raises OSError where a file cannot be written: better before the work than after.
+
+    Raises:
+        OSError: A folder cannot be made or written to, or a path is a folder itself.
+    """
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f'{path} is a folder')
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding='utf-8')
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One header for all rows; a column that a row lacks is empty there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def mean_std(values: Sequence[float]) -> Tuple[float, float]:
+    """The mean and the standard deviation of a sample (over n - 1), NaN where there is one value.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not values:
+        raise ValueError('expected at least one value, got none')
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float('nan')
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """``mean ± std`` with so many digits after the point; a single value stands alone."""
+    mean, std = mean_std(values)
+    return f'{mean:.{digits}f} ± {std:.{digits}f}' if len(values) > 1 else f'{mean:.{digits}f}'
+
+
+def summarize(rows: Sequence[Row], by: Sequence[str], digits: Mapping[str, int]) -> List[Dict[str, Any]]:
+    """A row for each group of rows that are alike in the columns ``by``, in the order of their first.
+
+    Args:
+        rows: One for each seed of each group.
+        by: Names of columns; the groups' rows keep them.
+        digits: Columns of numbers, and how many digits after the point their :func:`spread` has.
+
+    Returns:
+        Rows of ``by``, of the spreads, and of ``seeds``, the number of rows in the group.
+    """
+    groups: Dict[Tuple[Any, ...], List[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    return [{
+        **dict(zip(by, key)),
+        **{name: spread([row[name] for row in group], count) for name, count in digits.items()},
+        'seeds': len(group),
+    } for key, group in groups.items()]
+
+
+def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A table, with a final newline.
+
+    Args:
+        rows: What a row lacks is an empty cell.
+        columns: Names in the rows, in order, and their headings.
+    """
+    lines = [list(columns.values()), ['---'] * len(columns)]
+    lines += [[_cell(row.get(name, '')) for name in columns] for row in rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace('|', '\\|').replace('\n', ' ')
+
+
+def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Any]:
+    """On what and when, as columns of a row."""
+    device = torch.device(device)
+    on_cpu = f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores'
+    return {
+        'torch': torch.__version__,
+        'device': on_cpu if device.type == 'cpu' else torch.cuda.get_device_name(device),
+        'threads': torch.get_num_threads(),
+        'date': date.today().isoformat(),
+    }

@@ -1,0 +1,97 @@
+"""The data sets by name."""
+import difflib
+from pathlib import Path
+from typing import Callable, Dict, Optional, Tuple, Union
+
+from smpconv_models.digits import SPLIT_SYNONYMS
+
+from . import characters, images, speech
+from .dataset import SequenceDataset
+
+NAMES = (
+    'digits', 'permuted-digits', 'mnist', 'permuted-mnist', 'cifar10', 'characters', 'speech-mfcc', 'speech')
+
+# What opens a data set: from its folder, the split and whether to download.
+_Opener = Callable[[Path, str, bool], SequenceDataset]
+_OPENERS: Dict[str, _Opener] = {
+    'digits': lambda root, split, download: images.open_digits(split, permuted=False),
+    'permuted-digits': lambda root, split, download: images.open_digits(split, permuted=True),
+    'mnist': lambda root, split, download: images.open_mnist(root, split, download, permuted=False),
+    'permuted-mnist': lambda root, split, download: images.open_mnist(root, split, download, permuted=True),
+    'cifar10': images.open_cifar10,
+    'characters': characters.open_characters,
+    'speech-mfcc': speech.open_mfcc,
+    'speech': speech.open_waves,
+}
+_EMBEDDED = ('digits', 'permuted-digits')
+
+# The names that a split goes by.
+_TRAIN, _VALIDATION = SPLIT_SYNONYMS
+_TEST = ('test', 'testing')
+_TWO_PARTS = ('mnist', 'permuted-mnist', 'cifar10')
+
+
+def open_sequences(
+        name: str,
+        root: Union[str, Path, None],
+        split: str,
+        download: bool = False,
+) -> SequenceDataset:
+    """Opens a split of a data set of sequences.
+
+    ==================  ============  =======  ===================================================================
+    name                shape         classes  splits
+    ==================  ============  =======  ===================================================================
+    'digits'            (1, 64)       10       train, validation; scikit-learn's, row by row
+    'permuted-digits'   (1, 64)       10       likewise, the steps in one fixed random order
+    'mnist'             (1, 784)      10       train, test; the images row by row
+    'permuted-mnist'    (1, 784)      10       likewise, the steps in one fixed random order
+    'cifar10'           (3, 1024)     10       train, test; the images row by row
+    'characters'        (3, 182)      20       train, validation, test; pen velocities and force
+    'speech-mfcc'       (20, 161)     10       train, validation, test; cepstral coefficients of spoken words
+    'speech'            (1, 16000)    10       train, validation, test; one second at 16 kHz
+    ==================  ============  =======  ===================================================================
+
+    MNIST and CIFAR10 have two parts: there the names of the validation split mean the test images, as they do in timm.
+
+    Args:
+        name: One of :data:`NAMES`.
+        root: The folder that holds the files, or will; what is made of them is kept there too. None will do for the
+            digits, which come with scikit-learn.
+        split: 'train', 'validation' or 'test', or a synonym that timm knows.
+        download: Whether to download what is missing. One process of a machine does, the others wait for it.
+
+    Returns:
+        The data set, normalised by its own training split, images by fixed numbers.
+
+    Raises:
+        ValueError: An unknown name or split; files are missing, damaged, or can't be downloaded or written.
+    """
+    if name not in NAMES:
+        nearest = difflib.get_close_matches(str(name), NAMES, n=1)
+        hint = f'; did you mean {nearest[0]}?' if nearest else ''
+        raise ValueError(f'sequences are one of {NAMES}, got {name!r}{hint}')
+    splits = _splits(name)
+    part = next((part for part, synonyms in splits.items() if split in synonyms), None)
+    if part is None:
+        known = tuple(synonym for synonyms in splits.values() for synonym in synonyms)
+        raise ValueError(f'split of {name} must be one of {known}, got {split!r}')
+    folder = Path() if name in _EMBEDDED else _folder(name, root)
+    return _OPENERS[name](folder, part, download)
+
+
+def _splits(name: str) -> Dict[str, Tuple[str, ...]]:
+    if name in _EMBEDDED:
+        return {'train': _TRAIN, 'validation': _VALIDATION}
+    if name in _TWO_PARTS:
+        return {'train': _TRAIN, 'test': _TEST + _VALIDATION}
+    return {'train': _TRAIN, 'validation': _VALIDATION, 'test': _TEST}
+
+
+def _folder(name: str, root: Optional[Union[str, Path]]) -> Path:
+    if root is None or not str(root):
+        raise ValueError(f'{name} needs a folder that holds its files, or will: got {root!r}')
+    folder = Path(root).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'{name} needs a folder that holds its files, got a file: {folder}')
+    return folder

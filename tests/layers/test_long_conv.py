@@ -1,0 +1,143 @@
+"""Causal and same convolutions with long kernels: their meaning, by FFT as directly, in every dtype and mode."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smpconv_models.layers import CausalConv1d, SameConv2d, causal_conv1d, long_conv, same_conv2d
+
+LENGTHS = [(60, 60), (61, 7), (5, 30), (1, 1), (17, 2), (64, 33)]
+SIZES = [((8, 9), (33, 33)), ((32, 20), (9, 33)), ((12, 7), (3, 3)), ((5, 5), (1, 1)), ((1, 40), (5, 5))]
+
+
+def loop_causal(x, weight):
+    """Equation 3 cut off at the present, element by element."""
+    batch, channels, length = x.shape
+    out, _, k = weight.shape
+    y = torch.zeros(batch, out, length, dtype=torch.float64)
+    for n in range(batch):
+        for o in range(out):
+            for t in range(length):
+                y[n, o, t] = sum(
+                    weight[o, c, k - 1 - s] * x[n, c, t - s] for c in range(channels) for s in range(min(k, t + 1)))
+    return y
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft'])
+@pytest.mark.parametrize(('length', 'k'), [(7, 7), (6, 3), (3, 8)])
+def test_causal_equals_scalar_loops(length, k, method):
+    x, weight = torch.randn(2, 3, length, dtype=torch.float64), torch.randn(2, 3, k, dtype=torch.float64)
+    torch.testing.assert_close(causal_conv1d(x, weight, method=method), loop_causal(x, weight), rtol=0, atol=1e-13)
+
+
+def both(function, x, weight, bias):
+    """Results and gradients, directly and by FFT."""
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    results = []
+    for method in ('direct', 'fft'):
+        y = function(*leaves, method=method)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    return results
+
+
+@pytest.mark.parametrize(('length', 'k'), LENGTHS)
+def test_causal_by_fft_equals_the_direct_sum(length, k):
+    x, weight = torch.randn(3, 2, length, dtype=torch.float64), torch.randn(4, 2, k, dtype=torch.float64)
+    for direct, fft in zip(*both(causal_conv1d, x, weight, torch.randn(4, dtype=torch.float64))):
+        torch.testing.assert_close(fft, direct, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(('size', 'kernel'), SIZES)
+def test_same_by_fft_equals_the_direct_sum(size, kernel):
+    x, weight = torch.randn(3, 2, *size, dtype=torch.float64), torch.randn(4, 2, *kernel, dtype=torch.float64)
+    for direct, fft in zip(*both(same_conv2d, x, weight, torch.randn(4, dtype=torch.float64))):
+        torch.testing.assert_close(fft, direct, rtol=1e-10, atol=1e-10)
+
+
+def test_the_past_knows_nothing_of_the_future():
+    x = torch.randn(1, 2, 50)
+    later = x.clone()
+    later[..., 30:] += 1
+    weight = torch.randn(3, 2, 50)
+    assert torch.equal(causal_conv1d(x, weight, method='direct')[..., :30],
+                       causal_conv1d(later, weight, method='direct')[..., :30])
+
+
+def test_second_derivatives():
+    x, weight = torch.randn(1, 2, 6, dtype=torch.float64), torch.randn(2, 2, 5, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda *args: causal_conv1d(*args, method='fft'), (x.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_single(dtype):
+    """So it has a rounding error of the output's own and no more."""
+    x, weight = torch.randn(2, 3, 200).to(dtype), torch.randn(4, 3, 200).to(dtype)
+    got = causal_conv1d(x, weight, method='fft')
+    exact = causal_conv1d(x.double(), weight.double(), method='direct')
+    assert got.dtype == dtype
+    error = (got.double() - exact).abs().max() / exact.abs().max()
+    assert error <= max(torch.finfo(dtype).eps / 2, 16 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft'])
+def test_autocast_gives_its_dtype(method):
+    x, weight = torch.randn(2, 3, 64), torch.randn(4, 3, 64)
+    exact = causal_conv1d(x.double(), weight.double(), method='direct')
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        got = causal_conv1d(x, weight, method=method)
+    assert got.dtype == torch.bfloat16
+    tolerance = {'direct': 0.03, 'fft': torch.finfo(torch.bfloat16).eps / 2}[method]
+    assert (got.double() - exact).abs().max() / exact.abs().max() < tolerance
+
+
+def test_batch_of_none():
+    assert causal_conv1d(torch.zeros(0, 2, 40), torch.zeros(3, 2, 40), method='fft').shape == (0, 3, 40)
+
+
+@pytest.mark.parametrize(('function', 'shape', 'kernel'), [
+    (causal_conv1d, (1, 2, 64), (2, 2, 64)), (same_conv2d, (1, 2, 32, 32), (2, 2, 33, 33))])
+def test_auto_takes_what_was_measured(monkeypatch, function, shape, kernel):
+    calls = []
+    monkeypatch.setattr(long_conv, '_fft_conv', lambda x, *rest: calls.append(x.shape) or x)
+    function(torch.zeros(shape), torch.zeros(kernel))
+    assert len(calls) == 1
+    small = (2, 2) + (3,) * (len(kernel) - 2)
+    function(torch.zeros(shape), torch.zeros(small))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize('module', [CausalConv1d(3, 4, 40, bias=True, method='fft'), SameConv2d(3, 4, 9, method='fft')])
+def test_modules_are_their_functions(module):
+    x = torch.randn(2, 3, *[40] * (module.weight.ndim - 2))
+    function = causal_conv1d if module.weight.ndim == 3 else same_conv2d
+    assert torch.equal(module(x), function(x, module.weight, module.bias, 'fft'))
+    assert "method='fft'" in repr(module)
+
+
+def test_same_equals_torch():
+    conv = torch.nn.Conv2d(3, 4, 5, padding='same')
+    ours = SameConv2d(3, 4, 5)
+    ours.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(ours(x), conv(x))
+    assert torch.equal(ours(x), F.conv2d(x, conv.weight, conv.bias, padding=2))
+
+
+@pytest.mark.parametrize('make', [
+    lambda: CausalConv1d(1, 1, 3, method='quick'), lambda: SameConv2d(1, 1, 3, method='quick'),
+    lambda: causal_conv1d(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), method='quick')])
+def test_unknown_methods(make):
+    with pytest.raises(ValueError, match=r"method must be one of .*, got 'quick'"):
+        make()
+
+
+def test_exported_directly():
+    module = CausalConv1d(2, 3, 64)
+    x = torch.randn(1, 2, 64)
+    graph = torch.export.export(module, (x,)).graph_module.code
+    assert 'fft' not in graph and 'conv1d' in graph
+
+
+def test_fx_sees_one_call():
+    graph = torch.fx.symbolic_trace(CausalConv1d(2, 3, 64)).graph
+    assert [node.target for node in graph.nodes if node.op == 'call_function'] == [causal_conv1d]
