@@ -119,9 +119,10 @@ def sample_kernel(
             sample_kernel, (coords, radius, weights), coords, radius, weights, kernel_size, normalize)
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
     query = sampling_grid(kernel_size, device=coords.device, dtype=dtype)
-    if not torch.jit.is_scripting() and blocks.are_many(query, coords):
-        kernel = blocks.interpolate_in_blocks(interpolate, query, coords, radius, weights, normalize)
-        return kernel.unflatten(-1, kernel_size)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles the second condition of an "and")
+        if blocks.are_many(query, coords):
+            kernel = blocks.interpolate_in_blocks(interpolate, query, coords, radius, weights, normalize)
+            return kernel.unflatten(-1, kernel_size)
     kernel = interpolate(query, coords, radius, weights, normalize)
     return kernel.unflatten(-1, kernel_size)
 
@@ -171,8 +172,9 @@ def point_sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -
 
 
 def _sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
-    if not torch.jit.is_scripting() and blocks.are_many(query, coords):
-        return blocks.sum_in_blocks(point_sums, query, coords, radius, normalize)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (as in sample_kernel)
+        if blocks.are_many(query, coords):
+            return blocks.sum_in_blocks(point_sums, query, coords, radius, normalize)
     return point_sums(query, coords, radius, normalize)
 
 

@@ -17,7 +17,7 @@ from smpconv_models.layers import (
     sampling_grid,
     smp_layers,
 )
-from tests.common import randomize_, relative_error
+from common import randomize_, relative_error
 
 LAYERS = {
     '1-D': lambda **kwargs: SMPConv1d(3, 4, 40, num_points=8, **kwargs),

@@ -33,4 +33,31 @@ def test_recipes_are_the_papers(name, model, epochs, drop_path):
 
 def test_every_recipe_is_held():
     assert {path.stem for path in RECIPES.iterdir()} == {
-        'digits', 'imagenet_t', 'imagenet_b', 'imagenet_mobile31', 'imagenet_mobile51'}
+        'digits', 'imagenet_t', 'imagenet_b', 'imagenet_mobile31', 'imagenet_mobile51', 'sequential_digits',
+        'permuted_digits', 'ablation_digits', *(name for name, *_ in SMALL_RECIPES)}
+
+
+# Table 10, and the original release where it says nothing.
+SMALL = dict(
+    opt='adam', weight_decay=1e-5, sched='cosine', min_lr=1e-6, smoothing=0., mixup=0., cutmix=0., clip_grad=None,
+    model_ema=False, drop=None)
+
+
+SMALL_RECIPES = [
+    ('smnist', 'smpconv_smnist', 'seq/mnist', 'test', 1e-4, 200, 5, 64),
+    ('pmnist', 'smpconv_smnist', 'seq/permuted-mnist', 'test', 1e-4, 200, 5, 64),
+    ('scifar10', 'smpconv_scifar10', 'seq/cifar10', 'test', 2e-4, 200, 5, 64),
+    ('characters', 'smpconv_characters', 'seq/characters', 'validation', 1e-4, 300, 5, 64),
+    ('speech_mfcc', 'smpconv_speech_mfcc', 'seq/speech-mfcc', 'validation', 2e-3, 300, 5, 32),
+    ('speech', 'smpconv_speech', 'seq/speech', 'validation', 1e-3, 160, 10, 32),
+    ('cifar10', 'smpconv_cifar', 'torch/cifar10', 'test', 5e-3, 210, 10, 64),
+]
+
+
+@pytest.mark.parametrize('name, model, dataset, split, lr, epochs, warmup, batch_size', SMALL_RECIPES)
+def test_small_recipes_are_the_papers(name, model, dataset, split, lr, epochs, warmup, batch_size):
+    args = config.parse_args(train.create_parser(), ['--config', str(RECIPES / f'{name}.yaml')])
+    expected = dict(
+        SMALL, model=model, dataset=dataset, val_split=split, lr=lr, epochs=epochs, warmup_epochs=warmup,
+        batch_size=batch_size, experiment=name, crop_padding=4 if 'cifar10' in name else None)
+    assert {key: getattr(args, key) for key in expected} == expected

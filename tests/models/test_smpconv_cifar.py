@@ -1,0 +1,159 @@
+"""The network for small images: parity with the original, size, what timm asks of it, what it refuses."""
+import pytest
+import timm
+import torch
+from common import randomize_, relative_error
+
+from smpconv_models import checkpoint
+from smpconv_models.layers import smp_layers
+from smpconv_models.models import SMPResNet
+
+TINY = dict(depths=(1, 1), dims=(6, 12), kernel_size=9, num_points=8)
+
+
+def create(**kwargs):
+    return timm.create_model('smpconv_cifar', **{**TINY, **kwargs})
+
+
+def released(data):
+    return {key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
+
+
+def test_parameters_are_the_papers():
+    model = timm.create_model('smpconv_cifar', device='meta')
+    assert sum(parameter.numel() for parameter in model.parameters()) == 489_646
+    layers = smp_layers(model).values()
+    assert {(layer.kernel_size, layer.coords.shape[1]) for layer in layers} == {(33, 16)}
+    assert model.stages[0][0].drop1.p == 0.1
+
+
+def test_initial_points_are_the_papers():
+    layer = timm.create_model('smpconv_cifar', depths=(1,), dims=(24,)).stem.large.conv
+    assert layer.radius.eq(torch.tensor(0.12)).all() and layer.coords_std == 0.05
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft'])
+def test_logits_equal_the_original(golden, method):
+    data = golden('cifar_tiny')
+    model = create(method=method).eval()
+    checkpoint.load_into(model, {'model': released(data)})
+    with torch.no_grad():
+        assert relative_error(model(data['input']), data['logits']) < 1e-5
+
+
+def test_original_files_load_as_pretrained(golden, tmp_path):
+    """As torch.save wrote them; with other classes the classifier is new and all else is the file's."""
+    data = golden('cifar_tiny')
+    file = tmp_path / 'model.pt'
+    torch.save({'model': released(data), 'optimizer': {}, 'lr_scheduler': {}, 'epoch': 209}, file)
+    model = create(pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
+    with torch.no_grad():
+        assert relative_error(model(data['input']), data['logits']) < 1e-5
+    other = create(pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), num_classes=3)
+    assert torch.equal(other.stages[0][0].conv1.large.conv.coords, model.stages[0][0].conv1.large.conv.coords)
+    assert other(data['input']).shape == (2, 3)
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(depths=(2, 1)), 'tensors missing'), (dict(kernel_size=9, num_points=9), 'of another shape')])
+def test_another_networks_weights_are_refused(golden, changes, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_into(create(**changes), released(golden('cifar_tiny')))
+
+
+def test_weights_that_are_not_finite_are_refused(golden, tmp_path):
+    state_dict = released(golden('cifar_tiny'))
+    state_dict['norm1.weight'][0] = torch.nan
+    torch.save(state_dict, tmp_path / 'nan.pt')
+    with pytest.raises(ValueError, match='not finite: stem.large.norm.weight'):
+        create(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'nan.pt')))
+
+
+def test_blocks_are_divided_into_stages_where_channels_change():
+    """The paper's network: 2, 3 and 2 blocks in one list."""
+    model = timm.create_model('smpconv_cifar', device='meta')
+    names, flat = {}, 0
+    for stage, depth in enumerate((2, 3, 2)):
+        for block in range(depth):
+            names[f'stages.{stage}.{block}.'] = f'blocks.{flat}.'
+            flat += 1
+    state = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        for ours, theirs in (('stem.', 'conv1.'), ('head.fc.', 'out_layer.'), ('.large.conv.coords', '.weight_coord'),
+                             ('.shortcut.', '.shortcut.0.')):
+            key = key.replace(ours, theirs)
+        key = key.replace('.large.conv.weight', '.Kernel.weights').replace('.large.conv.radius', '.Kernel.radius')
+        key = key.replace('.weight_coord', '.Kernel.weight_coord')
+        for number in '12':
+            key = key.replace(f'conv{number}.Kernel', f'cconv{number}.Kernel')
+            key = key.replace(f'conv{number}.small.conv', f'cconv{number}s')
+            key = key.replace(f'conv{number}.large.norm', f'norm{number}').replace(f'conv{number}.small.norm', f'norm{number}s')
+        state[key] = value
+    assert 'blocks.6.cconv2.Kernel.weights' in state and 'cconv1.Kernel.radius' in state
+    assert checkpoint.describe_mismatch(checkpoint.from_release(state), model) is None
+
+
+def test_features():
+    model = create(features_only=True)
+    assert model.feature_info.channels() == [6, 12] and model.feature_info.reduction() == [1, 1]
+    assert [tuple(map_.shape) for map_ in model(torch.zeros(2, 3, 16, 12))] == [(2, 6, 16, 12), (2, 12, 16, 12)]
+    assert create(features_only=True, out_indices=(1,)).feature_info.channels() == [12]
+
+
+def test_reparameterized():
+    model = randomize_(create()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        fused = timm.utils.reparameterize_model(model)
+        assert relative_error(fused(x), expected) < 1e-5
+    assert not smp_layers(fused)
+    assert not [module for module in fused.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
+def test_modes():
+    model = randomize_(create()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    assert relative_error(torch.jit.script(model)(x), expected) < 1e-5
+    assert relative_error(torch.compile(model, fullgraph=True, backend='aot_eager')(x), expected) < 1e-5
+    assert relative_error(torch.export.export(model, (x,)).module()(x), expected) < 1e-5
+    model.set_grad_checkpointing()
+    assert torch.equal(model(x), expected)
+
+
+def test_what_is_not_learned_stays():
+    model = create(learned=('radius',))
+    layer = model.stem.large.conv
+    assert not layer.coords.requires_grad and layer.radius.requires_grad
+    assert create().stem.large.conv.coords.requires_grad
+    assert 'stem.large.conv.coords' in model.state_dict()
+
+
+def test_pooling_and_classifier():
+    model = create(num_classes=0, global_pool='')
+    assert model(torch.zeros(2, 3, 9, 9)).shape == (2, 12, 9, 9)
+    model.reset_classifier(5, 'avg')
+    assert model(torch.zeros(2, 3, 9, 9)).shape == (2, 5) and model.get_classifier().out_features == 5
+
+
+def test_made_on_meta_and_drawn_later():
+    model = SMPResNet(**TINY, device='meta').to_empty(device='cpu')
+    model.init_weights()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert model.stem.large.conv.radius.eq(torch.tensor(4 / 9)).all()
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(depths=(1,)), 'one entry for each stage, got 1 and 2'), (dict(depths=(), dims=()), 'got 0 and 0'),
+    (dict(kernel_size=8), 'odd and positive, got 8'), (dict(small_kernel_size=4), 'odd and positive, got 4'),
+    (dict(small_kernel_size=11), 'must not exceed the large kernel, 9, got 11'),
+    (dict(learned=('weight',)), r"learned must be some of \('coords', 'radius'\), got \('weight',\)"),
+    (dict(learned='coords'), "got 'coords'"), (dict(block_drop_rate=1), r'block_drop_rate must lie in \[0, 1\), got 1'),
+    (dict(num_classes=-2), 'num_classes must be at least 0, got -2'),
+])
+def test_mistakes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        create(**changes)

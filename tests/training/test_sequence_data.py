@@ -1,0 +1,148 @@
+"""Training on sequences: the same program and guarantees, and what doesn't go with them."""
+import signal
+
+import pytest
+import torch
+from launch import differences
+from made import make_mnist
+from test_resume import resumed, signal_at  # noqa: F401 (a fixture)
+from test_run import refused, run
+
+import train
+import validate
+from smpconv_models.models import create_sequence_model
+from smpconv_models.training import config
+from smpconv_models.training.samples import image_name
+from smpconv_models.training.sources import open_dataset
+
+TINY = [
+    '--model', 'smpconv_sdigits', '--model-kwargs', 'depth=1', 'dim=4', 'num_points=5', '--workers', '0', '--dataset',
+    'seq/permuted-digits', '--epochs', '2', '--warmup-epochs', '1', '--batch-size', '64', '--lr', '4e-3', '--opt', 'adam']
+EVERYTHING = [
+    *TINY, '--model-ema', '--model-ema-decay', '0.9', '--clip-grad', '5', '--mixup', '0.2', '--grad-accum-steps', '2',
+    '--recovery-interval', '1000']
+
+
+def parse(*argv):
+    return config.parse_args(train.create_parser(), [str(argument) for argument in argv])
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    """The folder of an unbroken run."""
+    output = tmp_path_factory.mktemp('straight')
+    assert run(train.main, *EVERYTHING, '--output', output, '--experiment', 'run') == 0
+    return output / 'run'
+
+
+def test_a_run_learns_and_leaves_its_results(straight):
+    names = {path.name for path in straight.iterdir()}
+    assert {'summary.csv', 'summary.json', 'summary.png', 'curves.png', 'model_best.pth.tar'} <= names
+    loaded = torch.load(straight / 'last.pth.tar', weights_only=True)
+    radii = [value for key, value in loaded['state_dict'].items() if key.endswith('.radius')]
+    assert radii and all((radius >= 1e-4).all() and (radius <= 1).all() for radius in radii)
+    rates = {group['lr_scale'] for group in loaded['optimizer']['param_groups']}
+    assert rates == {1., 0.1}
+    losses = [row['train_loss'] for row in loaded['progress']['rows']]
+    assert losses[1] < losses[0]
+
+
+def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, signal_at):  # noqa: F811
+    command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
+    signal_at(signal.SIGTERM, 1408 + 720 + 500)
+    assert run(train.main, *command) == 143
+    progress = torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']
+    assert progress['epoch'] == 1 and 0 < progress['step'] < 11
+    assert run(train.main, *command, '--workers', 1) == 0
+    assert resumed(tmp_path / 'run', capsys)
+    assert differences(straight, tmp_path / 'run') == []
+
+
+def test_validate_repeats_the_accuracy(straight, capsys):
+    loaded = torch.load(straight / 'model_best.pth.tar', weights_only=True)
+    assert run(validate.main, '--checkpoint', straight, '--workers', '0') == 0
+    printed = capsys.readouterr().out
+    assert f'top-1 {loaded["metric"]:.2f} %' in printed and 'of 360 images (smpconv_sdigits' in printed
+
+
+def test_initial_checkpoint(straight, tmp_path):
+    assert run(
+        train.main, *TINY, '--output', tmp_path, '--epochs', '1', '--initial-checkpoint',
+        straight / 'last.pth.tar', '--experiment', 'more') == 0
+
+
+def test_files_of_the_original_are_evaluated(tmp_path, capsys):
+    """Their names for a network of ours."""
+    model = create_sequence_model('smpconv_sdigits', depth=2)
+    names = {'conv1.large.conv.': 'cconv1.Kernel.', 'conv2.large.conv.': 'cconv2.Kernel.', 'conv1.small.conv': 'cconv1s',
+             'conv2.small.conv': 'cconv2s', 'conv1.large.norm': 'norm1', 'conv2.large.norm': 'norm2',
+             'conv1.small.norm': 'norm1s', 'conv2.small.norm': 'norm2s', 'blocks.': 'backbone.', 'head.': 'finallyr.',
+             'Kernel.weight': 'Kernel.weights', 'Kernel.coords': 'Kernel.weight_coord', 'shortcut.': 'shortcut.0.'}
+    state = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[key] = value.unsqueeze(-1) if key.endswith('.radius') else value
+    torch.save({'model': state, 'epoch': 3}, tmp_path / 'original.pt')
+    assert run(
+        validate.main, '--checkpoint', tmp_path / 'original.pt', '--model', 'smpconv_sdigits', '--model-kwargs', 'depth=2',
+        '--dataset', 'seq/digits', '--workers', '0') == 0
+    assert 'of 360 images (smpconv_sdigits, model)' in capsys.readouterr().out
+
+
+def test_mnist_from_its_files(tmp_path):
+    make_mnist(tmp_path / 'data')
+    kwargs = ['--model-kwargs', 'depth=1', 'dim=4', 'num_points=5']
+    assert run(
+        train.main, '--model', 'smpconv_smnist', *kwargs, '--dataset', 'seq/mnist', '--data-dir', tmp_path / 'data',
+        '--val-split', 'test', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '20', '--crop-padding', '2',
+        '--workers', '0', '--output', tmp_path) == 0
+
+
+def test_crops_are_drawn_of_the_pixels(tmp_path):
+    make_mnist(tmp_path)
+    dataset = open_dataset(parse('--dataset', 'seq/mnist', '--data-dir', tmp_path), 'train', 1, is_training=True)
+    plain = dataset[3][0]
+    from smpconv_models.training import sequence_data
+    sequence_data.augment(parse('--dataset', 'seq/mnist', '--crop-padding', '4', '--hflip', '0'), dataset)
+    torch.manual_seed(0)
+    drawn = [dataset[3][0] for _ in range(8)]
+    assert all(sequence.shape == plain.shape for sequence in drawn)
+    assert len({sequence.sum().item() for sequence in drawn}) > 4
+    assert image_name(dataset, 3) == dataset.name(3)
+
+
+@pytest.mark.parametrize(('argv', 'message'), [
+    (['--model', 'smpconv_nano'], 'needs a network for sequences'),
+    (['--channels-last'], '--channels-last is for images, and seq/permuted-digits has sequences'),
+    (['--cutmix', '1'], '--cutmix is for images'), (['--img-size', '32'], '--img-size is for images'),
+    (['--mean', '0.5'], '--mean is for images'), (['--aa', 'rand-m9'], '--aa is for images'),
+    (['--crop-padding', '2', '--dataset', 'seq/characters'], 'needs a folder'),
+    (['--model', 'smpconv_smnist'], r'made for sequences of (channels, steps) (1, 784)'),
+    (['--in-chans', '3'], 'in_chans=1 sequence_length=64 makes one for them'),
+    (['--dataset', 'seq/digit'], "got 'digit'; did you mean digits?"),
+    (['--dataset', 'digits'], 'smpconv_sdigits is for sequences: expected --dataset seq/NAME'),
+    (['--pretrained'], 'there are no pretrained weights for it'), (['--drop-path', '0.1'], 'drop_path_rate'),
+    (['--val-split', 'nope'], "got 'nope'"), (['--num-classes', '3'], 'has 10 classes, the model 3'),
+    (['--dataset', 'seq/mnist', '--data-dir', '/nowhere', '--model', 'smpconv_smnist'], '--dataset-download'),
+])
+def test_refusals(argv, message, tmp_path, capsys):
+    line = refused(train.main, capsys, *TINY, *argv, '--output', tmp_path)
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sequence_that_is_not_finite_is_named(tmp_path, capsys, monkeypatch):
+    """Before the first step, with nothing written."""
+    from smpconv_models.sequences import images
+    original = images.StoredSequences.__init__
+
+    def damaged(self, what, classes, data, *rest, **kwargs):
+        data = data.float()
+        data[7, 0, 3] = torch.nan
+        original(self, what, classes, data, *rest, **kwargs)
+
+    monkeypatch.setattr(images.StoredSequences, '__init__', damaged)
+    line = refused(train.main, capsys, *TINY, '--output', tmp_path)
+    assert 'NaN or inf in 1 of' in line and '7' in line
+    assert list(tmp_path.iterdir()) == []
