@@ -109,16 +109,36 @@ def _fft_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], left: List[int]
 
 
 def _products(signal: Tensor, kernel: Tensor) -> Tensor:
-    """``(N, C, ...)`` times the conjugate of ``(O, C, ...)`` to ``(N, O, ...)``: a small matrix product a frequency.
+    """``(N, C, ...)`` times the conjugate of ``(O, C, ...)`` to ``(N, O, ...)``: a small matrix product a frequency."""
+    a = signal.flatten(2).permute(2, 0, 1).contiguous()
+    b = kernel.flatten(2).permute(2, 0, 1).contiguous()
+    y: Any = _MatrixProducts.apply(a, b)
+    return y.permute(1, 2, 0).unflatten(-1, signal.shape[2:])
 
-    As products of real matrices: those of complex ones take ten times as long on a CPU.
+
+class _MatrixProducts(torch.autograd.Function):
+    """``a @ b.mH`` of complex batches ``(F, N, C)`` and ``(F, O, C)``.
+
+    PyTorch's own derivative hands conjugate and transposed views on to the product, which then goes through the batch
+    one matrix after the other: 3 to 6 times as slow on a CPU as with copies of them.
     """
-    a = torch.view_as_real(signal.flatten(2)).permute(3, 2, 0, 1).contiguous()
-    b = torch.view_as_real(kernel.flatten(2)).permute(3, 2, 1, 0).contiguous()
-    real = torch.baddbmm(torch.bmm(a[0], b[0]), a[1], b[1])
-    imaginary = torch.baddbmm(torch.bmm(a[1], b[0]), a[0], b[1], alpha=-1)
-    y = torch.stack([real, imaginary], -1).permute(1, 2, 0, 3).contiguous()
-    return torch.view_as_complex(y).unflatten(-1, signal.shape[2:])
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.bmm(a, _adjoint(b))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        of_a = torch.bmm(gradient, b) if ctx.needs_input_grad[0] else None
+        of_b = torch.bmm(_adjoint(gradient), a) if ctx.needs_input_grad[1] else None
+        return of_a, of_b
+
+
+def _adjoint(batch: Tensor) -> Tensor:
+    return batch.mH.resolve_conj().contiguous()
 
 
 def _fast_length(length: int) -> int:
