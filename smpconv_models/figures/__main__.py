@@ -40,10 +40,13 @@ def create_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
-    command = _add(commands, 'kernels', "of layers, a row each: the points with their reaches, then channels' kernels")
+    command = _add(
+        commands, 'kernels', "of layers or filters, a row each: the points with their reaches, then channels' kernels")
     _add_layers(command)
 
-    command = _add(commands, 'stages', 'the absolute kernels of each stage, summed', several=True)
+    command = _add(
+        commands, 'stages', 'the absolute kernels of each stage, or block of a network for sequences, summed',
+        several=True)
     _add_untrained(command)
 
     command = _add(
@@ -90,6 +93,9 @@ def _add_layers(command: argparse.ArgumentParser, most: int = 6) -> None:
     command.add_argument('--max-layers', type=options.count, default=most, metavar='N', help='(default: %(default)s)')
     command.add_argument(
         '--columns', type=options.count, default=6, metavar='N', help='kernels of each (default: %(default)s)')
+    command.add_argument(
+        '--filter', type=options.whole, default=0, metavar='N',
+        help='its number, in networks whose filters have points of their own (default: %(default)s)')
 
 
 def _add_untrained(command: argparse.ArgumentParser) -> None:
@@ -130,7 +136,7 @@ def check_output(args: argparse.Namespace) -> Path:
 
 def draw_kernels(args: argparse.Namespace, path: Path) -> None:
     network, = _inputs.networks(args)
-    figures.save_kernels(path, network.model, args.layer, args.max_layers, args.columns)
+    figures.save_kernels(path, network.model, args.layer, args.max_layers, args.columns, args.filter)
 
 
 def draw_stages(args: argparse.Namespace, path: Path) -> None:
@@ -190,7 +196,8 @@ def draw_animation(args: argparse.Namespace, path: Path) -> None:
     for file in tqdm(files, desc='reading', unit='checkpoint', leave=False, disable=None):
         network = _inputs.from_file(args, file)
         snapshots.append((network.label, figures.choose_layers(network.model, args.layer, args.max_layers)))
-    figures.save_animation(path, snapshots, args.columns, args.fps, animation.FORMATS[Path(args.output).suffix.lower()])
+    format = animation.FORMATS[Path(args.output).suffix.lower()]
+    figures.save_animation(path, snapshots, args.columns, args.fps, format, args.filter)
 
 
 DRAW = {

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform, get_img_extensions
 from timm.utils import reparameterize_model
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from smpconv_models import checkpoint
 from smpconv_models.models import identify
@@ -86,7 +87,7 @@ def settle_norms(model: Any, images: Tensor) -> None:
     Those of a new network (mean 0, variance 1) let the maps of large kernels vanish beside what bypasses them, which no
     network in training does.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.
@@ -183,16 +184,21 @@ def images(args: Namespace, network: Network) -> Images:
     """At most ``--num-images`` of those named, evenly over all, made ready as for the network's evaluation.
 
     Raises:
-        ValueError: There are none, or one can't be read.
+        ValueError: There are none, or one can't be read; the network takes sequences.
     """
     model: Any = network.model
+    steps = getattr(model, 'sequence_length', None)
+    if steps is not None:
+        raise ValueError(
+            f'{args.command} is for networks of images, and {network.label} takes sequences of {steps} steps: expected '
+            'kernels, stages or animation')
     if model.in_chans not in (1, 3):
         raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {model.in_chans}')
     trained = checkpoint.run_arguments(network.loaded)
     options = {key: trained.get(key) for key in _PREPARATION}
     if args.img_size is not None:
         options.update(img_size=args.img_size, input_size=None)
-    config = data_config(Namespace(**options), model)
+    config = data_config(Namespace(dataset=None, **options), model)
     transform = create_transform(
         config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])

@@ -1,19 +1,21 @@
 """Moving pictures of points: how they go, weigh and reach over the checkpoints of a training run."""
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from smpconv_models.layers import SMPDepthwiseConv2d
+from smpconv_models.layers import SMPLayer
 
-from .kernels import draw_kernel, draw_points, point_weights, short_name
+from .kernels import choose_span, draw_rows, figure_size, limits_of, name_columns, views_of
+from .views import View, view_of
 
-Layers = Mapping[str, SMPDepthwiseConv2d]
+Layers = Mapping[str, SMPLayer]
+Views = Mapping[str, View]
 # Pillow's formats by how a file's name ends.
 FORMATS = {'.gif': 'GIF', '.png': 'PNG', '.apng': 'PNG'}
 _LAST_SECONDS = 2.
@@ -31,11 +33,12 @@ def save_animation(
         columns: int = 5,
         fps: float = 5.,
         format: Optional[str] = None,
+        filter: int = 0,
 ) -> None:
     """An animated GIF or PNG with a frame for each snapshot: layers' points with their reaches, and kernels.
 
-    A row is a layer, as in :func:`save_kernels`; a kernel's colours mean the same in all frames. The last one stays
-    longer.
+    A row is a layer or a filter, as in :func:`save_kernels`; a kernel's colours mean the same in all frames, and of
+    long kernels over time all show the same stretch. The last one stays longer.
 
     Args:
         path: Where to.
@@ -44,9 +47,10 @@ def save_animation(
         columns: Kernels shown of each layer.
         fps: Frames in a second.
         format: 'GIF' or 'PNG', else by how the path ends: .gif, .png, .apng.
+        filter: Number of the filter, in layers whose filters have points of their own.
 
     Raises:
-        ValueError: Fewer than two snapshots, snapshots of different layers, another format or rate.
+        ValueError: Fewer than two snapshots, snapshots of different layers, another format or rate; no such filter.
     """
     format = format or FORMATS.get(Path(path).suffix.lower())
     if format not in FORMATS.values():
@@ -54,11 +58,14 @@ def save_animation(
     if not 0.1 <= fps <= 50:  # a GIF counts 16 bits of 10 ms
         raise ValueError(f'fps must lie in [0.1, 50], got {fps}')
     _check(snapshots)
-    columns = min(columns, max(layer.channels for layer in snapshots[0][1].values()))
-    scales = {name: _scale([layers[name] for _, layers in snapshots], columns) for name in snapshots[0][1]}
+    first = views_of(snapshots[0][1], filter)
+    columns = min(columns, max(len(view.weights) for view in first.values()))
+    spans = {name: choose_span([view_of(layers[name], filter) for _, layers in snapshots]) for name in first}
+    scales = {name: _scale([layers[name] for _, layers in snapshots], filter, spans[name], columns) for name in spans}
     frames = []
     for title, layers in tqdm(snapshots, desc='drawing', unit='frame', leave=False, disable=None):
-        frames.append(_rendered(draw_frame(title, layers, scales, columns)))
+        views = {name: replace(view, span=spans[name]) for name, view in views_of(layers, filter).items()}
+        frames.append(_rendered(draw_frame(title, views, scales, columns)))
     durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * max(_LAST_SECONDS, 1 / fps))]
     frames[0].save(path, format=format, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -75,27 +82,27 @@ def _check(snapshots: Sequence[Tuple[str, Layers]]) -> None:
 
 
 def _described(layers: Layers) -> List[str]:
-    return [f'{name} ({layer.channels}, {layer.kernel_size}x{layer.kernel_size})' for name, layer in layers.items()]
+    views = {name: view_of(layer) for name, layer in layers.items()}
+    return [f'{name} ({len(view.weights)}, {view})' for name, view in views.items()]
 
 
-def _scale(layers: Sequence[SMPDepthwiseConv2d], columns: int) -> _Scale:
-    kernels = torch.stack([layer.kernel()[:columns].detach().abs().amax((1, 2, 3)) for layer in layers])
-    return _Scale(max(float(point_weights(layer).max()) for layer in layers), kernels.amax(0).tolist())
+def _scale(layers: Sequence[SMPLayer], filter: int, span: Optional[Tuple[int, int]], columns: int) -> _Scale:
+    heaviest, limits = 0., []
+    for layer in layers:  # one at a time, as their kernels take memory
+        view = replace(view_of(layer, filter), span=span)
+        heaviest = max(heaviest, float(view.point_weights.max()))
+        limits.append(limits_of(view, columns))
+    return _Scale(heaviest, np.max(limits, 0).tolist())
 
 
-def draw_frame(title: str, layers: Layers, scales: Dict[str, _Scale], columns: int) -> Figure:
+def draw_frame(title: str, views: Views, scales: Mapping[str, _Scale], columns: int) -> Figure:
     """The figure of one frame."""
-    figure = Figure(figsize=(1.4 * (1 + columns) + 0.5, 1.45 * len(layers) + 0.4), layout='constrained')
+    figure = Figure(figsize=figure_size(views.values(), 1 + columns, 0.4), layout='constrained')
     figure.suptitle(title, fontsize=10, parse_math=False)
-    grid = figure.subplots(len(layers), 1 + columns, squeeze=False)
-    for row, (name, layer) in zip(grid, layers.items()):
-        draw_points(row[0], layer, heaviest=scales[name].weight)
-        row[0].set_ylabel(short_name(name, layer), fontsize=7)
-        for channel, axes in enumerate(row[1:]):
-            if channel < layer.channels:
-                draw_kernel(axes, layer, channel, with_points=False, limit=scales[name].kernels[channel])
-            else:
-                axes.axis('off')
+    grid = draw_rows(figure, views, columns, scales)
+    first = next(iter(views.values()))
+    if first.filter is not None:
+        name_columns(grid, first)
     return figure
 
 

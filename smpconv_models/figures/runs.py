@@ -1,6 +1,6 @@
 """Pictures of training runs: losses and accuracy, and kernels."""
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, List, Mapping, Sequence, Union
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -8,7 +8,8 @@ from torch import nn
 
 from smpconv_models.layers import smp_layers
 
-from .kernels import draw_kernel, evenly, short_name
+from .kernels import draw_kernels, draw_rows, evenly, name_columns, views_of
+from .views import View, label_of
 
 Row = Dict[str, Any]
 
@@ -26,26 +27,30 @@ def save_run(
         path: Where to.
         rows: An epoch each, with the keys of the run's ``summary.csv``.
         model: Whose kernels to show; without SMP layers there are the curves only.
-        max_layers: Layers shown at most, evenly over the depth.
-        columns: Channels shown of each.
+        max_layers: Layers shown at most, evenly over the depth; of those with points per filter, the first filter.
+        columns: Channels shown of each; over time half as many panels, twice as wide, the first for all points.
     """
-    layers = evenly(list(smp_layers(model).items()), max_layers)
-    height = 3.2 + 1.5 * len(layers)
+    views = views_of(dict(evenly(list(smp_layers(model).items()), max_layers)))
+    height = 3.2 + 1.5 * len(views)
     figure = Figure(figsize=(10, height), layout='constrained')
-    parts: Any = figure.subfigures(2, 1, height_ratios=(3.2, max(1.5 * len(layers), 1e-3)))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3.2, max(1.5 * len(views), 1e-3)))
     curves, kernels = parts
     _draw_curves(curves.subplots(1, 2), rows)
-    if layers:
-        kernels.suptitle('Kernels and their points: the first channels of some layers', fontsize=10)
-        grid = kernels.subplots(len(layers), columns, squeeze=False)
-        for row, (name, layer) in zip(grid, layers):
-            row[0].set_ylabel(short_name(name, layer), fontsize=7)
-            for channel, axes in enumerate(row):
-                if channel < layer.channels:
-                    draw_kernel(axes, layer, channel)
-                else:
-                    axes.axis('off')
+    if views:
+        _draw_kernels(kernels, views, columns)
     figure.savefig(path, dpi=130, format='png')
+
+
+def _draw_kernels(figure: Any, views: Mapping[str, View], columns: int) -> None:
+    first = next(iter(views.values()))
+    whose = 'channels of' if first.filter is None else 'input channels of a filter in'
+    figure.suptitle(f'Kernels and their points: the first {whose} some layers', fontsize=10)
+    if any(view.ndim == 1 for view in views.values()):
+        name_columns(draw_rows(figure, views, max(columns // 2 - 1, 1)), first)  # panels twice as wide
+        return
+    for row, (name, view) in zip(figure.subplots(len(views), columns, squeeze=False), views.items()):
+        row[0].set_ylabel(label_of(name, view), fontsize=7)
+        draw_kernels(row, view, True, [None] * columns)
 
 
 def save_curves(path: Union[str, Path], rows: Sequence[Row]) -> None:

@@ -1,14 +1,18 @@
 """`python -m smpconv_models.figures`, as a user calls it."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
 from common import randomize_
 from PIL import Image
+from safetensors.torch import load_file
 
 from smpconv_models import figures
 from smpconv_models.figures import _inputs
 from smpconv_models.figures.__main__ import create_parser, main
+from smpconv_models.models import create_sequence_model
 from smpconv_models.training import Digits
 
 TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), in_chans=1, num_classes=10)
@@ -62,7 +66,7 @@ def run(tmp_path, monkeypatch):
 
 def test_kernels(run, folder):
     (call,), _ = run('kernels', '--checkpoint', folder, '--layer', LAYER, '--columns', 2)
-    _, model, layers, _, columns = call
+    _, model, layers, _, columns, _ = call
     assert layers == [LAYER] and columns == 2
     expected = tiny(0).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())  # the averaged ones
@@ -219,3 +223,87 @@ def test_nothing_is_swallowed(folder, tmp_path, capsys, argv, told):
     with pytest.raises(SystemExit, match='2'):
         main([*(part.replace('FOLDER', str(folder)) for part in argv), '--output', str(tmp_path / name)])
     assert told in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+SMALL = {
+    'smpconv_cifar': dict(depths=(1, 1), dims=(3, 4), kernel_size=7, num_points=4),
+    'smpconv_sdigits': dict(depth=2, dim=3, num_points=4),
+}
+
+
+def small(name, seed=0):
+    create = create_sequence_model if name == 'smpconv_sdigits' else timm.create_model
+    return randomize_(create(name, **SMALL[name]), seed).eval()
+
+
+@pytest.fixture(params=SMALL)
+def points_per_filter(request, tmp_path_factory):
+    """The name of a network with points for each filter, and the folder of its run."""
+    name, path = request.param, tmp_path_factory.mktemp(request.param)
+    for file, epoch in (('model_best', 3), ('checkpoint-0', 0), ('checkpoint-3', 3)):
+        torch.save({
+            'state_dict': small(name, epoch).state_dict(), 'model_kwargs': SMALL[name], 'epoch': epoch,
+            'args': {'model': name, 'seed': 3},
+        }, path / f'{file}.pth.tar')
+    return name, path
+
+
+def test_networks_with_points_for_each_filter(run, points_per_filter):
+    name, folder = points_per_filter
+    kernels, _ = run('kernels', '--checkpoint', folder, '--filter', 2, '--max-layers', 2)
+    run('stages', '--checkpoint', folder, '--untrained')
+    _, path = run('animation', '--checkpoint', folder, '--max-layers', 2, '--filter', 1, name='out.png')
+    with Image.open(path) as picture:
+        assert picture.n_frames == 2
+    (_, model, *_, filter), (_, sums), (_, snapshots, *_, filter_of_frames) = kernels
+    expected = small(name, 3).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert (filter, filter_of_frames) == (2, 1) and list(sums) == ['untrained', 'epoch 3']
+    assert [title for title, _ in snapshots] == ['epoch 0', 'epoch 3']
+
+
+def test_pictures_of_images_need_a_network_for_images(run, points_per_filter, tmp_path, capsys):
+    name, folder = points_per_filter
+    for command in ('receptive-field', 'heat-map'):
+        argv = command, '--checkpoint', folder, '--images', 'digits', '--num-images', 2, '--img-size', 16
+        if name == 'smpconv_cifar':
+            run(*argv)
+            (tmp_path / 'out.png').unlink()
+        else:
+            line = refused(capsys, tmp_path, *argv, '--output', tmp_path / 'out.png')
+            assert f'{command} is for networks of images, and epoch 3 takes sequences of 64 steps' in line
+
+
+@pytest.mark.parametrize('name, file, options', [
+    ('smpconv_cifar', 'cifar_tiny', ['depths=[1,1]', 'dims=[6,12]', 'num_points=8']),
+    ('smpconv_smnist', 'sequence_tiny', [
+        'sequence_length=60', 'depth=2', 'dim=6', 'num_points=8', 'conv_bias=True', 'in_chans=2', 'num_classes=5']),
+])
+def test_small_networks_of_the_original_release(run, tmp_path, name, file, options):
+    data = load_file(Path(__file__).parents[1] / 'data' / f'{file}.safetensors')
+    weights = {key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
+    torch.save({'model': weights, 'epoch': 5}, tmp_path / 'in.pth')
+    argv = '--checkpoint', tmp_path / 'in.pth', '--model', name, '--model-kwargs', *options
+    run('kernels', *argv, '--max-layers', 1)
+    calls, _ = run('stages', *argv)
+    model = calls[0][1]
+    for layer in figures.choose_layers(model).values():
+        assert any(torch.equal(layer.coords, value) for value in weights.values())
+    assert list(calls[1][1]) == ['epoch 5']
+
+
+def test_a_filter_that_is_not_there_is_one_line(folder, points_per_filter, tmp_path, capsys):
+    _, other = points_per_filter
+    for place, message in ((folder, 'filter must be 0 in a depthwise layer'), (other, 'filter must lie in [0, 2]')):
+        line = refused(
+            capsys, tmp_path, 'kernels', '--checkpoint', place, '--filter', 9, '--output', tmp_path / 'out.png')
+        assert message in line and line.endswith('got 9')
+
+
+def test_norms_of_sequences_are_settled_too():
+    model = create_sequence_model('smpconv_sdigits', depth=1, dim=3, input_drop_rate=0.)
+    sequences = torch.randn(6, 1, 64)
+    _inputs.settle_norms(model, sequences)
+    small_kernel = model.blocks[0].conv1.small
+    x = small_kernel.conv(sequences).detach()
+    torch.testing.assert_close(small_kernel.norm.running_mean, x.mean((0, 2)))

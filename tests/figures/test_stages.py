@@ -8,7 +8,8 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from smpconv_models import SMPConvNet, figures
-from smpconv_models.layers import smp_layers
+from smpconv_models.layers import CausalConv1d, SameConv2d, smp_layers
+from smpconv_models.models import SMPResNet, create_sequence_model
 
 
 @pytest.fixture(scope='module')
@@ -78,3 +79,40 @@ def test_kernels_that_are_not_finite_are_told():
         next(iter(smp_layers(network).values())).weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match='not finite'):
         figures.stage_sums(network)
+
+
+@pytest.mark.parametrize('network, pattern', [
+    (SMPResNet(depths=(1, 2), dims=(3, 4), kernel_size=7, num_points=3), 'stages'),
+    (create_sequence_model('smpconv_sdigits', dim=3, depth=2), 'blocks'),
+], ids=['images', 'sequences'])
+def test_filters_are_summed_by_stage_or_block(network, pattern, tmp_path):
+    """And, re-parameterized, as they are."""
+    randomize_(network.eval())
+    for merged in (network, reparameterize_model(network)):
+        expected, counts = {}, {}
+        large = smp_layers(merged).items() or [
+            (name, module) for name, module in merged.named_modules() if isinstance(module, (CausalConv1d, SameConv2d))]
+        for name, layer in large:
+            if name.startswith(pattern):
+                kernels = layer.kernel() if merged is network else layer.weight
+                place = int(name.split('.')[1])
+                summed = sum(abs(kernel) for filter in kernels.detach().double().numpy() for kernel in filter)
+                expected[place] = expected.get(place, 0) + summed
+                counts[place] = counts.get(place, 0) + 1
+        found = figures.stage_sums(merged)
+        assert {place: each.layers for place, each in found.items()} == counts and len(counts) == 2
+        for place, total in expected.items():
+            np.testing.assert_allclose(found[place].total, total, rtol=1e-12)
+    figures.save_stages(tmp_path / 'stages.png', {'before': network, 'after': merged})
+
+
+def test_images_and_sequences_in_one_picture(network, tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kwargs: drawn.append(self) or save(
+        self, *args, **kwargs))
+    sequences = create_sequence_model('smpconv_sdigits', dim=3, depth=1)
+    figures.save_stages(tmp_path / 'stages.png', {'images': network, 'sequences': sequences})
+    assert [axes.get_title() for axes in drawn[0].axes[:3]] == [
+        'stage 0: 7x7, 1 layer', 'stage 1: 5x5, 2 layers', 'block 0: 64 steps, 2 layers']
+    assert drawn[0].get_supxlabel() == 'steps back (1: the present)' and len(drawn[0].legends[0].get_texts()) == 2
