@@ -250,3 +250,55 @@ def test_mistakes_are_one_line(load, monkeypatch, capsys, arguments, message):
     output = capsys.readouterr()
     assert (exit.value.code, output.out, output.err.count('\n')) == (2, '', 1)
     assert message in output.err
+
+
+# --- the network for CIFAR10 ---
+
+
+TINY_CIFAR = ['--batch-size', '2', '--img-size', '8', '--rounds', '1']
+
+
+def test_networks_for_cifar_are_those_of_the_paper(load):
+    script = load('cifar_step')
+    with torch.device('meta'):
+        counts = {name: script.count(script.make_network(name)) for name in script.NAMES}
+    assert {name: f'{count / 1e6:.2f}M' for name, count in counts.items() if name in script.PAPER} \
+        == {name: paper.parameters for name, paper in script.PAPER.items()}
+
+
+def test_cifar_step_keeps_a_row_and_prints_the_table(load, tmp_path, capsys):
+    names = ['SMPConv', 'plain 3x3', 'deformable 3x3']
+    assert load('cifar_step').main([*TINY_CIFAR, '--results', str(tmp_path), '--networks', *names]) == 0
+    row, = (json.loads(line) for line in (tmp_path / 'cifar_step.jsonl').read_text().splitlines())
+    assert {'date', 'device', 'torch'} <= set(row) and (row['batch'], row['img_size']) == (2, 8)
+    for key in ('seconds', 'evaluation_seconds', 'parameters'):
+        assert list(row[key]) == names and all(value > 0 for value in row[key].values())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith('| SMPConv | 489,646 |') and lines[2].endswith('| 1.00 | 4258.4 | 1.00 |')
+    expected = row['seconds']['deformable 3x3'] / row['seconds']['SMPConv']
+    assert lines[4].split(' | ')[3] == f'{expected:.2f}' and ' | 61.2 | 1.53 | 4390.7 | 1.03 |' in lines[4]
+
+
+def test_a_wrong_network_for_cifar_is_not_timed(load, monkeypatch, tmp_path, capsys):
+    script, right = load('cifar_step'), load('cifar_step').Deformable.forward
+    monkeypatch.setattr(load('measure'), 'interleaved', lambda *args, **kwargs: pytest.fail('it was timed'))
+    monkeypatch.setattr(script.Deformable, 'forward', lambda self, x: 1.0001 * right(self, x))
+    arguments = [*TINY_CIFAR, '--results', str(tmp_path), '--networks']
+    assert script.main([*arguments, 'deformable 3x3']) == 1
+    assert 'error: deformable 3x3 is wrong: relative error 1.0e-04' in capsys.readouterr().err
+    fft = smpconv_models.layers.long_conv._fft_conv
+    monkeypatch.setattr(smpconv_models.layers.long_conv, '_fft_conv', lambda *args: 1.001 * fft(*args))
+    assert script.main([*arguments, 'SMPConv']) == 1
+    assert 'error: SMPConv by fft is wrong' in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['--networks', 'flexible'], "invalid choice: 'flexible'"), (['--device', 'cuda'], 'there is no CUDA device'),
+    (['--rounds', '0'], 'must be above 0'), (['--results', __file__], '--results cannot be written'),
+])
+def test_mistakes_with_cifar_are_one_line(load, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        load('cifar_step').main(arguments)
+    output = capsys.readouterr()
+    assert (exit.value.code, output.out, output.err.count('\n')) == (2, '', 1) and message in output.err

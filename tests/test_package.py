@@ -95,7 +95,7 @@ MAY_IMPORT = {
         'torch', 'timm', 'numpy', 'matplotlib', 'tqdm', 'smpconv_models', LAYERS, *PUBLIC_TRAINING, *EXPERIMENTS),
     'benchmarks': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'torchvision', 'matplotlib',
-        'smpconv_models', CHECKPOINT, DETECTION, *PUBLIC_TRAINING, *BENCHMARKS),
+        'smpconv_models', LAYERS, CHECKPOINT, DETECTION, *PUBLIC_TRAINING, *BENCHMARKS),
 }
 
 

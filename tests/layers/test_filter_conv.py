@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from common import randomize_, relative_error
 from torch import nn
 
 from smpconv_models.layers import (
@@ -17,7 +18,6 @@ from smpconv_models.layers import (
     sampling_grid,
     smp_layers,
 )
-from common import randomize_, relative_error
 
 LAYERS = {
     '1-D': lambda **kwargs: SMPConv1d(3, 4, 40, num_points=8, **kwargs),

@@ -2,11 +2,11 @@
 import pytest
 import timm
 import torch
+from common import randomize_, relative_error
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import blocks, smp_layers
 from smpconv_models.models import SMPSequenceNet, create_sequence_model, list_sequence_models
-from common import randomize_, relative_error
 
 TINY = dict(sequence_length=60, in_chans=2, num_classes=5, depth=2, dim=6, num_points=8)
 GOLDEN = {'sequence_tiny': True, 'sequence_tiny_nofft': False}

@@ -17,7 +17,8 @@ from smpconv_models.training.sources import open_dataset
 
 TINY = [
     '--model', 'smpconv_sdigits', '--model-kwargs', 'depth=1', 'dim=4', 'num_points=5', '--workers', '0', '--dataset',
-    'seq/permuted-digits', '--epochs', '2', '--warmup-epochs', '1', '--batch-size', '64', '--lr', '4e-3', '--opt', 'adam']
+    'seq/permuted-digits', '--epochs', '2', '--warmup-epochs', '1', '--batch-size', '64', '--lr', '4e-3', '--opt',
+    'adam']
 EVERYTHING = [
     *TINY, '--model-ema', '--model-ema-decay', '0.9', '--clip-grad', '5', '--mixup', '0.2', '--grad-accum-steps', '2',
     '--recovery-interval', '1000']
@@ -74,8 +75,8 @@ def test_initial_checkpoint(straight, tmp_path):
 def test_files_of_the_original_are_evaluated(tmp_path, capsys):
     """Their names for a network of ours."""
     model = create_sequence_model('smpconv_sdigits', depth=2)
-    names = {'conv1.large.conv.': 'cconv1.Kernel.', 'conv2.large.conv.': 'cconv2.Kernel.', 'conv1.small.conv': 'cconv1s',
-             'conv2.small.conv': 'cconv2s', 'conv1.large.norm': 'norm1', 'conv2.large.norm': 'norm2',
+    names = {'conv1.large.conv.': 'cconv1.Kernel.', 'conv2.large.conv.': 'cconv2.Kernel.',
+             'conv1.small.conv': 'cconv1s', 'conv2.small.conv': 'cconv2s', 'conv1.large.norm': 'norm1', 'conv2.large.norm': 'norm2',
              'conv1.small.norm': 'norm1s', 'conv2.small.norm': 'norm2s', 'blocks.': 'backbone.', 'head.': 'finallyr.',
              'Kernel.weight': 'Kernel.weights', 'Kernel.coords': 'Kernel.weight_coord', 'shortcut.': 'shortcut.0.'}
     state = {}
@@ -85,8 +86,8 @@ def test_files_of_the_original_are_evaluated(tmp_path, capsys):
         state[key] = value.unsqueeze(-1) if key.endswith('.radius') else value
     torch.save({'model': state, 'epoch': 3}, tmp_path / 'original.pt')
     assert run(
-        validate.main, '--checkpoint', tmp_path / 'original.pt', '--model', 'smpconv_sdigits', '--model-kwargs', 'depth=2',
-        '--dataset', 'seq/digits', '--workers', '0') == 0
+        validate.main, '--checkpoint', tmp_path / 'original.pt', '--model', 'smpconv_sdigits', '--model-kwargs',
+        'depth=2', '--dataset', 'seq/digits', '--workers', '0') == 0
     assert 'of 360 images (smpconv_sdigits, model)' in capsys.readouterr().out
 
 

@@ -1,0 +1,367 @@
+#!/usr/bin/env python3
+"""Tables 6 to 9 of the paper, its ablations on CIFAR10, on images that every machine has: scikit-learn's digits.
+
+    python experiments/ablations.py                         all four tables, three seeds, some minutes on a CPU
+    python experiments/ablations.py --tables 6 --seeds 5    one of them, with more seeds
+    python experiments/ablations.py --config recipes/cifar10.yaml --data-dir DATA --dataset-download --workers 4
+                                                            the paper's own setting; days on one GPU
+
+    6   which of radii and coordinates are trained
+    7   the standard deviation of the points' first places
+    8   the first radius: the paper's 4 / k and 1.5, 2 and 2.5 times that
+    9   the number of points
+
+What a table varies is set here, all else by --config; other options than those below are train.py's, as each setting is
+trained by it, once for each seed. Runs keep their folders under --runs: the same command finds those that are finished,
+and goes on with the one that was stopped.
+
+The score is top-1 on the images that are not trained on, after the last epoch: the best of all epochs, chosen by the
+same images, would be too high by as much as they fluctuate. The paper's figures are of the best epoch.
+
+Writes ablations.csv (a row for each table, setting and seed), .md (means and standard deviations over the seeds, with
+the paper's figures) and .png to OUTPUT.
+
+Exit codes: 0 done, 1 a run failed, 2 wrong arguments or a folder that cannot be written; stopped: 130 by Ctrl-C, 143 by
+SIGTERM, 138 by SIGUSR1.
+"""
+import argparse
+import logging
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'ablations.py: interrupted\n'), os._exit(130)))
+
+# Threads that spin while they wait made a step ten times slower beside other work on the same two cores.
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+
+import tables
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import smpconv_models  # noqa: F401 (registers the models with timm)
+from smpconv_models.training import Stopped, config, explain, options, set_up, train
+
+FILES = ('ablations.csv', 'ablations.md', 'ablations.png')
+CONFIG = str(Path(__file__).parents[1] / 'recipes' / 'ablation_digits.yaml')
+PAPER_KERNEL = 33
+
+Kwargs = Dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """A column of one of the paper's tables.
+
+    Attributes:
+        name: In the table.
+        varied: What it changes of ``BASE``; ``radius_factor`` is of the base's radius.
+        paper_top1: On CIFAR10.
+        paper_parameters: Where the table has them.
+    """
+    name: str
+    varied: Kwargs
+    paper_top1: float
+    paper_parameters: str = ''
+
+
+# What all tables have in common: the paper's SMPConv.
+BASE: Kwargs = {'learned': ['coords', 'radius'], 'coords_std': 0.05, 'radius_factor': 1., 'num_points': 16}
+
+TITLES = {6: 'what is trained', 7: 'spread of the first places', 8: 'first radius', 9: 'number of points'}
+
+SETTINGS: Dict[int, Tuple[Setting, ...]] = {
+    6: (
+        Setting('A: neither', {'learned': []}, 90.92),
+        Setting('B: radius', {'learned': ['radius']}, 91.35),
+        Setting('C: coordinates', {'learned': ['coords']}, 92.47),
+        Setting('SMPConv: both', {}, 93.00),
+    ),
+    7: tuple(
+        Setting(f'std {std}', {'coords_std': std}, top1)
+        for std, top1 in ((0.05, 93.00), (0.2, 92.24), (0.3, 91.84), (0.5, 91.51))),
+    8: tuple(
+        Setting(f'{factor:g} x 4/k', {'radius_factor': factor}, top1)
+        for factor, top1 in ((1., 93.00), (1.5, 92.36), (2., 92.06), (2.5, 91.76))),
+    9: tuple(
+        Setting(f'{points} points', {'num_points': points}, top1, parameters)
+        for points, top1, parameters in (
+            (4, 92.56, '250k'), (8, 92.28, '330k'), (16, 93.00, '490k'), (32, 92.84, '809k'), (64, 92.21, '1447k'))),
+}
+
+
+# --- runs ---
+
+
+def model_kwargs(varied: Kwargs, kernel_size: int) -> Kwargs:
+    """A setting's arguments of the model's constructor, all of them, so that settings that are one are equal.
+
+    The radius is rounded as the paper's: 0.12, 0.18, 0.24 and 0.30 for kernels of 33x33.
+    """
+    kwargs = {**BASE, **varied}
+    kwargs['init_radius'] = round(kwargs.pop('radius_factor') * round(4 / kernel_size, 2), 2)
+    return kwargs
+
+
+def name_of(kwargs: Kwargs) -> str:
+    """Of the folder of its runs."""
+    learned = '+'.join(kwargs['learned']) or 'neither'
+    return f'{learned}_std{kwargs["coords_std"]}_radius{kwargs["init_radius"]}_points{kwargs["num_points"]}'
+
+
+class RunFailedError(Exception):
+    """A run did not come to its end, and not by our fault."""
+
+
+class Result(NamedTuple):
+    """Of one run, after the last epoch."""
+    top1: float
+    loss: float
+    best_top1: float
+    parameters: int
+
+
+def training_args(args: argparse.Namespace) -> argparse.Namespace:
+    """What ``train.py`` would make of the recipe and of the options that are not ours.
+
+    Raises:
+        ValueError: They are wrong, or decide what the tables do.
+    """
+    parser = config.Parser(prog='ablations.py', add_help=False, allow_abbrev=False)
+    parser.add_argument('--config')
+    options.add_data_options(parser)
+    options.add_model_options(parser)
+    options.add_device_options(parser)
+    options.add_training_options(parser)
+    options.add_debug_option(parser)
+    given = config.parse_args(parser, ['--config', args.config, *args.others])
+    for text in args.others:
+        if text.split('=')[0] in ('--seed', '--experiment', '--model'):
+            raise ValueError(f'{text.split("=")[0]} is decided here; the recipe has the model, --seeds counts from 0')
+    if given.model != 'smpconv_cifar':
+        raise ValueError(f'the tables are of the model smpconv_cifar, got {given.model} of {args.config}')
+    if fixed := {'init_radius', *BASE} & set(given.model_kwargs):
+        raise ValueError(f'the tables decide {", ".join(sorted(fixed))}: not for model_kwargs')
+    given.device = given.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    return given
+
+
+def run_one(base: argparse.Namespace, kwargs: Kwargs, seed: int, folder: Path) -> Result:
+    """Trains, from wherever the run is; not at all where it is finished."""
+    args = argparse.Namespace(**{
+        **vars(base), 'model_kwargs': {**base.model_kwargs, **kwargs}, 'seed': seed, 'output': str(folder),
+        'experiment': f'{name_of(kwargs)}_seed{seed}'})
+    run = set_up(args)
+    try:
+        done = train(run)
+    except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        line = explain(error, args, run.world)
+        if line is None:
+            raise
+        raise RunFailedError(f'{args.experiment}: {line}') from error
+    finally:
+        run.close()
+    row = run.progress.rows[-1]
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    return Result(done['top1'], row.get('ema_loss', row['eval_loss']), done['best_top1'], parameters)
+
+
+Results = Dict[Tuple[str, int], Result]
+
+
+def run_all(args: argparse.Namespace, base: argparse.Namespace) -> Results:
+    """By the setting's name and the seed; what tables share is trained once.
+
+    All settings of a seed before the next seed: a series that is stopped then has whole tables of fewer seeds.
+    """
+    chosen = [setting for table in args.tables for setting in SETTINGS[table]]
+    distinct = {name_of(kwargs): kwargs for kwargs in (kwargs_of(setting, base) for setting in chosen)}
+    pairs = [(name, seed) for seed in range(args.seeds) for name in distinct]
+    results = {}
+    with tqdm(pairs, desc='runs', unit='run', disable=None) as bar:
+        for name, seed in bar:
+            bar.set_postfix_str(f'{name}, seed {seed}')
+            results[name, seed] = run_one(base, distinct[name], seed, Path(args.runs))
+    return results
+
+
+def kwargs_of(setting: Setting, base: argparse.Namespace) -> Kwargs:
+    """Of the model, with the kernels of this recipe."""
+    return model_kwargs(setting.varied, base.model_kwargs.get('kernel_size', PAPER_KERNEL))
+
+
+# --- what is written ---
+
+
+def rows_of(results: Results, args: argparse.Namespace, base: argparse.Namespace) -> List[Dict[str, Any]]:
+    rows = []
+    for table in args.tables:
+        for setting in SETTINGS[table]:
+            kwargs = kwargs_of(setting, base)
+            for seed in range(args.seeds):
+                done = results[name_of(kwargs), seed]
+                rows.append({
+                    'table': table, 'setting': setting.name, 'seed': seed, **done._asdict(),
+                    'paper_top1': setting.paper_top1, 'paper_parameters': setting.paper_parameters,
+                    **kwargs, 'learned': '+'.join(kwargs['learned']), 'epochs': base.epochs,
+                    'dataset': base.dataset or base.data_dir, **tables.environment(base.device),
+                })
+    return rows
+
+
+COLUMNS = {'setting': 'setting', 'top1': 'top-1 (%)', 'loss': 'loss', 'paper_top1': 'the paper: top-1 on CIFAR10 (%)'}
+COUNTS = {'parameters': 'parameters', 'paper_parameters': "the paper's parameters"}
+
+
+def table_text(rows: Sequence[Dict[str, Any]], table: int) -> str:
+    of_table = [row for row in rows if row['table'] == table]
+    summary = tables.summarize(
+        of_table, ('setting', 'paper_top1', 'paper_parameters', 'parameters', 'init_radius'), {'top1': 2, 'loss': 4})
+    for row in summary:
+        row.update(paper_top1=f'{row["paper_top1"]:.2f}', parameters=f'{row["parameters"]:,}')
+        if table == 8:
+            row['setting'] += f' = {row["init_radius"]}'
+    return tables.markdown(summary, {**COLUMNS, **(COUNTS if table == 9 else {})})
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What repeats the numbers; where they are written doesn't matter."""
+    recipe = Path(args.config)
+    recipe = Path('recipes') / recipe.name if recipe == Path(CONFIG) else recipe
+    given = ['--config', str(recipe), '--tables', *map(str, args.tables), '--seeds', str(args.seeds), *args.others]
+    return f'python experiments/ablations.py {shlex.join(given)}'
+
+
+def report(rows: List[Dict[str, Any]], args: argparse.Namespace, base: argparse.Namespace) -> str:
+    """The Markdown file."""
+    where = rows[0]
+    model = ', '.join(f'{key} {value}' for key, value in base.model_kwargs.items()) or "the paper's"
+    parts = [f'## Table {table}: {TITLES[table]}\n\n{table_text(rows, table)}' for table in args.tables]
+    return f"""# What is learned, and where points start: tables 6 to 9
+
+The ablations of section 4.4, here on `{where['dataset']}`: smpconv_cifar ({model}),
+{base.opt} at a rate of {base.lr:g}, batches of {base.batch_size}, {base.epochs} epochs. Top-1 and mean cross-entropy on
+the images that are not trained on, after the last epoch; mean ± standard deviation over {args.seeds} seeds, which draw
+points, weights, augmentation and order. The paper's figures are of CIFAR10, 210 epochs, the best epoch on the test
+images: their height is not to be compared with ours, their order is. Where settings differ by less than their
+deviations, nothing follows.
+
+Each setting differs in one thing from SMPConv: radii and coordinates trained, standard deviation of the first places
+0.05 (of a kernel that reaches from -1 to 1), first radius 4/k, 16 points. SMPConv itself is in each table, trained
+once.
+
+{chr(10).join(parts)}
+![Top-1 of each setting, here and in the paper](ablations.png)
+
+Each seed is a row of [ablations.csv](ablations.csv), with the best epoch's top-1 beside the last's. Written on
+{where['date']}, {where['device']}, threads: {where['threads']}, torch {where['torch']}, by
+
+    {command_of(args)}
+"""
+
+
+def save_picture(path: Path, rows: List[Dict[str, Any]], numbers: Sequence[int], dataset: str) -> None:
+    """A panel for each table: ours with deviations on the left axis, the paper's on the right."""
+    height = 4.2 * ((len(numbers) + 1) // 2)
+    figure = Figure(figsize=(12, height) if len(numbers) > 1 else (7, height), layout='constrained')
+    panels = figure.subplots(-(-len(numbers) // 2), min(2, len(numbers)), squeeze=False).flat
+    for axes, table in zip(panels, numbers):
+        draw_table(axes, [row for row in rows if row['table'] == table], table, dataset)
+    for axes in list(panels)[len(numbers):]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=100, format='png')
+
+
+def draw_table(axes: Axes, rows: List[Dict[str, Any]], table: int, dataset: str) -> None:
+    names = list(dict.fromkeys(row['setting'] for row in rows))
+    by_name = [[row['top1'] for row in rows if row['setting'] == name] for name in names]
+    means, deviations = zip(*map(tables.mean_std, by_name))
+    paper = [next(row['paper_top1'] for row in rows if row['setting'] == name) for name in names]
+    left, right = [x - 0.1 for x in range(len(names))], [x + 0.1 for x in range(len(names))]
+    for x, values in zip(left, by_name):
+        axes.plot([x] * len(values), values, '_', color='tab:blue', alpha=0.5, markersize=9)
+    has_spread = len(by_name[0]) > 1
+    ours = axes.errorbar(
+        left, means, deviations if has_spread else None, fmt='o', color='tab:blue', capsize=4,
+        label=f'here, {dataset}: mean ± deviation; each seed')
+    other = axes.twinx()
+    theirs, = other.plot(right, paper, 'D', color='tab:red', markerfacecolor='none', label='the paper, CIFAR10')
+    axes.set(title=f'Table {table}: {TITLES[table]}', xticks=range(len(names)), xticklabels=names,
+             xlim=(-0.5, len(names) - 0.5))
+    axes.set_ylabel('top-1 here (%)', color='tab:blue')
+    other.set_ylabel("the paper's top-1 (%)", color='tab:red')
+    for side in (axes, other):
+        side.margins(y=0.15)
+    axes.grid(axis='y', alpha=0.25)
+    axes.legend(handles=[ours, theirs], loc='upper center', bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+
+
+# --- the command ---
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
+    return value
+
+
+positive.__name__ = 'whole number'
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = config.Parser(
+        prog='ablations.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    parser.add_argument(
+        '--tables', nargs='+', type=int, choices=tuple(SETTINGS), default=list(SETTINGS), metavar='N',
+        help='of the paper (default: 6 7 8 9)')
+    parser.add_argument('--seeds', type=positive, default=3, metavar='N', help='from 0 on (default: %(default)s)')
+    parser.add_argument('--output', default='docs', metavar='DIR', help='of tables and picture (default: %(default)s)')
+    parser.add_argument('--runs', default='output/ablations', metavar='DIR', help='(default: %(default)s)')
+    parser.add_argument(
+        '-c', '--config', default=CONFIG, metavar='FILE', help="recipe (default: recipes/ablation_digits.yaml's)")
+    return parser
+
+
+def run(args: argparse.Namespace, base: argparse.Namespace) -> None:
+    """Trains, writes, prints."""
+    table, text, picture = (Path(args.output) / name for name in FILES)
+    tables.check_writable([table, text, picture, Path(args.runs) / 'run'])
+    rows = rows_of(run_all(args, base), args, base)
+    with tables.replacing(picture) as temporary:
+        save_picture(temporary, rows, args.tables, rows[0]['dataset'])
+    tables.write_text(text, report(rows, args, base))
+    tables.write_csv(table, rows)
+    for number in args.tables:
+        print(f'table {number}: {TITLES[number]}\n{table_text(rows, number)}')
+    print(f'{picture}, {text.name} and {table.name}; the runs are in {args.runs}')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr)
+    parser = create_parser()
+    args, others = parser.parse_known_args(argv)
+    args.others, args.tables = others, sorted(set(args.tables))
+    stopped = f'what was done is in {args.runs}, and the same command goes on'
+    try:
+        run(args, training_args(args))
+    except KeyboardInterrupt:
+        parser.exit(130, f'{parser.prog}: interrupted; {stopped}\n')
+    except Stopped as stop:
+        parser.exit(stop.exit_code, f'{parser.prog}: {stop}; {stopped}\n')
+    except RunFailedError as error:
+        parser.exit(1, f'{parser.prog}: error: {error}\n')
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())
