@@ -17,8 +17,20 @@ from tqdm import tqdm
 
 from .checkpoint import check_file, first_line
 
-# Model -> file.
-FILES = {'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V', 'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9'}
+# Model -> file, of images and of sequences; of permuted MNIST under a name of its own.
+FILES = {
+    'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V',
+    'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9',
+    'smpconv_cifar': '1aKwORBf-lplfdwB8WEcBRRAL7IA4ejth',
+}
+SEQUENCE_FILES = {
+    'smpconv_smnist': '164qRzZs1kvuoOr34FLukGIQAI7PAYWUf',
+    'smpconv_pmnist': '1no63cSqPgSJIkW8-iSvrAA1pFlurOKsh',
+    'smpconv_scifar10': '1ilu1Oo74B4bC8cjkoIavPqJmEK34PhYg',
+    'smpconv_characters': '1Jxy00LiTdjTXa-kYH7cJYX2s1A2yJSPK',
+    'smpconv_speech_mfcc': '1AKmeyBDkv0v5qk8GF4vkecY6PgR2JpGP',
+    'smpconv_speech': '15OWR-ZZIVu12pTtdCU1Dyv87yxwIhRlu',
+}
 _ADDRESS = 'https://drive.usercontent.google.com/download'
 _TIMEOUT = 30.  # seconds without a byte
 _BLOCK = 1 << 18
@@ -30,7 +42,7 @@ def download(model: str, path: Union[str, Path]) -> Path:
     The release names no checksums; those in the file itself, of each part, are checked.
 
     Args:
-        model: One of :data:`FILES`.
+        model: One of :data:`FILES` or :data:`SEQUENCE_FILES`.
         path: Where to; until it is whole, under this name with ``.part`` after it.
 
     Returns:
@@ -39,8 +51,9 @@ def download(model: str, path: Union[str, Path]) -> Path:
     Raises:
         ValueError: The release has no such model, the file can't be downloaded, or is no checkpoint.
     """
-    if model not in FILES:
-        raise ValueError(f'the original release has the weights of {sorted(FILES)}, not of {model}')
+    files = {**FILES, **SEQUENCE_FILES}
+    if model not in files:
+        raise ValueError(f'the original release has the weights of {sorted(files)}, not of {model}')
     path = Path(path)
     if path.exists():
         return path
@@ -49,7 +62,7 @@ def download(model: str, path: Union[str, Path]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(path.with_name(f'{path.name}.lock')):  # every process of a training run comes here
             if not path.exists():
-                _fetch(FILES[model], part)
+                _fetch(files[model], part)
                 _take(part, path)
     except (HTTPException, OSError) as error:
         kept = f'; what there is of it is kept in {part}' if part.exists() else ''

@@ -118,7 +118,7 @@ def _create(name: str, kwargs: Dict[str, Any]) -> Any:
     known = timm.list_models('smpconv*')
     if name not in known:
         raise ValueError(f'expected one of {known}, got {name!r}')
-    check_arguments(kwargs)
+    check_arguments(name, kwargs)
     cfg: Any = timm.get_pretrained_cfg(name)
     try:
         return timm.create_model(

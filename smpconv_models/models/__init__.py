@@ -1,7 +1,8 @@
 """timm model families; importing them registers their models."""
+from .arguments import check_arguments
 from .identify import Identity, identify, whose
 from .sequence import SMPSequenceNet, create_sequence_model, list_sequence_models
-from .smpconv import SMPConvNet, check_arguments
+from .smpconv import SMPConvNet
 from .smpconv_cifar import SMPResNet
 
 __all__ = [

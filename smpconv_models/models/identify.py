@@ -34,8 +34,9 @@ def identify(state_dict: Dict[str, Tensor]) -> Optional[Identity]:
     """
     if checkpoint.is_release(state_dict):
         state_dict = checkpoint.from_release(state_dict)
-    head, stem = state_dict.get('head.fc.weight'), state_dict.get('stem.0.conv.weight')
-    if head is None or stem is None or head.ndim != 2 or stem.ndim != 4:
+    head = state_dict.get('head.fc.weight')
+    stem = state_dict.get('stem.0.conv.weight', state_dict.get('stem.large.conv.weight'))
+    if head is None or stem is None or head.ndim != 2 or stem.ndim < 3:
         return None
     for name in timm.list_models('smpconv*'):
         identity = Identity(name, len(head), stem.shape[1])

@@ -21,7 +21,7 @@ from smpconv_models.layers import ConvFFN, ConvNormAct, LargeKernelBlock, LargeK
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, check_odd, create_act, create_norm
 from smpconv_models.layers.large_kernel import pointwise
 
-from ._configuration import check_configuration, check_names, described, is_of_elsewhere
+from ._configuration import check_configuration, described, is_of_elsewhere
 from ._kernel_sizes import resampled
 from ._pretrained import HUB_NAMESPACE, NO_WEIGHTS, LocalWeights, local_weights
 from .identify import whose
@@ -391,11 +391,6 @@ def _init_weights(module: nn.Module, needs_reset: bool) -> None:
             nn.init.zeros_(module.bias)
     elif needs_reset and callable(reset_parameters := getattr(module, 'reset_parameters', None)):
         reset_parameters()
-
-
-def check_arguments(arguments: Any) -> None:
-    """Raises ValueError unless these describe one of the networks, by name: those of a checkpoint, say."""
-    check_names(SMPConvNet, arguments)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:

@@ -101,7 +101,7 @@ class SMPResNet(nn.Module):
         self.stem = conv(in_chans, dims[0], small_bias=True)
         self.act = nn.ReLU()
         stages = []
-        self.feature_info: List[Dict[str, Any]] = []
+        feature_info: List[Dict[str, Any]] = []
         before = dims[0]
         for i, (depth, dim) in enumerate(zip(depths, dims)):
             blocks = []
@@ -111,8 +111,9 @@ class SMPResNet(nn.Module):
                     conv(before, dim), conv(dim, dim), shortcut, block_drop_rate, is_temporal=False))
                 before = dim
             stages.append(nn.Sequential(*blocks))
-            self.feature_info.append({'num_chs': dim, 'reduction': 1, 'module': f'stages.{i}'})
+            feature_info.append({'num_chs': dim, 'reduction': 1, 'module': f'stages.{i}'})
         self.stages = nn.Sequential(*stages)
+        self.feature_info = feature_info
         self.num_features = dims[-1]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()

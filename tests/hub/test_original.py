@@ -185,7 +185,9 @@ def ranges(drive):
 def test_the_files_are_the_releases():
     """Nothing here could tell if they were others."""
     assert original.FILES == {
-        'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V', 'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9'}
+        'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V', 'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9',
+        'smpconv_cifar': '1aKwORBf-lplfdwB8WEcBRRAL7IA4ejth'}
+    assert len(original.SEQUENCE_FILES) == 6 and not set(original.SEQUENCE_FILES) & set(original.FILES)
     assert ADDRESS == 'https://drive.usercontent.google.com/download'
 
 

@@ -4,9 +4,9 @@ import timm
 import torch
 from common import randomize_, relative_error
 
-from smpconv_models import checkpoint
+from smpconv_models import checkpoint, hub
 from smpconv_models.layers import smp_layers
-from smpconv_models.models import SMPResNet
+from smpconv_models.models import SMPResNet, identify
 
 TINY = dict(depths=(1, 1), dims=(6, 12), kernel_size=9, num_points=8)
 
@@ -158,3 +158,27 @@ def test_made_on_meta_and_drawn_later():
 def test_mistakes(changes, message):
     with pytest.raises(ValueError, match=message):
         create(**changes)
+
+
+def test_converted_for_the_hub(golden, tmp_path):
+    """A file of the original release as a folder that loads anywhere."""
+    data = golden('cifar_tiny')
+    torch.save({'model': released(data), 'model_kwargs': TINY}, tmp_path / 'model.pt')
+    done = hub.convert(tmp_path / 'model.pt', tmp_path / 'folder', 'smpconv_cifar')
+    assert done.key == 'model' and done.difference < 1e-5
+    with torch.no_grad():
+        assert relative_error(hub.load(tmp_path / 'folder').eval()(data['input']), data['logits']) < 1e-5
+
+
+def test_files_of_the_paper_are_known_by_their_shapes():
+    model = timm.create_model('smpconv_cifar', num_classes=7, device='meta')
+    assert str(identify(model.state_dict())) == 'smpconv_cifar with 7 classes and 3 input channels'
+
+
+def test_a_folder_with_arguments_of_another_network_is_refused(golden, tmp_path):
+    torch.save({'model': released(golden('cifar_tiny')), 'model_kwargs': TINY}, tmp_path / 'model.pt')
+    hub.convert(tmp_path / 'model.pt', tmp_path / 'folder', 'smpconv_cifar')
+    config = tmp_path / 'folder' / 'config.json'
+    config.write_text(config.read_text().replace('"kernel_size"', '"points_divisor"'))
+    with pytest.raises(ValueError, match='points_divisor'):
+        hub.load(tmp_path / 'folder')

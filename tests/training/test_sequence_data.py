@@ -75,10 +75,11 @@ def test_initial_checkpoint(straight, tmp_path):
 def test_files_of_the_original_are_evaluated(tmp_path, capsys):
     """Their names for a network of ours."""
     model = create_sequence_model('smpconv_sdigits', depth=2)
-    names = {'conv1.large.conv.': 'cconv1.Kernel.', 'conv2.large.conv.': 'cconv2.Kernel.',
-             'conv1.small.conv': 'cconv1s', 'conv2.small.conv': 'cconv2s', 'conv1.large.norm': 'norm1', 'conv2.large.norm': 'norm2',
-             'conv1.small.norm': 'norm1s', 'conv2.small.norm': 'norm2s', 'blocks.': 'backbone.', 'head.': 'finallyr.',
-             'Kernel.weight': 'Kernel.weights', 'Kernel.coords': 'Kernel.weight_coord', 'shortcut.': 'shortcut.0.'}
+    names = {
+        'conv1.large.conv.': 'cconv1.Kernel.', 'conv2.large.conv.': 'cconv2.Kernel.', 'conv1.small.conv': 'cconv1s',
+        'conv2.small.conv': 'cconv2s', 'conv1.large.norm': 'norm1', 'conv2.large.norm': 'norm2',
+        'conv1.small.norm': 'norm1s', 'conv2.small.norm': 'norm2s', 'blocks.': 'backbone.', 'head.': 'finallyr.',
+        'Kernel.weight': 'Kernel.weights', 'Kernel.coords': 'Kernel.weight_coord', 'shortcut.': 'shortcut.0.'}
     state = {}
     for key, value in model.state_dict().items():
         for ours, theirs in names.items():
