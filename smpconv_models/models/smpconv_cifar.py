@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import adapt_input_conv, build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -258,19 +258,29 @@ def _init_classifier(fc: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPResNet) -> Dict[str, Tensor]:
-    """State dict of the original release or of ours -> ours.
+    """State dict of the original release or of ours -> ours, for the model's input channels.
 
     Raises:
         ValueError: It is another model's, or has weights that are not finite. Where the model differs from its
-            ``pretrained_cfg`` in classes or input channels, timm drops the classifier or refuses.
+            ``pretrained_cfg`` in classes, timm drops the classifier.
     """
     cfg = getattr(model, 'pretrained_cfg', {})
+    first = ['stem.large.conv.weight', 'stem.small.conv.weight'] if model.in_chans != cfg.get(
+        'input_size', (model.in_chans,))[0] else []
     by_timm = []
     if model.num_classes != cfg.get('num_classes', model.num_classes):
-        by_timm += ['head.fc.weight', 'head.fc.bias']
-    state_dict = checkpoint.adapt(state_dict, model, ignore=by_timm)
+        by_timm = ['head.fc.weight', 'head.fc.bias']
+    state_dict = checkpoint.adapt(state_dict, model, ignore=by_timm + first)
     checkpoint.check_finite(state_dict)
-    return state_dict
+    return {
+        name: _for_channels(value, model.in_chans) if name in first else value for name, value in state_dict.items()}
+
+
+def _for_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """As timm adapts the first convolution's weight, of an image convolution or of points, ``(out, in, P)``."""
+    if weight.ndim == 3:
+        return adapt_input_conv(in_chans, weight.unsqueeze(-1)).squeeze(-1)
+    return adapt_input_conv(in_chans, weight)
 
 
 default_cfgs = generate_default_cfgs({
@@ -278,7 +288,8 @@ default_cfgs = generate_default_cfgs({
         'url': '', 'hf_hub_id': f'{HUB_NAMESPACE}/smpconv_cifar.cifar10', 'num_classes': 10,
         'input_size': (3, 32, 32), 'pool_size': (32, 32), 'crop_pct': 1.0, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,  # as the original trained
-        'first_conv': None, 'classifier': 'head.fc',
+        'first_conv': (),  # checkpoint_filter_fn adapts it, as timm can't with points
+        'classifier': 'head.fc',
         'paper_ids': 'arXiv:2304.02330',
         'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
         'origin_url': 'https://github.com/sangnekim/SMPConv', 'license': 'mit',

@@ -54,6 +54,16 @@ def test_original_files_load_as_pretrained(golden, tmp_path):
     assert other(data['input']).shape == (2, 3)
 
 
+def test_pretrained_on_gray_images(golden, tmp_path):
+    """A gray image has the response of the same one in three equal channels."""
+    torch.save(released(golden('cifar_tiny')), tmp_path / 'model.pt')
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.pt')), pretrained=True)
+    image = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        expected = create(**overlay).eval()(image.expand(-1, 3, -1, -1))
+        assert relative_error(create(**overlay, in_chans=1).eval()(image), expected) < 1e-5
+
+
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(depths=(2, 1)), 'tensors missing'), (dict(kernel_size=9, num_points=9), 'of another shape')])
 def test_another_networks_weights_are_refused(golden, changes, message):
