@@ -1,4 +1,5 @@
 """The slow proofs: whole runs with every augmentation of the ImageNet recipes, in one process and in two, and kills."""
+import json
 import os
 import random
 import signal
@@ -114,3 +115,27 @@ def test_torchrun_restarts_what_died(tmp_path):
             os.kill(int(path.parent.name), signal.SIGKILL)
     printed, _ = process.communicate()
     assert process.returncode == 0 and f'going on from {tmp_path}/smpconv_nano/last.pth.tar: epoch 1' in printed
+
+
+@pytest.mark.slow  # minutes each
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(('recipe', 'least'), [('sequential_digits', 97.), ('permuted_digits', 95.)])
+def test_sequences_of_digits_are_learned(recipe, least, tmp_path):
+    run(1, '--config', ROOT / 'recipes' / f'{recipe}.yaml', '--output', tmp_path)
+    assert json.loads((tmp_path / recipe / 'summary.json').read_text())['top1'] >= least
+
+
+@pytest.mark.slow  # a minute or two, and more memory than it should take with others
+@pytest.mark.timeout(1800)
+def test_memory_of_raw_speech():
+    """Forward and backward pass of the whole network, 16,000 steps, a batch of two: under 4 GB with all of Python."""
+    script = """
+import resource, torch, smpconv_models
+model = smpconv_models.create_sequence_model('smpconv_speech')
+model(torch.randn(2, 1, 16000)).square().sum().backward()
+assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 4e9
