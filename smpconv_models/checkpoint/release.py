@@ -61,6 +61,14 @@ def from_release(state_dict: StateDict) -> StateDict:
     return _from_imagenet(state_dict)
 
 
+def trained_sizes(state_dict: StateDict) -> Dict[str, int]:
+    """The sizes of the kernels that a small network of the release was trained with, by our names of the layers."""
+    places = _stages_of_blocks(state_dict)
+    return {
+        _small_name(key, places).removesuffix('.train_length'): int(value)
+        for key, value in state_dict.items() if key.endswith('.train_length') and int(value) > 0}
+
+
 def _from_imagenet(state_dict: StateDict) -> StateDict:
     converted = {}
     for key, tensor in state_dict.items():
@@ -82,9 +90,12 @@ def _from_small(state_dict: StateDict) -> StateDict:
             continue
         if key.endswith('.radius') or key == 'out_layer.weight':
             tensor = tensor.flatten(1)
-        key = re.sub(r'^blocks\.(\d+)\.', lambda m: places.get(int(m[1]), m[0]), key)
-        converted[_renamed(key, _SMALL)] = tensor
+        converted[_small_name(key, places)] = tensor
     return converted
+
+
+def _small_name(key: str, places: Dict[int, str]) -> str:
+    return _renamed(re.sub(r'^blocks\.(\d+)\.', lambda m: places.get(int(m[1]), m[0]), key), _SMALL)
 
 
 def _renamed(key: str, rules: Rules) -> str:

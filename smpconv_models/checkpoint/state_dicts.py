@@ -4,7 +4,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from torch import Tensor, nn
 
-from .release import StateDict, from_release, is_release
+from .release import StateDict, from_release, is_release, trained_sizes
 
 # In the order in which they are preferred: the published accuracies are the averaged weights'.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
@@ -117,12 +117,23 @@ def adapt(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -
     Raises:
         ValueError: It is another model's.
     """
+    sizes: Dict[str, int] = {}
     if is_release(state_dict):
-        state_dict = from_release(state_dict)
+        sizes, state_dict = trained_sizes(state_dict), from_release(state_dict)
     mismatch = describe_mismatch(state_dict, model, ignore)
     if mismatch is not None:
         raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
+    _check_sizes(sizes, model)
     return state_dict
+
+
+def _check_sizes(sizes: Dict[str, int], model: nn.Module) -> None:
+    """The shapes of points don't tell how many elements a kernel has."""
+    for name, size in sizes.items():
+        own = getattr(model.get_submodule(name), 'base_size', size)
+        if own != size:
+            raise ValueError(
+                f'the checkpoint does not fit the model: {name} was trained with {size} elements, the model has {own}')
 
 
 def load_into(model: nn.Module, checkpoint: Any, use_ema: bool = True) -> str:

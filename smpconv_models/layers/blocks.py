@@ -45,6 +45,7 @@ def interpolate_in_blocks(
     Returns:
         ``(..., C, Q)``.
     """
+    coords, radius = _together(coords, radius)
     sets = torch.broadcast_shapes(coords.shape[:-2], weights.shape[:-2])
     weights = weights.expand(*sets, *weights.shape[-2:])
     drawn = []
@@ -63,11 +64,18 @@ def sum_in_blocks(
         normalize: bool,
 ) -> Tensor:
     """``point_sums(query, coords, radius, normalize)`` of :mod:`.points`, block by block; ``(..., P)``."""
+    coords, radius = _together(coords, radius)
     total = torch.zeros_like(coords[..., 0], dtype=torch.promote_types(query.dtype, radius.dtype))
     for block in _cut(query, coords):
         index = _reaching(block, coords, radius)
         total = total.scatter_add(-1, index, _recomputed(point_sums, block, *_take(index, coords, radius), normalize))
     return total
+
+
+def _together(coords: Tensor, radius: Tensor) -> Tuple[Tensor, Tensor]:
+    """Places and radii of the same sets of points."""
+    sets = torch.broadcast_shapes(coords.shape[:-2], radius.shape[:-1])
+    return coords.expand(*sets, -1, -1), radius.expand(*sets, -1)
 
 
 def _cut(query: Tensor, coords: Tensor) -> Tuple[Tensor, ...]:
@@ -89,7 +97,7 @@ def _reaching(block: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
         return torch.arange(coords.shape[-2], device=coords.device).expand(coords.shape[:-1])
     low, high = block.amin(0), block.amax(0)
     distance = ((low - coords).relu() + (coords - high).relu()).sum(-1)
-    reaches = distance < radius
+    reaches = ~(distance >= radius)  # NaN does, so that it is seen
     most = int(reaches.sum(-1).max())
     return torch.sort(reaches.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :most]
 

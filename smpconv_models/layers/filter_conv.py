@@ -40,10 +40,13 @@ class SMPFilters(SMPLayer):
         super().__init__()
         if init_radius is not None and not init_radius > 0:
             raise ValueError(f'init_radius must be positive, got {init_radius}')
+        if not coords_std > 0:
+            raise ValueError(f'coords_std must be positive, got {coords_std}')
+        if not 0 < radius_range[0] <= radius_range[1]:
+            raise ValueError(f'radius_range must be the smallest and the largest radius, got {radius_range}')
         check_points(num_points)
         check_method(method)
-        if not isinstance(kernel_size, int) or kernel_size < 1:
-            raise ValueError(f'kernel_size must be a positive whole number, got {kernel_size!r}')
+        _check_size(kernel_size)
         dd = {'device': device, 'dtype': dtype}
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -108,6 +111,11 @@ class SMPFilters(SMPLayer):
         )
 
 
+def _check_size(kernel_size: int) -> None:
+    if not isinstance(kernel_size, int) or kernel_size < 1:
+        raise ValueError(f'kernel_size must be a positive whole number, got {kernel_size!r}')
+
+
 class SMPConv1d(SMPFilters):
     """Causal convolution of sequences, in place of an ``nn.Conv1d`` with padding on the left; stride 1.
 
@@ -160,10 +168,9 @@ class SMPConv1d(SMPFilters):
         are: a state dict fits at every size.
 
         Raises:
-            ValueError: It isn't positive.
+            ValueError: It isn't a positive whole number.
         """
-        if kernel_size < 1:
-            raise ValueError(f'kernel_size must be positive, got {kernel_size}')
+        _check_size(kernel_size)
         self.kernel_size = kernel_size
 
     def forward(self, x: Tensor) -> Tensor:

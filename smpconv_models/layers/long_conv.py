@@ -1,4 +1,5 @@
 """Convolutions whose kernels are as long as what they run over: the direct sum, or by fast Fourier transforms."""
+import math
 from typing import Any, List, Optional
 
 import torch
@@ -8,11 +9,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 METHODS = ('auto', 'direct', 'fft')
 
-# Kernels from so many elements on are quicker by FFT, forward and backward pass together, where the input is at least
-# as long: by benchmarks/long_conv.py on a CPU. On GPUs nothing was measured; the original release takes the FFT for
-# sequences of 784 and more and not for 182 and less.
-_FFT_FROM_CPU = {1: 32, 2: 9}
-_FFT_FROM_GPU = {1: 256, 2: 1 << 30}
+# On a CPU the transforms take as long as so many products of the direct sum for each of their elements, forward and
+# backward pass together: fitted to 47 convolutions with 2 threads (AVX2), of which it chooses 41 right, and of the
+# others none that is more than 1.8 times as slow. benchmarks/long_conv.py repeats most of them.
+_PRODUCTS_OF_AN_ELEMENT = 160
+
+# On other devices nothing was measured. The original release takes the FFT for sequences of 784 and more, not for 182
+# and less, and never for images.
+_FFT_FROM = 256
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method: str = 'auto') -> Tensor:
@@ -25,21 +29,22 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, meth
         x: ``(N, C, L)``.
         weight: ``(O, C, k)``, the last element for the present; k may exceed L.
         bias: ``(O,)``.
-        method: 'direct', 'fft', or 'auto': whichever was measured to be quicker for the kernel's size and the kind of
-            device. Scripted, traced and exported it is 'direct'.
+        method: 'direct', 'fft', or 'auto': whichever is quicker by what was measured on a CPU; on other devices the FFT
+            for sequences of 256 steps and more. 'auto' is 'direct' where it is scripted, traced or exported.
 
     Returns:
         ``(N, O, L)`` in the dtype of a convolution. The FFT is computed in float32 at least; its rounding errors are
         relative to the largest values of the sequence, not to each output's own.
 
     Raises:
-        ValueError: Unknown ``method``.
+        ValueError: Unknown ``method``, shapes that don't fit, or 'fft' where it can't be: scripted or traced.
     """
     if has_torch_function_variadic(x, weight):
         return handle_torch_function(causal_conv1d, (x, weight), x, weight, bias, method)
-    if _takes_fft(method, x, weight) and x.shape[0] > 0:  # which FFTs don't take
-        return _fft_conv(x, weight, bias, [weight.shape[2] - 1])
-    return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
+    left = [weight.shape[2] - 1]
+    if _takes_fft(method, x, weight, left) and x.shape[0] > 0:  # which FFTs don't take
+        return _fft_conv(x, weight, bias, left)
+    return F.conv1d(F.pad(x, [left[0], 0]), weight, bias)
 
 
 def same_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method: str = 'auto') -> Tensor:
@@ -55,12 +60,14 @@ def same_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method
         ``(N, O, H, W)``; numerics as in :func:`causal_conv1d`.
 
     Raises:
-        ValueError: Unknown ``method``.
+        ValueError: An even kernel; else as :func:`causal_conv1d`.
     """
     if has_torch_function_variadic(x, weight):
         return handle_torch_function(same_conv2d, (x, weight), x, weight, bias, method)
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(f'expected a kernel of odd sizes, got {weight.shape[2]}x{weight.shape[3]}')
     left = [weight.shape[2] // 2, weight.shape[3] // 2]
-    if _takes_fft(method, x, weight) and x.shape[0] > 0:
+    if _takes_fft(method, x, weight, left) and x.shape[0] > 0:
         return _fft_conv(x, weight, bias, left)
     return F.conv2d(x, weight, bias, padding=left)
 
@@ -71,16 +78,34 @@ def check_method(method: str) -> None:
         raise ValueError(f'method must be one of {METHODS}, got {method!r}')
 
 
-def _takes_fft(method: str, x: Tensor, weight: Tensor) -> bool:
-    if torch.jit.is_scripting():
+def _takes_fft(method: str, x: Tensor, weight: Tensor, left: List[int]) -> bool:
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        if method == 'fft':
+            raise ValueError("method 'fft' can't be scripted or traced: 'auto' and 'direct' can")
         return False
-    check_method(method)
+    _check(method, x, weight)
     if method != 'auto':
         return method == 'fft'
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    return not torch.compiler.is_exporting() and _is_quicker_by_fft(x, weight, left)
+
+
+def _check(method: str, x: Tensor, weight: Tensor) -> None:
+    check_method(method)
+    if x.ndim != weight.ndim or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f'expected an input (N, C, ...) for a weight (O, C, ...) of the same C, got {tuple(x.shape)} and '
+            f'{tuple(weight.shape)}')
+
+
+def _is_quicker_by_fft(x: Tensor, weight: Tensor, left: List[int]) -> bool:
+    if x.is_complex() or weight.is_complex():
         return False
-    threshold = (_FFT_FROM_CPU if x.device.type == 'cpu' else _FFT_FROM_GPU)[x.ndim - 2]
-    return min(weight.shape[2:]) >= threshold and min(x.shape[2:]) * 2 > threshold
+    if x.device.type != 'cpu':
+        return x.ndim == 3 and weight.shape[2] >= _FFT_FROM
+    n, c, o = x.shape[0], x.shape[1], weight.shape[0]
+    products = n * c * o * math.prod(x.shape[2:]) * math.prod(weight.shape[2:])
+    elements = (n * c + n * o + c * o) * math.prod(_ring(x, weight, left))
+    return products > _PRODUCTS_OF_AN_ELEMENT * elements
 
 
 @torch.jit.unused
@@ -89,7 +114,9 @@ def _fft_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], left: List[int]
     """
     dtype = torch.promote_types(x.dtype, weight.dtype)
     device = x.device.type if torch.amp.is_autocast_available(x.device.type) else 'cpu'  # meta has none
-    if torch.is_autocast_enabled(device):
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(device):
+        raise ValueError(f'expected an input and a weight of one type, got {x.dtype} and {weight.dtype}')
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
     y: Any = _FFTConv.apply(_wide(x), _wide(weight), left)
     if bias is not None:
@@ -106,13 +133,18 @@ class _FFTConv(torch.autograd.Function):
     after the other: 3 to 6 times as slow on a CPU.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, left: List[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.left = left
+    def forward(x: Tensor, weight: Tensor, left: List[int]) -> Tensor:
         ring = _ring(x, weight, left)
         kernel = _spectrum(weight, ring)
         return _signal(torch.bmm(_spectrum(_padded(x, left), ring), _adjoint(kernel)), ring, [0] * len(left), x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, weight, ctx.left = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -164,7 +196,7 @@ def _fast_length(length: int) -> int:
         rest = length
         for factor in (2, 3, 5):
             while rest % factor == 0:
-                rest //= factor
+                rest = rest // factor
         if rest == 1:
             return length
         length += 2

@@ -146,7 +146,7 @@ class SMPDepthwiseConv2d(SMPLayer):
 
 def check_points(num_points: int) -> None:
     """Raises ValueError unless there is a point."""
-    if num_points < 1:
+    if not isinstance(num_points, int) or num_points < 1:
         raise ValueError(f'num_points must be at least 1, got {num_points}')
 
 

@@ -52,6 +52,15 @@ class LocalWeights(NamedTuple):
             raise ValueError(f'{self.path or "the weights"}: {error}') from error
 
 
+    def checked(self, filter_fn: Callable[..., Dict[str, Tensor]]) -> Callable[..., Dict[str, Tensor]]:
+        """timm's ``pretrained_filter_fn``: the given one, of a file that is held against its checksum first."""
+        def filtered(state_dict: Dict[str, Tensor], model: Any) -> Dict[str, Tensor]:
+            self.verify()
+            with self.named():
+                return filter_fn(state_dict, model)
+        return filtered
+
+
 NO_WEIGHTS = LocalWeights({}, {}, None, lambda: None)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smpconv_models.layers import CausalConv1d, ConvNormAct, ParallelConv, ResidualBlock, SMPConv1d, smp_layers
-from smpconv_models.layers.parallel import check_small_kernel
+from smpconv_models.layers.parallel import check_rate, check_small_kernel
 from smpconv_models.layers.residual import init_weights_
 
 __all__ = ['SMPSequenceNet', 'create_sequence_model', 'list_sequence_models']
@@ -69,9 +69,8 @@ class SMPSequenceNet(nn.Module):
         kernel_size = sequence_length if kernel_size is None else kernel_size
         _check(sequence_length=sequence_length, in_chans=in_chans, depth=depth, dim=dim, kernel_size=kernel_size)
         check_small_kernel(small_kernel_size, kernel_size)
-        for name, rate in (('input_drop_rate', input_drop_rate), ('drop_rate', drop_rate)):
-            if not 0 <= rate < 1:
-                raise ValueError(f'{name} must lie in [0, 1), got {rate}')
+        check_rate('input_drop_rate', input_drop_rate)
+        check_rate('drop_rate', drop_rate)
         if num_classes < 0:
             raise ValueError(f'num_classes must be at least 0, got {num_classes}')
         dd = {'device': device, 'dtype': dtype}
@@ -162,6 +161,8 @@ class SMPSequenceNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``(N, in_chans, L)`` to ``(N, dim, L)``."""
+        if x.ndim != 3 or x.shape[1] != self.in_chans:
+            raise ValueError(f'expected sequences (N, {self.in_chans}, {self.sequence_length}), got {list(x.shape)}')
         if x.shape[-1] != self.sequence_length:
             raise ValueError(
                 f'expected sequences of {self.sequence_length} steps, got {x.shape[-1]}: set_sequence_length draws the '
@@ -179,7 +180,7 @@ class SMPSequenceNet(nn.Module):
 
 def _check(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f'{name} must be a positive whole number, got {size!r}')
 
 

@@ -440,13 +440,6 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _filter(weights: LocalWeights, state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
-    """As checkpoint_filter_fn, of a file that is held against its checksum."""
-    weights.verify()
-    with weights.named():
-        return checkpoint_filter_fn(state_dict, model)
-
-
 def _create_smpconv(variant: str, pretrained: bool, model_args: Dict[str, Any], **wished: Any) -> SMPConvNet:
     """A variant of these arguments, before which the user's and those of a repository's configuration come."""
     kwargs = {**model_args, **wished, 'pretrained_filter_fn': checkpoint_filter_fn}
@@ -473,7 +466,7 @@ def _create_smpconv(variant: str, pretrained: bool, model_args: Dict[str, Any], 
 
 def _for_weights(weights: LocalWeights, model_args: Dict[str, Any], **wished: Any) -> Dict[str, Any]:
     """The arguments with which timm loads them."""
-    kwargs = {'pretrained_cfg_overlay': weights.overlay, 'pretrained_filter_fn': partial(_filter, weights)}
+    kwargs = {'pretrained_cfg_overlay': weights.overlay, 'pretrained_filter_fn': weights.checked(checkpoint_filter_fn)}
     if weights.state_dict:  # of which none may be missing but the classifier's
         kwargs['weight_init'] = wished.get('weight_init', 'skip')
     if 'kernel_sizes' in wished:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from smpconv_models import checkpoint
 from smpconv_models.layers import ConvNormAct, ParallelConv, ResidualBlock, SameConv2d, SMPConv2d, smp_layers
 from smpconv_models.layers.conv_norm import NormLayer, check_odd, create_norm
-from smpconv_models.layers.parallel import check_small_kernel
+from smpconv_models.layers.parallel import check_rate, check_small_kernel
 from smpconv_models.layers.residual import init_weights_
 
 from ._configuration import check_configuration, described, is_of_elsewhere
-from ._pretrained import HUB_NAMESPACE, NO_WEIGHTS, LocalWeights, local_weights
+from ._pretrained import HUB_NAMESPACE, NO_WEIGHTS, local_weights
 
 __all__ = ['SMPResNet']
 
@@ -79,10 +79,9 @@ class SMPResNet(nn.Module):
             dtype: Any = None,
     ) -> None:
         super().__init__()
-        _check(depths, dims, kernel_size, small_kernel_size, num_classes, learned)
-        for name, rate in (('drop_rate', drop_rate), ('block_drop_rate', block_drop_rate)):
-            if not 0 <= rate < 1:
-                raise ValueError(f'{name} must lie in [0, 1), got {rate}')
+        _check(in_chans, depths, dims, kernel_size, small_kernel_size, num_classes, learned)
+        check_rate('drop_rate', drop_rate)
+        check_rate('block_drop_rate', block_drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -231,6 +230,7 @@ class SMPResNet(nn.Module):
 
 
 def _check(
+        in_chans: int,
         depths: Sequence[int],
         dims: Sequence[int],
         kernel_size: int,
@@ -241,6 +241,8 @@ def _check(
     if len(depths) != len(dims) or not depths:
         raise ValueError(
             f'depths and dims must have one entry for each stage, got {len(depths)} and {len(dims)}')
+    if in_chans < 1 or any(dim < 1 for dim in dims):
+        raise ValueError(f'in_chans and dims must be positive, got {in_chans} and {tuple(dims)}')
     check_odd(kernel_size)
     if small_kernel_size:
         check_odd(small_kernel_size)
@@ -297,13 +299,6 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _filter(weights: LocalWeights, state_dict: Dict[str, Tensor], model: SMPResNet) -> Dict[str, Tensor]:
-    """As checkpoint_filter_fn, of a file that is held against its checksum."""
-    weights.verify()
-    with weights.named():
-        return checkpoint_filter_fn(state_dict, model)
-
-
 @register_model
 def smpconv_cifar(pretrained: bool = False, **kwargs: Any) -> SMPResNet:
     """The paper's network for CIFAR10: 489,646 parameters, kernels of 33x33."""
@@ -319,7 +314,7 @@ def smpconv_cifar(pretrained: bool = False, **kwargs: Any) -> SMPResNet:
         kwargs.setdefault('num_classes', 0)
     return build_model_with_cfg(
         SMPResNet, 'smpconv_cifar', pretrained,
-        pretrained_filter_fn=partial(_filter, weights),
+        pretrained_filter_fn=weights.checked(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         **kwargs,
     )

@@ -130,6 +130,9 @@ def _members(folder: Path) -> Dict[str, List[str]]:
             f'{folder}: expected a folder of wav files for each of {WORDS}, found none for {empty}; remove {folder} '
             f'and pass download=True')
     lists = {part: _listed(folder / name) for part, name in _LISTS.items()}
+    twice = sorted(lists['validation'] & lists['test'])
+    if twice:
+        raise ValueError(f'{folder} has {len(twice)} files in both of its lists, such as {twice[:4]}')
     absent = sorted((lists['validation'] | lists['test']) - there)
     if absent:
         raise ValueError(f'{folder} lacks {len(absent)} files of its lists, such as {absent[:4]}')

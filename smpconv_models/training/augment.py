@@ -38,8 +38,31 @@ def crop_padded(transform: Any, input_size: Tuple[int, int, int], padding: int) 
     Args:
         transform: Of ``create_transform``.
         input_size: (channels, height, width) of the crop.
-        padding: Black pixels on each side; images are expected to have the crop's size.
+        padding: Black pixels on each side.
     """
     parts = transform.transforms
     first = next(index for index, part in enumerate(parts) if isinstance(part, RandomResizedCropAndInterpolation))
-    parts[first] = RandomCrop(input_size[1:], padding=padding, pad_if_needed=True)
+    parts[first] = PaddedCrop(input_size[1:], padding)
+
+
+class PaddedCrop:
+    """A random crop of an image with black pixels around it, of the image's own size.
+
+    Args:
+        size: (height, width).
+        padding: Pixels on each side.
+
+    Raises:
+        ValueError: An image has another size.
+    """
+
+    def __init__(self, size: Tuple[int, int], padding: int) -> None:
+        self.size = size
+        self.crop = RandomCrop(size, padding=padding)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if image.size != self.size[::-1]:
+            raise ValueError(
+                f'--crop-padding takes images of the input size, {self.size[1]}x{self.size[0]}, got '
+                f'{image.size[0]}x{image.size[1]}')
+        return self.crop(image)

@@ -24,7 +24,8 @@ def seed_all(*parts: Union[int, str]) -> None:
     if torch.cuda.is_initialized() or torch.backends.mps.is_available() or torch.xpu.is_initialized():
         torch.manual_seed(value)
     else:
-        torch.default_generator.manual_seed(value)  # the same, where nothing else draws: 0.4 ms less an image
+        # the same but for a GPU that is first used later; 0.4 ms less for each image
+        torch.default_generator.manual_seed(value)
 
 
 def permutation(length: int, *parts: Union[int, str]) -> Tensor:

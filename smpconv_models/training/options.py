@@ -226,6 +226,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise to it')
 
 
+def _is_of_steps(args: argparse.Namespace) -> bool:
+    return (args.dataset or '').lower().startswith('seq/')
+
+
 # Options of training, what they need to have an effect, and whether that is there.
 _NEEDS: Tuple[Tuple[Tuple[str, ...], str, Callable[[argparse.Namespace], Any]], ...] = (
     (('amp_dtype',), 'without --amp', lambda args: args.amp),
@@ -240,7 +244,11 @@ _NEEDS: Tuple[Tuple[Tuple[str, ...], str, Callable[[argparse.Namespace], Any]], 
     (('wandb_project',), 'without --log-wandb', lambda args: args.log_wandb),
     (('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob', 'crop_padding'), 'with --no-aug',
      lambda args: not args.no_aug),
-    (('scale', 'ratio'), 'with --crop-padding', lambda args: args.crop_padding is None),
+    (('scale', 'ratio', 'train_interpolation'), 'with --crop-padding', lambda args: args.crop_padding is None),
+    (('scale', 'ratio', 'vflip', 'color_jitter', 'remode', 'recount'), 'on sequences',
+     lambda args: not _is_of_steps(args)),
+    (('hflip',), 'on sequences without --crop-padding',
+     lambda args: not _is_of_steps(args) or args.crop_padding is not None),
     (('color_jitter',), 'with --aa, except for 3a', lambda args: not args.aa or '3a' in args.aa),
 )
 

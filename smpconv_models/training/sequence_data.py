@@ -55,7 +55,7 @@ def open_dataset(args: Namespace, split: str) -> sequences.SequenceDataset:
             args.dataset[len(_PREFIX):].lower(), args.data_dir, split, args.dataset_download)
     except ValueError as error:
         text = str(error).replace('pass download=True', '--dataset-download downloads').replace(
-            'download=True', '--dataset-download')
+            'download=True', '--dataset-download').replace('or will: got None', 'or will: --data-dir says which')
         raise ValueError(f'--dataset {args.dataset}: {text}') from error
 
 

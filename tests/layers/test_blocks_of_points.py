@@ -77,9 +77,9 @@ def test_small_kernels_are_drawn_at_once():
 
 def test_compiled_in_one_graph(few_pairs):
     """Which points reach a block is data, on which a graph can't depend."""
-    layer = SMPConv1d(2, 3, 64, num_points=5)
+    layer = SMPConv1d(2, 3, 12, num_points=5)
     compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
-    x = torch.randn(2, 2, 64)
+    x = torch.randn(2, 2, 12)
     torch.testing.assert_close(compiled(x), layer(x))
     compiled(x).sum().backward()
     assert layer.coords.grad.any()
@@ -106,3 +106,35 @@ def test_pairs_are_never_held_at_once(radius, monkeypatch):
         layer.kernel().square().sum().backward()
     assert layer.radius.grad is not None
     assert filters * 2 * length <= largest < filters * num_points * length / 4
+
+
+@pytest.mark.parametrize('name', ['coords', 'radius'])
+def test_what_is_not_finite_is_seen(few_pairs, name):
+    layer = SMPConv1d(1, 2, 80, num_points=6)
+    with torch.no_grad():
+        getattr(layer, name)[0, 2] = torch.nan
+    kernel = layer.kernel()
+    assert kernel[0].isnan().all() and kernel[1].isfinite().all()
+
+
+@pytest.mark.parametrize(('coords', 'radius'), [((9, 1), (4, 9)), ((4, 9, 1), (9,))])
+def test_places_and_radii_broadcast(few_pairs, coords, radius):
+    coords, radius = torch.rand(coords, dtype=torch.float64) - 0.5, torch.rand(radius, dtype=torch.float64)
+    weights = torch.randn(4, 2, 9, dtype=torch.float64)
+    expected = interpolate(sampling_grid([70], dtype=torch.float64), coords, radius, weights)
+    torch.testing.assert_close(points.sample_kernel(coords, radius, weights, [70]), expected, rtol=0, atol=1e-15)
+
+
+def test_nothing_of_the_pairs_is_kept(monkeypatch):
+    """What the backward pass needs is computed again."""
+    layer = SMPConv1d(2, 6, 16000, 30, init_radius=0.3)
+    monkeypatch.setattr(blocks, '_MOST_PAIRS', 1 << 17)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer.kernel()
+    assert sum(kept.values()) < 6 * 30 * 16000 * 4 / 20

@@ -94,16 +94,97 @@ def test_batch_of_none():
     assert causal_conv1d(torch.zeros(0, 2, 40), torch.zeros(3, 2, 40), method='fft').shape == (0, 3, 40)
 
 
-@pytest.mark.parametrize(('function', 'shape', 'kernel'), [
-    (causal_conv1d, (1, 2, 64), (2, 2, 64)), (same_conv2d, (1, 2, 32, 32), (2, 2, 33, 33))])
-def test_auto_takes_what_was_measured(monkeypatch, function, shape, kernel):
-    calls = []
-    monkeypatch.setattr(long_conv, '_fft_conv', lambda x, *rest: calls.append(x.shape) or x)
-    function(torch.zeros(shape), torch.zeros(kernel))
-    assert len(calls) == 1
-    small = (2, 2) + (3,) * (len(kernel) - 2)
-    function(torch.zeros(shape), torch.zeros(small))
-    assert len(calls) == 1
+@pytest.mark.parametrize(('batch', 'channels', 'size', 'kernel', 'ratio'), [
+    (64, 30, (32,), 32, 2.1), (64, 30, (784,), 784, 36), (8, 30, (16,), 16, 0.57), (8, 30, (161,), 161, 3.5),
+    (1, 30, (100,), 100, 0.33), (1, 30, (784,), 784, 8.2), (64, 30, (784,), 5, 0.49), (64, 30, (784,), 33, 2.8),
+    (4, 64, (2000,), 33, 0.31), (8, 24, (32, 32), 5, 0.38), (8, 24, (32, 32), 9, 1.6), (8, 24, (32, 32), 33, 31),
+    (64, 12, (8, 8), 5, 0.46), (64, 12, (8, 8), 9, 2.0), (8, 24, (5, 5), 9, 0.62), (1, 24, (32, 32), 9, 0.42),
+    (8, 24, (128, 128), 15, 3.7),
+])
+def test_auto_takes_what_was_measured(monkeypatch, batch, channels, size, kernel, ratio):
+    """How many times as quick the FFT was on a CPU."""
+    monkeypatch.setattr(long_conv, '_fft_conv', lambda x, *rest: 'FFT')
+    x = torch.zeros(batch, channels, *size)
+    weight = torch.zeros(channels, channels, *[kernel] * len(size))
+    left = [kernel - 1] if len(size) == 1 else [kernel // 2] * 2
+    assert long_conv._takes_fft('auto', x, weight, left) == (ratio > 1)
+
+
+def test_auto_elsewhere_goes_by_the_original():
+    """On the meta device, as on a GPU."""
+    def takes(size, kernel):
+        x = torch.zeros(64, 30, *size, device='meta')
+        return long_conv._takes_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), [0] * len(size))
+
+    assert takes((784,), (784,)) and not takes((182,), (182,)) and not takes((32, 32), (33, 33))
+
+
+def test_transforms_of_functions():
+    """torch.func differentiates and maps it."""
+    x, weight = torch.randn(2, 3, 40, dtype=torch.float64), torch.randn(4, 3, 40, dtype=torch.float64)
+
+    def loss(method):
+        return lambda x, weight: causal_conv1d(x, weight, method=method).sin().sum()
+
+    for fft, direct in zip(*(torch.func.grad(loss(method), (0, 1))(x, weight) for method in ('fft', 'direct'))):
+        torch.testing.assert_close(fft, direct)
+    many = torch.func.vmap(lambda x: causal_conv1d(x, weight, method='fft'))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(many[1], causal_conv1d(2 * x, weight, method='direct'))
+
+
+@pytest.mark.parametrize('needed', [(True, False), (False, True)])
+def test_only_the_gradients_that_are_needed(needed):
+    leaves = [torch.randn(2, 3, 40), torch.randn(4, 3, 40)]
+    x, weight = (leaf.requires_grad_(flag) for leaf, flag in zip(leaves, needed))
+    function = causal_conv1d(x, weight, method='fft').grad_fn
+    while 'FFTConv' not in function.name():
+        function = function.next_functions[0][0]
+    assert [gradient is not None for gradient in function.apply(torch.ones(2, 4, 40))[:2]] == list(needed)
+
+
+def test_keeps_its_arguments_and_no_spectra():
+    x, weight = torch.randn(2, 3, 500, requires_grad=True), torch.randn(4, 3, 500, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = causal_conv1d(x, weight, method='fft')
+    assert sorted(tensor.numel() for tensor in kept) == sorted([x.numel(), weight.numel()])
+    assert y.untyped_storage().nbytes() == y.numel() * 4  # and no view of the whole ring
+
+
+@pytest.mark.parametrize(('x', 'weight', 'message'), [
+    (torch.zeros(3, 40), torch.zeros(2, 3, 40), r'expected an input \(N, C, ...\).*got \(3, 40\)'),
+    (torch.zeros(1, 2, 40), torch.zeros(2, 3, 40), r'of the same C, got \(1, 2, 40\) and \(2, 3, 40\)'),
+    (torch.zeros(1, 3, 40).double(), torch.zeros(2, 3, 40), 'of one type, got torch.float64 and torch.float32'),
+])
+def test_shapes_that_do_not_fit(x, weight, message):
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(x, weight, method='fft')
+
+
+def test_even_kernels_have_no_middle():
+    with pytest.raises(ValueError, match='odd sizes, got 4x5'):
+        same_conv2d(torch.zeros(1, 1, 9, 9), torch.zeros(1, 1, 4, 5))
+
+
+def test_doubles_stay_doubles_under_autocast():
+    x = torch.randn(1, 2, 64, dtype=torch.float64)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert causal_conv1d(x, torch.randn(2, 2, 64, dtype=torch.float64), method='fft').dtype == torch.float64
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+def test_scripted_and_traced():
+    """What 'auto' does directly; what was asked for by name is not done otherwise."""
+    x = torch.randn(1, 2, 64)
+    module = CausalConv1d(2, 3, 64)
+    expected = module(x)
+    torch.testing.assert_close(torch.jit.script(module)(x), expected)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), expected)
+    named = CausalConv1d(2, 3, 64, method='fft')
+    with pytest.raises(Exception, match="'fft' can't be scripted or traced"):
+        torch.jit.script(named)(x)
+    with pytest.raises(ValueError, match="'fft' can't be scripted or traced"):
+        torch.jit.trace(named, x)
 
 
 @pytest.mark.parametrize('module', [CausalConv1d(3, 4, 40, bias=True, method='fft'), SameConv2d(3, 4, 9, method='fft')])

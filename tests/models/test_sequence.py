@@ -191,3 +191,24 @@ def test_long_kernels_in_blocks_train_alike(monkeypatch):
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_files_trained_at_another_length_are_refused(golden):
+    """Shapes of points don't tell: those for 16,000 steps are those for 784."""
+    model = SMPSequenceNet(**{**TINY, 'sequence_length': 61})
+    with pytest.raises(ValueError, match=r'blocks\.0\.conv1\.large\.conv was trained with 60 elements.* has 61'):
+        checkpoint.load_into(model, released(golden('sequence_tiny_nofft')))
+
+
+@pytest.mark.parametrize('shape', [(2, 60), (1, 3, 60), (60,)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=r'expected sequences \(N, 2, 60\), got'):
+        SMPSequenceNet(**TINY)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(('name', 'radius', 'bias'), [
+    ('smpconv_smnist', 0.002, False), ('smpconv_scifar10', 0.002, True), ('smpconv_characters', 0.012, True),
+    ('smpconv_speech_mfcc', 0.012, True), ('smpconv_speech', 0.0002, False)])
+def test_initial_radii_and_biases_are_the_originals(name, radius, bias):
+    layer = create_sequence_model(name, depth=1).blocks[0].conv1.large.conv
+    assert layer.radius.eq(torch.tensor(radius)).all() and (layer.bias is not None) == bias

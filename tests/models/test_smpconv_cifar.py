@@ -30,6 +30,8 @@ def test_parameters_are_the_papers():
 def test_initial_points_are_the_papers():
     layer = timm.create_model('smpconv_cifar', depths=(1,), dims=(24,)).stem.large.conv
     assert layer.radius.eq(torch.tensor(0.12)).all() and layer.coords_std == 0.05
+    head = timm.create_model('smpconv_cifar', depths=(1,), dims=(400,), kernel_size=3).head.fc
+    assert abs(head.weight.std() - (2 / 400) ** 0.5) < 0.01 and not head.bias.any()
 
 
 @pytest.mark.parametrize('method', ['direct', 'fft'])

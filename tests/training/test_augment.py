@@ -62,3 +62,20 @@ def test_the_papers_policy_survives_many_images(image):
 def test_other_transforms_are_left_as_they_are():
     transform = create_transform((3, 16, 16))
     assert augment.repair(transform) is transform
+
+
+def test_padded_crops():
+    """Of the image's own size, from anywhere in it and the black around it."""
+    crop = augment.PaddedCrop((6, 8), 2)
+    image = Image.new('L', (8, 6), 255)
+    sums = {sum(crop(image).tobytes()) // 255 for _ in range(200)}
+    assert max(sums) == 48 and min(sums) == 24 and crop(image).size == (8, 6)
+    with pytest.raises(ValueError, match='of the input size, 8x6, got 10x6'):
+        crop(Image.new('L', (10, 6)))
+
+
+def test_crops_take_the_place_of_timms():
+    transform = create_transform((3, 32, 32), is_training=True)
+    augment.crop_padded(transform, (3, 32, 32), 4)
+    assert isinstance(transform.transforms[0], augment.PaddedCrop)
+    assert 'RandomResizedCrop' not in str(transform)

@@ -21,7 +21,7 @@ TINY = [
     'adam']
 EVERYTHING = [
     *TINY, '--model-ema', '--model-ema-decay', '0.9', '--clip-grad', '5', '--mixup', '0.2', '--grad-accum-steps', '2',
-    '--recovery-interval', '1000']
+    '--recovery-interval', '1000', '--crop-padding', '1', '--hflip', '0.3']
 
 
 def parse(*argv):
@@ -111,6 +111,11 @@ def test_crops_are_drawn_of_the_pixels(tmp_path):
     drawn = [dataset[3][0] for _ in range(8)]
     assert all(sequence.shape == plain.shape for sequence in drawn)
     assert len({sequence.sum().item() for sequence in drawn}) > 4
+    dataset = open_dataset(parse('--dataset', 'seq/mnist', '--data-dir', tmp_path), 'train', 1, is_training=True)
+    for flip, turned in (('0', False), ('1', True)):
+        sequence_data.augment(parse('--dataset', 'seq/mnist', '--crop-padding', '0', '--hflip', flip), dataset)
+        image = plain.unflatten(-1, (28, 28))
+        assert torch.equal(dataset[3][0].unflatten(-1, (28, 28)), image.flip(-1) if turned else image)
     assert image_name(dataset, 3) == dataset.name(3)
 
 
