@@ -11,7 +11,7 @@ METHODS = ('auto', 'direct', 'fft')
 
 # On a CPU the transforms take as long as so many products of the direct sum for each of their elements, forward and
 # backward pass together: fitted to 47 convolutions with 2 threads (AVX2), of which it chooses 41 right, and of the
-# others none that is more than 1.8 times as slow. benchmarks/long_conv.py repeats most of them.
+# others none that is more than 1.9 times as slow. benchmarks/long_conv.py repeats most of them.
 _PRODUCTS_OF_AN_ELEMENT = 160
 
 # On other devices nothing was measured. The original release takes the FFT for sequences of 784 and more, not for 182
