@@ -275,7 +275,7 @@ def test_pictures_of_images_need_a_network_for_images(run, points_per_filter, tm
 
 
 @pytest.mark.parametrize('name, file, options', [
-    ('smpconv_cifar', 'cifar_tiny', ['depths=[1,1]', 'dims=[6,12]', 'num_points=8']),
+    ('smpconv_cifar', 'cifar_tiny', ['depths=[1,1]', 'dims=[6,12]', 'num_points=8', 'kernel_size=9']),
     ('smpconv_smnist', 'sequence_tiny', [
         'sequence_length=60', 'depth=2', 'dim=6', 'num_points=8', 'conv_bias=True', 'in_chans=2', 'num_classes=5']),
 ])

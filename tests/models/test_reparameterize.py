@@ -117,7 +117,7 @@ def test_on_meta(name):
     model = timm.create_model(name, device='meta').eval()
     folded = reparameterize_model(model)
     assert all(value.is_meta for value in folded.state_dict().values())
-    assert kinds(folded, nn.BatchNorm2d) == ['norm']
+    assert kinds(folded, nn.BatchNorm2d) == ([] if name == 'smpconv_cifar' else ['norm'])
     assert folded(torch.empty(1, 3, 64, 64, device='meta')).shape == (1, 1000)
 
 

@@ -17,7 +17,7 @@ from smpconv_models import SMPConvNet, clip_radius_
 from smpconv_models.layers import LargeKernelConv, SMPDepthwiseConv2d
 from smpconv_models.models.smpconv import checkpoint_filter_fn, default_cfgs
 
-NAMES = timm.list_models('smpconv*')
+NAMES = timm.list_models('smpconv*', exclude_filters='smpconv_cifar')  # which is another network
 PARAMETERS = {
     'smpconv_t': 26_705_248,
     'smpconv_b': 79_546_520,

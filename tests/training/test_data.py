@@ -25,7 +25,8 @@ def arguments(**changes):
         dataset='', data_dir=None, dataset_download=False, batch_size=2, validation_batch_size=None, seed=0, workers=0,
         pin_mem=False, no_prefetcher=False, in_chans=None, input_size=None, img_size=None, crop_pct=None, mean=None,
         std=None, interpolation=None, train_interpolation=None, no_aug=False, reprob=0., remode='pixel', recount=1,
-        scale=[0.5, 1.], ratio=[1., 1.], hflip=0., vflip=0., color_jitter=0., aa=None, grad_accum_steps=1,
+        scale=[0.5, 1.], ratio=[1., 1.], hflip=0., vflip=0., color_jitter=0., aa=None, crop_padding=None,
+        grad_accum_steps=1,
         max_unreadable=10, skip_unreadable=False, dist_timeout=60.,
     )
     return Namespace(**{**values, **changes})
