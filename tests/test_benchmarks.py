@@ -266,6 +266,7 @@ def test_networks_for_cifar_are_those_of_the_paper(load):
         == {name: paper.parameters for name, paper in script.PAPER.items()}
 
 
+@pytest.mark.slow  # deformable networks on a CPU: 20 s
 def test_cifar_step_keeps_a_row_and_prints_the_table(load, tmp_path, capsys):
     names = ['SMPConv', 'plain 3x3', 'deformable 3x3']
     assert load('cifar_step').main([*TINY_CIFAR, '--results', str(tmp_path), '--networks', *names]) == 0

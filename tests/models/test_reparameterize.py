@@ -118,7 +118,7 @@ def test_on_meta(name):
     folded = reparameterize_model(model)
     assert all(value.is_meta for value in folded.state_dict().values())
     assert kinds(folded, nn.BatchNorm2d) == ([] if name == 'smpconv_cifar' else ['norm'])
-    assert folded(torch.empty(1, 3, 64, 64, device='meta')).shape == (1, 1000)
+    assert folded(torch.empty(1, 3, 64, 64, device='meta')).shape == (1, model.num_classes)
 
 
 def test_group_norm_stays_and_kernels_are_baked():
