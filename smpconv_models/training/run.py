@@ -192,7 +192,7 @@ def _check_size(args: Namespace, model: Any, input_size: Tuple[int, int, int], d
         raise
     except (AssertionError, RuntimeError) as error:
         reason = checkpoint.first_line(error)
-        raise ValueError(f'{args.model} cannot take inputs of {input_size}: {reason}; see --img-size') from error
+        raise ValueError(f'{args.model} cannot take images of {input_size}: {reason}; see --img-size') from error
 
 
 def _create_stepper(args: Namespace, model: Any, steps: int, device: torch.device, world: World) -> Stepper:
