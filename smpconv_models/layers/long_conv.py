@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from .fuse import wide
+
 METHODS = ('auto', 'direct', 'fft')
 
 # On a CPU the transforms take as long as so many products of the direct sum for each of their elements, forward and
@@ -114,11 +116,11 @@ def _fft_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], left: List[int]
     """
     dtype = torch.promote_types(x.dtype, weight.dtype)
     device = x.device.type if torch.amp.is_autocast_available(x.device.type) else 'cpu'  # meta has none
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device):
+        dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)  # it leaves doubles alone
+    elif x.dtype != weight.dtype:
         raise ValueError(f'expected an input and a weight of one type, got {x.dtype} and {weight.dtype}')
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(device)
-    y: Any = _FFTConv.apply(_wide(x), _wide(weight), left)
+    y: Any = _FFTConv.apply(wide(x), wide(weight), left)
     if bias is not None:
         y = y + bias.view(-1, *[1] * len(left))
     return y.to(dtype)
@@ -200,10 +202,6 @@ def _fast_length(length: int) -> int:
         if rest == 1:
             return length
         length += 2
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class CausalConv1d(nn.Conv1d):

@@ -7,6 +7,8 @@ from typing import Any, Callable, List, Optional, Tuple
 
 from timm.utils import ParseKwargs
 
+from . import sequence_data
+
 INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest')
 
 
@@ -226,10 +228,6 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise to it')
 
 
-def _is_of_steps(args: argparse.Namespace) -> bool:
-    return (args.dataset or '').lower().startswith('seq/')
-
-
 # Options of training, what they need to have an effect, and whether that is there.
 _NEEDS: Tuple[Tuple[Tuple[str, ...], str, Callable[[argparse.Namespace], Any]], ...] = (
     (('amp_dtype',), 'without --amp', lambda args: args.amp),
@@ -246,9 +244,9 @@ _NEEDS: Tuple[Tuple[Tuple[str, ...], str, Callable[[argparse.Namespace], Any]], 
      lambda args: not args.no_aug),
     (('scale', 'ratio', 'train_interpolation'), 'with --crop-padding', lambda args: args.crop_padding is None),
     (('scale', 'ratio', 'vflip', 'color_jitter', 'remode', 'recount'), 'on sequences',
-     lambda args: not _is_of_steps(args)),
+     lambda args: not sequence_data.are_meant(args)),
     (('hflip',), 'on sequences without --crop-padding',
-     lambda args: not _is_of_steps(args) or args.crop_padding is not None),
+     lambda args: not sequence_data.are_meant(args) or args.crop_padding is not None),
     (('color_jitter',), 'with --aa, except for 3a', lambda args: not args.aa or '3a' in args.aa),
 )
 
