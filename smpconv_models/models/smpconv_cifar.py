@@ -8,13 +8,12 @@ FlexNet (https://arxiv.org/abs/2110.08059), a residual network that keeps the re
 project's own.
 """
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
 from timm.models import adapt_input_conv, build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
@@ -25,6 +24,7 @@ from smpconv_models.layers.residual import init_weights_
 
 from ._configuration import check_configuration, described, is_of_elsewhere
 from ._pretrained import HUB_NAMESPACE, NO_WEIGHTS, local_weights
+from ._staged import StagedNet
 
 __all__ = ['SMPResNet']
 
@@ -32,7 +32,7 @@ __all__ = ['SMPResNet']
 _LEARNED = ('coords', 'radius')
 
 
-class SMPResNet(nn.Module):
+class SMPResNet(StagedNet):
     """Residual network at one resolution: stem, stages of blocks of two large-kernel convolutions, pooling, classifier.
 
     Points are per filter, and the kernels divided by |N(x)| (equation 1 of the paper).
@@ -114,6 +114,7 @@ class SMPResNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.feature_info = feature_info
         self.num_features = dims[-1]
+        self.norm = nn.Identity()
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         for layer in smp_layers(self).values():
@@ -133,10 +134,6 @@ class SMPResNet(nn.Module):
         _init_classifier(self.head.fc)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(('.coords', '.radius'))}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         return dict(stem=r'^stem', blocks=r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)')
 
@@ -145,88 +142,18 @@ class SMPResNet(nn.Module):
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-        some_weight = next(self.stem.parameters())  # reset() looks in the head, which may have had no parameter
-        self.head.to(device=some_weight.device, dtype=some_weight.dtype)
+        super().reset_classifier(num_classes, global_pool)
         _init_classifier(self.head.fc)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
-    def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Forward pass that returns the stages' outputs.
-
-        Args:
-            x: Image ``(N, C, H, W)``.
-            indices: Stages to return: the last n if an int, all if None, else those listed (negative from the end).
-            norm: No effect: there is no norm after the last stage.
-            stop_early: Leave out the stages after the last one asked for.
-            output_fmt: 'NCHW', the only one there is.
-            intermediates_only: Return the list alone, without the final features.
-
-        Returns:
-            Final features and the list of stage outputs, or the list alone.
-        """
-        assert output_fmt == 'NCHW', f"output_fmt must be 'NCHW', got {output_fmt}"
-        intermediates: List[Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.act(self.stem(x))
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript can't slice
-            stages = self.stages
-        else:
-            stages = self.stages[:max_index + 1]
-        for index, stage in enumerate(stages):
-            x = stage(x)
-            if index in take_indices:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """Removes what ``forward_intermediates`` doesn't need for these stages; returns their indices.
-
-        The head goes with the last stage, whatever ``prune_head`` says: it fits that stage's channels only.
-        """
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        shortened = max_index < len(self.stages) - 1
-        self.stages = self.stages[:max_index + 1]
-        if shortened:
-            self.num_features = self.feature_info[max_index]['num_chs']
-            self.head.in_features = self.num_features
-        if prune_head or shortened:
-            self.reset_classifier(0, '')
-        return take_indices
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.act(self.stem(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.act(self.stem(x))
+        x = self.forward_stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.stages, x, flatten=True)
         return self.stages(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _check(
