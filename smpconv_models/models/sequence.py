@@ -76,6 +76,7 @@ class SMPSequenceNet(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.base_length = sequence_length
         self.sequence_length = sequence_length
+        self.small_kernel_size = small_kernel_size
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dim
@@ -149,11 +150,9 @@ class SMPSequenceNet(nn.Module):
         if not layers:
             raise ValueError('another sequence_length needs the points, and these kernels are drawn (re-parameterized)')
         scaled = [max(round(layer.base_size * sequence_length / self.base_length), 1) for layer in layers]
-        parallel: Any = [module for module in self.modules() if isinstance(module, ParallelConv)]
-        shortest = max((module.small.conv.kernel_size[0] for module in parallel if module.small is not None), default=1)
-        if min(scaled) < shortest:
+        if min(scaled) < self.small_kernel_size:
             raise ValueError(
-                f'sequence_length must leave kernels of at least {shortest} elements, got {min(scaled)} '
+                f'sequence_length must leave kernels of at least {self.small_kernel_size} elements, got {min(scaled)} '
                 f'({sequence_length} steps)')
         for layer, size in zip(layers, scaled):
             layer.resize(size)
