@@ -25,7 +25,7 @@ import copy
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import measure
 import timm
@@ -37,6 +37,7 @@ from torchvision.ops import DeformConv2d
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models.layers import SMPConv2d
+from smpconv_models.training import config
 
 OURS = 'SMPConv'
 CHECKED_IMAGES = 2
@@ -230,13 +231,6 @@ def ratio(values: Dict[str, float], name: str) -> str:
 # --- the command ---
 
 
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -245,7 +239,7 @@ def positive(text: str) -> int:
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = Parser(
+    parser = config.Parser(
         prog='cifar_step.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument('--networks', nargs='+', choices=NAMES, default=list(NAMES), metavar='NAME',

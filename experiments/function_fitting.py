@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'function_fitting.py: interrupted\n'), os._exit(130)))
@@ -47,6 +47,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smpconv_models.layers import clip_radius, interpolate, sampling_grid
+from smpconv_models.training import config, replacing
 
 SIZE = [51, 51]
 FILES = ('function_fitting.csv', 'function_fitting.md', 'function_fitting.png')
@@ -376,15 +377,8 @@ def draw_curves(axes: Axes, target: str, errors: Dict[str, np.ndarray]) -> None:
 # --- the command ---
 
 
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
 def create_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = config.Parser(
         prog='function_fitting.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     for name, default, what in (
@@ -417,7 +411,7 @@ def run(args: argparse.Namespace) -> None:
     fits = fit_all(args)
     seconds = time.perf_counter() - start
     rows = rows_of(fits, args)
-    with tables.replacing(picture) as temporary:
+    with replacing(picture) as temporary:
         save_picture(temporary, fits, args.seeds)
     tables.write_text(text, report(rows, args, seconds))
     tables.write_csv(table, rows)

@@ -5,28 +5,15 @@ import os
 import platform
 import statistics
 import tempfile
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
 import torch
 
+from smpconv_models.training import replacing
+
 Row = Mapping[str, Any]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``, which takes its name at the end of the block."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        temporary.chmod(0o644)  # mkstemp's files are the owner's alone
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_writable(paths: Sequence[Path]) -> None:

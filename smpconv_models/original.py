@@ -4,17 +4,15 @@ The release is the code published with the paper (github.com/sangnekim/SMPConv).
 """
 import os
 import re
-import urllib.error
-import urllib.request
 from html.parser import HTMLParser
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple, Union
 from urllib.parse import urlencode
 
 from huggingface_hub.utils import WeakFileLock
-from tqdm import tqdm
 
+from . import transfer
 from .checkpoint import check_file, first_line
 
 # Model -> file, of images and of sequences; of permuted MNIST under a name of its own.
@@ -32,8 +30,6 @@ SEQUENCE_FILES = {
     'smpconv_speech': '15OWR-ZZIVu12pTtdCU1Dyv87yxwIhRlu',
 }
 _ADDRESS = 'https://drive.usercontent.google.com/download'
-_TIMEOUT = 30.  # seconds without a byte
-_BLOCK = 1 << 18
 
 
 def download(model: str, path: Union[str, Path]) -> Path:
@@ -83,48 +79,19 @@ def _fetch(file_id: str, part: Path) -> None:
     """Appends what is missing. Of a large file Drive first sends a page with a form that asks whether one is sure."""
     query: Dict[str, str] = {'id': file_id, 'export': 'download'}
     for _ in range(3):
-        done = part.stat().st_size if part.exists() else 0
-        answer = _open(query, done)
+        done = transfer.done(part)
+        answer = transfer.open_rest(f'{_ADDRESS}?{urlencode(query)}', done)
         if answer is None:
             return
         with answer:
             if answer.headers.get_content_type() != 'text/html':
-                return _append(answer, part, done)
+                return transfer.append(answer, part, done)
             page = answer.read(1 << 20).decode(errors='replace')
         form = _Form(page)
         if form.fields.get('id') != file_id:  # a login, say
             raise ValueError(f'Google Drive does not give the file now: {_title(page)}; try later')
         query = form.fields
     raise ValueError('Google Drive asks again and again whether to download; try later')
-
-
-def _open(query: Dict[str, str], done: int) -> Optional[HTTPResponse]:
-    """The answer; None where what is done is all there is."""
-    request = urllib.request.Request(f'{_ADDRESS}?{urlencode(query)}')
-    if done:
-        request.add_header('Range', f'bytes={done}-')
-    try:
-        return urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left of it
-            if error.headers.get('Content-Range') == f'bytes */{done}':
-                return None
-            raise OSError(f'the file has changed: remove what was downloaded ({done} bytes)') from error
-        raise
-
-
-def _append(answer: HTTPResponse, part: Path, done: int) -> None:
-    if answer.status != 206:  # it sends the whole
-        done = 0
-    length = answer.headers.get('Content-Length')
-    total = None if length is None else done + int(length)
-    with open(part, 'ab' if done else 'wb') as file, tqdm(
-            desc=part.stem, total=total, initial=done, unit='B', unit_scale=True, disable=None) as bar:
-        while block := answer.read(_BLOCK):
-            file.write(block)
-            bar.update(len(block))
-    if total is not None and part.stat().st_size != total:
-        raise OSError(f'the connection ended after {part.stat().st_size} of {total} bytes')
 
 
 class _Form(HTMLParser):

@@ -38,7 +38,7 @@ def test_public_names_are_frozen():
     ]
     assert training.__all__ == [
         'Digits', 'Stopped', 'World', 'config', 'evaluate', 'explain', 'measure', 'options', 'param_groups',
-        'save_classes', 'save_confusion', 'save_results', 'series', 'set_up', 'train', 'validate',
+        'replacing', 'save_classes', 'save_confusion', 'save_results', 'series', 'set_up', 'train', 'validate',
     ]
 
 
@@ -53,6 +53,7 @@ def test_public_names_exist(module):
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
 DOWNLOAD, ORIGINAL, HUB = 'smpconv_models.download', 'smpconv_models.original', 'smpconv_models.hub'
+TRANSFER = 'smpconv_models.transfer'
 DETECTION, DIGITS, SEQUENCES = 'smpconv_models.detection', 'smpconv_models.digits', 'smpconv_models.sequences'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
@@ -66,11 +67,12 @@ MAY_IMPORT = {
     'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, DOWNLOAD, ORIGINAL),
     'smpconv_models/checkpoint': ('torch', 'safetensors'),
     'smpconv_models/download.py': ('huggingface_hub', CHECKPOINT),
-    'smpconv_models/original.py': ('huggingface_hub', 'tqdm', CHECKPOINT),
+    'smpconv_models/transfer.py': ('tqdm',),
+    'smpconv_models/original.py': ('huggingface_hub', CHECKPOINT, TRANSFER),
     'smpconv_models/digits.py': ('torch', 'PIL', 'sklearn'),
     'smpconv_models/sequences': (
         'torch', 'torchvision', 'numpy', 'scipy', 'sklearn', 'safetensors', 'filelock', 'tqdm', DIGITS,
-        f'{CHECKPOINT}.file_sha256', f'{CHECKPOINT}.first_line'),
+        TRANSFER, f'{CHECKPOINT}.file_sha256', f'{CHECKPOINT}.first_line'),
     'smpconv_models/hub': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', f'{MODELS}.check_arguments', f'{MODELS}.identify',
         CHECKPOINT, DOWNLOAD),

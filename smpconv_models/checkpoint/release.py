@@ -5,7 +5,7 @@ the ImageNet models written by timm's CheckpointSaver, of the others by a traine
 ``model``.
 """
 import re
-from typing import Callable, Dict, List, Tuple, Union
+from typing import Any, Callable, Dict, List, Tuple, Union
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ _SMALL: Rules = (
     (r'\.shortcut\.0\.', '.shortcut.'),
     (r'\.weight_coord$', '.coords'),
     (r'\.weights$', '.weight'),
+    (r'\.train_length$', '._extra_state'),
     (r'^backbone\.', 'blocks.'),
     (r'^finallyr\.', 'head.'),
     (r'^out_layer\.', 'head.fc.'),
@@ -53,20 +54,13 @@ def is_release(state_dict: StateDict) -> bool:
 def from_release(state_dict: StateDict) -> StateDict:
     """A state dict of the original release under our names and shapes.
 
-    What the files carry of the sampling grid (``kernel_coord``, ``train_length``) is left out: it is computed here. The
-    blocks of the network for small images, one list there, are divided where their channels change, as ours are.
+    What the files carry of the sampling grid (``kernel_coord``) is left out: it is computed here. The blocks of the
+    network for small images, one list there, are divided where their channels change, as ours are. Tensors of shapes
+    that the release hasn't keep them.
     """
     if any(key.endswith('.Kernel.weight_coord') for key in state_dict):
         return _from_small(state_dict)
     return _from_imagenet(state_dict)
-
-
-def trained_sizes(state_dict: StateDict) -> Dict[str, int]:
-    """The sizes of the kernels that a small network of the release was trained with, by our names of the layers."""
-    places = _stages_of_blocks(state_dict)
-    return {
-        _small_name(key, places).removesuffix('.train_length'): int(value)
-        for key, value in state_dict.items() if key.endswith('.train_length') and int(value) > 0}
 
 
 def _from_imagenet(state_dict: StateDict) -> StateDict:
@@ -86,16 +80,11 @@ def _from_small(state_dict: StateDict) -> StateDict:
     places = _stages_of_blocks(state_dict)
     converted = {}
     for key, tensor in state_dict.items():
-        if key.endswith('.train_length'):
-            continue
-        if key.endswith('.radius') or key == 'out_layer.weight':
+        if tensor.ndim > 1 and (key.endswith('.radius') or key == 'out_layer.weight'):
             tensor = tensor.flatten(1)
-        converted[_small_name(key, places)] = tensor
+        name = re.sub(r'^blocks\.(\d+)\.', lambda m: places.get(int(m[1]), m[0]), key)
+        converted[_renamed(name, _SMALL)] = tensor
     return converted
-
-
-def _small_name(key: str, places: Dict[int, str]) -> str:
-    return _renamed(re.sub(r'^blocks\.(\d+)\.', lambda m: places.get(int(m[1]), m[0]), key), _SMALL)
 
 
 def _renamed(key: str, rules: Rules) -> str:
@@ -107,9 +96,9 @@ def _renamed(key: str, rules: Rules) -> str:
 def _stages_of_blocks(state_dict: StateDict) -> Dict[int, str]:
     """Where each block goes: ``stages.S.B.``, a stage for each run of blocks of the same channels."""
     pattern = re.compile(r'^blocks\.(\d+)\.cconv1\.Kernel\.radius$')
-    widths = {int(found[1]): len(tensor) for key, tensor in state_dict.items() if (found := pattern.match(key))}
+    widths = {int(found[1]): tensor.shape[:1] for key, tensor in state_dict.items() if (found := pattern.match(key))}
     places: Dict[int, str] = {}
-    runs: List[List[int]] = []
+    runs: List[Any] = []
     for block, width in sorted(widths.items()):
         if not runs or runs[-1][0] != width:
             runs.append([width, 0])

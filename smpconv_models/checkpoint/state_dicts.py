@@ -4,7 +4,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from torch import Tensor, nn
 
-from .release import StateDict, from_release, is_release, trained_sizes
+from .release import StateDict, from_release, is_release
 
 # In the order in which they are preferred: the published accuracies are the averaged weights'.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
@@ -97,13 +97,22 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
         dtype = state_dict[retyped[0]].dtype
         return f'{len(retyped)} of {len(expected)} tensors have other numbers ({retyped[0]}: {dtype})'
     if not (missing or unexpected or reshaped):
-        return None
+        return _describe_sizes(state_dict, own)
     examples: List[str] = [f'{key} expected {expected[key]}, got {given[key]}' for key in reshaped[:3]]
     examples += [f'no {key}' for key in missing[:2]] + [f'unknown {key}' for key in unexpected[:2]]
     return (
         f'{len(missing)} of {len(expected)} tensors missing, {len(unexpected)} unexpected, '
         f'{len(reshaped)} of another shape ({"; ".join(examples[:5])})'
     )
+
+
+def _describe_sizes(state_dict: StateDict, own: StateDict) -> Optional[str]:
+    """Which points were trained at another size of their kernel; their shapes don't tell, and 0 doesn't either."""
+    for key, value in own.items():
+        layer, _, name = key.rpartition('.')
+        if name == '_extra_state' and int(state_dict[key]) not in (0, int(value)):
+            return f'the points of {layer} are for kernels of size {int(state_dict[key])}, not of {int(value)}'
+    return None
 
 
 def adapt(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> StateDict:
@@ -117,23 +126,12 @@ def adapt(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -
     Raises:
         ValueError: It is another model's.
     """
-    sizes: Dict[str, int] = {}
     if is_release(state_dict):
-        sizes, state_dict = trained_sizes(state_dict), from_release(state_dict)
+        state_dict = from_release(state_dict)
     mismatch = describe_mismatch(state_dict, model, ignore)
     if mismatch is not None:
         raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
-    _check_sizes(sizes, model)
     return state_dict
-
-
-def _check_sizes(sizes: Dict[str, int], model: nn.Module) -> None:
-    """The shapes of points don't tell how many elements a kernel has."""
-    for name, size in sizes.items():
-        own = getattr(model.get_submodule(name), 'base_size', size)
-        if own != size:
-            raise ValueError(
-                f'the checkpoint does not fit the model: {name} was trained with {size} elements, the model has {own}')
 
 
 def load_into(model: nn.Module, checkpoint: Any, use_ema: bool = True) -> str:

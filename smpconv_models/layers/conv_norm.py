@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from smpconv_models.ops import check_options, depthwise_conv2d
 
 from . import fuse
+from .checks import check_odd
 
 NormLayer = Union[str, Callable[[int], nn.Module]]
 ActLayer = Union[str, Callable[[], nn.Module]]
@@ -130,11 +131,3 @@ def set_weight_bias(conv: Any, weight: Tensor, bias: Tensor) -> None:
     # a copy into the old weight's strides keeps channels_last
     conv.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(weight), requires_grad)
     conv.bias = nn.Parameter(bias.detach().clone(), requires_grad)
-
-
-def check_odd(kernel_size: Union[int, Tuple[int, int]]) -> None:
-    """Raises ValueError unless it is one size or two, each odd and positive."""
-    sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or any(
-            not isinstance(size, int) or size < 1 or size % 2 == 0 for size in sizes):
-        raise ValueError(f'kernel size must be odd and positive, got {kernel_size!r}')

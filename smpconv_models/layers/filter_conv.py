@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from . import points
-from .conv_norm import check_odd
+from .checks import check_counts, check_odd
 from .long_conv import CausalConv1d, SameConv2d, causal_conv1d, check_method, same_conv2d
-from .smp_conv import SMPLayer, check_points, clip_radius_
+from .smp_conv import SMPLayer, clip_radius_
 
 
 class SMPFilters(SMPLayer):
@@ -19,6 +19,7 @@ class SMPFilters(SMPLayer):
     within ``radius_range`` and keeps its gradient; the coordinates are free.
 
     Parameters: ``weight (out, in, P)``, ``coords (out, P, d)``, ``radius (out, P)`` and, if asked for, ``bias (out,)``.
+    The shapes don't tell how long the kernel is that they were trained for, so a state dict does.
     """
 
     ndim: int
@@ -38,15 +39,14 @@ class SMPFilters(SMPLayer):
             dtype: Any,
     ) -> None:
         super().__init__()
-        if init_radius is not None and not init_radius > 0:
-            raise ValueError(f'init_radius must be positive, got {init_radius}')
-        if not coords_std > 0:
-            raise ValueError(f'coords_std must be positive, got {coords_std}')
+        check_counts(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, num_points=num_points)
+        check_method(method)
         if not 0 < radius_range[0] <= radius_range[1]:
             raise ValueError(f'radius_range must be the smallest and the largest radius, got {radius_range}')
-        check_points(num_points)
-        check_method(method)
-        _check_size(kernel_size)
+        if init_radius is not None and not radius_range[0] <= init_radius <= radius_range[1]:
+            raise ValueError(f'init_radius must lie in radius_range, {radius_range}, got {init_radius}')
+        if not coords_std > 0:
+            raise ValueError(f'coords_std must be positive, got {coords_std}')
         dd = {'device': device, 'dtype': dtype}
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -78,6 +78,16 @@ class SMPFilters(SMPLayer):
     def init_coords(self) -> None:
         """Draws the points' first places."""
         raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        """The size that the points were made for, ``base_size``, which no other tensor of a state dict tells."""
+        return torch.tensor([self.base_size])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError unless the points to be loaded were made for kernels of this size; 0 doesn't tell."""
+        size = int(state)
+        if size not in (0, self.base_size):
+            raise ValueError(f'expected the points of kernels of size {self.base_size}, got those of {size}')
 
     def kernel(self) -> Tensor:
         """The filters as a convolution takes them, ``(out, in, k)`` or ``(out, in, k, k)``."""
@@ -111,11 +121,6 @@ class SMPFilters(SMPLayer):
         )
 
 
-def _check_size(kernel_size: int) -> None:
-    if not isinstance(kernel_size, int) or kernel_size < 1:
-        raise ValueError(f'kernel_size must be a positive whole number, got {kernel_size!r}')
-
-
 class SMPConv1d(SMPFilters):
     """Causal convolution of sequences, in place of an ``nn.Conv1d`` with padding on the left; stride 1.
 
@@ -133,7 +138,7 @@ class SMPConv1d(SMPFilters):
     Shapes: ``(N, in_channels, L)`` to ``(N, out_channels, L)``.
 
     Raises:
-        ValueError: No points, a kernel of no elements, an unknown method.
+        ValueError: No channels, points or elements, a radius out of its range, an unknown method.
     """
 
     ndim = 1
@@ -170,7 +175,7 @@ class SMPConv1d(SMPFilters):
         Raises:
             ValueError: It isn't a positive whole number.
         """
-        _check_size(kernel_size)
+        check_counts(kernel_size=kernel_size)
         self.kernel_size = kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ class SMPConv2d(SMPFilters):
     Shapes: ``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``. Coordinates are (x to the right, y up).
 
     Raises:
-        ValueError: No points, an even kernel, an unknown method.
+        ValueError: No channels or points, an even kernel, a radius out of its range, an unknown method.
     """
 
     ndim = 2

@@ -17,19 +17,19 @@ def norm_affine(
         eps: float,
 ) -> Tuple[Tensor, Tensor]:
     """A batch norm in evaluation as ``scale * x + shift``, each ``(C,)``, in float32 at least."""
-    scale = (wide(running_var) + eps).rsqrt()
+    scale = (upcast(running_var) + eps).rsqrt()
     if weight is not None:
-        scale = scale * wide(weight)
-    shift = -wide(running_mean) * scale
+        scale = scale * upcast(weight)
+    shift = -upcast(running_mean) * scale
     if bias is not None:
-        shift = shift + wide(bias)
+        shift = shift + upcast(bias)
     return scale, shift
 
 
 def fold_after(weight: Tensor, bias: Optional[Tensor], scale: Tensor, shift: Tensor) -> Tuple[Tensor, Tensor]:
     """Kernel and bias of ``scale * conv(x) + shift``; scale and shift are per output channel."""
-    folded = wide(weight) * scale.view(-1, *[1] * (weight.ndim - 1))
-    folded_bias = shift if bias is None else shift + wide(bias) * scale
+    folded = upcast(weight) * scale.view(-1, *[1] * (weight.ndim - 1))
+    folded_bias = shift if bias is None else shift + upcast(bias) * scale
     return folded.to(weight.dtype), folded_bias.to(weight.dtype)
 
 
@@ -38,10 +38,10 @@ def fold_before(weight: Tensor, bias: Optional[Tensor], scale: Tensor, shift: Te
 
     Holds for a convolution without groups and without padding (1x1): padding adds zeros after the shift.
     """
-    folded = wide(weight) * scale.view(1, -1, 1, 1)
-    folded_bias = (wide(weight) * shift.view(1, -1, 1, 1)).sum((1, 2, 3))
+    folded = upcast(weight) * scale.view(1, -1, 1, 1)
+    folded_bias = (upcast(weight) * shift.view(1, -1, 1, 1)).sum((1, 2, 3))
     if bias is not None:
-        folded_bias = folded_bias + wide(bias)
+        folded_bias = folded_bias + upcast(bias)
     return folded.to(weight.dtype), folded_bias.to(weight.dtype)
 
 
@@ -56,6 +56,6 @@ def merge_causal(large: Tensor, small: Tensor) -> Tensor:
     return large + F.pad(small, (large.shape[2] - small.shape[2], 0))
 
 
-def wide(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """The same in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

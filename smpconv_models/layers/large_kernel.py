@@ -8,6 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from . import fuse
+from .checks import check_small_kernel
 from .conv_norm import (
     ActLayer,
     ConvNormAct,
@@ -18,7 +19,7 @@ from .conv_norm import (
     create_norm,
     set_weight_bias,
 )
-from .parallel import ParallelConv, check_small_kernel
+from .parallel import ParallelConv
 from .smp_conv import SMPDepthwiseConv2d
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .fuse import wide
+from .fuse import upcast
 
 METHODS = ('auto', 'direct', 'fft')
 
@@ -32,14 +32,16 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, meth
         weight: ``(O, C, k)``, the last element for the present; k may exceed L.
         bias: ``(O,)``.
         method: 'direct', 'fft', or 'auto': whichever is quicker by what was measured on a CPU; on other devices the FFT
-            for sequences of 256 steps and more. 'auto' is 'direct' where it is scripted, traced or exported.
+            for kernels of 256 elements and more. 'auto' is 'direct' where it is scripted, traced or exported.
 
     Returns:
         ``(N, O, L)`` in the dtype of a convolution. The FFT is computed in float32 at least; its rounding errors are
-        relative to the largest values of the sequence, not to each output's own.
+        relative to the largest values of the sequence, not to each output's own. So they reach the past too, and a NaN
+        or infinity at any step is one at all of them.
 
     Raises:
-        ValueError: Unknown ``method``, shapes that don't fit, or 'fft' where it can't be: scripted or traced.
+        ValueError: Unknown ``method``, shapes that don't fit, or 'fft' where it can't be: scripted, traced, of numbers
+            that aren't real.
     """
     if has_torch_function_variadic(x, weight):
         return handle_torch_function(causal_conv1d, (x, weight), x, weight, bias, method)
@@ -88,11 +90,17 @@ def _takes_fft(method: str, x: Tensor, weight: Tensor, left: List[int]) -> bool:
     _check(method, x, weight)
     if method != 'auto':
         return method == 'fft'
-    return not torch.compiler.is_exporting() and _is_quicker_by_fft(x, weight, left)
+    return _are_real(x, weight) and not torch.compiler.is_exporting() and _is_quicker_by_fft(x, weight, left)
+
+
+def _are_real(x: Tensor, weight: Tensor) -> bool:
+    return x.is_floating_point() and weight.is_floating_point()
 
 
 def _check(method: str, x: Tensor, weight: Tensor) -> None:
     check_method(method)
+    if method == 'fft' and not _are_real(x, weight):
+        raise ValueError(f"method 'fft' takes floating point numbers, got {x.dtype} and {weight.dtype}")
     if x.ndim != weight.ndim or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f'expected an input (N, C, ...) for a weight (O, C, ...) of the same C, got {tuple(x.shape)} and '
@@ -100,8 +108,6 @@ def _check(method: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _is_quicker_by_fft(x: Tensor, weight: Tensor, left: List[int]) -> bool:
-    if x.is_complex() or weight.is_complex():
-        return False
     if x.device.type != 'cpu':
         return x.ndim == 3 and weight.shape[2] >= _FFT_FROM
     n, c, o = x.shape[0], x.shape[1], weight.shape[0]
@@ -120,7 +126,7 @@ def _fft_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], left: List[int]
         dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)  # it leaves doubles alone
     elif x.dtype != weight.dtype:
         raise ValueError(f'expected an input and a weight of one type, got {x.dtype} and {weight.dtype}')
-    y: Any = _FFTConv.apply(wide(x), wide(weight), left)
+    y: Any = _FFTConv.apply(upcast(x), upcast(weight), left)
     if bias is not None:
         y = y + bias.view(-1, *[1] * len(left))
     return y.to(dtype)
@@ -205,7 +211,7 @@ def _fast_length(length: int) -> int:
 
 
 class CausalConv1d(nn.Conv1d):
-    """``nn.Conv1d`` that sees the past only: :func:`causal_conv1d` as a module, stride 1.
+    """``nn.Conv1d`` that sees the past only, but for what the FFT rounds: :func:`causal_conv1d`, stride 1.
 
     Args:
         in_channels, out_channels: Channels.

@@ -51,17 +51,3 @@ class ParallelConv(nn.Module):
             set_weight_bias(merged, merge(merged.weight, small.weight), bias)
             self.small = None
         return merged
-
-
-def check_rate(name: str, rate: float) -> None:
-    """Raises ValueError unless a rate of dropout can be."""
-    if not 0 <= rate < 1:
-        raise ValueError(f'{name} must lie in [0, 1), got {rate}')
-
-
-def check_small_kernel(small_kernel_size: int, kernel_size: int) -> None:
-    """Raises ValueError where the small kernel is larger than the large one, or no number of elements."""
-    if not isinstance(small_kernel_size, int) or small_kernel_size < 0:
-        raise ValueError(f'small_kernel_size must be a whole number of at least 0, got {small_kernel_size!r}')
-    if small_kernel_size > kernel_size:
-        raise ValueError(f'small_kernel_size must not exceed the large kernel, {kernel_size}, got {small_kernel_size}')

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import blocks
+from . import chunks
 
 
 def tents(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
@@ -102,7 +102,8 @@ def sample_kernel(
 
     Positions and distances are computed in float32 at least, whatever the parameters' dtype: half precision is
     coarser than the distance between two elements of a large kernel. Where points times elements are many (a kernel of
-    16,000 steps), they are never held at once, neither here nor in the backward pass: see :mod:`.blocks`.
+    16,000 steps), they are never held at once, neither here nor in the backward pass: see :mod:`.chunks`. (Scripted,
+    they are; and the transforms of torch.func don't take kernels drawn in chunks, as PyTorch says then.)
 
     Args:
         coords: ``(..., P, d)``.
@@ -120,8 +121,8 @@ def sample_kernel(
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
     query = sampling_grid(kernel_size, device=coords.device, dtype=dtype)
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles the second condition of an "and")
-        if blocks.are_many(query, coords):
-            kernel = blocks.interpolate_in_blocks(interpolate, query, coords, radius, weights, normalize)
+        if chunks.are_many(query, coords):
+            kernel = chunks.interpolate_in_chunks(interpolate, query, coords, radius, weights, normalize)
             return kernel.unflatten(-1, kernel_size)
     kernel = interpolate(query, coords, radius, weights, normalize)
     return kernel.unflatten(-1, kernel_size)
@@ -173,8 +174,8 @@ def point_sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -
 
 def _sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in sample_kernel)
-        if blocks.are_many(query, coords):
-            return blocks.sum_in_blocks(point_sums, query, coords, radius, normalize)
+        if chunks.are_many(query, coords):
+            return chunks.sum_in_chunks(point_sums, query, coords, radius, normalize)
     return point_sums(query, coords, radius, normalize)
 
 

@@ -43,16 +43,16 @@ class ResidualBlock(nn.Module):
         return self.act(y + self.shortcut(x))
 
 
-def init_weights_(module: nn.Module, is_reset: bool = False) -> None:
+def init_weights_(module: nn.Module, needs_reset: bool = False) -> None:
     """Draws the initial weights of one module of these networks, for ``nn.Module.apply``.
 
     Args:
         module: Of the network.
-        is_reset: Also reset what draws its own when it is made: points, norms, 1-D shortcuts.
+        needs_reset: Also reset what draws its own when it is made: points, norms, 1-D shortcuts.
     """
     if isinstance(module, (CausalConv1d, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif is_reset and callable(reset_parameters := getattr(module, 'reset_parameters', None)):
+    elif needs_reset and callable(reset_parameters := getattr(module, 'reset_parameters', None)):
         reset_parameters()

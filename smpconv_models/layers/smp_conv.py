@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from smpconv_models.ops import check_options, depthwise_conv2d
 
 from . import points
-from .conv_norm import DepthwiseConv2d, check_odd
+from .checks import check_counts, check_odd
+from .conv_norm import DepthwiseConv2d
 
 
 class SMPLayer(nn.Module):
@@ -56,7 +57,7 @@ class SMPDepthwiseConv2d(SMPLayer):
     Parameters: ``weight (C, P)``, ``coords (P, 2)`` as (x to the right, y up), ``radius (P,)``.
 
     Raises:
-        ValueError: Even ``kernel_size``, or ``num_points`` below 1.
+        ValueError: Even ``kernel_size``, or no positive whole ``num_points``.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class SMPDepthwiseConv2d(SMPLayer):
         super().__init__()
         check_odd(kernel_size)
         check_options(dilation, backend)
-        check_points(num_points)
+        check_counts(num_points=num_points)
         self.channels = channels
         self.kernel_size = kernel_size
         self.base_size = kernel_size
@@ -142,12 +143,6 @@ class SMPDepthwiseConv2d(SMPLayer):
             f'{self.channels}, kernel_size={self.kernel_size}{base}, num_points={self.coords.shape[0]}, '
             f'dilation={self.dilation}, backend={self.backend!r}'
         )
-
-
-def check_points(num_points: int) -> None:
-    """Raises ValueError unless there is a point."""
-    if not isinstance(num_points, int) or num_points < 1:
-        raise ValueError(f'num_points must be at least 1, got {num_points}')
 
 
 def smp_layers(model: nn.Module) -> Dict[str, SMPLayer]:

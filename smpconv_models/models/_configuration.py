@@ -46,7 +46,7 @@ def check_configuration(
     for name in ('depths', 'dims', 'kernel_sizes'):
         if not _are_counts(kwargs.get(name, ())):
             raise ValueError(f'expected {name} of a number for each stage, got {_shown(kwargs[name])}')
-    for name in ('points_divisor', 'num_classes', 'in_chans'):
+    for name in ('points_divisor', 'kernel_size', 'small_kernel_size', 'num_points', 'num_classes', 'in_chans'):
         if not _are_counts([kwargs.get(name, 1)]):
             raise ValueError(f'expected a number as {name}, got {_shown(kwargs[name])}')
     size: Any = pretrained_cfg.get('input_size')

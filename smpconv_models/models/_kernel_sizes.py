@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Sequence, Union
 from torch import Tensor
 
 from smpconv_models import checkpoint
-from smpconv_models.layers.conv_norm import check_odd
+from smpconv_models.layers.checks import check_odd
 
 
 def resampled(

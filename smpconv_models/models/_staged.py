@@ -1,5 +1,5 @@
 """What timm asks of all networks here: a stem, stages, a norm, a classifier."""
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.models._features import feature_take_indices
@@ -15,6 +15,7 @@ class StagedNet(nn.Module):
         norm: After the last stage.
         head: timm's ``ClassifierHead``.
         feature_info: Of each stage.
+        first_convs: Names of the weights that depend on the image's channels.
     """
 
     if TYPE_CHECKING:  # which TorchScript would take for the modules' types
@@ -25,6 +26,7 @@ class StagedNet(nn.Module):
         feature_info: List[Dict[str, Any]]
         num_features: int
         num_classes: int
+        first_convs: Sequence[str]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

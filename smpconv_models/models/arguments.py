@@ -1,9 +1,9 @@
 """What a network's constructor takes, by the model's name."""
-from typing import Any
+from typing import Any, get_type_hints
+
+from timm.models import model_entrypoint
 
 from ._configuration import check_names
-from .smpconv import SMPConvNet
-from .smpconv_cifar import SMPResNet
 
 
 def check_arguments(name: str, arguments: Any) -> None:
@@ -13,5 +13,4 @@ def check_arguments(name: str, arguments: Any) -> None:
         name: Of one of this package's models for images.
         arguments: To its constructor.
     """
-    network: Any = SMPResNet if name == 'smpconv_cifar' else SMPConvNet
-    check_names(network, arguments)
+    check_names(get_type_hints(model_entrypoint(name))['return'], arguments)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smpconv_models.layers import CausalConv1d, ConvNormAct, ParallelConv, ResidualBlock, SMPConv1d, smp_layers
-from smpconv_models.layers.parallel import check_rate, check_small_kernel
+from smpconv_models.layers.checks import check_counts, check_rates, check_small_kernel
 from smpconv_models.layers.residual import init_weights_
 
 __all__ = ['SMPSequenceNet', 'create_sequence_model', 'list_sequence_models']
@@ -37,7 +37,8 @@ class SMPSequenceNet(nn.Module):
         coords_std: Of the points' places at the start; see :class:`~smpconv_models.layers.SMPConv1d`.
         init_radius: Of the points at the start, else ``2 / kernel_size``.
         input_drop_rate: Dropout of the sequence.
-        drop_rate: Dropout within the blocks.
+        block_drop_rate: Dropout within the blocks.
+        drop_rate: Dropout before the classifier.
         method: Of the large convolutions; see :func:`~smpconv_models.layers.causal_conv1d`.
 
     Shapes: ``(N, in_chans, L)`` to ``(N, num_classes)``.
@@ -60,6 +61,7 @@ class SMPSequenceNet(nn.Module):
             coords_std: float = 0.1,
             init_radius: Optional[float] = None,
             input_drop_rate: float = 0.,
+            block_drop_rate: float = 0.,
             drop_rate: float = 0.,
             method: str = 'auto',
             device: Any = None,
@@ -67,10 +69,9 @@ class SMPSequenceNet(nn.Module):
     ) -> None:
         super().__init__()
         kernel_size = sequence_length if kernel_size is None else kernel_size
-        _check(sequence_length=sequence_length, in_chans=in_chans, depth=depth, dim=dim, kernel_size=kernel_size)
+        check_counts(sequence_length=sequence_length, in_chans=in_chans, depth=depth, dim=dim, kernel_size=kernel_size)
         check_small_kernel(small_kernel_size, kernel_size)
-        check_rate('input_drop_rate', input_drop_rate)
-        check_rate('drop_rate', drop_rate)
+        check_rates(input_drop_rate=input_drop_rate, block_drop_rate=block_drop_rate, drop_rate=drop_rate)
         if num_classes < 0:
             raise ValueError(f'num_classes must be at least 0, got {num_classes}')
         dd = {'device': device, 'dtype': dtype}
@@ -94,8 +95,9 @@ class SMPSequenceNet(nn.Module):
         self.blocks = nn.Sequential(*(
             ResidualBlock(
                 conv(before), conv(dim), nn.Identity() if before == dim else nn.Conv1d(before, dim, 1, **dd),
-                drop_rate, is_temporal=True)
+                block_drop_rate, is_temporal=True)
             for before in widths[:-1]))
+        self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Linear(dim, num_classes, **dd) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 
@@ -145,7 +147,7 @@ class SMPSequenceNet(nn.Module):
             ValueError: It isn't positive, or the kernels would be shorter than the small ones beside them, or they are
                 not drawn from points any more.
         """
-        _check(sequence_length=sequence_length)
+        check_counts(sequence_length=sequence_length)
         layers: Any = list(smp_layers(self).values())
         if not layers:
             raise ValueError('another sequence_length needs the points, and these kernels are drawn (re-parameterized)')
@@ -170,17 +172,11 @@ class SMPSequenceNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """``(N, dim, L)`` to ``(N, num_classes)``: the last step has seen all others."""
-        x = x[:, :, -1]
+        x = self.head_drop(x[:, :, -1])
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _check(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f'{name} must be a positive whole number, got {size!r}')
 
 
 def _init_classifier(head: nn.Module) -> None:
@@ -195,8 +191,8 @@ _VARIANTS: Dict[str, Dict[str, Any]] = {
     'smpconv_scifar10': dict(sequence_length=1024, in_chans=3, conv_bias=True, init_radius=0.002),
     'smpconv_characters': dict(sequence_length=182, in_chans=3, num_classes=20, conv_bias=True, init_radius=0.012),
     'smpconv_speech_mfcc': dict(
-        sequence_length=161, in_chans=20, conv_bias=True, init_radius=0.012, drop_rate=0.2),
-    'smpconv_speech': dict(sequence_length=16000, init_radius=0.0002, drop_rate=0.1),
+        sequence_length=161, in_chans=20, conv_bias=True, init_radius=0.012, block_drop_rate=0.2),
+    'smpconv_speech': dict(sequence_length=16000, init_radius=0.0002, block_drop_rate=0.1),
     'smpconv_sdigits': dict(sequence_length=64, depth=3, input_drop_rate=0.1),
 }
 

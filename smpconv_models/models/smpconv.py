@@ -12,19 +12,19 @@ from typing import Any, Dict, List, Sequence, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import ConvFFN, ConvNormAct, LargeKernelBlock, LargeKernelConv
-from smpconv_models.layers.conv_norm import ActLayer, NormLayer, check_odd, create_act, create_norm
+from smpconv_models.layers.checks import check_odd, check_rates
+from smpconv_models.layers.conv_norm import ActLayer, NormLayer, create_act, create_norm
 from smpconv_models.layers.large_kernel import pointwise
 
-from ._configuration import check_configuration, described, is_of_elsewhere
+from ._creation import adapt, create
 from ._kernel_sizes import resampled
-from ._pretrained import HUB_NAMESPACE, NO_WEIGHTS, LocalWeights, local_weights
+from ._pretrained import HUB_NAMESPACE, LocalWeights
 from ._staged import StagedNet
-from .identify import whose
 
 __all__ = ['SMPConvNet']
 
@@ -122,6 +122,8 @@ class SMPConvNet(StagedNet):
             can't be.
     """
 
+    first_convs = ('stem.0.conv.weight',)
+
     def __init__(
             self,
             in_chans: int = 3,
@@ -151,7 +153,7 @@ class SMPConvNet(StagedNet):
         _check_config(output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
         if num_classes < 0:
             raise ValueError(f'num_classes must be at least 0, got {num_classes}')
-        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -289,12 +291,6 @@ def _check_config(
             )
 
 
-def _check_rates(**rates: float) -> None:
-    for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f'{name} must lie in [0, 1), got {rate}')
-
-
 def _init_weights(module: nn.Module, needs_reset: bool) -> None:
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         trunc_normal_(module.weight, std=.02)
@@ -311,22 +307,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Di
         ValueError: It is another model's, or has weights that are not finite. Where the model differs from its
             ``pretrained_cfg`` in classes or input channels, timm drops the classifier or adapts the first convolution.
     """
-    state_dict = _adapt(state_dict, model)
+    state_dict = adapt(state_dict, model)
     checkpoint.check_finite(state_dict)
     return state_dict
-
-
-def _adapt(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
-    cfg = getattr(model, 'pretrained_cfg', {})
-    by_timm = []
-    if model.in_chans != cfg.get('input_size', (model.in_chans,))[0]:
-        by_timm.append('stem.0.conv.weight')
-    if model.num_classes != cfg.get('num_classes', model.num_classes):
-        by_timm += ['head.fc.weight', 'head.fc.bias']
-    try:
-        return checkpoint.adapt(state_dict, model, ignore=by_timm)
-    except ValueError as error:
-        raise ValueError(f'{error}{whose(state_dict)}') from error
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
@@ -353,48 +336,16 @@ default_cfgs = generate_default_cfgs({
 
 def _create_smpconv(variant: str, pretrained: bool, model_args: Dict[str, Any], **wished: Any) -> SMPConvNet:
     """A variant of these arguments, before which the user's and those of a repository's configuration come."""
-    kwargs = {**model_args, **wished, 'pretrained_filter_fn': checkpoint_filter_fn}
-    is_checked = is_of_elsewhere(kwargs.get('pretrained_cfg'))
-    if is_checked:
-        check_configuration(SMPConvNet, **kwargs)
-    weights = local_weights(variant, **kwargs) if pretrained else NO_WEIGHTS
-    if pretrained:
-        kwargs.update(_for_weights(weights, model_args, **wished))
-    if is_checked:
-        network = described(SMPConvNet, **kwargs)
-        with weights.named():
-            _adapt(weights.state_dict or network.state_dict(), network)
-    num_stages = len(kwargs['depths'])
-    if kwargs.get('features_only'):
-        kwargs.setdefault('num_classes', 0)  # features have no use for a classifier, nor for a file's
-        _check_out_indices(kwargs.get('out_indices'), num_stages)
-    return build_model_with_cfg(
-        SMPConvNet, variant, pretrained,
-        feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
-        **kwargs,
-    )
+    def for_weights(weights: LocalWeights) -> Dict[str, Any]:
+        kwargs: Dict[str, Any] = {}
+        if weights.state_dict:  # of which none may be missing but the classifier's
+            kwargs['weight_init'] = wished.get('weight_init', 'skip')
+        if 'kernel_sizes' in wished:
+            own = {**model_args, **wished.get('pretrained_model_args', {})}['kernel_sizes']
+            kwargs.update(resampled(weights.state_dict, own, **{**model_args, **wished}))
+        return kwargs
 
-
-def _for_weights(weights: LocalWeights, model_args: Dict[str, Any], **wished: Any) -> Dict[str, Any]:
-    """The arguments with which timm loads them."""
-    kwargs = {'pretrained_cfg_overlay': weights.overlay, 'pretrained_filter_fn': weights.checked(checkpoint_filter_fn)}
-    if weights.state_dict:  # of which none may be missing but the classifier's
-        kwargs['weight_init'] = wished.get('weight_init', 'skip')
-    if 'kernel_sizes' in wished:
-        own = {**model_args, **wished.get('pretrained_model_args', {})}['kernel_sizes']
-        kwargs.update(resampled(weights.state_dict, own, **{**model_args, **wished}))
-    return kwargs
-
-
-def _check_out_indices(out_indices: Union[int, Sequence[int], None], num_stages: int) -> None:
-    if out_indices is None:
-        return
-    if isinstance(out_indices, int):
-        if not 1 <= out_indices <= num_stages:
-            raise ValueError(f'out_indices as a number of last stages must lie in [1, {num_stages}], got {out_indices}')
-    elif any(not -num_stages <= index < num_stages for index in out_indices):
-        raise ValueError(
-            f'out_indices must lie in [{-num_stages}, {num_stages - 1}], got {tuple(out_indices)}')
+    return create(SMPConvNet, variant, pretrained, model_args, checkpoint_filter_fn, wished, for_weights)
 
 
 @register_model

@@ -13,17 +13,17 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import adapt_input_conv, build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import adapt_input_conv, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import ConvNormAct, ParallelConv, ResidualBlock, SameConv2d, SMPConv2d, smp_layers
-from smpconv_models.layers.conv_norm import NormLayer, check_odd, create_norm
-from smpconv_models.layers.parallel import check_rate, check_small_kernel
+from smpconv_models.layers.checks import check_odd, check_rates, check_small_kernel
+from smpconv_models.layers.conv_norm import NormLayer, create_norm
 from smpconv_models.layers.residual import init_weights_
 
-from ._configuration import check_configuration, described, is_of_elsewhere
-from ._pretrained import HUB_NAMESPACE, NO_WEIGHTS, local_weights
+from ._creation import adapt, create
+from ._pretrained import HUB_NAMESPACE
 from ._staged import StagedNet
 
 __all__ = ['SMPResNet']
@@ -58,6 +58,8 @@ class SMPResNet(StagedNet):
         ValueError: Lengths that differ, even kernel sizes, a rate or a name that can't be.
     """
 
+    first_convs = ('stem.large.conv.weight', 'stem.small.conv.weight')
+
     def __init__(
             self,
             in_chans: int = 3,
@@ -80,8 +82,7 @@ class SMPResNet(StagedNet):
     ) -> None:
         super().__init__()
         _check(in_chans, depths, dims, kernel_size, small_kernel_size, num_classes, learned)
-        check_rate('drop_rate', drop_rate)
-        check_rate('block_drop_rate', block_drop_rate)
+        check_rates(drop_rate=drop_rate, block_drop_rate=block_drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -130,7 +131,7 @@ class SMPResNet(StagedNet):
             needs_reset: Also reset the norms and points, whose constructors have done so; for a model that was made
                 on the meta device and moved by ``to_empty``.
         """
-        self.apply(partial(init_weights_, is_reset=needs_reset))
+        self.apply(partial(init_weights_, needs_reset=needs_reset))
         _init_classifier(self.head.fc)
 
     @torch.jit.ignore
@@ -190,23 +191,24 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPResNet) -> Dic
     """State dict of the original release or of ours -> ours, for the model's input channels.
 
     Raises:
-        ValueError: It is another model's, or has weights that are not finite. Where the model differs from its
-            ``pretrained_cfg`` in classes, timm drops the classifier.
+        ValueError: It is another model's, of channels that can't become the model's, or has weights that are not
+            finite. Where the model differs from its ``pretrained_cfg`` in classes, timm drops the classifier.
     """
-    cfg = getattr(model, 'pretrained_cfg', {})
-    first = ['stem.large.conv.weight', 'stem.small.conv.weight'] if model.in_chans != cfg.get(
-        'input_size', (model.in_chans,))[0] else []
-    by_timm = []
-    if model.num_classes != cfg.get('num_classes', model.num_classes):
-        by_timm = ['head.fc.weight', 'head.fc.bias']
-    state_dict = checkpoint.adapt(state_dict, model, ignore=by_timm + first)
+    state_dict = dict(adapt(state_dict, model))
     checkpoint.check_finite(state_dict)
-    return {
-        name: _for_channels(value, model.in_chans) if name in first else value for name, value in state_dict.items()}
+    for name in model.first_convs:
+        if name in state_dict:
+            state_dict[name] = _for_channels(state_dict[name], model.in_chans)
+    return state_dict
 
 
 def _for_channels(weight: Tensor, in_chans: int) -> Tensor:
     """As timm adapts the first convolution's weight, of an image convolution or of points, ``(out, in, P)``."""
+    given = weight.shape[1]
+    if given == in_chans:
+        return weight
+    if given != 3 and in_chans != 1:
+        raise ValueError(f'weights of {given} input channels can become those of 1, expected that, got {in_chans}')
     if weight.ndim == 3:
         return adapt_input_conv(in_chans, weight.unsqueeze(-1)).squeeze(-1)
     return adapt_input_conv(in_chans, weight)
@@ -229,19 +231,5 @@ default_cfgs = generate_default_cfgs({
 @register_model
 def smpconv_cifar(pretrained: bool = False, **kwargs: Any) -> SMPResNet:
     """The paper's network for CIFAR10: 489,646 parameters, kernels of 33x33."""
-    kwargs = {'init_radius': 0.12, 'block_drop_rate': 0.1, **kwargs}
-    if is_of_elsewhere(kwargs.get('pretrained_cfg')):
-        check_configuration(SMPResNet, **kwargs)
-        described(SMPResNet, **kwargs)
-    weights = local_weights('smpconv_cifar', **kwargs) if pretrained else NO_WEIGHTS
-    if pretrained:
-        kwargs['pretrained_cfg_overlay'] = weights.overlay
-    num_stages = len(kwargs.get('depths', (2, 3, 2)))
-    if kwargs.get('features_only'):
-        kwargs.setdefault('num_classes', 0)
-    return build_model_with_cfg(
-        SMPResNet, 'smpconv_cifar', pretrained,
-        pretrained_filter_fn=weights.checked(checkpoint_filter_fn),
-        feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
-        **kwargs,
-    )
+    model_args = dict(depths=(2, 3, 2), dims=(24, 36, 48), init_radius=0.12, block_drop_rate=0.1)
+    return create(SMPResNet, 'smpconv_cifar', pretrained, model_args, checkpoint_filter_fn, kwargs)

@@ -20,8 +20,11 @@ def unpack(archive: Path, folder: Path) -> None:
         folder: Where to; until it is whole, under this name with ``.partial`` after it.
 
     Raises:
-        ValueError: It is no tar file, damaged, tries to leave the folder, or the disk doesn't do.
+        ValueError: It is no tar file, damaged, tries to leave the folder, or the disk doesn't do; or Python is one
+            without tarfile's filters.
     """
+    if not hasattr(tarfile, 'data_filter'):
+        raise ValueError(f'{archive} cannot be unpacked safely: expected Python 3.10.12, 3.11.4 or newer')
     partial = folder.with_name(f'{folder.name}.partial')
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

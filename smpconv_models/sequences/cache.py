@@ -33,7 +33,7 @@ def cached(path: Path, key: str, make: Callable[[], Tensors]) -> Tensors:
     found = _read(path, key, logging.DEBUG)
     if found is not None:
         return found
-    with _locked_if_possible(path.parent):
+    with _locked_if_possible(path):
         found = _read(path, key, logging.WARNING)  # another process may have made them
         if found is None:
             found = make()
@@ -41,8 +41,8 @@ def cached(path: Path, key: str, make: Callable[[], Tensors]) -> Tensors:
     return found
 
 
-def _locked_if_possible(folder: Path) -> AbstractContextManager:
-    return locked(folder) if os.access(folder, os.W_OK) else nullcontext()
+def _locked_if_possible(path: Path) -> AbstractContextManager:
+    return locked(path.parent, path.name) if os.access(path.parent, os.W_OK) else nullcontext()
 
 
 def _read(path: Path, key: str, level: int) -> Optional[Tensors]:

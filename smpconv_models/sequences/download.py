@@ -1,15 +1,17 @@
 """Files from where they are published, checked; one process downloads, the others wait."""
-import glob
-import sys
+import logging
+import os
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Iterator
 
-from filelock import FileLock
-from torch.hub import download_url_to_file
+from filelock import FileLock, Timeout
 
+from smpconv_models import transfer
 from smpconv_models.checkpoint import file_sha256, first_line
+
+_logger = logging.getLogger(__name__)
 
 
 def missing(path: Path, url: str) -> ValueError:
@@ -18,16 +20,20 @@ def missing(path: Path, url: str) -> ValueError:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other processes from it for the block. Not to be nested.
+def locked(folder: Path, name: str = 'download') -> Iterator[None]:
+    """Makes a folder and, for the block, keeps other processes from what goes by this name in it. Not to be nested.
 
     Raises:
         ValueError: It can't be made or written.
     """
-    lock = FileLock(folder / '.download.lock')
+    lock = FileLock(folder / f'.{name}.lock')
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            _logger.warning('another process is at work in %s (%s); waiting for it', folder, name)
+            lock.acquire()
     except OSError as error:
         raise ValueError(f'{folder} cannot be written: {error.strerror or first_line(error)}') from error
     try:
@@ -37,18 +43,28 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:
-    """Downloads a file; it has its name when it is whole. Under :func:`locked`.
+    """Downloads a file, from where an earlier attempt broke off; it has its name when it is whole.
+
+    Until then it is under this name with ``.part`` after it. Under :func:`locked`.
 
     Raises:
         ValueError: The network, the server or the disk doesn't do, or it is another file.
     """
+    part = path.with_name(f'{path.name}.part')
     try:
-        for partial in path.parent.glob(f'{glob.escape(path.name)}.*.partial'):
-            partial.unlink()  # PyTorch's, of a process that was killed
-        download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
-    except (HTTPException, OSError, RuntimeError, ValueError) as error:
+        start = transfer.done(part)
+        answer = transfer.open_rest(url, start)
+        if answer is not None:
+            with answer:
+                transfer.append(answer, part, start)
+        if file_sha256(part) != sha256:
+            part.unlink()
+            raise ValueError('it is another file, by its SHA-256')
+        os.replace(part, path)
+    except (HTTPException, OSError, ValueError) as error:
+        kept = f'; what there is of it is kept in {part}' if part.exists() else ''
         raise ValueError(
-            f'{url} cannot be downloaded ({type(error).__name__}: {first_line(error)}); '
+            f'{url} cannot be downloaded ({type(error).__name__}: {first_line(error)}){kept}; '
             f'the file can be put at {path} by hand') from error
 
 

@@ -4,7 +4,7 @@ import zlib
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -40,31 +40,32 @@ def _order(name: str, length: int, permuted: bool) -> Optional[Tensor]:
 
 def open_mnist(root: Path, split: str, download: bool, permuted: bool) -> StoredSequences:
     """MNIST from torchvision's folder, ``root/MNIST/raw``: 28x28 pixels of gray as 784 steps; 60,000 and 10,000."""
-    part = 'train' if split == 'train' else 't10k'
     folder = root / 'MNIST' / 'raw'
-    images_path, labels_path = folder / f'{part}-images-idx3-ubyte', folder / f'{part}-labels-idx1-ubyte'
-    _make_sure_of_mnist(root, [images_path, labels_path], download)
-    pixels, labels = read_idx(images_path, (28, 28)), read_idx(labels_path, ())
+    files = {
+        part: {folder / f'{part}-images-idx3-ubyte': (28, 28), folder / f'{part}-labels-idx1-ubyte': ()}
+        for part in ('train', 't10k')}
+    own = files['train' if split == 'train' else 't10k']
+    absent = [path for path in own if not path.is_file()]
+    if absent:
+        _fetch_mnist(root, {**files['train'], **files['t10k']}, absent[0], download)
+    pixels, labels = (read_idx(path, item) for path, item in own.items())
     if len(pixels) != len(labels) or labels.max(initial=0) > 9:
         raise ValueError(
-            f'{folder}: expected a label from 0 to 9 for each of {len(pixels)} images of {images_path.name}, '
+            f'{folder}: expected a label from 0 to 9 for each of {len(pixels)} images of split {split!r}, '
             f'found {len(labels)} from 0 to {labels.max(initial=0)}; remove both files and pass download=True')
     return StoredSequences(
         f'split {split!r} of MNIST in {root}', tuple('0123456789'), torch.tensor(pixels).reshape(-1, 1, 784),
         labels.tolist(), _MNIST_MEAN, _MNIST_STD, _order('permuted-mnist', 784, permuted), (28, 28))
 
 
-def _make_sure_of_mnist(root: Path, paths: List[Path], download: bool) -> None:
+def _fetch_mnist(root: Path, files: Dict[Path, Tuple[int, ...]], absent: Path, download: bool) -> None:
     from torchvision.datasets import MNIST
-    absent = [path for path in paths if not path.is_file()]
-    if not absent:
-        return
     if not download:
-        raise missing(absent[0], f'{MNIST.mirrors[0]}{absent[0].name}.gz, unpacked,')
-    for path in paths:
-        if path not in absent:  # torchvision would fail at a damaged one, and not say of which
-            read_idx(path, (28, 28) if 'images' in path.name else ())
-    with locked(root), _told(' or '.join(MNIST.mirrors), absent[0].parent):
+        raise missing(absent, f'{MNIST.mirrors[0]}{absent.name}.gz, unpacked,')
+    for path, item in files.items():
+        if path.is_file():  # torchvision would fail at a damaged one of either part, and not say of which
+            read_idx(path, item)
+    with locked(root), _told(' or '.join(MNIST.mirrors), absent.parent):
         MNIST(str(root), download=True)
 
 

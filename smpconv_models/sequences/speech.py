@@ -27,6 +27,7 @@ URL = 'https://storage.googleapis.com/download.tensorflow.org/data/speech_comman
 SHA256 = 'af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58'
 ARCHIVE = 'speech_commands_v0.02.tar.gz'
 WORDS = ('yes', 'no', 'up', 'down', 'left', 'right', 'on', 'off', 'stop', 'go')
+CLIPS = {'train': 30_769, 'validation': 3_703, 'test': 4_074}  # of these words, by the archive's lists
 _LISTS = {'validation': 'validation_list.txt', 'test': 'testing_list.txt'}
 _VERSION = 1  # of what is cached
 _BATCH = 256  # clips whose coefficients are computed at a time
@@ -70,7 +71,7 @@ def open_waves(root: Path, split: str, download: bool) -> Waves:
     folder = _make_sure(root, download)
     names = _members(folder)
     found = cached(
-        folder.parent / 'speech-statistics.safetensors', _key(names['train']),
+        folder.parent / 'speech-statistics.safetensors', _key(folder, names['train']),
         lambda: _wave_statistics(folder, names['train']))
     return Waves(f'split {split!r} of {folder}', folder, names[split], found['mean'], found['std'])
 
@@ -82,18 +83,25 @@ def open_mfcc(root: Path, split: str, download: bool) -> Coefficients:
     """
     folder = _make_sure(root, download)
     names = _members(folder)
-    found = cached(
-        folder.parent / 'speech-mfcc-train.safetensors', _key(names['train']),
-        lambda: _with_statistics(_coefficients(folder, names['train'])))
-    if split != 'train':
-        found = cached(
-            folder.parent / f'speech-mfcc-{split}.safetensors', _key(names[split] + names['train']),
-            lambda: {**found, 'coefficients': _coefficients(folder, names[split])})
+
+    def of_training() -> Tensors:
+        return cached(
+            folder.parent / 'speech-mfcc-train.safetensors', _key(folder, names['train']),
+            lambda: _with_statistics(_coefficients(folder, names['train'])))
+
+    found = of_training() if split == 'train' else cached(
+        folder.parent / f'speech-mfcc-{split}.safetensors', _key(folder, names[split] + names['train']),
+        lambda: {**of_training(), 'coefficients': _coefficients(folder, names[split])})
     return Coefficients(f'split {split!r} of {folder}', folder, names[split], found)
 
 
-def _key(names: Sequence[str]) -> str:
-    return f'{_VERSION} {hashlib.sha256(chr(10).join(names).encode()).hexdigest()}'
+def _key(folder: Path, names: Sequence[str]) -> str:
+    """Of these files with these sizes."""
+    try:
+        lines = [f'{name} {(folder / name).stat().st_size}' for name in names]
+    except OSError as error:
+        raise ValueError(f'{folder} cannot be read: {first_line(error)}') from error
+    return f'{_VERSION} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}'
 
 
 def _labels(names: Sequence[str]) -> List[int]:
@@ -137,6 +145,10 @@ def _members(folder: Path) -> Dict[str, List[str]]:
     if absent:
         raise ValueError(f'{folder} lacks {len(absent)} files of its lists, such as {absent[:4]}')
     splits = {'train': there - lists['validation'] - lists['test'], **lists}
+    counts = {split: len(names) for split, names in splits.items()}
+    if counts != CLIPS:  # of a folder that others have unpacked, or lost files of
+        raise ValueError(
+            f'{folder}: expected the clips {CLIPS}, found {counts}; remove {folder} and pass download=True')
     return {split: sorted(names) for split, names in splits.items()}
 
 

@@ -4,6 +4,7 @@ from .data import Digits
 from .evaluate import evaluate
 from .failures import explain
 from .optim import param_groups
+from .output import replacing
 from .run import set_up
 from .signals import Stopped
 from .train import train
@@ -11,6 +12,6 @@ from .validate import measure, save_classes, save_confusion, save_results, serie
 from .world import World
 
 __all__ = [
-    'Digits', 'Stopped', 'World', 'config', 'evaluate', 'explain', 'measure', 'options', 'param_groups', 'save_classes',
-    'save_confusion', 'save_results', 'series', 'set_up', 'train', 'validate',
+    'Digits', 'Stopped', 'World', 'config', 'evaluate', 'explain', 'measure', 'options', 'param_groups', 'replacing',
+    'save_classes', 'save_confusion', 'save_results', 'series', 'set_up', 'train', 'validate',
 ]

@@ -17,7 +17,7 @@ from common import relative_error
 from huggingface_hub import close_session, constants
 from loopback import LoopbackHub
 
-from smpconv_models import original
+from smpconv_models import original, transfer
 from smpconv_models.models import _pretrained
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7), num_classes=10)
@@ -304,7 +304,7 @@ def test_a_dead_drive(monkeypatch, path):
 
 
 def test_silence(drive, path, monkeypatch):
-    monkeypatch.setattr(original, '_TIMEOUT', 0.1)
+    monkeypatch.setattr(transfer, '_TIMEOUT', 0.1)
     drive.hang = threading.Event()
     try:
         assert 'timed out' in fails(path)

@@ -230,7 +230,7 @@ def test_pointwise_has_no_activation_unless_told():
     (dict(small_kernel_size=9), 'small_kernel_size must not exceed the large kernel, 7, got 9'),
     (dict(small_kernel_size=4), 'kernel size must be odd and positive, got 4'),
     (dict(kernel_size=8), 'kernel size must be odd and positive, got 8'),
-    (dict(num_points=0), 'num_points must be at least 1, got 0'),
+    (dict(num_points=0), 'num_points must be a positive whole number, got 0'),
 ])
 def test_errors(changes, message):
     with pytest.raises(ValueError) as error:

@@ -35,7 +35,8 @@ def test_kernels_equal_the_original(golden, name):
     make = SMPConv1d if one_dimensional else SMPConv2d
     layer = make(kernel.shape[1], out, kernel.shape[-1], points, bias=False)
     layer.load_state_dict({
-        'coords': data['weight_coord'], 'radius': data['radius'].flatten(1), 'weight': data['weights']})
+        'coords': data['weight_coord'], 'radius': data['radius'].flatten(1), 'weight': data['weights'],
+        '_extra_state': torch.tensor([kernel.shape[-1]])})
     assert relative_error(layer.kernel(), kernel) < 1e-5
 
 
@@ -101,6 +102,19 @@ def test_fuses_into_the_same_convolution(kind):
 
 
 @pytest.mark.parametrize('kind', LAYERS)
+def test_a_state_dict_tells_the_size_that_the_points_are_for(kind):
+    layer = LAYERS[kind]()
+    state = layer.state_dict()
+    layer.resize(2 * layer.base_size + 1)
+    layer.load_state_dict(state)  # it fits at every size
+    assert layer.state_dict()['_extra_state'].tolist() == [layer.base_size]
+    layer.load_state_dict({**state, '_extra_state': torch.tensor([0])})  # of the original before its first step
+    size = layer.base_size + 2
+    with pytest.raises(ValueError, match=f'expected the points of kernels of size {size - 2}, got those of {size}'):
+        layer.load_state_dict({**state, '_extra_state': torch.tensor([size])})
+
+
+@pytest.mark.parametrize('kind', LAYERS)
 def test_resized_kernels_respond_alike_to_a_constant(kind):
     layer = randomize_(LAYERS[kind](bias=False))
     response = layer.kernel().flatten(2).sum(-1)
@@ -113,12 +127,12 @@ def test_resized_kernels_respond_alike_to_a_constant(kind):
     assert 'base_size' not in repr(layer)
 
 
-def test_a_resized_long_kernel_is_drawn_in_blocks(monkeypatch):
-    from smpconv_models.layers import blocks
+def test_a_resized_long_kernel_is_drawn_in_chunks(monkeypatch):
+    from smpconv_models.layers import chunks
     layer = randomize_(SMPConv1d(2, 3, 90, num_points=6))
     layer.resize(170)
     expected = layer.kernel()
-    monkeypatch.setattr(blocks, '_MOST_PAIRS', 100)
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 100)
     torch.testing.assert_close(layer.kernel(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -138,8 +152,13 @@ def test_modes(kind):
     (lambda: SMPConv1d(1, 1, 0), 'kernel_size must be a positive whole number, got 0'),
     (lambda: SMPConv1d(1, 1, 2.5), 'kernel_size must be a positive whole number, got 2.5'),
     (lambda: SMPConv2d(1, 1, 4), 'odd and positive, got 4'),
-    (lambda: SMPConv1d(1, 1, 4, num_points=0), 'num_points must be at least 1, got 0'),
-    (lambda: SMPConv1d(1, 1, 4, init_radius=0.), 'init_radius must be positive, got 0.0'),
+    (lambda: SMPConv1d(1, 1, 4, num_points=0), 'num_points must be a positive whole number, got 0'),
+    (lambda: SMPConv1d(0, 1, 4), 'in_channels must be a positive whole number, got 0'),
+    (lambda: SMPConv2d(1, True, 3), 'out_channels must be a positive whole number, got True'),
+    (lambda: SMPConv1d(1, 1, 4, init_radius=0.), r'init_radius must lie in radius_range, \(0.0001, 1.0\), got 0.0'),
+    (lambda: SMPConv2d(1, 1, 3, init_radius=1.5), r'got 1\.5'),
+    (lambda: SMPConv2d(1, 1, 3, coords_std=0), 'coords_std must be positive, got 0'),
+    (lambda: SMPConv2d(1, 1, 3, radius_range=(1., 0.5)), r'radius_range must be .*got \(1\.0, 0\.5\)'),
     (lambda: SMPConv1d(1, 1, 4, method='magic'), "got 'magic'"),
     (lambda: SMPConv1d(1, 1, 4).resize(0), 'got 0'),
     (lambda: SMPConv2d(1, 1, 3).resize(4), 'got 4'),

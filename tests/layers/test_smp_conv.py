@@ -108,7 +108,7 @@ def test_backend_reaches_the_operation():
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(kernel_size=4), 'kernel size must be odd and positive, got 4'),
     (dict(kernel_size=-1), 'kernel size must be odd and positive, got -1'),
-    (dict(num_points=0), 'num_points must be at least 1, got 0'),
+    (dict(num_points=0), 'num_points must be a positive whole number, got 0'),
 ])
 def test_errors(changes, message):
     with pytest.raises(ValueError) as error:

@@ -5,7 +5,7 @@ import torch
 from common import randomize_, relative_error
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import blocks, smp_layers
+from smpconv_models.layers import chunks, smp_layers
 from smpconv_models.models import SMPSequenceNet, create_sequence_model, list_sequence_models
 
 TINY = dict(sequence_length=60, in_chans=2, num_classes=5, depth=2, dim=6, num_points=8)
@@ -63,6 +63,7 @@ def test_dropouts_are_the_recipes():
     model = create_sequence_model('smpconv_smnist')
     assert model.input_drop.p == 0.1 and model.blocks[0].drop1.p == 0
     assert create_sequence_model('smpconv_speech_mfcc', device='meta').blocks[0].drop1.p == 0.2
+    assert create_sequence_model('smpconv_speech', device='meta', drop_rate=0.3).head_drop.p == 0.3
 
 
 def test_unknown_names_have_the_nearest():
@@ -154,7 +155,8 @@ def test_classifier():
 def test_no_decay_on_points():
     model = SMPSequenceNet(**TINY)
     assert model.no_weight_decay() == {
-        name for name, _ in model.named_parameters() if name.rpartition('.')[2] in ('coords', 'radius')}
+        f'blocks.{block}.conv{conv}.large.conv.{name}'
+        for block in range(len(model.blocks)) for conv in (1, 2) for name in ('coords', 'radius')}
 
 
 def test_modes():
@@ -171,7 +173,8 @@ def test_modes():
     (dict(sequence_length=0), 'sequence_length must be a positive whole number, got 0'),
     (dict(depth=0), 'depth must be'), (dict(dim=-1), 'dim must be'),
     (dict(kernel_size=3), 'small_kernel_size must not exceed the large kernel, 3, got 5'),
-    (dict(drop_rate=1.), r'drop_rate must lie in \[0, 1\), got 1.0'),
+    (dict(drop_rate=1.), r'^drop_rate must lie in \[0, 1\), got 1.0'),
+    (dict(block_drop_rate=1.), r'block_drop_rate must lie in \[0, 1\), got 1.0'),
     (dict(input_drop_rate=-0.1), 'input_drop_rate must lie'),
     (dict(num_classes=-1), 'num_classes must be at least 0, got -1'),
 ])
@@ -180,14 +183,14 @@ def test_mistakes(changes, message):
         SMPSequenceNet(**{**TINY, **changes})
 
 
-def test_long_kernels_in_blocks_train_alike(monkeypatch):
+def test_long_kernels_in_chunks_train_alike(monkeypatch):
     torch.manual_seed(0)
     model = SMPSequenceNet(**TINY)
     x = torch.randn(3, 2, 60)
     model(x).square().sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr(blocks, '_MOST_PAIRS', 200)
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 200)
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
@@ -196,8 +199,32 @@ def test_long_kernels_in_blocks_train_alike(monkeypatch):
 def test_files_trained_at_another_length_are_refused(golden):
     """Shapes of points don't tell: those for 16,000 steps are those for 784."""
     model = SMPSequenceNet(**{**TINY, 'sequence_length': 61})
-    with pytest.raises(ValueError, match=r'blocks\.0\.conv1\.large\.conv was trained with 60 elements.* has 61'):
+    with pytest.raises(ValueError, match=r'of blocks\.0\.conv1\.large\.conv are for kernels of size 60, not of 61'):
         checkpoint.load_into(model, released(golden('sequence_tiny_nofft')))
+
+
+def test_our_own_files_of_another_length_are_refused():
+    model = SMPSequenceNet(**TINY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = randomize_(SMPSequenceNet(**{**TINY, 'sequence_length': 61}))
+    with pytest.raises(ValueError, match='are for kernels of size 61, not of 60'):
+        checkpoint.load_into(model, {'state_dict': other.state_dict()})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(('key', 'change'), [
+    ('backbone.0.cconv1.Kernel.radius', lambda value: value.flatten()[0]),
+    ('backbone.0.cconv1.Kernel.radius', lambda value: value.flatten()),
+    ('backbone.0.cconv1.train_length', lambda value: value.repeat(2)),
+    ('backbone.0.cconv1.train_length', lambda value: value[0]),
+    ('backbone.9.cconv1.train_length', lambda value: torch.tensor([60])),
+    ('finallyr.weight', lambda value: torch.tensor(1.)),
+])
+def test_files_of_other_shapes_are_one_line(golden, key, change):
+    state_dict = released(golden('sequence_tiny'))
+    state_dict[key] = change(state_dict.get(key))
+    with pytest.raises(ValueError, match=r'^the checkpoint does not fit the model: [^\n]*$'):
+        checkpoint.load_into(SMPSequenceNet(**TINY), state_dict)
 
 
 @pytest.mark.parametrize('shape', [(2, 60), (1, 3, 60), (60,)])

@@ -228,7 +228,7 @@ def test_output_stride_computes_the_same_values_more_densely(output_stride):
 
 @pytest.mark.parametrize('norm_layer', [
     GroupNorm, 'groupnorm', 'layernorm2d', LayerNorm2d, lambda channels: nn.GroupNorm(2, channels),
-    partial(GroupNorm, num_groups=4), partial(nn.BatchNorm2d, momentum=0.2)], ids=str)
+    partial(GroupNorm, num_groups=4), partial(nn.BatchNorm2d, momentum=0.2)])
 def test_norm_layer(norm_layer):
     """By class, name, function and partial; every norm of the network is of that kind."""
     if norm_layer in (GroupNorm, 'groupnorm'):

@@ -1,4 +1,6 @@
 """The network for small images: parity with the original, size, what timm asks of it, what it refuses."""
+import json
+
 import pytest
 import timm
 import torch
@@ -6,7 +8,7 @@ from common import randomize_, relative_error
 
 from smpconv_models import checkpoint, hub
 from smpconv_models.layers import smp_layers
-from smpconv_models.models import SMPResNet, identify
+from smpconv_models.models import SMPResNet, _creation, identify
 
 TINY = dict(depths=(1, 1), dims=(6, 12), kernel_size=9, num_points=8)
 
@@ -73,6 +75,29 @@ def test_another_networks_weights_are_refused(golden, changes, message):
         checkpoint.load_into(create(**changes), released(golden('cifar_tiny')))
 
 
+@pytest.mark.parametrize(('key', 'change'), [
+    ('blocks.0.cconv1.Kernel.radius', lambda value: value.flatten()[0]),
+    ('blocks.0.cconv1.Kernel.radius', lambda value: value.flatten()),
+    ('cconv1.train_length', lambda value: value.repeat(2)),
+    ('blocks.9.cconv1.train_length', lambda value: torch.tensor([9])),
+    ('out_layer.weight', lambda value: torch.tensor(1.)),
+])
+def test_files_of_other_shapes_are_one_line(golden, key, change):
+    state_dict = released(golden('cifar_tiny'))
+    state_dict[key] = change(state_dict.get(key))
+    with pytest.raises(ValueError, match=r'^the checkpoint does not fit the model: [^\n]*$'):
+        checkpoint.load_into(create(), state_dict)
+
+
+def test_points_of_other_kernels_are_refused(golden, tmp_path):
+    """Their shapes are the same."""
+    with pytest.raises(ValueError, match=r'points of stem\.large\.conv are for kernels of size 9, not of 11'):
+        checkpoint.load_into(create(kernel_size=11), released(golden('cifar_tiny')))
+    torch.save(create(kernel_size=5).state_dict(), tmp_path / 'five.pt')
+    with pytest.raises(ValueError, match=r'points of stem\.large\.conv are for kernels of size 5, not of 9'):
+        create(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'five.pt')))
+
+
 def test_weights_that_are_not_finite_are_refused(golden, tmp_path):
     state_dict = released(golden('cifar_tiny'))
     state_dict['norm1.weight'][0] = torch.nan
@@ -113,6 +138,12 @@ def test_features():
     assert model.feature_info.channels() == [6, 12] and model.feature_info.reduction() == [1, 1]
     assert [tuple(map_.shape) for map_ in model(torch.zeros(2, 3, 16, 12))] == [(2, 6, 16, 12), (2, 12, 16, 12)]
     assert create(features_only=True, out_indices=(1,)).feature_info.channels() == [12]
+
+
+@pytest.mark.parametrize('out_indices', [(0, 5), 7, (-3,)])
+def test_stages_that_there_are_not(out_indices):
+    with pytest.raises(ValueError, match='out_indices'):
+        create(features_only=True, out_indices=out_indices)
 
 
 def test_reparameterized():
@@ -185,6 +216,44 @@ def test_converted_for_the_hub(golden, tmp_path):
 def test_files_of_the_paper_are_known_by_their_shapes():
     model = timm.create_model('smpconv_cifar', num_classes=7, device='meta')
     assert str(identify(model.state_dict())) == 'smpconv_cifar with 7 classes and 3 input channels'
+
+
+def folder_of(data, path, **config):
+    """A folder of the original's weights, with this in its configuration."""
+    torch.save({'model': released(data), 'model_kwargs': TINY}, path / 'model.pt')
+    hub.convert(path / 'model.pt', path / 'folder', 'smpconv_cifar')
+    file = path / 'folder' / 'config.json'
+    told = json.loads(file.read_text())
+    told['model_args'].update(config)
+    file.write_text(json.dumps(told))
+    return path / 'folder'
+
+
+@pytest.mark.parametrize(('config', 'message'), [
+    (dict(kernel_size='9'), "expected a number as kernel_size, got '9'"),
+    (dict(num_points=[8]), r'expected a number as num_points, got \[8\]'),
+    (dict(dims=[6, 2000]), r'model.safetensors: the checkpoint does not fit the model: .*of another shape'),
+    (dict(dims=[100_000, 100_000]), 'expected at most 2e\\+09 numbers'),
+])
+def test_a_configuration_is_looked_at_before_it_takes_memory(golden, tmp_path, monkeypatch, config, message):
+    folder = folder_of(golden('cifar_tiny'), tmp_path, **config)
+    build = _creation.build_model_with_cfg
+
+    def built(*args, **kwargs):
+        assert kwargs['device'] == 'meta'  # whose weights they could be
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(_creation, 'build_model_with_cfg', built)
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def test_gray_weights_take_gray_images_only(golden, tmp_path):
+    gray = create(in_chans=1)
+    torch.save({'state_dict': gray.state_dict(), 'model_kwargs': {**TINY, 'in_chans': 1}}, tmp_path / 'gray.pt')
+    hub.convert(tmp_path / 'gray.pt', tmp_path / 'folder', 'smpconv_cifar')
+    with pytest.raises(ValueError, match=r'weights of 1 input channels can become those of 1, expected that, got 3'):
+        hub.load(tmp_path / 'folder', in_chans=3)
 
 
 def test_a_folder_with_arguments_of_another_network_is_refused(golden, tmp_path):

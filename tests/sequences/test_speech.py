@@ -5,6 +5,7 @@ import shutil
 import tarfile
 import threading
 import time
+import urllib.response
 import wave
 
 import made_sequences as made
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from smpconv_models import transfer
 from smpconv_models.sequences import archive, cache, download, mfcc, open_sequences, speech, waves
 
 NAMES = ('speech', 'speech-mfcc')
@@ -19,7 +21,7 @@ NAMES = ('speech', 'speech-mfcc')
 
 def below(folder):
     """All that lies in a folder, but for locks."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.name != '.download.lock')
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.suffix != '.lock')
 
 
 # --- sound files ---
@@ -164,16 +166,46 @@ def test_a_failed_download_leaves_nothing_and_the_next_succeeds(tmp_path, monkey
     assert len(open_sequences('speech', root, 'train', download=True)) == 30
 
 
-def test_what_a_killed_download_left_is_removed(tmp_path, monkeypatch):
+def test_a_download_goes_on_where_it_broke_off_and_what_was_unpacked_is_removed(tmp_path, monkeypatch):
     path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    content = path.read_bytes()
+    asked = []
+
+    def open_rest(url, start):
+        asked.append(start)
+        answer = urllib.response.addinfourl(
+            io.BytesIO(content[start:]), {'Content-Length': len(content) - start}, url, 206)
+        return answer
+
+    monkeypatch.setattr(transfer, 'open_rest', open_rest)
     root = tmp_path / 'data'
     left = root / 'SpeechCommands' / 'speech_commands_v0.02.partial' / 'yes' / 'old.wav'
     left.parent.mkdir(parents=True)
     left.write_bytes(b'')
-    (root / f'{speech.ARCHIVE}.0123abcd.partial').write_bytes(b'half')
+    (root / f'{speech.ARCHIVE}.part').write_bytes(content[:1000])
     open_sequences('speech', root, 'train', download=True)
-    assert not list(root.rglob('*.partial')) and not list(root.rglob('old.wav'))
-    assert (root / speech.ARCHIVE).read_bytes() == path.read_bytes()
+    assert asked == [1000]
+    assert not list(root.rglob('*.part*')) and not list(root.rglob('old.wav'))
+    assert (root / speech.ARCHIVE).read_bytes() == content
+
+
+def test_a_server_that_cannot_resume_sends_the_whole(tmp_path, monkeypatch):
+    path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)  # file:// is one
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / f'{speech.ARCHIVE}.part').write_bytes(b'of another try')
+    open_sequences('speech', tmp_path / 'data', 'train', download=True)
+    assert (tmp_path / 'data' / speech.ARCHIVE).read_bytes() == path.read_bytes()
+
+
+def test_a_connection_that_ends_keeps_what_has_come(tmp_path, monkeypatch):
+    path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    content = path.read_bytes()
+    monkeypatch.setattr(transfer, 'open_rest', lambda url, start: urllib.response.addinfourl(
+        io.BytesIO(content[start:][:1000]), {'Content-Length': len(content) - start}, url, 206))
+    told = f'the connection ended after 1000 of {len(content)} bytes.; what there is of it is kept in .*gz.part; the'
+    with pytest.raises(ValueError, match=told):
+        open_sequences('speech', tmp_path / 'data', 'train', download=True)
+    assert below(tmp_path / 'data') == [f'{speech.ARCHIVE}.part']
 
 
 def test_another_archive_is_not_unpacked(tmp_path, monkeypatch):
@@ -263,7 +295,8 @@ def test_an_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
     (lambda folder: next(iter((folder / 'no').glob('*4_*.wav'))).unlink(), r"lacks 1 files of its lists, such .*'no/"),
     (lambda folder: (folder / 'testing_list.txt').write_text(
         '\n'.join(line for line in (folder / 'testing_list.txt').read_text().split() if not line.startswith('go/'))),
-     r"split 'test' of .* has no sequence of 1 of 10 classes: \['go'\]"),
+     r"expected the clips .*'test': 10}, found .*'test': 9}; remove .* and pass download=True"),
+    (lambda folder: next((folder / 'no').glob('*0_*.wav')).unlink(), r"expected the clips {'train': 30, .*'train': 29"),
 ])
 def test_damaged_folders_are_told(tmp_path, name, change, told):
     change(made.make_speech(tmp_path))
@@ -316,6 +349,16 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
         open_sequences('speech-mfcc', tmp_path, 'train')
 
 
+def test_statistics_are_made_anew_when_a_damaged_clip_is_mended(tmp_path, caplog):
+    path = next((made.make_speech(tmp_path) / 'yes').glob('*1_*.wav'))
+    content = path.read_bytes()
+    path.write_bytes(content[:3000])
+    before = open_sequences('speech', tmp_path, 'test')[0][0]
+    path.write_bytes(content)
+    assert not torch.equal(open_sequences('speech', tmp_path, 'test')[0][0], before)
+    assert 'speech-statistics.safetensors is of other files or of another version; it is made anew' in caplog.text
+
+
 def test_silence_alone_is_no_training_split(tmp_path, monkeypatch):
     made.make_speech(tmp_path)
     monkeypatch.setattr(speech, 'read_wave', lambda path: torch.zeros(16000))
@@ -335,11 +378,20 @@ def test_coefficients_are_computed_once(tmp_path, monkeypatch):
         assert again.labels == dataset.labels and torch.equal(again[2][0], dataset[2][0])
 
 
+def test_held_out_coefficients_need_no_training_clips_once_they_are_kept(tmp_path, monkeypatch):
+    made.make_speech(tmp_path)
+    first = open_sequences('speech-mfcc', tmp_path, 'test')[2][0]
+    (tmp_path / 'SpeechCommands' / 'speech-mfcc-train.safetensors').unlink()
+    monkeypatch.setattr(speech, 'mfcc', lambda samples: pytest.fail('computed again'))
+    assert torch.equal(open_sequences('speech-mfcc', tmp_path, 'test')[2][0], first)
+
+
 def test_coefficients_of_other_files_are_computed_anew(tmp_path, caplog):
     folder = made.make_speech(tmp_path)
     open_sequences('speech-mfcc', tmp_path, 'train')
-    (folder / 'yes' / 'ffff_nohash_9.wav').write_bytes(made.sound(77))
-    assert len(open_sequences('speech-mfcc', tmp_path, 'train')) == 31
+    path = next((folder / 'yes').glob('*2_*.wav'))
+    path.write_bytes(made.sound(77))
+    open_sequences('speech-mfcc', tmp_path, 'train')
     assert 'speech-mfcc-train.safetensors is of other files or of another version; it is made anew' in caplog.text
 
 

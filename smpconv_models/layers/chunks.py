@@ -1,8 +1,8 @@
-"""Long kernels drawn a block at a time, so that points times elements are never held at once.
+"""Long kernels drawn a chunk at a time, so that points times elements are never held at once.
 
 A kernel of 16,000 steps with 30 filters of 30 points has 14 million pairs of a point and an element, and the gradient
-needs several numbers of each. But tents are local. So the elements are cut into blocks, each block takes only the
-points that reach into it, and what a block computed is computed again in the backward pass instead of being kept.
+needs several numbers of each. But tents are local. So the elements are cut into chunks, each chunk takes only the
+points that reach into it, and what a chunk computed is computed again in the backward pass instead of being kept.
 """
 from typing import Any, Callable, Tuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # Pairs of a point and an element that are held at once: 4 MB in float32, a few times that in the backward pass. Smaller
-# blocks spare more points, but each costs a millisecond.
+# chunks spare more points, but each costs a millisecond.
 _MOST_PAIRS = 1 << 20
 
 
@@ -24,7 +24,7 @@ def _pairs_of_query(coords: Tensor) -> int:
     return coords.numel() // max(coords.shape[-1], 1)
 
 
-def interpolate_in_blocks(
+def interpolate_in_chunks(
         interpolate: Callable[..., Tensor],
         query: Tensor,
         coords: Tensor,
@@ -32,7 +32,7 @@ def interpolate_in_blocks(
         weights: Tensor,
         normalize: bool,
 ) -> Tensor:
-    """``interpolate(query, coords, radius, weights, normalize)`` of :mod:`.points`, block by block.
+    """``interpolate(query, coords, radius, weights, normalize)`` of :mod:`.points`, chunk by chunk.
 
     Args:
         interpolate: The function.
@@ -49,26 +49,26 @@ def interpolate_in_blocks(
     sets = torch.broadcast_shapes(coords.shape[:-2], weights.shape[:-2])
     weights = weights.expand(*sets, *weights.shape[-2:])
     drawn = []
-    for block in _cut(query, coords):
-        index = _reaching(block, coords, radius)
+    for chunk in _cut(query, coords):
+        index = _reaching(chunk, coords, radius)
         of_these = weights.take_along_dim(index.expand(*sets, -1).unsqueeze(-2), -1)
-        drawn.append(_recomputed(interpolate, block, *_take(index, coords, radius), of_these, normalize))
+        drawn.append(_recomputed(interpolate, chunk, *_take(index, coords, radius), of_these, normalize))
     return torch.cat(drawn, -1)
 
 
-def sum_in_blocks(
+def sum_in_chunks(
         point_sums: Callable[..., Tensor],
         query: Tensor,
         coords: Tensor,
         radius: Tensor,
         normalize: bool,
 ) -> Tensor:
-    """``point_sums(query, coords, radius, normalize)`` of :mod:`.points`, block by block; ``(..., P)``."""
+    """``point_sums(query, coords, radius, normalize)`` of :mod:`.points`, chunk by chunk; ``(..., P)``."""
     coords, radius = _together(coords, radius)
     total = torch.zeros_like(coords[..., 0], dtype=torch.promote_types(query.dtype, radius.dtype))
-    for block in _cut(query, coords):
-        index = _reaching(block, coords, radius)
-        total = total.scatter_add(-1, index, _recomputed(point_sums, block, *_take(index, coords, radius), normalize))
+    for chunk in _cut(query, coords):
+        index = _reaching(chunk, coords, radius)
+        total = total.scatter_add(-1, index, _recomputed(point_sums, chunk, *_take(index, coords, radius), normalize))
     return total
 
 
@@ -87,7 +87,7 @@ def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _reaching(block: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
+def _reaching(chunk: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
     """Indices ``(..., n)`` of the points whose tents reach into the box of these queries.
 
     As many for each set of points as the fullest has: those that are too many have no effect. A compiled graph can't
@@ -95,7 +95,7 @@ def _reaching(block: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
     """
     if coords.is_meta or torch.compiler.is_compiling():
         return torch.arange(coords.shape[-2], device=coords.device).expand(coords.shape[:-1])
-    low, high = block.amin(0), block.amax(0)
+    low, high = chunk.amin(0), chunk.amax(0)
     distance = ((low - coords).relu() + (coords - high).relu()).sum(-1)
     reaches = ~(distance >= radius)  # NaN does, so that it is seen
     most = int(reaches.sum(-1).max())

@@ -1,8 +1,8 @@
-"""Kernels drawn a block at a time equal those drawn at once, and never hold all pairs of points and elements."""
+"""Kernels drawn a chunk at a time equal those drawn at once, and never hold all pairs of points and elements."""
 import pytest
 import torch
 
-from smpconv_models.layers import SMPConv1d, SMPDepthwiseConv2d, blocks, interpolate, points, sampling_grid
+from smpconv_models.layers import SMPConv1d, SMPDepthwiseConv2d, chunks, interpolate, points, sampling_grid
 
 KERNELS = {'1-D': ((), [97]), 'filters, 1-D': ((4,), [97]), 'filters, 2-D': ((3,), [12, 15]), '3-D': ((2,), [5, 6, 7])}
 
@@ -21,7 +21,7 @@ def make(leading, size, num_points=9, in_channels=2):
 @pytest.fixture
 def few_pairs(monkeypatch):
     """Blocks of a few elements even for small kernels."""
-    monkeypatch.setattr(blocks, '_MOST_PAIRS', 100)
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 100)
 
 
 @pytest.mark.parametrize('normalize', [False, True])
@@ -30,7 +30,7 @@ def test_equals_drawing_at_once(few_pairs, kind, normalize):
     leading, size = KERNELS[kind]
     parameters = make(leading, size)
     query = sampling_grid(size, dtype=torch.float64)
-    assert blocks.are_many(query, parameters[0])
+    assert chunks.are_many(query, parameters[0])
     expected = interpolate(query, *parameters, normalize).unflatten(-1, size)
     got = points.sample_kernel(*parameters, size, normalize)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
@@ -56,7 +56,7 @@ def test_one_set_of_points_for_many_weights(few_pairs):
     coords, radius, _ = make((), [80])
     weights = torch.randn(5, 3, 9, dtype=torch.float64)
     query = sampling_grid([80], dtype=torch.float64)
-    got = blocks.interpolate_in_blocks(interpolate, query, coords, radius, weights, True)
+    got = chunks.interpolate_in_chunks(interpolate, query, coords, radius, weights, True)
     torch.testing.assert_close(got, interpolate(query, coords, radius, weights, True), rtol=0, atol=1e-15)
 
 
@@ -72,11 +72,11 @@ def test_points_out_of_reach_leave_zeros(few_pairs):
 
 def test_small_kernels_are_drawn_at_once():
     layer = SMPDepthwiseConv2d(4, 51, 51 ** 2 // 8)
-    assert not blocks.are_many(sampling_grid([51, 51]), layer.coords)
+    assert not chunks.are_many(sampling_grid([51, 51]), layer.coords)
 
 
 def test_compiled_in_one_graph(few_pairs):
-    """Which points reach a block is data, on which a graph can't depend."""
+    """Which points reach a chunk is data, on which a graph can't depend."""
     layer = SMPConv1d(2, 3, 12, num_points=5)
     compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
     x = torch.randn(2, 2, 12)
@@ -90,7 +90,7 @@ def test_pairs_are_never_held_at_once(radius, monkeypatch):
     """No tensor of forward or backward pass is as large as points x elements x filters, at any radius."""
     filters, num_points, length = 6, 30, 16000
     layer = SMPConv1d(2, filters, length, num_points, init_radius=radius)
-    monkeypatch.setattr(blocks, '_MOST_PAIRS', 1 << 17)
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 1 << 17)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -128,7 +128,7 @@ def test_places_and_radii_broadcast(few_pairs, coords, radius):
 def test_nothing_of_the_pairs_is_kept(monkeypatch):
     """What the backward pass needs is computed again."""
     layer = SMPConv1d(2, 6, 16000, 30, init_radius=0.3)
-    monkeypatch.setattr(blocks, '_MOST_PAIRS', 1 << 17)
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 1 << 17)
     kept = {}
 
     def note(tensor):
