@@ -11,8 +11,9 @@ export OMP_WAIT_POLICY ?= passive
 train: $(VENV)/demo
 	$(RUN) train.py --config recipes/digits.yaml
 
+# two tests at a time: more would want more memory, and each has threads of its own
 test: $(VENV)/test
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

@@ -3,10 +3,10 @@
 
     python benchmarks/speech.py [--batch-size 2] [--limit 20] [--device cuda]
 
-A forward and a backward pass of the whole network, float32: first by FFT, with the largest resident set of the process
-(on CUDA: the largest memory of the device), all that Python and PyTorch hold included; then with the direct
-convolutions, which are given up after `--limit` times as long. One layer of the same kind was compared before. Appends
-to benchmarks/results/speech.jsonl.
+A forward and a backward pass of the whole network, float32, after both ways were compared on one layer of its kind:
+first by FFT, with the largest resident set of the process (on CUDA: the largest memory of the device), all that Python
+and PyTorch hold included; then with the direct convolutions, which are given up at the end of a layer after `--limit`
+times as long. Appends to benchmarks/results/speech.jsonl.
 """
 import argparse
 import sys
@@ -26,9 +26,9 @@ class OutOfTime(Exception):
     """A pass takes longer than it is worth."""
 
 
-def compare() -> None:
+def compare(device: str) -> None:
     """Both ways on one layer with a quarter of the steps, results and gradients."""
-    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((1, 2, 4000), (3, 2, 4000))]
+    leaves = [torch.randn(*shape, device=device, requires_grad=True) for shape in ((1, 2, 4000), (3, 2, 4000))]
     results = []
     for method in ('fft', 'direct'):
         y = causal_conv1d(*leaves, method=method)
@@ -70,10 +70,10 @@ def main() -> int:
     parser.add_argument('--device', default='cpu')
     args = parser.parse_args()
     is_cuda = torch.device(args.device).type == 'cuda'
+    compare(args.device)
     before = peak_gib()
     seconds = [one_pass('fft', args.batch_size, args.device)[0] for _ in range(3)]
     peak = torch.cuda.max_memory_allocated() / 2 ** 30 if is_cuda else peak_gib()
-    compare()
     fft = sorted(seconds)[1]
     if is_cuda:
         one_pass('direct', args.batch_size, args.device)  # its first call looks for an algorithm
@@ -83,7 +83,8 @@ def main() -> int:
           f'{direct / fft:.1f} times as long')
     measure.append(measure.RESULTS / 'speech.jsonl', {
         'batch_size': args.batch_size, 'fft_seconds': seconds, 'direct_seconds': direct, 'direct_ended': ended,
-        'peak_gib': round(peak, 3), 'peak_gib_before': round(before, 3), 'version': smpconv_models.__version__,
+        'limit': args.limit, 'peak_gib': round(peak, 3), 'peak_gib_before': round(before, 3),
+        'version': smpconv_models.__version__,
     }, args.device)
     return 0
 

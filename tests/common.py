@@ -1,4 +1,7 @@
 """What several test folders need."""
+import json
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -38,3 +41,12 @@ def relative_error(got, expected):
 
 def has_batch_norm(module):
     return any(isinstance(submodule, nn.modules.batchnorm._BatchNorm) for submodule in module.modules())
+
+
+def assert_frozen(name, model):
+    """Names, shapes and order of a model's state dict are those of tests/data."""
+    path = Path(__file__).parent / 'data' / f'{name}_state_dict.json'
+    frozen = {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
+    state_dict = model.state_dict()
+    assert {key: tuple(value.shape) for key, value in state_dict.items()} == frozen
+    assert list(state_dict) == list(frozen)

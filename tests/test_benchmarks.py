@@ -217,6 +217,7 @@ def test_a_slow_function_drops_out_after_three_rounds(load, monkeypatch):
 # --- the command line ---
 
 
+@pytest.mark.slow  # 12 s of measuring
 def test_runs_a_case_and_keeps_the_row(tmp_path):
     command = [sys.executable, BENCHMARKS / 'depthwise.py', '--cases', 'k5_7', *TINY, '--dtypes', 'float32', 'bfloat16',
                '--backends', 'reference', '--results', tmp_path, '--picture', tmp_path / 'speed.png']

@@ -11,10 +11,11 @@ from .fuse import upcast
 
 METHODS = ('auto', 'direct', 'fft')
 
-# On a CPU the transforms take as long as so many products of the direct sum for each of their elements, forward and
-# backward pass together: fitted to 47 convolutions with 2 threads (AVX2), of which it chooses 41 right, and of the
-# others none that is more than 1.9 times as slow. benchmarks/long_conv.py repeats most of them.
-_PRODUCTS_OF_AN_ELEMENT = 160
+# On a CPU, forward and backward pass together, the FFT takes as long as so many products of the direct sum for each
+# element of a signal's transform, of a kernel's, and for each product of the two: fitted to 67 convolutions with 2
+# threads (AVX2), of which it chooses 63 right, and of the others none that is more than 1.5 times as slow.
+# benchmarks/long_conv.py repeats them.
+_OF_SIGNALS, _OF_KERNELS, _OF_PRODUCTS = 120, 250, 3
 
 # On other devices nothing was measured. The original release takes the FFT for sequences of 784 and more, not for 182
 # and less, and never for images.
@@ -111,9 +112,9 @@ def _is_quicker_by_fft(x: Tensor, weight: Tensor, left: List[int]) -> bool:
     if x.device.type != 'cpu':
         return x.ndim == 3 and weight.shape[2] >= _FFT_FROM
     n, c, o = x.shape[0], x.shape[1], weight.shape[0]
-    products = n * c * o * math.prod(x.shape[2:]) * math.prod(weight.shape[2:])
-    elements = (n * c + n * o + c * o) * math.prod(_ring(x, weight, left))
-    return products > _PRODUCTS_OF_AN_ELEMENT * elements
+    direct = n * c * o * math.prod(x.shape[2:]) * math.prod(weight.shape[2:])
+    of_fft = _OF_SIGNALS * n * (c + o) + _OF_KERNELS * c * o + _OF_PRODUCTS * n * c * o
+    return direct > of_fft * math.prod(_ring(x, weight, left))
 
 
 @torch.jit.unused

@@ -85,7 +85,8 @@ class SMPSequenceNet(nn.Module):
         def conv(in_channels: int) -> ParallelConv:
             large = SMPConv1d(
                 in_channels, dim, kernel_size, num_points, conv_bias, coords_std, init_radius, method=method, **dd)
-            small = CausalConv1d(in_channels, dim, small_kernel_size, bias=False, **dd) if small_kernel_size else None
+            small = CausalConv1d(
+                in_channels, dim, small_kernel_size, bias=False, method='direct', **dd) if small_kernel_size else None
             return ParallelConv(
                 ConvNormAct(large, nn.BatchNorm1d(dim, **dd)),
                 None if small is None else ConvNormAct(small, nn.BatchNorm1d(dim, **dd)))

@@ -1,34 +1,47 @@
 """The data sets by name."""
 import difflib
+from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Optional, Tuple, Union
+from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 from smpconv_models.digits import SPLIT_SYNONYMS
 
 from . import characters, images, speech
 from .dataset import SequenceDataset
 
-NAMES = (
-    'digits', 'permuted-digits', 'mnist', 'permuted-mnist', 'cifar10', 'characters', 'speech-mfcc', 'speech')
-
-# What opens a data set: from its folder, the split and whether to download.
-_Opener = Callable[[Path, str, bool], SequenceDataset]
-_OPENERS: Dict[str, _Opener] = {
-    'digits': lambda root, split, download: images.open_digits(split, permuted=False),
-    'permuted-digits': lambda root, split, download: images.open_digits(split, permuted=True),
-    'mnist': lambda root, split, download: images.open_mnist(root, split, download, permuted=False),
-    'permuted-mnist': lambda root, split, download: images.open_mnist(root, split, download, permuted=True),
-    'cifar10': images.open_cifar10,
-    'characters': characters.open_characters,
-    'speech-mfcc': speech.open_mfcc,
-    'speech': speech.open_waves,
-}
-_EMBEDDED = ('digits', 'permuted-digits')
-
 # The names that a split goes by.
 _TRAIN, _VALIDATION = SPLIT_SYNONYMS
 _TEST = ('test', 'testing')
-_TWO_PARTS = ('mnist', 'permuted-mnist', 'cifar10')
+_Splits = Dict[str, Tuple[str, ...]]
+_TWO: _Splits = {'train': _TRAIN, 'test': _TEST + _VALIDATION}
+_THREE: _Splits = {'train': _TRAIN, 'validation': _VALIDATION, 'test': _TEST}
+
+
+class _Source(NamedTuple):
+    """What opens a data set, from its folder, the split and whether to download; its splits; whether it needs a folder.
+    """
+    open: Callable[[Path, str, bool], SequenceDataset]
+    splits: _Splits
+    needs_folder: bool = True
+
+
+def _digits(permuted: bool) -> _Source:
+    return _Source(
+        lambda root, split, download: images.open_digits(split, permuted),
+        {'train': _TRAIN, 'validation': _VALIDATION}, needs_folder=False)
+
+
+_SOURCES = {
+    'digits': _digits(permuted=False),
+    'permuted-digits': _digits(permuted=True),
+    'mnist': _Source(partial(images.open_mnist, permuted=False), _TWO),
+    'permuted-mnist': _Source(partial(images.open_mnist, permuted=True), _TWO),
+    'cifar10': _Source(images.open_cifar10, _TWO),
+    'characters': _Source(characters.open_characters, _THREE),
+    'speech-mfcc': _Source(speech.open_mfcc, _THREE),
+    'speech': _Source(speech.open_waves, _THREE),
+}
+NAMES = tuple(_SOURCES)
 
 
 def open_sequences(
@@ -71,21 +84,12 @@ def open_sequences(
         nearest = difflib.get_close_matches(str(name), NAMES, n=1)
         hint = f'; did you mean {nearest[0]}?' if nearest else ''
         raise ValueError(f'sequences are one of {NAMES}, got {name!r}{hint}')
-    splits = _splits(name)
-    part = next((part for part, synonyms in splits.items() if split in synonyms), None)
+    source = _SOURCES[name]
+    part = next((part for part, synonyms in source.splits.items() if split in synonyms), None)
     if part is None:
-        known = tuple(synonym for synonyms in splits.values() for synonym in synonyms)
+        known = tuple(synonym for synonyms in source.splits.values() for synonym in synonyms)
         raise ValueError(f'split of {name} must be one of {known}, got {split!r}')
-    folder = Path() if name in _EMBEDDED else _folder(name, root)
-    return _OPENERS[name](folder, part, download)
-
-
-def _splits(name: str) -> Dict[str, Tuple[str, ...]]:
-    if name in _EMBEDDED:
-        return {'train': _TRAIN, 'validation': _VALIDATION}
-    if name in _TWO_PARTS:
-        return {'train': _TRAIN, 'test': _TEST + _VALIDATION}
-    return {'train': _TRAIN, 'validation': _VALIDATION, 'test': _TEST}
+    return source.open(_folder(name, root) if source.needs_folder else Path(), part, download)
 
 
 def _folder(name: str, root: Optional[Union[str, Path]]) -> Path:

@@ -280,6 +280,7 @@ def test_outputs_that_differ_are_no_conversion(tmp_path, file, monkeypatch, caps
     assert os.listdir(tmp_path) == ['release.pth.tar']
 
 
+@pytest.mark.slow  # 8 s: several programs
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, file):
     script = (
         'import resource, runpy, sys\n'

@@ -352,6 +352,7 @@ def test_a_bit_flipped_is_told_by_timm(hub, model):
     assert torch.equal(create()(IMAGE), model(IMAGE))
 
 
+@pytest.mark.slow  # 8 s: several programs
 def test_a_bit_flipped_in_the_cache_is_told_whoever_is_first(hub, tmp_path):
     """The checksum is computed beside; the file is there until it has been read."""
     for _ in range(5):
@@ -713,6 +714,7 @@ def test_load_follows_no_path_in_place_of_a_checksum(hub, tmp_path):
 # --- the programs ---
 
 
+@pytest.mark.slow  # 8 s: several programs
 def test_a_model_of_the_hub_is_trained_further_evaluated_and_converted(hub, tmp_path, capsys):
     ten = randomize_(timm.create_model('smpconv_nano', num_classes=10, in_chans=1))
     hub.add_repo('owner/ten', files_of(save(ten, tmp_path / 'ten')))

@@ -143,6 +143,7 @@ def test_scale_draws_other_sizes_from_the_same_parameters():
     assert torch.equal(fine.eval()(image), model.eval()(image))
 
 
+@pytest.mark.slow  # 13 s of compiling
 def test_a_scaled_model_traces_scripts_and_reparameterizes():
     model, image = randomize_(make(kernel_scale=2)).eval(), torch.randn(2, 3, 40, 36)
     expected = model(image)

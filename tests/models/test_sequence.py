@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from common import randomize_, relative_error
+from common import assert_frozen, randomize_, relative_error
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import chunks, smp_layers
@@ -150,6 +150,11 @@ def test_classifier():
     assert model(torch.zeros(2, 2, 60)).shape == (2, 6)
     features = model.forward_features(torch.zeros(2, 2, 60))
     assert features.shape == (2, 6, 60) and model.forward_head(features, pre_logits=True).shape == (2, 6)
+
+
+def test_state_dict_is_frozen():
+    """Files that people saved must go on loading."""
+    assert_frozen('smpconv_speech_mfcc', create_sequence_model('smpconv_speech_mfcc', device='meta'))
 
 
 def test_no_decay_on_points():

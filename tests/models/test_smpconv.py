@@ -1,13 +1,11 @@
 """The networks: sizes, outputs of the release, options, and timm's interface."""
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from common import randomize_, relative_error
+from common import assert_frozen, randomize_, relative_error
 from nets import GOLDEN, GOLDEN_MOBILE, tiny
 from timm.layers import DropPath, GroupNorm, LayerNorm2d
 from timm.models import group_parameters
@@ -85,14 +83,10 @@ def test_tags():
     }
 
 
-@pytest.mark.parametrize('name', ['smpconv_nano', 'smpconv_t'])
+@pytest.mark.parametrize('name', ['smpconv_nano', 'smpconv_t', 'smpconv_cifar'])
 def test_state_dict_is_frozen(name):
     """Files that people saved must go on loading."""
-    path = Path(__file__).parents[1] / 'data' / f'{name}_state_dict.json'
-    frozen = {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
-    state_dict = timm.create_model(name, device='meta').state_dict()
-    assert {key: tuple(value.shape) for key, value in state_dict.items()} == frozen
-    assert list(state_dict) == list(frozen)
+    assert_frozen(name, timm.create_model(name, device='meta'))
 
 
 @pytest.mark.parametrize('name', NAMES)

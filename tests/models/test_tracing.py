@@ -61,6 +61,7 @@ def test_fx_has_one_leaf_for_each_kernel_and_convolution():
     assert sum(getattr(target, '__name__', '') == '_depthwise_conv2d' for target in targets) == 10
 
 
+@pytest.mark.slow  # 24 s of compiling
 def test_compile_with_gradients():
     """One graph with dynamic sizes gives eager's outputs and gradients at two sizes."""
     torch.compiler.reset()
@@ -92,7 +93,7 @@ def test_inductor():
     assert_same(lambda model: torch.compile(model, fullgraph=True, dynamic=True), SIZES[:2])
 
 
-@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('strict', [pytest.param(True, marks=pytest.mark.slow), False])  # 17 s
 def test_export_with_dynamic_sizes(strict):
     """Batch, height and width are free, and the graph has no operator of this package in it."""
     model = network()

@@ -233,8 +233,12 @@ print((peak - before) / (x.numel() * 4))
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
-@pytest.mark.parametrize('memory_format', ['contiguous_format', 'channels_last'])
-@pytest.mark.parametrize(('size', 'kernel_size'), [((2, 64, 120, 200), 31), ((1, 32, 400, 400), 13)], ids=str)
+@pytest.mark.parametrize(('size', 'kernel_size', 'memory_format'), [
+    ((1, 32, 400, 400), 13, 'contiguous_format'),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (  # 8 s each
+        ((1, 32, 400, 400), 13, 'channels_last'), ((2, 64, 120, 200), 31, 'contiguous_format'),
+        ((2, 64, 120, 200), 31, 'channels_last'))),
+], ids=str)
 def test_memory_is_a_few_times_the_inputs(size, kernel_size, memory_format):
     """Results take two of them, a copy in another layout one, and oneDNN's plans some; once it was hundreds."""
     command = [sys.executable, '-c', MEMORY, memory_format, *map(str, size), str(kernel_size)]
@@ -269,7 +273,7 @@ for channels in (2, 3, 16):
 """
 
 
-@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('dtype', [pytest.param('float16', marks=pytest.mark.slow), 'bfloat16'])  # 7 s each
 def test_few_channels_return(dtype):
     """In a process of its own: what is held is that the call comes back at all."""
     try:

@@ -46,7 +46,8 @@ def check(monkeypatch, capability, layer, dtype):
 
 
 @pytest.mark.parametrize('layer', NETWORK)
-@pytest.mark.parametrize('capability', MAIN)
+@pytest.mark.parametrize('capability', [
+    each if each == 90 else pytest.param(each, marks=pytest.mark.slow) for each in MAIN])  # 2 to 3 s a build
 def test_network_in_bfloat16(monkeypatch, capability, layer):
     check(monkeypatch, capability, NETWORK[layer], torch.bfloat16)
 

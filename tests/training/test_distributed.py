@@ -41,6 +41,7 @@ def test_steps_have_the_size_of_all_processes(straight):
     assert state['args']['global_batch_size'] == 128 and state['optimizer']['state'][0]['step'] == 22
 
 
+@pytest.mark.slow  # half a minute: three jobs of two processes
 def test_a_dead_process_ends_the_others_and_the_same_command_goes_on_to_the_same_bits(straight, tmp_path):
     command = [*COMMAND, '--output', tmp_path, '--experiment', 'run']
     first, second = start(command, ranks=2)
@@ -90,6 +91,7 @@ def test_both_processes_stop_at_the_same_step_when_one_is_asked(straight, tmp_pa
     assert differences(straight, tmp_path / 'run') == []
 
 
+@pytest.mark.slow  # 10 s: two processes
 def test_an_error_of_one_process_is_told(tmp_path):
     """Also where the others wait for it."""
     argv = [*COMMAND, '--output', tmp_path, '--dist-timeout', 3]
@@ -99,6 +101,7 @@ def test_an_error_of_one_process_is_told(tmp_path):
     assert '--device cuda' in ends[0][2] and '(process 1)' in ends[0][2]
 
 
+@pytest.mark.slow  # 8 s: two processes
 def test_a_full_disk_ends_both_processes_alike(tmp_path):
     limit = resource.RLIMIT_FSIZE, (100_000, 100_000)
     ends = finish(start([*COMMAND, '--output', tmp_path], ranks=2, preexec_fn=lambda: resource.setrlimit(*limit)))

@@ -138,6 +138,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, key):
 # --- another run in the folder ---
 
 
+@pytest.mark.slow  # 15 s: three runs
 def test_two_runs_in_one_folder(tmp_path, capsys):
     first, = start([*EVERYTHING, '--output', tmp_path, '--experiment', 'run', '--epochs', 1000])
     wait_for_step(first, 0, 1)
@@ -159,6 +160,7 @@ def children(process):
     return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
 
 
+@pytest.mark.slow  # 11 s: two runs with loaders
 def test_a_dead_process_that_loads(tmp_path):
     process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 2])
     wait_for_step(process, 0, 3)
@@ -170,6 +172,7 @@ def test_a_dead_process_that_loads(tmp_path):
     assert RunFolder(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 2
 
 
+@pytest.mark.slow  # 11 s of waiting for a loader
 def test_full_shared_memory(tmp_path):
     """By a limit on the size of files, as its blocks are."""
     (code, _, error), = finish(start(
@@ -181,6 +184,7 @@ def test_full_shared_memory(tmp_path):
     assert 'shared memory (/dev/shm) may be full: try fewer --workers' in line
 
 
+@pytest.mark.slow  # 11 s: two processes
 def test_a_signal_to_the_whole_job_saves_it(tmp_path):
     """Schedulers send it to the processes that load too."""
     process, = start(

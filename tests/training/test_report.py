@@ -38,6 +38,7 @@ def written_to(terminal):
             return
 
 
+@pytest.mark.slow  # 12 s
 def test_a_bar_on_a_terminal(tmp_path):
     """With no lines of steps between those of epochs."""
     terminal, other_end = pty.openpty()

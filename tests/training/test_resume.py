@@ -66,6 +66,7 @@ def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, caplog,
     assert (tmp_path / 'run/summary.csv').read_text().count('epoch') == 1
 
 
+@pytest.mark.slow  # 8 s: three runs
 def test_a_run_stopped_in_its_evaluation_repeats_it(straight, tmp_path, signal_at):
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
     signal_at(signal.SIGTERM, 1408 + 130)
@@ -324,6 +325,7 @@ def test_without_a_whole_checkpoint_nothing_is_lost(begun, capsys):
     assert (folder / 'summary.csv').exists()
 
 
+@pytest.mark.slow  # 9 s: four runs
 def test_a_flipped_bit_changes_nothing_unseen(straight, tmp_path):
     """It is refused, or lies where no content is."""
     path = shutil.copy(straight / 'last.pth.tar', tmp_path / 'last.pth.tar')

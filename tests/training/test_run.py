@@ -267,6 +267,7 @@ def test_validate_compares_the_classes_by_name(tmp_path, capsys):
     assert "only in training ['dog'], only in evaluation ['eagle']" in line
 
 
+@pytest.mark.slow  # 13 s: three runs
 def test_an_interrupted_run_keeps_what_it_did(tmp_path):
     """Ctrl-C after the first epoch: one line, exit code 130, the picture of what there is."""
     command = [sys.executable, ROOT / 'train.py', *TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16',

@@ -486,6 +486,7 @@ def test_tar_files_train_and_evaluate(folders, tmp_path, capsys):
     assert result['loss'] == pytest.approx(last_row(tmp_path / 'run')['eval_loss'], abs=1e-5)
 
 
+@pytest.mark.slow  # 11 s: two processes
 def test_two_processes_train_and_evaluate_a_stream(folders, tmp_path, capsys):
     """The accuracy of both is that of one that evaluates alone."""
     argv = command('wds', folders('wds'), tmp_path, '--num-classes', '3', '--batch-size', '2', '--log-interval', '1')
