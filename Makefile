@@ -11,9 +11,9 @@ export OMP_WAIT_POLICY ?= passive
 train: $(VENV)/demo
 	$(RUN) train.py --config recipes/digits.yaml
 
-# two tests at a time: more would want more memory, and each has threads of its own
+# two tests at a time, each with a core: more would want more memory
 test: $(VENV)/test
-	$(RUN) -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

@@ -1,8 +1,9 @@
 """Which of this package's models a state dict is of."""
+from functools import lru_cache
 from typing import Any, Dict, NamedTuple, Optional
 
 import timm
-from torch import Tensor
+from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 
@@ -40,7 +41,13 @@ def identify(state_dict: Dict[str, Tensor]) -> Optional[Identity]:
         return None
     for name in timm.list_models('smpconv*'):
         identity = Identity(name, len(head), stem.shape[1])
-        model = timm.create_model(name, num_classes=identity.num_classes, in_chans=identity.in_chans, device='meta')
-        if checkpoint.describe_mismatch(state_dict, model) is None:
+        if checkpoint.describe_mismatch(state_dict, _without_memory(identity)) is None:
             return identity
     return None
+
+
+@lru_cache(maxsize=32)
+def _without_memory(identity: Identity) -> nn.Module:
+    """The model on the meta device; it takes up to half a second to make."""
+    return timm.create_model(
+        identity.name, num_classes=identity.num_classes, in_chans=identity.in_chans, device='meta')

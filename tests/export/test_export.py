@@ -145,6 +145,7 @@ def test_accuracy_on_the_digits(export, run, checkpoint, capsys):
     assert rows['eager']['top1'] > 25 and rows['int8']['top1'] > rows['eager']['top1'] - 5  # 10 without any knowledge
 
 
+@pytest.mark.slow  # 12 s: two conversions
 def test_int8_of_other_checkpoints_needs_images(export, run, tmp_path, checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     del content['args']['dataset']

@@ -65,10 +65,10 @@ def test_the_past_knows_nothing_of_the_future(method):
     assert error == 0 if method == 'direct' else error < 1e-6 * same.abs().max()
 
 
-def test_whole_numbers_are_summed_directly():
-    x, weight = torch.randint(-9, 9, (64, 30, 200)), torch.randint(-9, 9, (30, 30, 200))
-    assert long_conv._is_quicker_by_fft(x, weight, [199])  # were they real
-    assert torch.equal(causal_conv1d(x, weight)[:1], causal_conv1d(x[:1], weight, method='direct'))
+def test_whole_numbers_are_summed_directly(monkeypatch):
+    monkeypatch.setattr(long_conv, '_is_quicker_by_fft', lambda *args: True)
+    x, weight = torch.randint(-9, 9, (2, 3, 40)), torch.randint(-9, 9, (4, 3, 40))
+    assert torch.equal(causal_conv1d(x, weight).double(), loop_causal(x, weight))
     with pytest.raises(ValueError, match=r"'fft' takes floating point numbers, got torch\.int64 and torch\.int64"):
         causal_conv1d(x, weight, method='fft')
 

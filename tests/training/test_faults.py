@@ -84,6 +84,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     folder.release()
 
 
+@pytest.mark.slow  # 20 s: three runs
 def test_a_full_disk_is_told_and_the_old_checkpoints_stay(tmp_path):
     """By a limit on the size of files."""
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
