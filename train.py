@@ -109,13 +109,13 @@ def _of(world: World) -> str:
 
 def _tell(result: Dict[str, Any], args: argparse.Namespace) -> None:
     print(
-        f'top-1 of the held-out images: {result["top1"]:.2f} % after {args.epochs} epochs '
+        f'held-out top-1: {result["top1"]:.2f} % after {args.epochs} epochs '
         f'in {result["seconds"]:.0f} s'
     )
     gone = '' if os.path.exists(result['checkpoint']) else ', which is not there any more'
     print(
         f'best checkpoint: {result["checkpoint"]}{gone} (top-1 {result["best_top1"]:.2f} %, '
-        f'epoch {result["best_epoch"]}, chosen by these images)'
+        f'epoch {result["best_epoch"]}, chosen by the same)'
     )
     print(f'picture: {result["picture"]}')
 

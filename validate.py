@@ -142,7 +142,7 @@ def evaluate_all(
 def sentence(result: Dict[str, Any]) -> str:
     without = f', without {result["unreadable"]} that cannot be read' if result['unreadable'] else ''
     return (
-        f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} % of {result["images"]} images{without} '
+        f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} % of {result["images"]}{without} '
         f'({result["model"]}, {result["weights"]})'
     )
 

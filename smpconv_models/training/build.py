@@ -1,4 +1,5 @@
 """The device and the model that the arguments ask for."""
+import difflib
 from argparse import Namespace
 from contextlib import AbstractContextManager
 from typing import Any, Dict, Optional, Tuple
@@ -74,10 +75,13 @@ def check_name(name: str) -> None:
     """Raises ValueError unless it is a model of timm's or of ours, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``."""
     source, _ = parse_name(name)
     if source not in _SOURCES and not timm.is_model(name) and name not in list_sequence_models():
-        of_hub = f'; hf-hub:{name} is a repository of the Hub' if '/' in name else ''
+        ours, for_sequences = timm.list_models('smpconv*'), list_sequence_models()
+        near = difflib.get_close_matches(name, [*ours, *for_sequences], n=1)
+        hint = f'; did you mean {near[0]}?' if near else ''
+        if '/' in name:
+            hint = f'; hf-hub:{name} is a repository of the Hub'
         raise ValueError(
-            f'no model is named {name!r}; this package has {timm.list_models("smpconv*")} for images and '
-            f'{list_sequence_models()} for sequences{of_hub}')
+            f'no model is named {name!r}; this package has {ours} for images and {for_sequences} for sequences{hint}')
 
 
 # Of models with a configuration of their own, as timm names them.

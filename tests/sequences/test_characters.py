@@ -7,6 +7,7 @@ import pytest
 import scipy.io
 import torch
 
+import train
 from smpconv_models.sequences import characters, open_sequences
 
 
@@ -167,3 +168,15 @@ def test_a_still_channel_is_told(opened):
         letter[1] = 0
     with pytest.raises(ValueError, match='a channel is the same everywhere'):
         opened(content=made.mat(found, labels))
+
+
+def test_letters_are_not_cropped(tmp_path, monkeypatch, capsys):
+    made.publish_characters(tmp_path / 'data' / characters.ARCHIVE, monkeypatch)
+    argv = [
+        '--model', 'smpconv_characters', '--dataset', 'seq/characters', '--data-dir', str(tmp_path / 'data'),
+        '--crop-padding', '2', '--output', str(tmp_path / 'runs')]
+    with pytest.raises(SystemExit, match='2'):
+        train.main(argv)
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert '--crop-padding is for images, and the sequences of seq/characters are none' in line
+    assert not list((tmp_path / 'runs').glob('*'))

@@ -58,7 +58,7 @@ def test_a_run_leaves_its_results(digits):
     assert [row['epoch'] for row in rows] == ['0', '1']
     lines = printed.splitlines()
     assert lines[0].split()[0] == 'epoch' and lines[1].split()[0] == '0' and lines[2].split()[0] == '1'
-    assert f'top-1 of the held-out images: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
+    assert f'held-out top-1: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
     best = max(float(row['ema_top1']) for row in rows)
     assert lines[4].startswith(f'best checkpoint: {folder / "model_best.pth.tar"} (top-1 {best:.2f} %, epoch ')
     assert lines[5] == f'picture: {folder / "summary.png"}'
@@ -149,6 +149,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
 @pytest.mark.parametrize('argv, told', [
     ([], '--model is needed'),
     (['--model', 'smpconv_x'], "no model is named 'smpconv_x'; this package has ['smpconv_b'"),
+    (['--model', 'smpconv_bb'], 'for sequences; did you mean smpconv_b?'),
     ([*TINY[:2], '--model-kwargs', 'nothing=1'], "unexpected keyword argument 'nothing'"),
     ([*TINY[:2], '--model-kwargs', 'kernel_sizes=(4,4,4,4)'], 'kernel size must be odd and positive, got 4'),
     ([*TINY[:2], '--model-kwargs', 'points_divisor=500'], 'points_divisor must leave at least one point'),

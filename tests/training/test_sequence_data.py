@@ -63,7 +63,7 @@ def test_validate_repeats_the_accuracy(straight, capsys):
     loaded = torch.load(straight / 'model_best.pth.tar', weights_only=True)
     assert run(validate.main, '--checkpoint', straight, '--workers', '0') == 0
     printed = capsys.readouterr().out
-    assert f'top-1 {loaded["metric"]:.2f} %' in printed and 'of 360 images (smpconv_sdigits' in printed
+    assert f'top-1 {loaded["metric"]:.2f} %' in printed and 'of 360 (smpconv_sdigits' in printed
 
 
 def test_initial_checkpoint(straight, tmp_path):
@@ -89,7 +89,7 @@ def test_files_of_the_original_are_evaluated(tmp_path, capsys):
     assert run(
         validate.main, '--checkpoint', tmp_path / 'original.pt', '--model', 'smpconv_sdigits', '--model-kwargs',
         'depth=2', '--dataset', 'seq/digits', '--workers', '0') == 0
-    assert 'of 360 images (smpconv_sdigits, model)' in capsys.readouterr().out
+    assert 'of 360 (smpconv_sdigits, model)' in capsys.readouterr().out
 
 
 def test_mnist_from_its_files(tmp_path):
@@ -124,7 +124,7 @@ def test_crops_are_drawn_of_the_pixels(tmp_path):
     (['--channels-last'], '--channels-last is for images, and seq/permuted-digits has sequences'),
     (['--cutmix', '1'], '--cutmix is for images'), (['--img-size', '32'], '--img-size is for images'),
     (['--mean', '0.5'], '--mean is for images'), (['--aa', 'rand-m9'], '--aa is for images'),
-    (['--crop-padding', '2', '--dataset', 'seq/characters'], 'needs a folder'),
+    (['--dataset', 'seq/characters'], 'needs a folder'),
     (['--model', 'smpconv_smnist'], r'made for sequences of (channels, steps) (1, 784)'),
     (['--in-chans', '3'], 'in_chans=1 sequence_length=64 makes one for them'),
     (['--dataset', 'seq/digit'], "got 'digit'; did you mean digits?"),

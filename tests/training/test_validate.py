@@ -391,7 +391,7 @@ def test_left_out_images_are_counted(files, images, capsys):
     assert run(validate.main, '--checkpoint', files[0], *ON, '--skip-unreadable') == 0
     lines, result = told(capsys)
     assert (result['images'], result['unreadable']) == (6, 1)
-    assert 'of 6 images, without 1 that cannot be read (' in lines[0]
+    assert 'of 6, without 1 that cannot be read (' in lines[0]
 
 
 class Stream:
