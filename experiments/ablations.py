@@ -157,7 +157,10 @@ def run_one(base: argparse.Namespace, kwargs: Kwargs, seed: int, folder: Path) -
     args = argparse.Namespace(**{
         **vars(base), 'model_kwargs': {**base.model_kwargs, **kwargs}, 'seed': seed, 'output': str(folder),
         'experiment': f'{name_of(kwargs)}_seed{seed}'})
-    run = set_up(args)
+    try:
+        run = set_up(args)
+    except ValueError as error:
+        raise ValueError(f'{args.experiment}: {error} (here --runs DIR: another folder for all runs)') from error
     try:
         done = train(run)
     except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Pairs of a point and an element that are held at once: 4 MB in float32, a few times that in the backward pass. Smaller
-# chunks spare more points, but each costs a millisecond.
-_MOST_PAIRS = 1 << 20
+# Pairs of a point and an element that may be held at once: 16 MB in float32, a few times that in the backward pass.
+# Chunks have a quarter of them; smaller ones spare more points, but each costs a millisecond.
+_MOST_PAIRS = 1 << 22
 
 
 def are_many(query: Tensor, coords: Tensor) -> bool:
@@ -79,10 +79,12 @@ def _together(coords: Tensor, radius: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _cut(query: Tensor, coords: Tensor) -> Tuple[Tensor, ...]:
-    return query.split(max(_MOST_PAIRS // max(_pairs_of_query(coords), 1), 1))
+    return query.split(max(_MOST_PAIRS // 4 // max(_pairs_of_query(coords), 1), 1))
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():  # nothing is kept, and strict export can't
+        return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from smpconv_models.ops import check_options, depthwise_conv2d
 
 from . import fuse
-from .checks import check_odd
+from .checks import check_odd_sides
 
 NormLayer = Union[str, Callable[[int], nn.Module]]
 ActLayer = Union[str, Callable[[], nn.Module]]
@@ -61,7 +61,8 @@ class DepthwiseConv2d(nn.Conv2d):
     ) -> None:
         if not isinstance(channels, int) or channels < 1:
             raise ValueError(f'channels must be a whole number of at least 1, got {channels!r}')
-        check_odd(kernel_size)
+        sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        check_odd_sides(sides, kernel_size)
         check_options(dilation, backend)
         super().__init__(
             channels, channels, kernel_size, padding='same', dilation=dilation, groups=channels, bias=bias,

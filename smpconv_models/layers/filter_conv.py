@@ -81,7 +81,7 @@ class SMPFilters(SMPLayer):
 
     def get_extra_state(self) -> Tensor:
         """The size that the points were made for, ``base_size``, which no other tensor of a state dict tells."""
-        return torch.tensor([self.base_size])
+        return torch.tensor([self.base_size], device='cpu')  # whatever the default is
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises ValueError unless the points to be loaded were made for kernels of this size; 0 doesn't tell."""

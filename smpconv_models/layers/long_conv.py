@@ -38,7 +38,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, meth
     Returns:
         ``(N, O, L)`` in the dtype of a convolution. The FFT is computed in float32 at least; its rounding errors are
         relative to the largest values of the sequence, not to each output's own. So they reach the past too, and a NaN
-        or infinity at any step is one at all of them.
+        or infinity at any step is one at all of them. It has no forward-mode derivatives, which 'direct' has.
 
     Raises:
         ValueError: Unknown ``method``, shapes that don't fit, or 'fft' where it can't be: scripted, traced, of numbers
@@ -47,7 +47,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, meth
     if has_torch_function_variadic(x, weight):
         return handle_torch_function(causal_conv1d, (x, weight), x, weight, bias, method)
     left = [weight.shape[2] - 1]
-    if _takes_fft(method, x, weight, left) and x.shape[0] > 0:  # which FFTs don't take
+    if _takes_fft(method, x, weight, bias, left) and x.shape[0] > 0:  # which FFTs don't take
         return _fft_conv(x, weight, bias, left)
     return F.conv1d(F.pad(x, [left[0], 0]), weight, bias)
 
@@ -72,7 +72,7 @@ def same_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method
     if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
         raise ValueError(f'expected a kernel of odd sizes, got {weight.shape[2]}x{weight.shape[3]}')
     left = [weight.shape[2] // 2, weight.shape[3] // 2]
-    if _takes_fft(method, x, weight, left) and x.shape[0] > 0:
+    if _takes_fft(method, x, weight, bias, left) and x.shape[0] > 0:
         return _fft_conv(x, weight, bias, left)
     return F.conv2d(x, weight, bias, padding=left)
 
@@ -83,12 +83,12 @@ def check_method(method: str) -> None:
         raise ValueError(f'method must be one of {METHODS}, got {method!r}')
 
 
-def _takes_fft(method: str, x: Tensor, weight: Tensor, left: List[int]) -> bool:
+def _takes_fft(method: str, x: Tensor, weight: Tensor, bias: Optional[Tensor], left: List[int]) -> bool:
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         if method == 'fft':
             raise ValueError("method 'fft' can't be scripted or traced: 'auto' and 'direct' can")
         return False
-    _check(method, x, weight)
+    _check(method, x, weight, bias)
     if method != 'auto':
         return method == 'fft'
     return _are_real(x, weight) and not torch.compiler.is_exporting() and _is_quicker_by_fft(x, weight, left)
@@ -98,7 +98,7 @@ def _are_real(x: Tensor, weight: Tensor) -> bool:
     return x.is_floating_point() and weight.is_floating_point()
 
 
-def _check(method: str, x: Tensor, weight: Tensor) -> None:
+def _check(method: str, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
     check_method(method)
     if method == 'fft' and not _are_real(x, weight):
         raise ValueError(f"method 'fft' takes floating point numbers, got {x.dtype} and {weight.dtype}")
@@ -106,6 +106,8 @@ def _check(method: str, x: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f'expected an input (N, C, ...) for a weight (O, C, ...) of the same C, got {tuple(x.shape)} and '
             f'{tuple(weight.shape)}')
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f'expected a bias {tuple(weight.shape[:1])}, got {tuple(bias.shape)}')
 
 
 def _is_quicker_by_fft(x: Tensor, weight: Tensor, left: List[int]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import ConvNormAct, ParallelConv, ResidualBlock, SameConv2d, SMPConv2d, smp_layers
-from smpconv_models.layers.checks import check_odd, check_rates, check_small_kernel
+from smpconv_models.layers.checks import check_counts, check_odd, check_rates, check_small_kernel
 from smpconv_models.layers.conv_norm import NormLayer, create_norm
 from smpconv_models.layers.residual import init_weights_
 
@@ -30,6 +30,21 @@ __all__ = ['SMPResNet']
 
 # What ablations may leave as it was drawn.
 _LEARNED = ('coords', 'radius')
+
+
+class SMPResStage(nn.Sequential):
+    """Residual blocks of one width."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.children(), x)
+        for block in self:
+            x = block(x)
+        return x
 
 
 class SMPResNet(StagedNet):
@@ -86,7 +101,6 @@ class SMPResNet(StagedNet):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         dd = {'device': device, 'dtype': dtype}
 
         def conv(in_channels: int, out_channels: int, small_bias: bool = False) -> ParallelConv:
@@ -110,7 +124,7 @@ class SMPResNet(StagedNet):
                 blocks.append(ResidualBlock(
                     conv(before, dim), conv(dim, dim), shortcut, block_drop_rate, is_temporal=False))
                 before = dim
-            stages.append(nn.Sequential(*blocks))
+            stages.append(SMPResStage(*blocks))
             feature_info.append({'num_chs': dim, 'reduction': 1, 'module': f'stages.{i}'})
         self.stages = nn.Sequential(*stages)
         self.feature_info = feature_info
@@ -140,7 +154,9 @@ class SMPResNet(StagedNet):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+        stage: Any
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -151,10 +167,7 @@ class SMPResNet(StagedNet):
         return self.act(self.stem(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.forward_stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.stages, x, flatten=True)
-        return self.stages(x)
+        return self.stages(self.forward_stem(x))
 
 
 def _check(
@@ -169,8 +182,9 @@ def _check(
     if len(depths) != len(dims) or not depths:
         raise ValueError(
             f'depths and dims must have one entry for each stage, got {len(depths)} and {len(dims)}')
-    if in_chans < 1 or any(dim < 1 for dim in dims):
-        raise ValueError(f'in_chans and dims must be positive, got {in_chans} and {tuple(dims)}')
+    check_counts(
+        in_chans=in_chans, **{f'depths[{stage}]': depth for stage, depth in enumerate(depths)},
+        **{f'dims[{stage}]': dim for stage, dim in enumerate(dims)})
     check_odd(kernel_size)
     if small_kernel_size:
         check_odd(small_kernel_size)
@@ -207,7 +221,9 @@ def _for_channels(weight: Tensor, in_chans: int) -> Tensor:
     given = weight.shape[1]
     if given == in_chans:
         return weight
-    if given != 3 and in_chans != 1:
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    if given != 3:
         raise ValueError(f'weights of {given} input channels can become those of 1, expected that, got {in_chans}')
     if weight.ndim == 3:
         return adapt_input_conv(in_chans, weight.unsqueeze(-1)).squeeze(-1)

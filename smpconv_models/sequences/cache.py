@@ -2,9 +2,9 @@
 import hashlib
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Iterator, Optional
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -41,8 +41,14 @@ def cached(path: Path, key: str, make: Callable[[], Tensors]) -> Tensors:
     return found
 
 
-def _locked_if_possible(path: Path) -> AbstractContextManager:
-    return locked(path.parent, path.name) if os.access(path.parent, os.W_OK) else nullcontext()
+@contextmanager
+def _locked_if_possible(path: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path.parent, path.name))
+        except ValueError as error:  # each process makes them then, and says so when it can't write them
+            _logger.debug('%s', error)
+        yield
 
 
 def _read(path: Path, key: str, level: int) -> Optional[Tensors]:

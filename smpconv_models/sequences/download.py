@@ -56,6 +56,8 @@ def fetch(url: str, path: Path, sha256: str) -> None:
         answer = transfer.open_rest(url, start)
         if answer is not None:
             with answer:
+                if answer.headers.get('Content-Type', '').startswith('text/html'):  # of a login, say
+                    raise ValueError('the server sends a page in place of the file')
                 transfer.append(answer, part, start)
         if file_sha256(part) != sha256:
             part.unlink()

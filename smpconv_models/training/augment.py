@@ -45,6 +45,10 @@ def crop_padded(transform: Any, input_size: Tuple[int, int, int], padding: int) 
     parts[first] = PaddedCrop(input_size[1:], padding)
 
 
+class OtherSizeError(ValueError):
+    """An image is not of the size that is asked for."""
+
+
 class PaddedCrop:
     """A random crop of an image with black pixels around it, of the image's own size.
 
@@ -53,7 +57,7 @@ class PaddedCrop:
         padding: Pixels on each side.
 
     Raises:
-        ValueError: An image has another size.
+        OtherSizeError: An image has another size.
     """
 
     def __init__(self, size: Tuple[int, int], padding: int) -> None:
@@ -62,7 +66,7 @@ class PaddedCrop:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         if image.size != self.size[::-1]:
-            raise ValueError(
+            raise OtherSizeError(
                 f'--crop-padding takes images of the input size, {self.size[1]}x{self.size[0]}, got '
                 f'{image.size[0]}x{image.size[1]}')
         return self.crop(image)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from . import augment, draws, sequence_data
 from .evaluate import HeldOut
 from .samples import Batches, Collate, InOrder, Loader, Samples, Stream, is_hugging_face, is_webdataset
-from .unreadable import LeftOutOfEvaluation, Unreadable
+from .unreadable import ERRORS, LeftOutOfEvaluation, Unreadable
 from .world import World
 
 _logger = logging.getLogger(__name__)
@@ -91,13 +91,15 @@ def train_loader(
         tell: Called with the images that could not be read.
 
     Raises:
-        ValueError: A step takes more images than there are, or the augmentation is none of timm's.
+        ValueError: A step takes more images than there are, or the augmentation is none of timm's or not for these.
     """
     if not sequence_data.are_meant(args):
         dataset.transform = _train_transform(args, config, device)
     erasing = dict(re_prob=0. if args.no_aug else args.reprob, re_mode=args.remode, re_count=args.recount)
     if isinstance(dataset, IterableImageDataset):
         return _stream(args, dataset, config, device, world, tell, erasing)
+    if args.crop_padding is not None:
+        _check_size(dataset)
     batches = Batches(len(dataset), args.batch_size, args.grad_accum_steps, world.rank, world.size, args.seed)
     if batches.steps == 0:
         raise ValueError(
@@ -109,6 +111,16 @@ def train_loader(
     loader = _loader(args, samples, device, world, collate, batch_sampler=batches)
     loader = _on_device(args, Loader(loader, tell, config.get('num_classes')), config, device, **erasing)
     return Images(loader, batches.steps, samples, batches, accumulation=args.grad_accum_steps)
+
+
+def _check_size(dataset: Any) -> None:
+    """Images of another size are told before there is a run; one that can't be read, in its turn."""
+    try:
+        dataset[0]
+    except augment.OtherSizeError:
+        raise
+    except ERRORS as error:
+        _logger.debug('the first image cannot be read: %s', error)
 
 
 def _train_transform(args: Namespace, config: Dict[str, Any], device: torch.device) -> Any:

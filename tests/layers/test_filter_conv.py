@@ -1,4 +1,5 @@
 """Convolutions with points for each filter, and the blocks made of them."""
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,16 @@ def test_a_state_dict_tells_the_size_that_the_points_are_for(kind):
         layer.load_state_dict({**state, '_extra_state': torch.tensor([size])})
 
 
+def test_a_state_dict_is_of_the_cpu_at_least_in_its_size():
+    with torch.device('meta'):
+        layer = LAYERS['1-D']()
+        assert layer.state_dict()['_extra_state'].tolist() == [40]
+
+
+def test_sizes_may_be_numpys():
+    assert SMPConv1d(np.int64(2), 3, np.int32(9), num_points=np.int64(4)).kernel().shape == (3, 2, 9)
+
+
 @pytest.mark.parametrize('kind', LAYERS)
 def test_resized_kernels_respond_alike_to_a_constant(kind):
     layer = randomize_(LAYERS[kind](bias=False))
@@ -161,7 +172,8 @@ def test_modes(kind):
     (lambda: SMPConv2d(1, 1, 3, radius_range=(1., 0.5)), r'radius_range must be .*got \(1\.0, 0\.5\)'),
     (lambda: SMPConv1d(1, 1, 4, method='magic'), "got 'magic'"),
     (lambda: SMPConv1d(1, 1, 4).resize(0), 'got 0'),
-    (lambda: SMPConv2d(1, 1, 3).resize(4), 'got 4'),
+    (lambda: SMPConv2d(1, 1, 3).resize(4), 'got 4'), (lambda: SMPConv2d(1, 1, 3).resize((3, 5)), r'got \(3, 5\)'),
+    (lambda: SMPConv2d(1, 1, True), 'got True'),
 ])
 def test_mistakes(make, message):
     with pytest.raises(ValueError, match=message):

@@ -119,14 +119,14 @@ def test_auto_takes_what_was_measured(monkeypatch, batch, channels, size, kernel
     x = torch.zeros(batch, channels, *size)
     weight = torch.zeros(channels, channels, *[kernel] * len(size))
     left = [kernel - 1] if len(size) == 1 else [kernel // 2] * 2
-    assert long_conv._takes_fft('auto', x, weight, left) == (ratio > 1)
+    assert long_conv._takes_fft('auto', x, weight, None, left) == (ratio > 1)
 
 
 def test_auto_elsewhere_goes_by_the_original():
     """On the meta device, as on a GPU."""
     def takes(size, kernel):
         x = torch.zeros(64, 30, *size, device='meta')
-        return long_conv._takes_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), [0] * len(size))
+        return long_conv._takes_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), None, [0] * len(size))
 
     assert takes((784,), (784,)) and not takes((182,), (182,)) and not takes((32, 32), (33, 33))
 
@@ -171,6 +171,12 @@ def test_keeps_its_arguments_and_no_spectra():
 def test_shapes_that_do_not_fit(x, weight, message):
     with pytest.raises(ValueError, match=message):
         causal_conv1d(x, weight, method='fft')
+
+
+@pytest.mark.parametrize('method', ['direct', 'fft'])
+def test_biases_of_other_sizes(method):
+    with pytest.raises(ValueError, match=r'expected a bias \(2,\), got \(1,\)'):
+        causal_conv1d(torch.zeros(1, 3, 40), torch.zeros(2, 3, 40), torch.zeros(1), method)
 
 
 def test_even_kernels_have_no_middle():

@@ -168,6 +168,24 @@ def test_modes():
     assert torch.equal(model(x), expected)
 
 
+def test_intermediates_are_checkpointed_too():
+    model, x = create(depths=(2, 2), block_drop_rate=0.), torch.randn(2, 3, 16, 16)
+
+    def kept():
+        """Elements that the backward pass is kept for, and the features."""
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+            features = model.forward_intermediates(x, intermediates_only=True)
+        return sum(numbers), features
+
+    plain, expected = kept()
+    model.set_grad_checkpointing()
+    checkpointed, features = kept()
+    assert checkpointed < plain / 2
+    for got, map_ in zip(features, expected):
+        torch.testing.assert_close(got, map_)
+
+
 def test_what_is_not_learned_stays():
     model = create(learned=('radius',))
     layer = model.stem.large.conv
@@ -192,6 +210,10 @@ def test_made_on_meta_and_drawn_later():
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(depths=(1,)), 'one entry for each stage, got 1 and 2'), (dict(depths=(), dims=()), 'got 0 and 0'),
+    (dict(depths=(1, 0)), r'depths\[1\] must be a positive whole number, got 0'),
+    (dict(dims=(0, 4)), r'dims\[0\] must be a positive whole number, got 0'),
+    (dict(in_chans=0), 'in_chans must be a positive whole number, got 0'),
+    (dict(kernel_size=(9, 9)), r'odd and positive, got \(9, 9\)'), (dict(small_kernel_size=True), 'got True'),
     (dict(kernel_size=8), 'odd and positive, got 8'), (dict(small_kernel_size=4), 'odd and positive, got 4'),
     (dict(small_kernel_size=11), 'must not exceed the large kernel, 9, got 11'),
     (dict(learned=('weight',)), r"learned must be some of \('coords', 'radius'\), got \('weight',\)"),
@@ -246,6 +268,16 @@ def test_a_configuration_is_looked_at_before_it_takes_memory(golden, tmp_path, m
     monkeypatch.setattr(_creation, 'build_model_with_cfg', built)
     with pytest.raises(ValueError, match=message):
         timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def test_weights_of_four_channels_on_gray_images(tmp_path):
+    model = create(in_chans=4)
+    torch.save(model.state_dict(), tmp_path / 'four.pt')
+    overlay = dict(file=str(tmp_path / 'four.pt'), input_size=(4, 32, 32))
+    gray = create(in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
+    image = torch.randn(1, 1, 9, 9)
+    with torch.no_grad():
+        assert relative_error(gray.eval()(image), model.eval()(image.expand(-1, 4, -1, -1))) < 1e-5
 
 
 def test_gray_weights_take_gray_images_only(golden, tmp_path):

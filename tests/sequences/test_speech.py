@@ -197,6 +197,18 @@ def test_a_server_that_cannot_resume_sends_the_whole(tmp_path, monkeypatch):
     assert (tmp_path / 'data' / speech.ARCHIVE).read_bytes() == path.read_bytes()
 
 
+def test_a_page_in_place_of_the_file_keeps_what_has_come(tmp_path, monkeypatch):
+    made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    monkeypatch.setattr(transfer, 'open_rest', lambda url, start: urllib.response.addinfourl(
+        io.BytesIO(b'<html>log in'), {'Content-Type': 'text/html; charset=utf-8'}, url, 200))
+    part = tmp_path / 'data' / f'{speech.ARCHIVE}.part'
+    part.parent.mkdir()
+    part.write_bytes(b'what has come')
+    with pytest.raises(ValueError, match=r'the server sends a page in place of the file.; what there is .*\.part; the'):
+        open_sequences('speech', tmp_path / 'data', 'train', download=True)
+    assert part.read_bytes() == b'what has come'
+
+
 def test_a_connection_that_ends_keeps_what_has_come(tmp_path, monkeypatch):
     path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
     content = path.read_bytes()
@@ -463,16 +475,15 @@ def test_a_failure_leaves_no_cache(tmp_path):
     assert below(tmp_path) == []
 
 
-@pytest.mark.parametrize('where', ['write', 'access'])
+@pytest.mark.parametrize('where', ['write', 'lock'])
 def test_without_a_place_to_keep_them_they_are_made_each_time(tmp_path, monkeypatch, caplog, where):
-    def full(*args):
+    def full(*args, **options):
         raise OSError(28, 'No space left on device')
 
     if where == 'write':
         monkeypatch.setattr(os, 'replace', full)
     else:
-        monkeypatch.setattr(os, 'access', lambda *args: False)
-        monkeypatch.setattr(cache, 'locked', full)
+        monkeypatch.setattr(download.FileLock, 'acquire', full)
         monkeypatch.setattr(os, 'replace', full)
     kept(tmp_path / 'kept.safetensors')
     assert 'cannot be kept, and will be made each time: No space left on device' in caplog.text

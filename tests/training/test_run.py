@@ -150,6 +150,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([], '--model is needed'),
     (['--model', 'smpconv_x'], "no model is named 'smpconv_x'; this package has ['smpconv_b'"),
     (['--model', 'smpconv_bb'], 'for sequences; did you mean smpconv_b?'),
+    ([*TINY[:2], '--crop-padding', '2'], '--crop-padding takes images of the input size, 32x32, got 8x8'),
     ([*TINY[:2], '--model-kwargs', 'nothing=1'], "unexpected keyword argument 'nothing'"),
     ([*TINY[:2], '--model-kwargs', 'kernel_sizes=(4,4,4,4)'], 'kernel size must be odd and positive, got 4'),
     ([*TINY[:2], '--model-kwargs', 'points_divisor=500'], 'points_divisor must leave at least one point'),
