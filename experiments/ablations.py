@@ -156,7 +156,7 @@ def run_one(base: argparse.Namespace, kwargs: Kwargs, seed: int, folder: Path) -
     """Trains, from wherever the run is; not at all where it is finished."""
     args = argparse.Namespace(**{
         **vars(base), 'model_kwargs': {**base.model_kwargs, **kwargs}, 'seed': seed, 'output': str(folder),
-        'experiment': f'{name_of(kwargs)}_seed{seed}'})
+        'experiment': f'{name_of(kwargs)}_epochs{base.epochs}_seed{seed}'})  # a run that goes on is no fresh one
     try:
         run = set_up(args)
     except ValueError as error:

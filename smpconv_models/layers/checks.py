@@ -10,6 +10,12 @@ def check_counts(**counts: Any) -> None:
             raise ValueError(f'{name} must be a positive whole number, got {count!r}')
 
 
+def check_num_classes(num_classes: Any) -> None:
+    """Raises ValueError unless it is a whole number; 0 is for no classifier."""
+    if not _is_whole(num_classes) or num_classes < 0:
+        raise ValueError(f'num_classes must be a whole number of at least 0, got {num_classes!r}')
+
+
 def _is_whole(number: Any) -> bool:
     """NumPy's are, too; truth values aren't."""
     return isinstance(number, Integral) and not isinstance(number, bool)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smpconv_models.layers import CausalConv1d, ConvNormAct, ParallelConv, ResidualBlock, SMPConv1d, smp_layers
-from smpconv_models.layers.checks import check_counts, check_rates, check_small_kernel
+from smpconv_models.layers.checks import check_counts, check_num_classes, check_rates, check_small_kernel
 from smpconv_models.layers.residual import init_weights_
 
 __all__ = ['SMPSequenceNet', 'create_sequence_model', 'list_sequence_models']
@@ -72,8 +72,7 @@ class SMPSequenceNet(nn.Module):
         check_counts(sequence_length=sequence_length, in_chans=in_chans, depth=depth, dim=dim, kernel_size=kernel_size)
         check_small_kernel(small_kernel_size, kernel_size)
         check_rates(input_drop_rate=input_drop_rate, block_drop_rate=block_drop_rate, drop_rate=drop_rate)
-        if num_classes < 0:
-            raise ValueError(f'num_classes must be at least 0, got {num_classes}')
+        check_num_classes(num_classes)
         dd = {'device': device, 'dtype': dtype}
         self.base_length = sequence_length
         self.sequence_length = sequence_length
@@ -128,6 +127,7 @@ class SMPSequenceNet(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int) -> None:
+        check_num_classes(num_classes)
         some_weight = next(self.blocks.parameters())
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import ConvNormAct, ParallelConv, ResidualBlock, SameConv2d, SMPConv2d, smp_layers
-from smpconv_models.layers.checks import check_counts, check_odd, check_rates, check_small_kernel
+from smpconv_models.layers.checks import check_counts, check_num_classes, check_odd, check_rates, check_small_kernel
 from smpconv_models.layers.conv_norm import NormLayer, create_norm
 from smpconv_models.layers.residual import init_weights_
 
@@ -189,8 +189,7 @@ def _check(
     if small_kernel_size:
         check_odd(small_kernel_size)
     check_small_kernel(small_kernel_size, kernel_size)
-    if num_classes < 0:
-        raise ValueError(f'num_classes must be at least 0, got {num_classes}')
+    check_num_classes(num_classes)
     if isinstance(learned, str) or not set(learned) <= set(_LEARNED):
         raise ValueError(f'learned must be some of {_LEARNED}, got {learned!r}')
 

@@ -45,6 +45,12 @@ def crop_padded(transform: Any, input_size: Tuple[int, int, int], padding: int) 
     parts[first] = PaddedCrop(input_size[1:], padding)
 
 
+def check_padding(padding: int, size: Tuple[int, int]) -> None:
+    """Raises ValueError where a crop of an image could be all padding."""
+    if padding >= min(size):
+        raise ValueError(f'--crop-padding must be below the side of the images, {min(size)}, got {padding}')
+
+
 class OtherSizeError(ValueError):
     """An image is not of the size that is asked for."""
 
@@ -61,6 +67,7 @@ class PaddedCrop:
     """
 
     def __init__(self, size: Tuple[int, int], padding: int) -> None:
+        check_padding(padding, size)
         self.size = size
         self.crop = RandomCrop(size, padding=padding)
 

@@ -56,8 +56,12 @@ def model_arguments(args: Namespace, defaults: Dict[str, Any]) -> Dict[str, Any]
         in_chans = args.input_size[0]
         if args.img_size is not None and args.input_size[1:] != [args.img_size] * 2:
             raise ValueError(f'--img-size {args.img_size} contradicts --input-size {args.input_size}')
-    given = {
-        'num_classes': args.num_classes, 'in_chans': in_chans, 'img_size': _fixed_size(args), **args.model_kwargs}
+    counts = {'num_classes': args.num_classes, 'in_chans': in_chans}
+    for name, value in counts.items():
+        if value is not None and args.model_kwargs.get(name, value) != value:
+            raise ValueError(
+                f'--model-kwargs {name}={args.model_kwargs[name]} contradicts {value}, which an option gives it')
+    given = {**counts, 'img_size': _fixed_size(args), **args.model_kwargs}
     return {**defaults, **{key: value for key, value in given.items() if value is not None}}
 
 
@@ -101,7 +105,7 @@ def create_model(name: Optional[str], **kwargs: Any) -> Any:
         ValueError: No such model, or it doesn't take the arguments, has no pretrained weights, or can't be downloaded.
     """
     if name is None:
-        raise ValueError('--model is needed, e.g. smpconv_t')
+        raise ValueError('--model is needed, e.g. smpconv_t, or smpconv_sdigits for sequences')
     check_name(name)
     source, where = parse_name(name)
     if source == 'hf-hub':  # timm fetches it too, with other errors

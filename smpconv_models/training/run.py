@@ -165,6 +165,10 @@ def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str
         raise ValueError(f'{args.model} takes images of {model.in_chans} channels: --in-chans {model.in_chans}')
     if args.initial_checkpoint:
         load_weights(model, checkpoint.read_file(args.initial_checkpoint), args.initial_checkpoint)
+        try:
+            checkpoint.check_finite(model.state_dict())
+        except ValueError as error:
+            raise ValueError(f'{args.initial_checkpoint}: {error}') from error
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)

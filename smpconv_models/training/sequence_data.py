@@ -1,4 +1,5 @@
 """Sequences in place of images: what is opened, how it is augmented, and which options don't go with it."""
+import difflib
 from argparse import Namespace
 from typing import Any, Dict
 
@@ -7,6 +8,8 @@ from torchvision.transforms.v2 import Compose, RandomCrop, RandomHorizontalFlip
 
 from smpconv_models import sequences
 from smpconv_models.models import list_sequence_models
+
+from .augment import check_padding
 
 _PREFIX = 'seq/'
 
@@ -36,9 +39,10 @@ def check_options(args: Namespace) -> None:
                 f'{args.dataset or "a folder of images"}')
         return
     if args.model is not None and not is_for_sequences:
+        near = difflib.get_close_matches(args.model, list_sequence_models(), n=1)
         raise ValueError(
             f'--dataset {args.dataset} needs a network for sequences: expected one of {list_sequence_models()}, got '
-            f'{args.model}')
+            f'{args.model}' + (f'; did you mean {near[0]}?' if near else ''))
     for name, nothing in _OF_IMAGES.items():
         if getattr(args, name, nothing) != nothing:
             raise ValueError(f'--{name.replace("_", "-")} is for images, and {args.dataset} has sequences')
@@ -54,8 +58,8 @@ def open_dataset(args: Namespace, split: str) -> sequences.SequenceDataset:
         return sequences.open_sequences(
             args.dataset[len(_PREFIX):].lower(), args.data_dir, split, args.dataset_download)
     except ValueError as error:
-        text = str(error).replace('pass download=True', '--dataset-download downloads').replace(
-            'download=True', '--dataset-download').replace('or will: got None', 'or will: --data-dir says which')
+        text = str(error).replace('download=True', '--dataset-download').replace(
+            'or will: got None', 'or will: --data-dir says which')
         raise ValueError(f'--dataset {args.dataset}: {text}') from error
 
 
@@ -84,6 +88,7 @@ def augment(args: Namespace, dataset: sequences.SequenceDataset) -> None:
         return
     if dataset.image_size is None:
         raise ValueError(f'--crop-padding is for images, and the sequences of {args.dataset} are none')
+    check_padding(args.crop_padding, dataset.image_size)
     dataset.augment = Compose([
         torch.nn.Unflatten(-1, dataset.image_size),
         RandomCrop(dataset.image_size, padding=args.crop_padding),

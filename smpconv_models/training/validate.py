@@ -248,6 +248,8 @@ def inherit(args: Namespace, loaded: Dict[str, Any]) -> Namespace:
     for together in (_IMAGES, _SIZES):
         if all(getattr(args, key) is None for key in together):
             keys += together
+    if args.dataset is None and sequence_data.are_meant(Namespace(dataset=trained.get('dataset'))):
+        keys += ('dataset',)  # a folder alone says where its files are now
     filled = {key: trained.get(key) for key in keys if getattr(args, key) is None}
     args = Namespace(**{**vars(args), **filled})
     args.dataset = args.dataset or ''

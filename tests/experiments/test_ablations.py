@@ -95,7 +95,7 @@ def test_it_writes_what_it_says_and_repeats_no_run(script, tmp_path, monkeypatch
         rows = list(csv.DictReader(file))
     assert [(row['setting'], row['learned'], row['seed'], row['paper_top1']) for row in rows] == [
         ('C: coordinates', 'coords', '0', '92.47')]
-    row, folder = rows[0], tmp_path / 'runs' / 'coords_std0.05_radius0.8_points16_seed0'
+    row, folder = rows[0], tmp_path / 'runs' / 'coords_std0.05_radius0.8_points16_epochs1_seed0'
     assert yaml.safe_load((folder / 'args.yaml').read_text())['model_kwargs']['learned'] == ['coords']
     summary = json.loads((folder / 'summary.json').read_text())
     assert (summary['top1'], summary['parameters']) == (float(row['top1']), int(row['parameters']))
@@ -149,7 +149,7 @@ def test_mistakes_are_one_line_and_train_nothing(script, tmp_path, capsys, monke
 
 @pytest.mark.parametrize(('error', 'code', 'told'), [
     (KeyboardInterrupt(), 130, 'interrupted; what was done is in'), (Stopped(15), 143, 'stopped by SIGTERM; what'),
-    (FloatingPointError('NaN'), 1, 'error: neither_std0.05_radius0.8_points16_seed0: NaN'),
+    (FloatingPointError('NaN'), 1, 'error: neither_std0.05_radius0.8_points16_epochs1_seed0: NaN'),
 ])
 def test_a_run_that_ends_early_is_one_line(script, tmp_path, capsys, monkeypatch, error, code, told):
     def train(run):

@@ -191,7 +191,8 @@ def test_modes(method):
     (dict(drop_rate=1.), r'^drop_rate must lie in \[0, 1\), got 1.0'),
     (dict(block_drop_rate=1.), r'block_drop_rate must lie in \[0, 1\), got 1.0'),
     (dict(input_drop_rate=-0.1), 'input_drop_rate must lie'),
-    (dict(num_classes=-1), 'num_classes must be at least 0, got -1'),
+    (dict(num_classes=None), 'num_classes must be a whole number of at least 0, got None'),
+    (dict(num_classes=-1), 'num_classes must be a whole number of at least 0, got -1'),
 ])
 def test_mistakes(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -218,7 +218,7 @@ def test_made_on_meta_and_drawn_later():
     (dict(small_kernel_size=11), 'must not exceed the large kernel, 9, got 11'),
     (dict(learned=('weight',)), r"learned must be some of \('coords', 'radius'\), got \('weight',\)"),
     (dict(learned='coords'), "got 'coords'"), (dict(block_drop_rate=1), r'block_drop_rate must lie in \[0, 1\), got 1'),
-    (dict(num_classes=-2), 'num_classes must be at least 0, got -2'),
+    (dict(num_classes=-2), 'num_classes must be a whole number of at least 0, got -2'),
 ])
 def test_mistakes(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -151,6 +151,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     (['--model', 'smpconv_x'], "no model is named 'smpconv_x'; this package has ['smpconv_b'"),
     (['--model', 'smpconv_bb'], 'for sequences; did you mean smpconv_b?'),
     ([*TINY[:2], '--crop-padding', '2'], '--crop-padding takes images of the input size, 32x32, got 8x8'),
+    ([*TINY[:2], '--num-classes', '10', '--model-kwargs', 'num_classes=20'], 'num_classes=20 contradicts 10'),
     ([*TINY[:2], '--model-kwargs', 'nothing=1'], "unexpected keyword argument 'nothing'"),
     ([*TINY[:2], '--model-kwargs', 'kernel_sizes=(4,4,4,4)'], 'kernel size must be odd and positive, got 4'),
     ([*TINY[:2], '--model-kwargs', 'points_divisor=500'], 'points_divisor must leave at least one point'),
@@ -206,6 +207,19 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, argv, told):
     line = refused(train.main, capsys, '--dataset', 'digits', '--in-chans', 1, '--output', tmp_path / 'output', *argv)
     assert line.startswith('train.py: error: ') and told in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_to_start_from_are_finite(tmp_path, capsys):
+    weights = timm.create_model(
+        'smpconv_nano', depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), num_classes=10, in_chans=1)
+    with torch.no_grad():
+        weights.stages[0].blocks[0].mixer.large_kernel.large.conv.coords[0, 0] = torch.nan
+    torch.save(weights.state_dict(), tmp_path / 'nan.pth')
+    line = refused(
+        train.main, capsys, *TINY, '--dataset', 'digits', '--in-chans', 1, '--initial-checkpoint', tmp_path / 'nan.pth',
+        '--output', tmp_path / 'output')
+    assert 'nan.pth: the checkpoint has weights that are not finite: stages.0.blocks.0.mixer.large_kernel' in line
+    assert not (tmp_path / 'output').exists()
 
 
 def test_colour_models_train_on_the_digits(tmp_path):

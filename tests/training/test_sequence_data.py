@@ -99,6 +99,9 @@ def test_mnist_from_its_files(tmp_path):
         train.main, '--model', 'smpconv_smnist', *kwargs, '--dataset', 'seq/mnist', '--data-dir', tmp_path / 'data',
         '--val-split', 'test', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '20', '--crop-padding', '2',
         '--workers', '0', '--output', tmp_path) == 0
+    (tmp_path / 'data').rename(tmp_path / 'moved')
+    again = ['--checkpoint', tmp_path / 'smpconv_smnist', '--data-dir', tmp_path / 'moved', '--workers', '0']
+    assert run(validate.main, *again) == 0
 
 
 def test_crops_are_drawn_of_the_pixels(tmp_path):
@@ -127,6 +130,9 @@ def test_crops_are_drawn_of_the_pixels(tmp_path):
     (['--dataset', 'seq/characters'], 'needs a folder'),
     (['--model', 'smpconv_smnist'], r'made for sequences of (channels, steps) (1, 784)'),
     (['--in-chans', '3'], 'in_chans=1 sequence_length=64 makes one for them'),
+    (['--in-chans', '3', '--model-kwargs', 'in_chans=1'], '--model-kwargs in_chans=1 contradicts 3'),
+    (['--crop-padding', '8'], '--crop-padding must be below the side of the images, 8, got 8'),
+    (['--model', 'smpconv_sdigit'], 'did you mean smpconv_sdigits?'),
     (['--dataset', 'seq/digit'], "got 'digit'; did you mean digits?"),
     (['--dataset', 'digits'], 'smpconv_sdigits is for sequences: expected --dataset seq/NAME'),
     (['--pretrained'], 'there are no pretrained weights for it'), (['--drop-path', '0.1'], 'drop_path_rate'),
