@@ -198,6 +198,7 @@ assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameter
     assert in_fresh_process(script) == ''
 
 
+@pytest.mark.slow  # 12 s of compiling
 def test_first_call_may_be_compiled():
     """A backend that is loaded on first use must not break the graph that it is first used in."""
     script = """

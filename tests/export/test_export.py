@@ -133,6 +133,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow  # 17 s: a run, three formats
 def test_accuracy_on_the_digits(export, run, checkpoint, capsys):
     code, rows = run('--formats', 'torchscript', 'int8', model=('--checkpoint', str(checkpoint)))
     assert code == 0 and 'top-1' in capsys.readouterr().out.splitlines()[0]

@@ -212,6 +212,7 @@ def test_weights_in_memory(model):
     assert torch.equal(loaded(IMAGE), model(IMAGE))
 
 
+@pytest.mark.slow  # 10 s: several programs
 def test_a_plain_name_in_a_fresh_process(hub, tmp_path):
     """The namespace and the Hub's address are read at import."""
     plain = make(name='smpconv_t', num_classes=1000)

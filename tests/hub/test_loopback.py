@@ -219,6 +219,7 @@ for name in sys.argv[1:]:
     assert not hub.requests
 
 
+@pytest.mark.slow  # 7 s: a program of its own
 def test_timm_pushes_a_model_and_loads_it(hub, tmp_path):
     pushed, loaded = run('''
 import hashlib

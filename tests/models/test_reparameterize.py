@@ -150,6 +150,7 @@ def test_features_only_folds():
         assert relative_error(got, expected) < 1e-5
 
 
+@pytest.mark.slow  # 10 s of compiling
 def test_folded_network_scripts_compiles_and_exports():
     torch.compiler.reset()
     folded = reparameterize_model(network())

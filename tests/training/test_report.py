@@ -54,6 +54,7 @@ def test_a_bar_on_a_terminal(tmp_path):
     assert process.returncode == 0 and 'images/s' not in out
 
 
+@pytest.mark.slow  # 8 s: three runs
 def test_tensorboard_has_steps_and_epochs_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     command = [*COMMAND, '--log-interval', 2, '--log-tensorboard', '--output', tmp_path]

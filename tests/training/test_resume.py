@@ -85,6 +85,7 @@ def test_a_finished_run_is_left_as_it_is(straight, capsys):
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
 
 
+@pytest.mark.slow  # 7 s: three runs
 def test_a_finished_run_goes_on_with_more_epochs_and_is_no_other_run(straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / 'run')
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
@@ -140,6 +141,7 @@ def test_what_must_not_change_is_refused(begun, capsys, change, told):
     assert (folder / 'last.pth.tar').read_bytes() == before
 
 
+@pytest.mark.slow  # 9 s: three runs
 def test_a_change_can_be_forced(begun, capsys):
     command, folder = begun
     assert run(*command, '--global-batch-size', 64, '--force-resume') == 0
@@ -147,6 +149,7 @@ def test_a_change_can_be_forced(begun, capsys):
     assert len((folder / 'summary.csv').read_text().splitlines()) == 3
 
 
+@pytest.mark.slow  # 5 s: two runs
 def test_an_optimizer_of_other_groups_begins_anew(begun, capsys):
     command, folder = begun
     assert run(*command, '--layer-decay', 0.5, '--force-resume') == 0
@@ -287,6 +290,7 @@ def test_results_without_a_checkpoint_are_not_overwritten(begun, capsys):
     assert (folder / 'model_best.pth.tar').read_bytes() == before
 
 
+@pytest.mark.slow  # 7 s: three runs
 def test_a_finished_run_says_that_its_best_weights_are_lost(begun, capsys):
     command, folder = begun
     assert run(*command) == 0

@@ -6,6 +6,7 @@ from made import make_folder
 import train
 
 
+@pytest.mark.slow  # 5 s: a run of many epochs
 def test_each_nth_epoch_is_kept(tmp_path):
     make_folder(tmp_path / 'images')
     folder = tmp_path / 'run'
