@@ -1,6 +1,7 @@
 """Kernels drawn a chunk at a time equal those drawn at once, and never hold all pairs of points and elements."""
 import pytest
 import torch
+from common import randomize_
 
 from smpconv_models.layers import SMPConv1d, SMPDepthwiseConv2d, chunks, interpolate, points, sampling_grid
 
@@ -20,8 +21,8 @@ def make(leading, size, num_points=9, in_channels=2):
 
 @pytest.fixture
 def few_pairs(monkeypatch):
-    """Blocks of a few elements even for small kernels."""
-    monkeypatch.setattr(chunks, '_MOST_PAIRS', 100)
+    """Chunks of a few elements even for small kernels."""
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 400)
 
 
 @pytest.mark.parametrize('normalize', [False, True])
@@ -90,7 +91,7 @@ def test_pairs_are_never_held_at_once(radius, monkeypatch):
     """No tensor of forward or backward pass is as large as points x elements x filters, at any radius."""
     filters, num_points, length = 6, 30, 16000
     layer = SMPConv1d(2, filters, length, num_points, init_radius=radius)
-    monkeypatch.setattr(chunks, '_MOST_PAIRS', 1 << 17)
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 1 << 19)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -128,7 +129,7 @@ def test_places_and_radii_broadcast(few_pairs, coords, radius):
 def test_nothing_of_the_pairs_is_kept(monkeypatch):
     """What the backward pass needs is computed again."""
     layer = SMPConv1d(2, 6, 16000, 30, init_radius=0.3)
-    monkeypatch.setattr(chunks, '_MOST_PAIRS', 1 << 17)
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 1 << 19)
     kept = {}
 
     def note(tensor):
@@ -138,3 +139,11 @@ def test_nothing_of_the_pairs_is_kept(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer.kernel()
     assert sum(kept.values()) < 6 * 30 * 16000 * 4 / 20
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_exported(monkeypatch, strict):
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 1000)
+    layer, x = randomize_(SMPConv1d(2, 3, 60, num_points=6)), torch.randn(1, 2, 60)
+    assert chunks.are_many(sampling_grid([60]), layer.coords)
+    torch.testing.assert_close(torch.export.export(layer, (x,), strict=strict).module()(x), layer(x))

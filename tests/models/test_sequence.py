@@ -206,18 +206,10 @@ def test_long_kernels_in_chunks_train_alike(monkeypatch):
     model(x).square().sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr(chunks, '_MOST_PAIRS', 200)
+    monkeypatch.setattr(chunks, '_MOST_PAIRS', 800)
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize('strict', [True, False])
-def test_long_kernels_in_chunks_are_exported(monkeypatch, strict):
-    monkeypatch.setattr(chunks, '_MOST_PAIRS', 200)
-    model = randomize_(SMPSequenceNet(**{**TINY, 'depth': 1})).eval()
-    x = torch.randn(2, 2, 60)
-    assert relative_error(torch.export.export(model, (x,), strict=strict).module()(x), model(x)) < 1e-5
 
 
 def test_files_trained_at_another_length_are_refused(golden):

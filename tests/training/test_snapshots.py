@@ -1,4 +1,5 @@
 """Weights that a run keeps of its epochs."""
+import pytest
 import torch
 from launch import TINY
 from made import make_folder
