@@ -2,8 +2,11 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+
+from smpconv_models import checkpoint
 
 
 def randomize_(module, seed=0):
@@ -50,3 +53,15 @@ def assert_frozen(name, model):
     state_dict = model.state_dict()
     assert {key: tuple(value.shape) for key, value in state_dict.items()} == frozen
     assert list(state_dict) == list(frozen)
+
+
+def released(data):
+    """The state dict in the release's names of what the release's code made."""
+    return {key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
+
+
+def assert_other_shape_is_one_line(model, state_dict, key, change):
+    """A state dict with one tensor changed, or made where there was none, is refused in a line."""
+    state_dict[key] = change(state_dict.get(key))
+    with pytest.raises(ValueError, match=r'^the checkpoint does not fit the model: [^\n]*$'):
+        checkpoint.load_into(model, state_dict)

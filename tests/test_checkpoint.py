@@ -4,6 +4,7 @@ import os
 import pickle
 import zipfile
 
+import common
 import pytest
 import timm
 import torch
@@ -27,8 +28,7 @@ def create(path, name='smpconv_t', num_classes=10, file_classes=10, **kwargs):
 def released(golden):
     """A state dict in the release's names, an image and what the release's code makes of it."""
     data = golden('imagenet_tiny')
-    state_dict = {
-        key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
+    state_dict = common.released(data)
     return state_dict, data['input'], data['logits'], [data[f'stage.{i}'] for i in range(4)]
 
 

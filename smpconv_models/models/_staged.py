@@ -11,7 +11,7 @@ class StagedNet(nn.Module):
 
     Attributes:
         stem: Before the stages; see :meth:`forward_stem`.
-        stages: In a ``nn.Sequential``.
+        stages: In a ``nn.Sequential``, each with ``grad_checkpointing``.
         norm: After the last stage.
         head: timm's ``ClassifierHead``.
         feature_info: Of each stage.
@@ -31,6 +31,12 @@ class StagedNet(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(('.coords', '.radius'))}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stage: Any
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -117,7 +123,7 @@ class StagedNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's output, after the norm."""
-        raise NotImplementedError
+        return self.norm(self.stages(self.forward_stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)

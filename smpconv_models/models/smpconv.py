@@ -224,12 +224,6 @@ class SMPConvNet(StagedNet):
         )
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        stage: Any
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def set_kernel_scale(self, scale: Union[float, Sequence[float]]) -> None:
         """Draws the large kernels on other grids from now on; the parameters stay as they are.
 
@@ -256,11 +250,6 @@ class SMPConvNet(StagedNet):
             layer.scaled_size(factor)
         for layer, factor in layers:
             layer.rescale(factor)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.stages(x)
-        return self.norm(x)
 
 
 def _check_config(

@@ -153,21 +153,12 @@ class SMPResNet(StagedNet):
         return dict(stem=r'^stem', blocks=r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)')
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        stage: Any
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         _init_classifier(self.head.fc)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.act(self.stem(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.stages(self.forward_stem(x))
 
 
 def _check(

@@ -57,12 +57,17 @@ def model_arguments(args: Namespace, defaults: Dict[str, Any]) -> Dict[str, Any]
         if args.img_size is not None and args.input_size[1:] != [args.img_size] * 2:
             raise ValueError(f'--img-size {args.img_size} contradicts --input-size {args.input_size}')
     counts = {'num_classes': args.num_classes, 'in_chans': in_chans}
-    for name, value in counts.items():
-        if value is not None and args.model_kwargs.get(name, value) != value:
-            raise ValueError(
-                f'--model-kwargs {name}={args.model_kwargs[name]} contradicts {value}, which an option gives it')
+    check_options_agree(args.model_kwargs, {name: value for name, value in counts.items() if value is not None})
     given = {**counts, 'img_size': _fixed_size(args), **args.model_kwargs}
     return {**defaults, **{key: value for key, value in given.items() if value is not None}}
+
+
+def check_options_agree(model_kwargs: Dict[str, Any], given: Dict[str, Any]) -> None:
+    """Raises ValueError where ``--model-kwargs`` has another value than the one that an option gives an argument."""
+    for name, value in given.items():
+        if model_kwargs.get(name, value) != value:
+            raise ValueError(
+                f'--model-kwargs {name}={model_kwargs[name]} contradicts {value}, which an option gives it')
 
 
 def _fixed_size(args: Namespace) -> Optional[Tuple[int, int]]:

@@ -11,7 +11,15 @@ from torch import nn
 from smpconv_models import checkpoint
 
 from . import data, loaders, output, parts, report, resume, sequence_data, sources
-from .build import create_model, load_weights, memory_format, model_arguments, parse_name, select_device
+from .build import (
+    check_options_agree,
+    create_model,
+    load_weights,
+    memory_format,
+    model_arguments,
+    parse_name,
+    select_device,
+)
 from .evaluate import HeldOut
 from .folder import RunFolder
 from .progress import Progress
@@ -152,9 +160,9 @@ def _channels(args: Namespace) -> int:
 def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
     """The model, and the arguments that make it again."""
     model_kwargs = model_arguments(args, {} if classes is None else {'num_classes': len(classes)})
-    for key, value in parts.given(args, drop_rate='drop', drop_path_rate='drop_path').items():
-        if model_kwargs.setdefault(key, value) != value:
-            raise ValueError(f'--model-kwargs {key}={model_kwargs[key]} contradicts {value}, which an option gives it')
+    rates = parts.given(args, drop_rate='drop', drop_path_rate='drop_path')
+    check_options_agree(model_kwargs, rates)
+    model_kwargs.update(rates)
     random_seed(args.seed, 0)
     model = create_model(args.model, pretrained=args.pretrained, **model_kwargs)
     if args.pretrained:
