@@ -325,16 +325,6 @@ def draw_table(axes: Axes, rows: List[Dict[str, Any]], table: int, dataset: str)
 # --- the command ---
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
-    return value
-
-
-positive.__name__ = 'whole number'
-
-
 def create_parser() -> argparse.ArgumentParser:
     parser = config.Parser(
         prog='ablations.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -342,7 +332,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--tables', nargs='+', type=int, choices=tuple(SETTINGS), default=list(SETTINGS), metavar='N',
         help='of the paper (default: 6 7 8 9)')
-    parser.add_argument('--seeds', type=positive, default=3, metavar='N', help='from 0 on (default: %(default)s)')
+    parser.add_argument('--seeds', type=options.number(int, 1), default=3, metavar='N', help='from 0 on (default: %(default)s)')
     parser.add_argument('--output', default='docs', metavar='DIR', help='of tables and picture (default: %(default)s)')
     parser.add_argument('--runs', default='output/ablations', metavar='DIR', help='(default: %(default)s)')
     parser.add_argument(

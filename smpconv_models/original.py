@@ -79,13 +79,12 @@ def _fetch(file_id: str, part: Path) -> None:
     """Appends what is missing. Of a large file Drive first sends a page with a form that asks whether one is sure."""
     query: Dict[str, str] = {'id': file_id, 'export': 'download'}
     for _ in range(3):
-        done = transfer.done(part)
-        answer = transfer.open_rest(f'{_ADDRESS}?{urlencode(query)}', done)
+        answer = transfer.open_rest(f'{_ADDRESS}?{urlencode(query)}', part)
         if answer is None:
             return
         with answer:
             if answer.headers.get_content_type() != 'text/html':
-                return transfer.append(answer, part, done)
+                return transfer.append(answer, part)
             page = answer.read(1 << 20).decode(errors='replace')
         form = _Form(page)
         if form.fields.get('id') != file_id:  # a login, say

@@ -11,17 +11,18 @@ _TIMEOUT = 30.  # seconds without a byte
 _BLOCK = 1 << 18
 
 
-def done(part: Path) -> int:
+def _done(part: Path) -> int:
     """Bytes that are there of a file."""
     return part.stat().st_size if part.exists() else 0
 
 
-def open_rest(url: str, start: int) -> Optional[HTTPResponse]:
-    """What a server has from byte ``start`` on, or the whole where it can't; None where nothing is left.
+def open_rest(url: str, part: Path) -> Optional[HTTPResponse]:
+    """What a server has behind what is there of a file, or the whole where it can't; None where nothing is left.
 
     Raises:
         OSError: The network or the server doesn't do, or the file has become shorter.
     """
+    start = _done(part)
     request = urllib.request.Request(url)
     if start:
         request.add_header('Range', f'bytes={start}-')
@@ -35,15 +36,14 @@ def open_rest(url: str, start: int) -> Optional[HTTPResponse]:
         raise
 
 
-def append(answer: HTTPResponse, part: Path, start: int) -> None:
-    """Writes an answer of :func:`open_rest` behind the ``start`` bytes that are there, or in their place.
+def append(answer: HTTPResponse, part: Path) -> None:
+    """Writes an answer of :func:`open_rest` behind the bytes that are there, or in their place.
 
     Raises:
         OSError: The network or the disk doesn't do; what has come is kept.
         http.client.HTTPException: The server doesn't.
     """
-    if answer.status != 206:  # it sends the whole
-        start = 0
+    start = _done(part) if answer.status == 206 else 0  # else it sends the whole
     length = answer.headers.get('Content-Length')
     total = None if length is None else start + int(length)
     with open(part, 'ab' if start else 'wb') as file, tqdm(
@@ -51,5 +51,5 @@ def append(answer: HTTPResponse, part: Path, start: int) -> None:
         while block := answer.read(_BLOCK):
             file.write(block)
             bar.update(len(block))
-    if total is not None and done(part) != total:
-        raise OSError(f'the connection ended after {done(part)} of {total} bytes')
+    if total is not None and _done(part) != total:
+        raise OSError(f'the connection ended after {_done(part)} of {total} bytes')

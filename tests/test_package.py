@@ -53,7 +53,7 @@ def test_public_names_exist(module):
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
 DOWNLOAD, ORIGINAL, HUB = 'smpconv_models.download', 'smpconv_models.original', 'smpconv_models.hub'
-TRANSFER = 'smpconv_models.transfer'
+TRANSFER, HINTS = 'smpconv_models.transfer', 'smpconv_models.hints'
 DETECTION, DIGITS, SEQUENCES = 'smpconv_models.detection', 'smpconv_models.digits', 'smpconv_models.sequences'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
@@ -64,15 +64,16 @@ MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
     'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._call', f'{OPS}._phases'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
-    'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, DOWNLOAD, ORIGINAL),
+    'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, DOWNLOAD, ORIGINAL, HINTS),
     'smpconv_models/checkpoint': ('torch', 'safetensors'),
     'smpconv_models/download.py': ('huggingface_hub', CHECKPOINT),
     'smpconv_models/transfer.py': ('tqdm',),
+    'smpconv_models/hints.py': (),
     'smpconv_models/original.py': ('huggingface_hub', CHECKPOINT, TRANSFER),
     'smpconv_models/digits.py': ('torch', 'PIL', 'sklearn'),
     'smpconv_models/sequences': (
         'torch', 'torchvision', 'numpy', 'scipy', 'sklearn', 'safetensors', 'filelock', 'tqdm', DIGITS,
-        TRANSFER, f'{CHECKPOINT}.file_sha256', f'{CHECKPOINT}.first_line'),
+        HINTS, TRANSFER, f'{CHECKPOINT}.file_sha256', f'{CHECKPOINT}.first_line'),
     'smpconv_models/hub': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', f'{MODELS}.check_arguments', f'{MODELS}.identify',
         CHECKPOINT, DOWNLOAD),
@@ -82,7 +83,7 @@ MAY_IMPORT = {
     'smpconv_models/figures/__main__.py': ('torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING),
     'smpconv_models/training': (
         'torch', 'torchvision', 'timm', 'PIL', 'numpy', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS,
-        CHECKPOINT, DIGITS, DOWNLOAD, FIGURES, SEQUENCES, 'smpconv_models.__version__',
+        CHECKPOINT, DIGITS, DOWNLOAD, FIGURES, HINTS, SEQUENCES, 'smpconv_models.__version__',
         *(f'{MODELS}.{name}' for name in ('create_sequence_model', 'identify', 'list_sequence_models', 'whose'))),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),

@@ -8,12 +8,12 @@ FlexTCN (https://arxiv.org/abs/2110.08059), a temporal convolutional network. Th
 and so is the variant for digits. They are no image models, so timm doesn't know them: :func:`create_sequence_model`
 makes them.
 """
-import difflib
 from typing import Any, Dict, List, Optional, Set
 
 import torch
 from torch import Tensor, nn
 
+from smpconv_models.hints import did_you_mean
 from smpconv_models.layers import CausalConv1d, ConvNormAct, ParallelConv, ResidualBlock, SMPConv1d, smp_layers
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_rates, check_small_kernel
 from smpconv_models.layers.residual import init_weights_
@@ -216,7 +216,7 @@ def create_sequence_model(name: str, **kwargs: Any) -> SMPSequenceNet:
         TypeError: No such argument.
     """
     if name not in _VARIANTS:
-        near = difflib.get_close_matches(name, _VARIANTS, n=1)
-        hint = f'; did you mean {near[0]}?' if near else ''
-        raise ValueError(f'no network for sequences is named {name!r}, there are {list_sequence_models()}{hint}')
+        raise ValueError(
+            f'no network for sequences is named {name!r}, there are {list_sequence_models()}'
+            f'{did_you_mean(name, _VARIANTS)}')
     return SMPSequenceNet(**{**_VARIANTS[name], **kwargs})

@@ -52,13 +52,12 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     """
     part = path.with_name(f'{path.name}.part')
     try:
-        start = transfer.done(part)
-        answer = transfer.open_rest(url, start)
+        answer = transfer.open_rest(url, part)
         if answer is not None:
             with answer:
                 if answer.headers.get('Content-Type', '').startswith('text/html'):  # of a login, say
                     raise ValueError('the server sends a page in place of the file')
-                transfer.append(answer, part, start)
+                transfer.append(answer, part)
         if file_sha256(part) != sha256:
             part.unlink()
             raise ValueError('it is another file, by its SHA-256')

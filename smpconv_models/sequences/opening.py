@@ -1,10 +1,10 @@
 """The data sets by name."""
-import difflib
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 from smpconv_models.digits import SPLIT_SYNONYMS
+from smpconv_models.hints import did_you_mean
 
 from . import characters, images, speech
 from .dataset import SequenceDataset
@@ -81,9 +81,7 @@ def open_sequences(
         ValueError: An unknown name or split; files are missing, damaged, or can't be downloaded or written.
     """
     if name not in NAMES:
-        nearest = difflib.get_close_matches(str(name), NAMES, n=1)
-        hint = f'; did you mean {nearest[0]}?' if nearest else ''
-        raise ValueError(f'sequences are one of {NAMES}, got {name!r}{hint}')
+        raise ValueError(f'sequences are one of {NAMES}, got {name!r}{did_you_mean(str(name), NAMES)}')
     source = _SOURCES[name]
     part = next((part for part, synonyms in source.splits.items() if split in synonyms), None)
     if part is None:

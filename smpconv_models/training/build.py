@@ -1,5 +1,4 @@
 """The device and the model that the arguments ask for."""
-import difflib
 from argparse import Namespace
 from contextlib import AbstractContextManager
 from typing import Any, Dict, Optional, Tuple
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from smpconv_models import checkpoint, download
+from smpconv_models.hints import did_you_mean
 from smpconv_models.models import create_sequence_model, list_sequence_models, whose
 
 
@@ -85,10 +85,8 @@ def check_name(name: str) -> None:
     source, _ = parse_name(name)
     if source not in _SOURCES and not timm.is_model(name) and name not in list_sequence_models():
         ours, for_sequences = timm.list_models('smpconv*'), list_sequence_models()
-        near = difflib.get_close_matches(name, [*ours, *for_sequences], n=1)
-        hint = f'; did you mean {near[0]}?' if near else ''
-        if '/' in name:
-            hint = f'; hf-hub:{name} is a repository of the Hub'
+        of_hub = f'; hf-hub:{name} is a repository of the Hub'
+        hint = of_hub if '/' in name else did_you_mean(name, [*ours, *for_sequences])
         raise ValueError(
             f'no model is named {name!r}; this package has {ours} for images and {for_sequences} for sequences{hint}')
 

@@ -1,10 +1,11 @@
 """Command lines with a YAML file under them."""
 import argparse
-import difflib
 from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
 from timm.utils import ParseKwargs
+
+from smpconv_models.hints import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,9 +59,7 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
     for key, value in values.items():
         dest = str(key).replace('-', '_')
         if dest not in actions:
-            nearest = difflib.get_close_matches(dest, actions, n=1)
-            hint = f'; did you mean {nearest[0]}?' if nearest else ''
-            raise ValueError(f'{path}: unknown key {key!r}{hint}')
+            raise ValueError(f'{path}: unknown key {key!r}{did_you_mean(dest, actions)}')
         try:
             typed[dest] = _convert(actions[dest], value)
         except (TypeError, ValueError, argparse.ArgumentTypeError) as error:

@@ -1,5 +1,4 @@
 """Sequences in place of images: what is opened, how it is augmented, and which options don't go with it."""
-import difflib
 from argparse import Namespace
 from typing import Any, Dict
 
@@ -7,6 +6,7 @@ import torch
 from torchvision.transforms.v2 import Compose, RandomCrop, RandomHorizontalFlip
 
 from smpconv_models import sequences
+from smpconv_models.hints import did_you_mean
 from smpconv_models.models import list_sequence_models
 
 from .augment import check_padding
@@ -39,10 +39,9 @@ def check_options(args: Namespace) -> None:
                 f'{args.dataset or "a folder of images"}')
         return
     if args.model is not None and not is_for_sequences:
-        near = difflib.get_close_matches(args.model, list_sequence_models(), n=1)
         raise ValueError(
             f'--dataset {args.dataset} needs a network for sequences: expected one of {list_sequence_models()}, got '
-            f'{args.model}' + (f'; did you mean {near[0]}?' if near else ''))
+            f'{args.model}{did_you_mean(args.model, list_sequence_models())}')
     for name, nothing in _OF_IMAGES.items():
         if getattr(args, name, nothing) != nothing:
             raise ValueError(f'--{name.replace("_", "-")} is for images, and {args.dataset} has sequences')
