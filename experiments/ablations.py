@@ -332,7 +332,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--tables', nargs='+', type=int, choices=tuple(SETTINGS), default=list(SETTINGS), metavar='N',
         help='of the paper (default: 6 7 8 9)')
-    parser.add_argument('--seeds', type=options.number(int, 1), default=3, metavar='N', help='from 0 on (default: %(default)s)')
+    parser.add_argument(
+        '--seeds', type=options.number(int, 1), default=3, metavar='N', help='from 0 on (default: %(default)s)')
     parser.add_argument('--output', default='docs', metavar='DIR', help='of tables and picture (default: %(default)s)')
     parser.add_argument('--runs', default='output/ablations', metavar='DIR', help='(default: %(default)s)')
     parser.add_argument(
