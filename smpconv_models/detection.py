@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Format, freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 __all__ = ['FPNBackbone', 'fasterrcnn', 'fcos', 'fpn_backbone', 'maskrcnn', 'retinanet']
 
 _RATIOS = (0.5, 1.0, 2.0)
+_IMAGENET = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
 
 
 class FPNBackbone(nn.Module):
@@ -196,13 +198,16 @@ def _create_body(
         if list(out_indices) != sorted(set(out_indices)) or min(out_indices, default=-1) < 0:
             raise ValueError(f'returned_layers must be stages, from 1 on and ascending, got {tuple(returned_layers)}')
     try:
-        return timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=out_indices, **kwargs)
+        body = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=out_indices, **kwargs)
     except (AssertionError, IndexError) as error:  # timm's own networks refuse a map by these
         raise ValueError(f'{name} lacks a map of returned_layers={returned_layers}: {error}') from error
     except ValueError as error:
         if 'out_indices' not in str(error):
             raise
         raise ValueError(f'{name} lacks a stage of returned_layers={returned_layers}: {error} (from 0)') from error
+    if 'in_chans' in kwargs and _in_chans(body) is None:
+        body.in_chans = kwargs['in_chans']
+    return body
 
 
 def _check_body(body: Any) -> None:
@@ -289,9 +294,23 @@ def _detector(
 
 
 def _statistics(backbone: FPNBackbone) -> Dict[str, Any]:
-    """Mean and deviation of the images that the network was made for."""
-    cfg: Any = getattr(backbone.body, 'pretrained_cfg', {})
-    return {f'image_{name}': list(cfg[name]) for name in ('mean', 'std') if name in cfg}
+    """Return mean and standard deviation of each input channel.
+
+    They are those of the network's configuration, or torchvision's; for another number of channels, their mean.
+    """
+    body: Any = backbone.body
+    cfg = {**_IMAGENET, **getattr(body, 'pretrained_cfg', {})}
+    in_chans = _in_chans(body) or len(cfg['mean'])
+    return {f'image_{name}': _of_channels(cfg[name], in_chans) for name in ('mean', 'std')}
+
+
+def _in_chans(body: Any) -> Optional[int]:
+    """Return the number of input channels, which timm's wrappers of features keep since 1.0.31, or None."""
+    return getattr(body, 'in_chans', None) or getattr(getattr(body, 'model', None), 'in_chans', None)
+
+
+def _of_channels(values: Sequence[float], channels: int) -> List[float]:
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def _rcnn_defaults(backbone: FPNBackbone) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from smpconv_models.ops import check_options
 
-from .conv_norm import DepthwiseConv2d
+from .conv_norm import DepthwiseConv2d, times, why_not_expressed
 
 
 @dataclass(frozen=True)
@@ -112,27 +112,10 @@ def _why_not(conv: nn.Conv2d, min_kernel_size: int) -> Iterator[str]:
     if type(conv) is not nn.Conv2d:
         yield f'{type(conv).__name__}, not nn.Conv2d itself'
         return
-    yield from _why_not_expressed(conv)
+    yield from why_not_expressed(conv)
     if max(conv.kernel_size) < min_kernel_size:
-        yield f'kernel {_times(conv.kernel_size)} below {min_kernel_size}'
+        yield f'kernel {times(conv.kernel_size)} below {min_kernel_size}'
     yield from _what_would_be_lost(conv)
-
-
-def _why_not_expressed(conv: nn.Conv2d) -> Iterator[str]:
-    """What of its arguments the operation doesn't have."""
-    if conv.out_channels != conv.in_channels:
-        yield f'channel multiplier {conv.out_channels // conv.in_channels}'
-    if to_2tuple(conv.stride) != (1, 1):
-        yield f'stride {_times(to_2tuple(conv.stride))}'
-    same = tuple(d * (k // 2) for d, k in zip(to_2tuple(conv.dilation), conv.kernel_size))
-    named = {'same': same, 'valid': (0, 0)}
-    padding = named[conv.padding] if isinstance(conv.padding, str) else to_2tuple(conv.padding)
-    if any(size % 2 == 0 for size in conv.kernel_size):
-        yield f'even kernel {_times(conv.kernel_size)}'
-    elif padding != same:
-        yield f'padding {_times(padding)}, where same is {_times(same)}'
-    if conv.padding_mode != 'zeros':
-        yield f'padding_mode {conv.padding_mode!r}'
 
 
 def _what_would_be_lost(conv: nn.Conv2d) -> Iterator[str]:
@@ -153,18 +136,14 @@ def _what_would_be_lost(conv: nn.Conv2d) -> Iterator[str]:
 
 def _replacement(conv: nn.Conv2d, backend: str) -> DepthwiseConv2d:
     layer = DepthwiseConv2d(
-        conv.in_channels, to_2tuple(conv.kernel_size), to_2tuple(conv.dilation), conv.bias is not None, backend,
-        device='meta',
+        conv.in_channels, conv.out_channels, to_2tuple(conv.kernel_size), padding='same', dilation=to_2tuple(conv.dilation),
+        groups=conv.groups, bias=conv.bias is not None, device='meta', backend=backend,
     )
     layer.weight, layer.bias = conv.weight, conv.bias
     layer.padding = conv.padding  # code that fuses convolutions may do arithmetic with it
     # marks that others set, such as that the weights are initialized
     vars(layer).update({name: value for name, value in vars(conv).items() if name not in vars(layer)})
     return layer.train(conv.training)
-
-
-def _times(sizes: Tuple[int, ...]) -> str:
-    return 'x'.join(map(str, sizes))
 
 
 def _abbreviated(names: List[str]) -> str:

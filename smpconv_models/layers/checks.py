@@ -44,5 +44,7 @@ def check_small_kernel(small_kernel_size: int, kernel_size: int) -> None:
     """Raises ValueError where the small kernel is larger than the large one, or no number of elements."""
     if not _is_whole(small_kernel_size) or small_kernel_size < 0:
         raise ValueError(f'small_kernel_size must be a whole number of at least 0, got {small_kernel_size!r}')
+    if small_kernel_size and small_kernel_size % 2 == 0:
+        check_odd(small_kernel_size)
     if small_kernel_size > kernel_size:
         raise ValueError(f'small_kernel_size must not exceed the large kernel, {kernel_size}, got {small_kernel_size}')

@@ -1,14 +1,15 @@
 """Convolution, normalization, activation; and their folding into one convolution."""
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import Any, Callable, List, Literal, Optional, Tuple, Union
 
 import torch
-from timm.layers import get_act_layer, get_norm_layer
+from timm.layers import get_act_layer, get_norm_layer, to_2tuple
 from torch import Tensor, nn
 
 from smpconv_models.ops import check_options, depthwise_conv2d
 
 from . import fuse
-from .checks import check_odd_sides
+from .checks import check_counts
+from .effective import plain_conv, refresh_, unparametrized_type, warn_not_folded
 
 NormLayer = Union[str, Callable[[int], nn.Module]]
 ActLayer = Union[str, Callable[[], nn.Module]]
@@ -34,48 +35,96 @@ def _by_name(layer: Any, look_up: Callable[[str], Any], argument: str) -> Callab
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """``nn.Conv2d(C, C, kernel_size, padding='same', groups=C)`` on :func:`smpconv_models.ops.depthwise_conv2d`.
+    """``nn.Conv2d`` that computes depthwise convolutions by :func:`smpconv_models.ops.depthwise_conv2d`.
 
-    Same parameters, same state dict. Inputs have a batch dimension.
+    Same arguments, same parameters, same state dict, same function. The operation takes one group for each channel,
+    as many outputs as inputs, stride 1, an odd kernel and "same" zero padding. With ``backend='auto'`` anything else is
+    left to ``conv2d``, so that libraries can make further layers of this class, as LoRA does. Inputs of the operation
+    have a batch dimension.
 
     Args:
-        channels: Input and output channels C.
-        kernel_size: Odd, one number or (height, width).
-        dilation: One number or (height, width).
-        bias: Whether there is a bias ``(C,)``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: As
+            in ``nn.Conv2d``.
         backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
 
     Raises:
-        ValueError: No channels, an even kernel size, a dilation below 1, an unknown backend.
+        ValueError: An unknown backend, arguments that ``nn.Conv2d`` refuses, or a convolution that the operation can't
+            compute with any other backend than ``'auto'``.
     """
 
     def __init__(
             self,
-            channels: int,
+            in_channels: int,
+            out_channels: int,
             kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 0,
             dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
             bias: bool = True,
-            backend: str = 'auto',
+            padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros',
             device: Any = None,
             dtype: Any = None,
+            backend: str = 'auto',
     ) -> None:
-        if not isinstance(channels, int) or channels < 1:
-            raise ValueError(f'channels must be a whole number of at least 1, got {channels!r}')
-        sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        check_odd_sides(sides, kernel_size)
+        check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
         check_options(dilation, backend)
         super().__init__(
-            channels, channels, kernel_size, padding='same', dilation=dilation, groups=channels, bias=bias,
-            device=device, dtype=dtype,
-        )
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype)
         self.backend = backend
+        self._takes_operation()
+
+    @torch.jit.unused
+    def _takes_operation(self) -> bool:
+        """Whether the operation computes this convolution; asked at each call, as attributes may be set afterwards."""
+        reasons = why_not_expressed(self)
+        if reasons and self.backend != 'auto':
+            raise ValueError(
+                f'backend {self.backend!r} computes depthwise convolutions of stride 1 with odd kernels and "same" '
+                f"zero padding, got {', '.join(reasons)}; only backend 'auto' leaves such a convolution to conv2d")
+        return not reasons
 
     def forward(self, input: Tensor) -> Tensor:
-        dilation = (self.dilation[0], self.dilation[1])
-        return depthwise_conv2d(input, self.weight, self.bias, dilation=dilation, backend=self.backend)
+        if torch.jit.is_scripting():  # where the operation is conv2d too
+            return self._conv_forward(input, self.weight, self.bias)
+        if not self._takes_operation():
+            return self._conv_forward(input, self.weight, self.bias)
+        return depthwise_conv2d(
+            input, self.weight, self.bias, dilation=to_2tuple(self.dilation), backend=self.backend)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, backend={self.backend!r}'
+
+
+def why_not_expressed(conv: nn.Conv2d) -> List[str]:
+    """Return what the operation lacks of a convolution's arguments: all reasons, none if it can compute it."""
+    reasons = []
+    if conv.groups != conv.in_channels:
+        reasons.append(f'groups {conv.groups} for {conv.in_channels} input channels')
+    if conv.out_channels != conv.in_channels:
+        reasons.append(
+            f'channel multiplier {conv.out_channels // conv.in_channels}' if conv.groups == conv.in_channels else
+            f'{conv.out_channels} output channels')
+    stride = to_2tuple(conv.stride)
+    if tuple(stride) != (1, 1):
+        reasons.append(f'stride {times(stride)}')
+    dilation = to_2tuple(conv.dilation)
+    same = (dilation[0] * (conv.kernel_size[0] // 2), dilation[1] * (conv.kernel_size[1] // 2))
+    if conv.kernel_size[0] % 2 == 0 or conv.kernel_size[1] % 2 == 0:
+        reasons.append(f'even kernel {times(conv.kernel_size)}')
+    elif conv.padding != 'same':
+        padding = (0, 0) if conv.padding == 'valid' else tuple(to_2tuple(conv.padding))
+        if padding != same:
+            reasons.append(f'padding {times(padding)}, where same is {times(same)}')
+    if conv.padding_mode != 'zeros':
+        reasons.append(f'padding_mode {conv.padding_mode!r}')
+    return reasons
+
+
+def times(sizes: Tuple[int, ...]) -> str:
+    """Return sizes as text: ``3x5``."""
+    return 'x'.join(map(str, sizes))
 
 
 class ConvNormAct(nn.Module):
@@ -100,14 +149,19 @@ class ConvNormAct(nn.Module):
     def reparameterize(self) -> None:
         """Draws the kernel if it is of points and folds a batch norm into it. In place, idempotent.
 
-        What can't be folded stays: other normalizations, and convolutions that are neither ``nn.Conv2d`` nor
-        ``nn.Conv1d``.
+        Pruned, weight-normed and parametrized weights are folded with their effective values. Other normalizations
+        stay, and so does a norm beside a convolution that is no plain ``nn.Conv2d`` or ``nn.Conv1d`` (an adapter's
+        wrapper), which is logged.
         """
         if callable(fuse_conv := getattr(self.conv, 'fuse', None)):
             self.conv = fuse_conv()
-        conv: Any = self.conv
+        conv = plain_conv(self.conv)
         affine = batch_norm_affine(self.norm)
-        if affine is not None and isinstance(conv, (nn.Conv1d, nn.Conv2d)):
+        if conv is not None:
+            self.conv = conv
+        elif affine is not None:
+            warn_not_folded(self.norm, self.conv)
+        if affine is not None and conv is not None:
             set_weight_bias(conv, *fuse.fold_after(conv.weight, conv.bias, *affine))
             self.norm = nn.Identity().train(self.training)
 
@@ -117,12 +171,14 @@ def batch_norm_affine(norm: Any) -> Optional[Tuple[Tensor, Tensor]]:
 
     Batch norms with running statistics can, frozen ones too. Subclasses that do more (an activation) can't.
     """
-    frozen = type(norm).__name__ == 'FrozenBatchNorm2d'
-    if not frozen and type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm):
+    kind = unparametrized_type(norm)
+    frozen = kind.__name__ == 'FrozenBatchNorm2d'
+    if not frozen and kind not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm):
         return None
     if norm.running_mean is None:
         return None
     with torch.no_grad():
+        refresh_(norm)
         return fuse.norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from . import points
 from .checks import check_counts, check_odd
+from .effective import refresh_
 from .long_conv import CausalConv1d, SameConv2d, causal_conv1d, check_method, same_conv2d
 from .smp_conv import SMPLayer, clip_radius_
 
@@ -102,6 +103,7 @@ class SMPFilters(SMPLayer):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """A plain convolution with the kernel that the points draw now; trainable if any of them is."""
+        refresh_(self)
         kernel = self.kernel()
         plain: Any = CausalConv1d if self.ndim == 1 else SameConv2d
         conv = plain(

@@ -19,6 +19,7 @@ from .conv_norm import (
     create_norm,
     set_weight_bias,
 )
+from .effective import plain_conv, warn_not_folded
 from .parallel import ParallelConv
 from .smp_conv import SMPDepthwiseConv2d
 
@@ -56,7 +57,9 @@ class LargeKernelConv(ParallelConv):
             create_norm(norm_layer, channels, **dd),
         )
         small = ConvNormAct(
-            DepthwiseConv2d(channels, small_kernel_size, dilation, bias=False, **dd),
+            DepthwiseConv2d(
+                channels, channels, small_kernel_size, padding='same', dilation=dilation, groups=channels, bias=False,
+                **dd),
             create_norm(norm_layer, channels, **dd),
         ) if small_kernel_size else None
         super().__init__(large, small)
@@ -112,8 +115,13 @@ class PreNormBlock(nn.Module):
     def reparameterize(self) -> None:
         """Folds a batch norm into ``pw1``; its own parts are reached by the walk over the model."""
         affine = batch_norm_affine(self.norm)
-        if affine is not None:
-            conv: Any = self.pw1.conv
+        if affine is None:
+            return
+        conv = plain_conv(self.pw1.conv)
+        if conv is None:
+            warn_not_folded(self.norm, self.pw1.conv)
+        else:
+            self.pw1.conv = conv
             set_weight_bias(conv, *fuse.fold_before(conv.weight, conv.bias, *affine))
             self.norm = nn.Identity().train(self.training)
 

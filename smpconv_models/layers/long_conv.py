@@ -1,6 +1,6 @@
 """Convolutions whose kernels are as long as what they run over: the direct sum, or by fast Fourier transforms."""
 import math
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -217,26 +217,33 @@ class CausalConv1d(nn.Conv1d):
     """``nn.Conv1d`` that sees the past only, but for what the FFT rounds: :func:`causal_conv1d`, stride 1.
 
     Args:
-        in_channels, out_channels: Channels.
-        kernel_size: Elements of the kernel, any number.
-        bias: Whether there is a bias ``(out_channels,)``.
+        in_channels, out_channels, kernel_size, bias, device, dtype: As in ``nn.Conv1d``.
+        stride, padding, dilation, groups, padding_mode: Arguments of ``nn.Conv1d``, of which the default is all there
+            is. The zeros before the beginning are no ``padding``, as the output has the input's length.
         method: As in :func:`causal_conv1d`.
 
     Raises:
-        ValueError: Unknown ``method``.
+        ValueError: Unknown ``method``, or another value than the default of an argument that has one value only.
     """
 
     def __init__(
             self,
             in_channels: int,
             out_channels: int,
-            kernel_size: int,
+            kernel_size: Union[int, Tuple[int]],
+            stride: Union[int, Tuple[int]] = 1,
+            padding: Union[str, int, Tuple[int]] = 0,
+            dilation: Union[int, Tuple[int]] = 1,
+            groups: int = 1,
             bias: bool = True,
-            method: str = 'auto',
+            padding_mode: str = 'zeros',
             device: Any = None,
             dtype: Any = None,
+            method: str = 'auto',
     ) -> None:
         check_method(method)
+        _check_fixed(self, _FIXED, dict(
+            stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode))
         super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
         self.method = method
 
@@ -251,26 +258,33 @@ class SameConv2d(nn.Conv2d):
     """``nn.Conv2d`` with ``padding='same'``: :func:`same_conv2d` as a module, stride 1.
 
     Args:
-        in_channels, out_channels: Channels.
-        kernel_size: Odd side of the kernel.
-        bias: Whether there is a bias ``(out_channels,)``.
+        in_channels, out_channels, kernel_size, bias, device, dtype: As in ``nn.Conv2d``; kernel sides are odd.
+        stride, padding, dilation, groups, padding_mode: Arguments of ``nn.Conv2d``, of which the default is all there
+            is.
         method: As in :func:`same_conv2d`.
 
     Raises:
-        ValueError: Unknown ``method``.
+        ValueError: Unknown ``method``, or another value than the default of an argument that has one value only.
     """
 
     def __init__(
             self,
             in_channels: int,
             out_channels: int,
-            kernel_size: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 'same',
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
             bias: bool = True,
-            method: str = 'auto',
+            padding_mode: str = 'zeros',
             device: Any = None,
             dtype: Any = None,
+            method: str = 'auto',
     ) -> None:
         check_method(method)
+        _check_fixed(self, {**_FIXED, 'padding': 'same'}, dict(
+            stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode))
         super().__init__(
             in_channels, out_channels, kernel_size, padding='same', bias=bias, device=device, dtype=dtype)
         self.method = method
@@ -280,3 +294,13 @@ class SameConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, method={self.method!r}'
+
+
+_FIXED = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1, 'padding_mode': 'zeros'}
+
+
+def _check_fixed(layer: nn.Module, expected: Dict[str, Any], given: Dict[str, Any]) -> None:
+    """Raises ValueError unless each argument has its only value, or a tuple of it."""
+    for name, value in given.items():
+        if any(number != expected[name] for number in (value if isinstance(value, (tuple, list)) else [value])):
+            raise ValueError(f'{name} of {type(layer).__name__} must be {expected[name]!r}, got {value!r}')

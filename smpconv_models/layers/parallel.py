@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from . import fuse
 from .conv_norm import ConvNormAct, set_weight_bias
+from .effective import plain_conv
 
 
 class ParallelConv(nn.Module):
@@ -36,11 +37,11 @@ class ParallelConv(nn.Module):
         Works in place, so that what shares the module shares the result; called again it returns the same.
         """
         self.large.reparameterize()
+        branches = [self.large]
         if self.small is not None:
             self.small.reparameterize()
-            if not isinstance(self.small.norm, nn.Identity):
-                return self
-        if not isinstance(self.large.norm, nn.Identity):
+            branches.append(self.small)
+        if not all(isinstance(branch.norm, nn.Identity) and plain_conv(branch.conv) for branch in branches):
             return self
         merged: Any = self.large.conv
         if self.small is not None:

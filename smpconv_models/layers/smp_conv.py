@@ -1,14 +1,17 @@
 """Convolutions whose kernels are drawn from self-moving points."""
+import warnings
 from typing import Any, Dict, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from smpconv_models.ops import check_options, depthwise_conv2d
 
 from . import points
 from .checks import check_counts, check_odd
 from .conv_norm import DepthwiseConv2d
+from .effective import refresh_
 
 
 class SMPLayer(nn.Module):
@@ -129,11 +132,11 @@ class SMPDepthwiseConv2d(SMPLayer):
     @torch.no_grad()
     def fuse(self) -> DepthwiseConv2d:
         """A plain convolution with the kernel that the points draw now; trainable if any of them is."""
+        refresh_(self)
         kernel = self.kernel()
         conv = DepthwiseConv2d(
-            self.channels, self.kernel_size, self.dilation, bias=False, backend=self.backend, device='meta',
-            dtype=kernel.dtype,
-        )
+            self.channels, self.channels, self.kernel_size, padding='same', dilation=self.dilation,
+            groups=self.channels, bias=False, device='meta', dtype=kernel.dtype, backend=self.backend)
         conv.weight = nn.Parameter(kernel, any(parameter.requires_grad for parameter in self.parameters()))
         return conv.train(self.training)
 
@@ -154,7 +157,33 @@ def smp_layers(model: nn.Module) -> Dict[str, SMPLayer]:
 def clip_radius_(model: nn.Module) -> None:
     """Clips every radius parameter in ``model`` to its layer's range, as the paper does after each optimizer step.
 
-    Without it the forward pass still uses radii within the range, but the parameters may leave it.
+    Without it the forward pass still uses radii within the range, but the parameters may leave it. Of a pruned radius
+    the values before the mask are clipped. A parametrized one is assigned its clipped value, if it left its range, and
+    a radius that can't be assigned is warned of.
     """
-    for layer in smp_layers(model).values():
-        layer.radius.clamp_(*layer.radius_range)
+    for name, layer in smp_layers(model).items():
+        for stored in ('radius', 'radius_orig'):  # torch.nn.utils.prune's name
+            if stored in layer._parameters:
+                layer._parameters[stored].clamp_(*layer.radius_range)  # type: ignore[union-attr]
+        refresh_(layer, 'radius')
+        if 'radius' not in layer._parameters and 'radius_orig' not in layer._parameters:
+            _clip_computed_radius_(name, layer)
+
+
+def _clip_computed_radius_(name: str, layer: SMPLayer) -> None:
+    """Assigns a radius that is computed from other parameters its clipped value, where it is out of the range."""
+    clipped = layer.radius.clamp(*layer.radius_range)
+    if torch.equal(layer.radius, clipped):
+        return
+    reason = 'it is computed before each forward pass'
+    if parametrize.is_parametrized(layer, 'radius'):
+        try:
+            layer.radius = clipped  # type: ignore[assignment]
+            if torch.allclose(layer.radius, clipped, rtol=16 * torch.finfo(clipped.dtype).eps):
+                return
+            reason = 'its parametrization does not reproduce the value that it is assigned'
+        except (RuntimeError, NotImplementedError):  # torch raises the first, a parametrization the second
+            reason = 'its parametrization has no right_inverse'
+    warnings.warn(
+        f'radius of {name or type(layer).__name__!r} is out of its range {layer.radius_range} and cannot be clipped: '
+        f'{reason}. The forward pass still uses radii within the range.', stacklevel=3)

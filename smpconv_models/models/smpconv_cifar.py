@@ -107,7 +107,8 @@ class SMPResNet(StagedNet):
             large = SMPConv2d(
                 in_channels, out_channels, kernel_size, num_points, False, coords_std, init_radius, method=method, **dd)
             small = SameConv2d(
-                in_channels, out_channels, small_kernel_size, small_bias, 'direct', **dd) if small_kernel_size else None
+                in_channels, out_channels, small_kernel_size, bias=small_bias, method='direct', **dd,
+            ) if small_kernel_size else None
             return ParallelConv(
                 ConvNormAct(large, create_norm(norm_layer, out_channels, **dd)),
                 None if small is None else ConvNormAct(small, create_norm(norm_layer, out_channels, **dd)))

@@ -310,7 +310,8 @@ def test_the_larger_side_counts():
 def test_other_layers_are_no_part_of_the_report():
     layers = [
         nn.Conv2d(4, 4, 7, padding=3), nn.Conv2d(4, 4, 7, padding=3, groups=2), nn.Conv2d(1, 1, 7, padding=3),
-        nn.Conv2d(1, 8, 7, padding=3), nn.Conv1d(4, 4, 7, padding=3, groups=4), DepthwiseConv2d(4, 7),
+        nn.Conv2d(1, 8, 7, padding=3), nn.Conv1d(4, 4, 7, padding=3, groups=4),
+        DepthwiseConv2d(4, 4, 7, padding='same', groups=4),
         nn.ConvTranspose2d(4, 4, 7, padding=3, groups=4), SMPDepthwiseConv2d(4, 7, 5), nn.Sequential(),
     ]
     model = nn.Sequential(*layers)

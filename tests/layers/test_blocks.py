@@ -30,33 +30,57 @@ def image(channels=4, **kwargs):
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize(('kernel_size', 'dilation'), [(5, 1), ((3, 7), (2, 1)), (3, 3)])
 def test_depthwise_conv_is_nn_conv(kernel_size, dilation, bias):
-    layer = DepthwiseConv2d(4, kernel_size, dilation, bias, dtype=torch.float64)
-    plain = nn.Conv2d(
-        4, 4, kernel_size, padding='same', dilation=dilation, groups=4, bias=bias, dtype=torch.float64)
+    arguments = dict(kernel_size=kernel_size, padding='same', dilation=dilation, bias=bias, dtype=torch.float64)
+    layer, plain = (kind(4, 4, groups=4, **arguments) for kind in (DepthwiseConv2d, nn.Conv2d))
     plain.load_state_dict(layer.state_dict())
     x = image()
     torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=EXACT)
     assert "backend='auto'" in repr(layer)
 
 
+def depthwise(**changes):
+    return DepthwiseConv2d(**dict(dict(
+        in_channels=4, out_channels=4, kernel_size=7, padding='same', groups=4, dtype=torch.float64), **changes))
+
+
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(channels=0), 'channels must be a whole number of at least 1, got 0'),
-    (dict(channels='4'), "channels must be a whole number of at least 1, got '4'"),
+    (dict(in_channels=0), 'in_channels must be a positive whole number, got 0'),
+    (dict(groups='4'), "groups must be a positive whole number, got '4'"),
     (dict(dilation=0), 'dilation must be at least 1, got (0, 0)'),
     (dict(dilation=1.5), 'dilation must be one integer or two, got 1.5'),
     (dict(backend='x'), "backend must be 'auto' or one of ('cpu', 'triton', 'reference'), got 'x'"),
 ], ids=str)
 def test_depthwise_conv_refuses_what_it_could_not_compute(arguments, message):
     with pytest.raises(ValueError) as error:
-        DepthwiseConv2d(**{'channels': 4, 'kernel_size': 7, **arguments})
+        depthwise(**arguments)
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize('kernel_size', [4, (3, 2), 0, (7,), (7, 5, 3), 7., None])
-def test_depthwise_conv_takes_odd_kernels_only(kernel_size):
-    with pytest.raises(ValueError) as error:
-        DepthwiseConv2d(4, kernel_size)
-    assert str(error.value) == f'kernel size must be odd and positive, got {kernel_size}'
+NOT_THE_OPERATION = [
+    (dict(groups=1), 'groups 1 for 4 input channels'), (dict(out_channels=8), 'channel multiplier 2'),
+    (dict(stride=2, padding=3), 'stride 2x2'), (dict(kernel_size=4), 'even kernel 4x4'),
+    (dict(padding=0), 'padding 0x0, where same is 3x3'), (dict(padding=3, padding_mode='circular'), "'circular'"),
+]
+
+
+@pytest.mark.parametrize(('changes', 'reason'), NOT_THE_OPERATION, ids=str)
+def test_depthwise_conv_is_nn_conv_beyond_the_operation(changes, reason):
+    """Libraries make further layers of a layer's class; a backend that was named never falls back."""
+    layer = depthwise(**changes)
+    plain = nn.Conv2d(**dict(dict(in_channels=4, out_channels=4, kernel_size=7, padding='same', groups=4), **changes))
+    plain.double().load_state_dict(layer.state_dict())
+    x = image()
+    assert torch.equal(layer(x), plain(x))
+    assert torch.equal(torch.jit.script(layer)(x), plain(x))
+    with pytest.raises(ValueError, match=f"backend 'cpu' computes depthwise .* got .*{reason}"):
+        depthwise(**changes, backend='cpu')
+
+
+def test_a_stride_that_is_set_afterwards_counts():
+    layer = depthwise(backend='reference')
+    layer.stride = (2, 2)
+    with pytest.raises(ValueError, match='got stride 2x2'):
+        layer(image())
 
 
 def conv_norm(norm):
