@@ -136,8 +136,9 @@ def _what_would_be_lost(conv: nn.Conv2d) -> Iterator[str]:
 
 def _replacement(conv: nn.Conv2d, backend: str) -> DepthwiseConv2d:
     layer = DepthwiseConv2d(
-        conv.in_channels, conv.out_channels, to_2tuple(conv.kernel_size), padding='same', dilation=to_2tuple(conv.dilation),
-        groups=conv.groups, bias=conv.bias is not None, device='meta', backend=backend,
+        conv.in_channels, conv.out_channels, to_2tuple(conv.kernel_size), padding='same',
+        dilation=to_2tuple(conv.dilation), groups=conv.groups, bias=conv.bias is not None, device='meta',
+        backend=backend,
     )
     layer.weight, layer.bias = conv.weight, conv.bias
     layer.padding = conv.padding  # code that fuses convolutions may do arithmetic with it

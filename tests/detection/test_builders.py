@@ -286,6 +286,38 @@ def test_images_are_normalized_as_the_network_was_trained(name, backbone, mean):
     assert transform.image_mean[0] == mean
 
 
+@pytest.mark.parametrize('in_chans', [1, 4])
+@pytest.mark.parametrize('name', DETECTORS)
+def test_normalization_follows_the_channels(name, in_chans):
+    few = {'box_batch_size_per_image': 16, 'rpn_post_nms_top_n_train': 50} if name.endswith('rcnn') else {}
+    model = getattr(detection, name)(pyramid(in_chans=in_chans), 4, min_size=64, max_size=96, **few)
+    cfg = timm.get_pretrained_cfg('smpconv_nano')
+    assert model.transform.image_mean == [sum(cfg.mean) / 3] * in_chans
+    assert model.transform.image_std == [sum(cfg.std) / 3] * in_chans
+    images, targets = images_and_targets()
+    images = [image.mean(0, keepdim=True).expand(in_chans, -1, -1) for image in images]
+    assert all(loss.isfinite() for loss in model.train()(images, targets).values())
+
+
+@pytest.mark.parametrize('in_chans', [1, 4])
+@pytest.mark.parametrize('backbone', [
+    'test_resnet', 'tresnet_m',
+    lambda in_chans: timm.create_model('smpconv_nano', features_only=True, in_chans=in_chans),
+], ids=['by name', 'whose first convolution has other channels', 'made already'])
+def test_channels_of_any_network(backbone, in_chans):
+    if isinstance(backbone, str):
+        made = pyramid(backbone, in_chans=in_chans)
+    else:
+        made = pyramid(backbone(in_chans))
+    transform = detection.fcos(made, 4).transform
+    assert len(transform.image_mean) == len(transform.image_std) == in_chans
+
+
+def test_statistics_that_are_given_stay():
+    model = detection.fcos(pyramid(in_chans=4), 4, image_mean=[0.1] * 4, image_std=[1.] * 4)
+    assert model.transform.image_mean == [0.1] * 4 and model.transform.image_std == [1.] * 4
+
+
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
 def test_a_ready_network_with_levels_of_its_own(feature_cls):
     body = timm.create_model('smpconv_nano', features_only=True, out_indices=(1, 3), feature_cls=feature_cls)
