@@ -1,6 +1,5 @@
 """The weights in a checkpoint, and whether they fit a model."""
-from argparse import Namespace
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Iterable, List, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -40,39 +39,6 @@ def _strip(key: str) -> str:
     while key.startswith(_WRAPPER_PREFIXES):
         key = key.split('.', 1)[1]
     return key
-
-
-def run_arguments(checkpoint: Any) -> Dict[str, Any]:
-    """Those of the training run, where a checkpoint has them: a dictionary in ours, a namespace in timm's."""
-    arguments = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    if isinstance(arguments, Namespace):
-        arguments = vars(arguments)
-    return arguments if isinstance(arguments, dict) else {}
-
-
-# Of timm's training script, by the constructor's names.
-_TIMM_OPTIONS = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'global_pool': 'gp'}
-
-
-# Arguments of timm's create_model that would have it read or download what a checkpoint names.
-_LOADING = {'cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
-
-
-def model_arguments(checkpoint: Any) -> Dict[str, Any]:
-    """The constructor's arguments that a checkpoint tells: ours in a place of their own, timm's among all others.
-
-    Raises:
-        ValueError: They would load other weights.
-    """
-    own = checkpoint.get('model_kwargs') if isinstance(checkpoint, dict) else None
-    trained = run_arguments(checkpoint)
-    told = {name: trained[option] for name, option in _TIMM_OPTIONS.items() if trained.get(option) is not None}
-    more = trained.get('model_kwargs')
-    kwargs = own if isinstance(own, dict) else {**(more if isinstance(more, dict) else {}), **told}
-    loading = sorted(_LOADING & kwargs.keys())
-    if loading:
-        raise ValueError(f"expected a checkpoint's model_kwargs to be of a network, got {loading}")
-    return kwargs
 
 
 def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> Optional[str]:

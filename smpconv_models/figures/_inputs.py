@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from smpconv_models import checkpoint
-from smpconv_models.models import identify
 from smpconv_models.training import Digits
-from smpconv_models.training.build import create_model, load_weights, model_arguments
+from smpconv_models.training.build import choose_model, create_for_checkpoint, create_model, model_arguments
 from smpconv_models.training.data import data_config
 from smpconv_models.training.folder import RunFolder
 from smpconv_models.training.unreadable import ERRORS
@@ -39,7 +38,7 @@ class Network(NamedTuple):
     @property
     def classes(self) -> Optional[List[str]]:
         """Their names, where the checkpoint tells."""
-        return self.loaded.get('classes')
+        return checkpoint.describe(self.loaded).classes
 
 
 class Images(NamedTuple):
@@ -75,8 +74,9 @@ def networks(args: Namespace) -> List[Network]:
     if getattr(args, 'untrained', False):
         loaded = found[0].loaded
         name, kwargs = _described(args, args.checkpoint[0], loaded)
-        seed = checkpoint.run_arguments(loaded).get('seed', 42)  # train.py draws the same from it
-        found.insert(0, Network('untrained', _finished(_create(args, name, kwargs, seed=seed), args), loaded, True))
+        seed = checkpoint.describe(loaded).seed  # train.py samples the same weights from it
+        model = _create(args, name, kwargs, seed=42 if seed is None else seed)
+        found.insert(0, Network('untrained', _finished(model, args), loaded, True))
     return _told_apart(found)
 
 
@@ -130,8 +130,8 @@ def from_file(args: Namespace, path: str) -> Network:
     """
     loaded = checkpoint.read_file(path)
     name, kwargs = _described(args, path, loaded)
-    model = _create(args, name, kwargs)
-    load_weights(model, loaded, path, args.use_ema)
+    torch.manual_seed(42 if args.seed is None else args.seed)
+    model, _ = create_for_checkpoint(name, _arguments(args, name, kwargs), loaded, path, args.use_ema)
     try:
         checkpoint.check_finite(model.state_dict())
     except ValueError as error:
@@ -141,21 +141,22 @@ def from_file(args: Namespace, path: str) -> Network:
 
 def _described(args: Namespace, path: str, loaded: Any) -> Tuple[str, Dict[str, Any]]:
     """The name of the model and its constructor's arguments: as given, as the checkpoint tells, or as it fits."""
-    kwargs = checkpoint.model_arguments(loaded)
-    name = args.model or checkpoint.run_arguments(loaded).get('model')
-    if name is None:
-        identity = identify(checkpoint.select_state_dict(loaded, args.use_ema)[0])
-        if identity is None:
-            raise ValueError(f'{path} does not tell its model: --model says which')
-        name, kwargs = identity.name, {'num_classes': identity.num_classes, 'in_chans': identity.in_chans}
-    return name, kwargs
+    try:
+        checkpoint.describe(loaded)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return choose_model(args.model, loaded, path)
 
 
 def _create(args: Namespace, name: str, kwargs: Dict[str, Any], pretrained: bool = False, seed: int = 42) -> Any:
+    torch.manual_seed(seed if args.seed is None else args.seed)  # of a network without weights
+    return create_model(name, pretrained=pretrained, **_arguments(args, name, kwargs))
+
+
+def _arguments(args: Namespace, name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     options = Namespace(**{**vars(args), 'model': name, 'input_size': None})
     options.img_size = getattr(args, 'img_size', None)
-    torch.manual_seed(seed if args.seed is None else args.seed)  # of a network without weights
-    return create_model(name, pretrained=pretrained, **model_arguments(options, kwargs))
+    return model_arguments(options, kwargs)
 
 
 def _finished(model: Any, args: Namespace) -> Any:
@@ -165,8 +166,8 @@ def _finished(model: Any, args: Namespace) -> Any:
 
 def _label(path: str, loaded: Any) -> str:
     """The epoch where the checkpoint tells, else the file's name."""
-    epoch = loaded.get('epoch') if isinstance(loaded, dict) else None
-    return f'epoch {epoch}' if isinstance(epoch, int) else Path(path).name.split('.')[0]
+    epoch = checkpoint.describe(loaded).epoch
+    return Path(path).name.split('.')[0] if epoch is None else f'epoch {epoch}'
 
 
 def _told_apart(found: List[Network]) -> List[Network]:
@@ -176,7 +177,6 @@ def _told_apart(found: List[Network]) -> List[Network]:
         for index, network in enumerate(found)]
 
 
-# What a checkpoint of ours says of how images were made ready for its model.
 _PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct', 'img_size', 'input_size')
 
 
@@ -194,22 +194,22 @@ def images(args: Namespace, network: Network) -> Images:
             'kernels, stages or animation')
     if model.in_chans not in (1, 3):
         raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {model.in_chans}')
-    trained = checkpoint.run_arguments(network.loaded)
-    options = {key: trained.get(key) for key in _PREPARATION}
+    described = checkpoint.describe(network.loaded)
+    options = {key: described.preparation.get(key) for key in _PREPARATION}
     if args.img_size is not None:
         options.update(img_size=args.img_size, input_size=None)
     config = data_config(Namespace(dataset=None, **options), model)
     transform = create_transform(
         config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
-    named = list(_named(args, trained, 'L' if model.in_chans == 1 else 'RGB'))
+    named = list(_named(args, described.origin.dataset, 'L' if model.in_chans == 1 else 'RGB'))
     inputs = torch.stack([transform(image) for _, image in named])
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
     return Images([name for name, _ in named], inputs, (inputs * std + mean).clamp(0, 1))
 
 
-def _named(args: Namespace, trained: Dict[str, Any], mode: str) -> Iterable[Tuple[str, Any]]:
-    if args.images == ['digits'] or (args.images is None and trained.get('dataset') == 'digits'):
+def _named(args: Namespace, trained_on: str, mode: str) -> Iterable[Tuple[str, Any]]:
+    if args.images == ['digits'] or (args.images is None and trained_on == 'digits'):
         digits = Digits('validation', mode)
         for index in evenly(list(range(len(digits))), args.num_images):
             image, label = digits[index]

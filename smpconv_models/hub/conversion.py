@@ -2,7 +2,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import timm
 import torch
@@ -75,11 +75,12 @@ def convert(
     loaded = checkpoint.read_file(path, lazy=True)
     try:
         state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
-        name, kwargs = _described(loaded, state_dict, model)
+        described = checkpoint.describe(loaded)
+        name, kwargs = _described(described, state_dict, model)
         network = _create(name, kwargs)
         network.load_state_dict(_adapted(state_dict, network), assign=True)
-        network.pretrained_cfg.update(_data(network, checkpoint.run_arguments(loaded)), license=license)
-        labels = _labels(network, loaded)
+        network.pretrained_cfg.update(_data(network, described.preparation), license=license)
+        labels = _labels(network, described.classes)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     images = _images(network)
@@ -101,13 +102,15 @@ def convert(
     return Converted(folder, name, key, sha256, difference)
 
 
-def _described(loaded: Dict[str, Any], state_dict: Dict[str, Any], model: Optional[str]) -> Tuple[str, Dict[str, Any]]:
+def _described(
+        described: checkpoint.Description, state_dict: Dict[str, Any], model: Optional[str],
+) -> Tuple[str, Dict[str, Any]]:
     """The model's name and its constructor's arguments; what the weights' shapes tell is surest."""
-    kwargs = checkpoint.model_arguments(loaded)
+    kwargs = described.model_kwargs
     found = identify(state_dict)
     if found is not None:
         kwargs = {**kwargs, 'num_classes': found.num_classes, 'in_chans': found.in_chans}
-    name = model or (found.name if found else checkpoint.run_arguments(loaded).get('model'))
+    name = model or (found.name if found else described.model)
     if name is None:
         raise ValueError(f'it is of none of {timm.list_models("smpconv*")}: which one?')
     return name, kwargs
@@ -167,12 +170,10 @@ def _are_numbers(values: Any, low: float, high: float) -> bool:
         isinstance(value, (int, float)) and low <= value <= high for value in values)
 
 
-def _labels(network: Any, loaded: Any) -> Dict[str, Any]:
-    classes = loaded.get('classes') if isinstance(loaded, dict) else None
+def _labels(network: Any, classes: Optional[List[str]]) -> Dict[str, Any]:
     if not classes:
         return {}
-    if not isinstance(classes, (list, tuple)) or len(classes) != network.num_classes or not all(
-            isinstance(name, str) for name in classes):
+    if len(classes) != network.num_classes:
         raise ValueError(f'expected {network.num_classes} names of classes, got {classes!r:.80}')
     return {'label_names': list(classes)}
 

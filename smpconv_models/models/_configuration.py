@@ -17,7 +17,7 @@ _LARGEST = 1 << 20  # channels, a kernel's side, classes
 _NOT_OF_NETWORK = {'device', 'dtype', 'weight_init'}
 
 # What a constructor may stumble over.
-_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def is_of_elsewhere(pretrained_cfg: Any) -> bool:
@@ -54,6 +54,8 @@ def check_configuration(
         raise ValueError(f'expected the input_size (channels, height, width) of the images, got {_shown(size)}')
     if sum(kwargs.get('depths', ())) > _MOST_BLOCKS:
         raise ValueError(f'expected at most {_MOST_BLOCKS} blocks, got depths {_shown(kwargs["depths"])}')
+    checkpoint.check_model_kwargs(pretrained_model_args or {}, 'model_args')
+    checkpoint.check_preparation(pretrained_cfg)
 
 
 def check_names(network: Network, arguments: Any) -> None:
@@ -87,9 +89,9 @@ def described(
     kwargs.setdefault('num_classes', pretrained_cfg.get('num_classes', 1000))
     try:
         model: Any = network(**kwargs, device='meta')
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise ValueError(f'there is no network of {_shown(kwargs)}: {checkpoint.first_line(error)}') from error
-    drawn = [_drawn_numbers(layer) for layer in smp_layers(model).values()]
+    drawn = [count_sampled(layer) for layer in smp_layers(model).values()]
     numbers = sum(parameter.numel() for parameter in model.parameters()) + max(drawn, default=0)
     if numbers > _MOST_NUMBERS:
         raise ValueError(f'expected at most {_MOST_NUMBERS:.0e} numbers, but {_shown(kwargs)} takes {numbers:.1e}')
@@ -97,8 +99,8 @@ def described(
     return model
 
 
-def _drawn_numbers(layer: SMPLayer) -> int:
-    """Of the tents and the kernels on the grid."""
+def count_sampled(layer: SMPLayer) -> int:
+    """Return how many numbers the tents and the kernels of a layer have on its grid."""
     points, dimensions = layer.coords.shape[-2:]
     sets, kernels = layer.coords.numel() // (points * dimensions), layer.weight.numel() // points
     return (sets * points + kernels) * layer.kernel_size ** dimensions

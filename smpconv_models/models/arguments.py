@@ -1,16 +1,86 @@
-"""What a network's constructor takes, by the model's name."""
-from typing import Any, get_type_hints
+"""Checks of a network that a file describes, before it takes memory or time."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Dict, get_type_hints
 
+import timm
+import torch
 from timm.models import model_entrypoint
+from torch import Tensor
+from torch.nn.modules import module as hooks
 
-from ._configuration import check_names
+from smpconv_models import checkpoint
+from smpconv_models.layers import smp_layers
+
+from ._configuration import MALFORMED, check_names, count_sampled
+from .sequence import SMPSequenceNet, create_sequence_model, list_sequence_models
+
+# Numbers of the kernels of one layer whose channels share their points, sampled at once: 0.5 GB.
+_MAX_SAMPLED = 1 << 27
 
 
 def check_arguments(name: str, arguments: Any) -> None:
-    """Raises ValueError unless these are arguments of the model's network, by name: those of a checkpoint, say.
+    """Raise ValueError unless these are arguments of the network's constructor, by name and bounded.
 
     Args:
-        name: Of one of this package's models for images.
-        arguments: To its constructor.
+        name: One of this package's models.
+        arguments: Keyword arguments that a file gives.
     """
-    check_names(get_type_hints(model_entrypoint(name))['return'], arguments)
+    network = SMPSequenceNet if name in list_sequence_models() else get_type_hints(model_entrypoint(name))['return']
+    check_names(network, arguments)
+    checkpoint.check_model_kwargs(arguments, 'model_args')
+
+
+def check_network(name: str, kwargs: Dict[str, Any], state_dict: Dict[str, Tensor]) -> None:
+    """Raise ValueError unless a network exists and its weights have these names and shapes.
+
+    The network is built without memory for its parameters, and given up as soon as it outgrows the weights.
+
+    Args:
+        name: Name of a model, this package's or timm's.
+        kwargs: Arguments of its constructor, some of them from a file.
+        state_dict: Weights that the network is for, by the original release's names or ours.
+    """
+    if checkpoint.is_release(state_dict):
+        state_dict = checkpoint.from_release(state_dict)
+    try:
+        with torch.device('meta'), _bounded(state_dict):
+            if name in list_sequence_models():
+                model: Any = create_sequence_model(name, **kwargs)
+            else:
+                model = timm.create_model(name, **kwargs)
+    except MALFORMED as error:
+        raise ValueError(f'{name} cannot be created: {checkpoint.first_line(error)}') from error
+    for layer in smp_layers(model).values():
+        if layer.coords.ndim == 2 and count_sampled(layer) > _MAX_SAMPLED:
+            raise ValueError(
+                f'{name} cannot be created: kernels of side {layer.kernel_size} take {count_sampled(layer):.1e} '
+                f'numbers, expected at most {_MAX_SAMPLED:.1e}')
+    checkpoint.adapt(state_dict, model)
+
+
+@contextmanager
+def _bounded(state_dict: Dict[str, Tensor]) -> Iterator[None]:
+    """Raise ValueError while a network is built that has many more numbers or modules than a state dict."""
+    # some buffers are in no state dict, and some modules have no parameters
+    left = {'numbers': 2 * sum(value.numel() for value in state_dict.values()) + 10 ** 7,
+            'modules': 20 * len(state_dict) + 1000}
+
+    def take(kind: str, count: int) -> None:
+        left[kind] -= count
+        if left[kind] < 0:
+            raise ValueError(f'the network has many more {kind} than the weights')
+
+    def take_tensor(module: Any, tensor_name: str, tensor: Any) -> None:
+        if isinstance(tensor, Tensor):
+            take('numbers', tensor.numel())
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(take_tensor),
+        hooks.register_module_buffer_registration_hook(take_tensor),
+        hooks.register_module_module_registration_hook(lambda *_: take('modules', 1))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -9,7 +9,7 @@ from torch import nn
 
 from smpconv_models import checkpoint, download
 from smpconv_models.hints import did_you_mean
-from smpconv_models.models import create_sequence_model, list_sequence_models, whose
+from smpconv_models.models import check_network, create_sequence_model, identify, list_sequence_models, whose
 
 
 def select_device(name: Optional[str], local_rank: Optional[int] = None) -> torch.device:
@@ -125,6 +125,60 @@ def _create_for_sequences(name: str, pretrained: bool = False, **kwargs: Any) ->
     if pretrained:
         raise ValueError('there are no pretrained weights for it but in files: --checkpoint, --initial-checkpoint')
     return create_sequence_model(name, **kwargs)
+
+
+def choose_model(name: Optional[str], loaded: Any, path: str) -> Tuple[str, Dict[str, Any]]:
+    """Return the name of a checkpoint's model and its constructor's arguments.
+
+    Args:
+        name: Name that the user has given, if any; it may be of a repository or a folder.
+        loaded: Content of the checkpoint.
+        path: Path of the checkpoint, for messages.
+
+    Returns:
+        The name as given, else as the checkpoint describes it, else as its weights fit, and the described arguments.
+
+    Raises:
+        ValueError: If neither a name nor the shapes tell the model, or only a name that would have to be fetched.
+    """
+    described = checkpoint.describe(loaded)
+    if name is not None:
+        return name, described.model_kwargs
+    name = described.model
+    if name is not None and (timm.is_model(name) or name in list_sequence_models()):
+        return name, described.model_kwargs
+    identity = identify(checkpoint.select_state_dict(loaded)[0])
+    if identity is not None:
+        return identity.name, {'num_classes': identity.num_classes, 'in_chans': identity.in_chans}
+    reason = f'names {name[:200]!r}, no model of this package or of timm' if name else 'does not tell its model'
+    raise ValueError(f'{path} {reason}: --model is needed, e.g. smpconv_t')
+
+
+def create_for_checkpoint(name: str, kwargs: Dict[str, Any], loaded: Any, path: str, use_ema: bool) -> Tuple[Any, str]:
+    """Create a model and load a checkpoint's weights, after a check that takes no memory for the model.
+
+    Args:
+        name: Name of the model.
+        kwargs: Arguments of its constructor, the user's over those of the checkpoint.
+        loaded: Content of the checkpoint.
+        path: Path of the checkpoint, for messages.
+        use_ema: Prefer the EMA weights.
+
+    Returns:
+        The model, and the key that the weights were under ('' for a bare state dict).
+
+    Raises:
+        ValueError: If there is no such network, or the weights are another network's.
+    """
+    check_name(name)
+    try:
+        check_network(name, kwargs, checkpoint.select_state_dict(loaded, use_ema)[0])
+    except ValueError as error:
+        trained = checkpoint.describe(loaded).model
+        raise ValueError(
+            f'{path}: {error}{whose(loaded)}' + (f'; it was trained as {trained[:80]}' if trained else '')) from error
+    model = create_model(name, **kwargs)
+    return model, load_weights(model, loaded, path, use_ema)
 
 
 def load_weights(model: nn.Module, loaded: Any, path: str, use_ema: bool = True) -> str:

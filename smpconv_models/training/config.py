@@ -1,5 +1,6 @@
 """Command lines with a YAML file under them."""
 import argparse
+import re
 from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
@@ -62,9 +63,24 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
             raise ValueError(f'{path}: unknown key {key!r}{did_you_mean(dest, actions)}')
         try:
             typed[dest] = _convert(actions[dest], value)
+            _check_stays_here(dest, typed[dest])
         except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f'{path}: {key} does not take {value!r}: {error}') from error
     return typed
+
+
+def _check_stays_here(dest: str, value: Any) -> None:
+    """Raise ValueError for a value that would run a program or reach another machine.
+
+    A file may come from somebody else: what is fetched or run has to stand on the command line.
+    """
+    text = value if isinstance(value, str) else ''
+    if (
+            re.search(r'\bpipe:', text)
+            or (dest == 'data_dir' and '://' in text)
+            or (dest == 'model' and text.startswith('hf-hub:'))
+            or (dest == 'dataset' and text.lower().startswith(('hfds/', 'hfids/', 'tfds/')))):
+        raise ValueError(f'expected --{dest.replace("_", "-")} on the command line for what is fetched or run')
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:

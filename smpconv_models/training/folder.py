@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from filelock import FileLock, Timeout
 
@@ -83,8 +83,11 @@ class RunFolder:
         """Whether there is any, whole or not."""
         return self.last.exists() or self.previous.exists()
 
-    def newest(self) -> Optional[Tuple[str, Any]]:
+    def newest(self, check: Callable[[Any], None] = lambda loaded: None) -> Optional[Tuple[str, Any]]:
         """The newest checkpoint that is whole; None where there is none at all.
+
+        Args:
+            check: Raises ValueError for content that no run resumes from.
 
         Raises:
             ValueError: There are some, none of them whole.
@@ -95,6 +98,7 @@ class RunFolder:
                 continue
             try:
                 loaded = checkpoint.read_file(path)
+                _check_named(check, loaded, path)
             except ValueError as error:
                 problems.append(str(error))
                 _logger.warning('%s; looking for an older one', error)
@@ -113,3 +117,10 @@ class RunFolder:
     def save(self, state: Dict[str, Any]) -> None:
         """Makes this the last checkpoint, and the one that was the last the previous one."""
         output.save_checkpoint(self.last, state, self.previous)
+
+
+def _check_named(check: Callable[[Any], None], loaded: Any, path: Path) -> None:
+    try:
+        check(loaded)
+    except ValueError as error:
+        raise ValueError(f'{path} is a damaged checkpoint: {error}') from error

@@ -1,6 +1,9 @@
 """How far a run is."""
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict, List, Optional
+
+from smpconv_models.checkpoint import description
 
 
 @dataclass
@@ -35,6 +38,14 @@ class Progress:
         """
         if not isinstance(state, dict) or set(state) != {item.name for item in fields(cls)}:
             raise ValueError('it does not say how far its run was; --initial-checkpoint takes its weights')
+        for name in ('epoch', 'step', 'loss_count', 'refused', 'unreadable'):
+            description.number(f'progress.{name}', state[name], 0, 1 << 62, whole=True)
+        description.number('progress.loss_sum', state['loss_sum'], -math.inf, math.inf)
+        rows = state['rows']
+        if not isinstance(rows, list) or len(rows) != state['epoch'] or not all(map(_is_row, rows)):
+            raise ValueError(f'progress.rows must be a row of numbers for each of {state["epoch"]} epochs')
+        if state['best_epoch'] is not None:
+            description.number('progress.best_epoch', state['best_epoch'], 0, len(rows) - 1, whole=True)
         return cls(**state)
 
     def plain(self) -> Dict[str, Any]:
@@ -46,3 +57,12 @@ class Progress:
         self.rows.append(row)
         self.epoch += 1
         self.step, self.loss_sum, self.loss_count = 0, 0., 0
+
+
+# Columns that every row has, see train._measure.
+_COLUMNS = {'epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'}
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and row.keys() >= _COLUMNS and all(
+        isinstance(key, str) and isinstance(value, (int, float)) for key, value in row.items())

@@ -3,7 +3,10 @@ import logging
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
+from torch import Tensor
+
 from smpconv_models import checkpoint
+from smpconv_models.checkpoint import description
 
 from . import data
 from .progress import Progress
@@ -26,6 +29,9 @@ _FREE = (
     'wandb_project', 'dist_timeout', 'debug', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
     'patience_nonfinite',
 )
+
+# Keys of a checkpoint that a run resumes from.
+_CONTENT = {'progress', 'args', 'classes', 'images', 'amp_scaler', 'state_dict', 'optimizer'}
 
 # Of the optimizer's groups, what the arguments decide; the rest is state.
 _OPTIONS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps')
@@ -60,6 +66,59 @@ def plain(args: Namespace) -> Dict[str, Any]:
     return {key: value for key, value in vars(args).items() if key not in ('config', 'resume', 'force_resume')}
 
 
+def check_content(loaded: Any) -> None:
+    """Check the types of everything that a run resumes from, before any of it is used.
+
+    Args:
+        loaded: Content of a checkpoint; one that is not of a training run passes.
+
+    Raises:
+        ValueError: If a value has another type than its field; the line names the field.
+    """
+    if not isinstance(loaded, dict) or not loaded.keys() >= _CONTENT:
+        return
+    checkpoint.describe(loaded)
+    Progress.read(loaded['progress'])
+    arguments = checkpoint.run_arguments(loaded)
+    description.number('args.global_batch_size', arguments.get('global_batch_size'), 1, 10 ** 9, whole=True)
+    if loaded['images'] is not None:
+        description.number('images', loaded['images'], 0, 1 << 62, whole=True)
+    for key in ('state_dict', 'state_dict_ema'):
+        _check_state_dict(key, loaded.get(key, {}))
+    _check_optimizer(loaded['optimizer'])
+    scaler = loaded['amp_scaler']
+    if not isinstance(scaler, dict):
+        raise ValueError(f'amp_scaler must be a dictionary, got {description.shown(scaler)}')
+    for key, value in scaler.items():
+        description.number(f'amp_scaler.{key}'[:100], value, 0, 1e38)
+
+
+def _check_state_dict(name: str, state_dict: Any) -> None:
+    if not isinstance(state_dict, dict):
+        raise ValueError(f'{name} must be a dictionary of tensors, got {description.shown(state_dict)}')
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f'{name} must be a dictionary of tensors, got {description.shown(value)} as {key!r:.80}')
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    """Check what every optimizer of PyTorch and timm saves: parameter groups, and a state for each parameter."""
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get('state'), dict) or not isinstance(
+            optimizer.get('param_groups'), list):
+        raise ValueError('optimizer must be a dictionary of state and param_groups')
+    for group in optimizer['param_groups']:
+        description.plain('optimizer.param_groups', group)
+        if not isinstance(group, dict) or not isinstance(group.get('params'), list):
+            raise ValueError('optimizer.param_groups must be dictionaries with a list of params')
+    for index, state in optimizer['state'].items():
+        if not isinstance(index, int) or not isinstance(state, dict):
+            raise ValueError(f'optimizer.state must be a dictionary for each parameter, got {description.shown(state)}')
+        for key, value in state.items():
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(item, Tensor):
+                    description.plain(f'optimizer.state.{index}.{key}', item)
+
+
 def restore(run: 'Run', path: str, loaded: Any) -> None:
     """Puts a run where a checkpoint's was.
 
@@ -71,9 +130,10 @@ def restore(run: 'Run', path: str, loaded: Any) -> None:
     Raises:
         ValueError: It is another run's, or none to go on from.
     """
-    if not isinstance(loaded, dict) or not {'progress', 'args', 'classes', 'images', 'amp_scaler'} <= set(loaded):
+    if not isinstance(loaded, dict) or not loaded.keys() >= _CONTENT:
         raise ValueError(f'{path} has no run to go on with; --initial-checkpoint takes its weights')
     try:
+        check_content(loaded)
         progress = Progress.read(loaded['progress'])
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
@@ -122,10 +182,54 @@ def _load(run: 'Run', path: str, loaded: Dict[str, Any]) -> None:
             # an average that is asked for now starts from the weights
             ema.module.load_state_dict(checkpoint.adapt(loaded.get('state_dict_ema', loaded['state_dict']), ema.module))
         if all(loaded['args'].get(key) == getattr(run.args, key) for key in ('opt', 'layer_decay')):  # else forced anew
-            optimizer.load_state_dict(loaded['optimizer'])
+            _load_optimizer(optimizer, loaded['optimizer'])
     except (KeyError, ValueError) as error:
         raise ValueError(f'{path} does not fit this run: {error}') from error
     for group, values in zip(optimizer.param_groups, options):
         group.update(values)  # the rate, the decay and so on as they are asked for now
     if scaler.is_enabled() and loaded['amp_scaler']:
+        expected = set(scaler.state_dict())
+        if set(loaded['amp_scaler']) != expected:
+            raise ValueError(f'{path}: amp_scaler must have {sorted(expected)}, got {sorted(loaded["amp_scaler"])[:8]}')
         scaler.load_state_dict(loaded['amp_scaler'])
+
+
+# State of an optimizer that has the shape of its parameter.
+_MOMENTS = ('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer', 'square_avg', 'grad_avg')
+
+
+def _load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
+    """Load an optimizer's state after a comparison with its parameters.
+
+    Raises:
+        ValueError: If groups, options or shapes differ.
+    """
+    own = optimizer.state_dict()['param_groups']
+    given = state['param_groups']
+    if [group['params'] for group in own] != [group['params'] for group in given]:
+        raise ValueError('the parameter groups of the optimizer are others')
+    for ours, theirs in zip(own, given):
+        other = [key for key in sorted(ours.keys() | theirs.keys(), key=str)
+                 if key not in ours or key not in theirs or not _alike(ours[key], theirs[key])]
+        if other:
+            raise ValueError(f'the optimizer has other options: {", ".join(map(str, other[:5]))}')
+    parameters = {index: parameter for group, ours in zip(optimizer.param_groups, own)
+                  for index, parameter in zip(ours['params'], group['params'])}
+    for index, values in state['state'].items():
+        if index not in parameters:
+            raise ValueError(f'the optimizer has no parameter {index}')
+        for key, value in values.items():
+            if key in _MOMENTS and (not isinstance(value, Tensor) or value.shape != parameters[index].shape):
+                raise ValueError(
+                    f'{key} of parameter {index} of the optimizer must have shape {tuple(parameters[index].shape)}, '
+                    f'got {tuple(value.shape) if isinstance(value, Tensor) else description.shown(value)}')
+            if key == 'step' and (value.numel() if isinstance(value, Tensor) else isinstance(value, (int, float))) != 1:
+                raise ValueError(f'step of parameter {index} of the optimizer must be a number')
+    optimizer.load_state_dict(state)
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """Whether two values of an option have the same type; whole numbers are numbers, and None leaves options open."""
+    kinds = [(int, float) if isinstance(value, (int, float)) and not isinstance(value, bool) else
+             (list, tuple) if isinstance(value, (list, tuple)) else type(value) for value in (ours, theirs)]
+    return kinds[0] == kinds[1] or ours is None or theirs is None

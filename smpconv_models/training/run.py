@@ -285,7 +285,7 @@ def _find(run: Run) -> Optional[Tuple[str, Any]]:
     if run.args.resume and not run.folder.has_checkpoint():  # else it is of this command, which was stopped
         given = run.args.resume, checkpoint.read_file(run.args.resume)
     run.folder.hold()
-    found = run.folder.newest() or given
+    found = run.folder.newest(resume.check_content) or given
     if found is None and run.folder.table.exists():
         raise ValueError(
             f'{run.folder.path} has the results of a run but not its last.pth.tar to go on from; name this one with '

@@ -1,5 +1,6 @@
 """Evaluation of checkpoints and of models with their pretrained weights."""
 import math
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -8,10 +9,19 @@ from timm.data import IterableImageDataset
 from timm.utils import reparameterize_model
 from torch import Tensor
 
-from smpconv_models import checkpoint
+from smpconv_models import checkpoint, sequences
+from smpconv_models.checkpoint import Description
 
 from . import data, loaders, output, sequence_data, sources
-from .build import check_name, create_model, load_weights, memory_format, model_arguments, select_device
+from .build import (
+    check_name,
+    choose_model,
+    create_for_checkpoint,
+    create_model,
+    memory_format,
+    model_arguments,
+    select_device,
+)
 from .evaluate import HeldOut, evaluate
 from .folder import RunFolder
 from .world import World
@@ -83,14 +93,23 @@ def measure(args: Namespace, before: Optional[Namespace] = None, with_confusion:
     """
     device = select_device(args.device)
     loaded = _read(args)
-    args = inherit(args, loaded)
+    try:
+        described = checkpoint.describe(loaded)
+    except ValueError as error:
+        raise ValueError(f'{args.checkpoint}: {error}') from error
+    args = Namespace(**vars(args))
+    kwargs: Dict[str, Any] = {}
+    if args.checkpoint:
+        args = inherit(args, described)
+        args.model, kwargs = choose_model(args.model, loaded, args.checkpoint)
+    args.dataset, args.split = args.dataset or '', args.split or 'validation'
     if before is not None:
         _check_same_images(args, before)
     sequence_data.check_options(args)
-    model, weights = _load(args, loaded)
+    model, weights = _load(args, loaded, kwargs)
     model.to(device).to(memory_format=memory_format(args)).eval()
     config = data.data_config(args, model)
-    dataset, classes = _open(args, loaded, model)
+    dataset, classes = _open(args, described, model)
     world = World.alone()
     images = loaders.held_out(args, dataset, config, device, world)
     try:
@@ -125,34 +144,31 @@ def _read(args: Namespace) -> Dict[str, Any]:
     return loaded
 
 
-def _load(args: Namespace, loaded: Dict[str, Any]) -> Tuple[Any, str]:
+def _load(args: Namespace, loaded: Dict[str, Any], kwargs: Dict[str, Any]) -> Tuple[Any, str]:
     """The model, and in a word which weights it has."""
-    kwargs = model_arguments(args, checkpoint.model_arguments(loaded))
-    try:
-        model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
-    except ValueError as error:
-        trained = checkpoint.run_arguments(loaded).get('model')
-        raise ValueError(f'{error}' + (f'; {args.checkpoint} is of {trained}' if trained else '')) from error
-    weights = 'pretrained'
+    kwargs = model_arguments(args, kwargs)
     if args.checkpoint:
-        weights = load_weights(model, loaded, args.checkpoint, args.use_ema) or 'state dict'
-    elif model.num_classes != model.pretrained_cfg['num_classes']:  # timm would make another classifier, at random
-        raise ValueError(
-            f'the pretrained weights of {args.model} are for {model.pretrained_cfg["num_classes"]} classes, not for '
-            f'{model.num_classes}')
+        model, key = create_for_checkpoint(args.model, kwargs, loaded, args.checkpoint, args.use_ema)
+        weights = key or 'state dict'
+    else:
+        model, weights = create_model(args.model, pretrained=True, **kwargs), 'pretrained'
+        if model.num_classes != model.pretrained_cfg['num_classes']:  # timm would make another classifier, at random
+            raise ValueError(
+                f'the pretrained weights of {args.model} are for {model.pretrained_cfg["num_classes"]} classes, not '
+                f'for {model.num_classes}')
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.isnan().any():
             raise ValueError(f'{args.checkpoint or args.model} has weights that are not numbers: {name} ({weights})')
     return (reparameterize_model(model) if args.reparam else model), weights
 
 
-def _open(args: Namespace, loaded: Dict[str, Any], model: Any) -> Tuple[Any, Optional[List[str]]]:
+def _open(args: Namespace, described: Description, model: Any) -> Tuple[Any, Optional[List[str]]]:
     """The data set, whose classes must be the model's, and their names."""
     dataset = sources.open_dataset(args, args.split, model.in_chans, is_training=False)
     if sequence_data.are_meant(args):
         sequence_data.check_shape(args, dataset, model)
     classes = data.class_names(dataset)
-    data.check_classes(loaded.get('classes'), classes)
+    data.check_classes(described.classes, classes)
     data.check_num_classes(classes, model.num_classes)
     return dataset, classes
 
@@ -235,23 +251,53 @@ def save_results(path: str, results: Union[Dict[str, Any], List[Dict[str, Any]]]
         output.save_json(Path(path).resolve(), results)
 
 
-# What a checkpoint of ours says of how its model was trained, and an evaluation should repeat unless told otherwise.
-_INHERITED = ('model', 'mean', 'std', 'interpolation', 'crop_pct')
-_IMAGES = ('dataset', 'data_dir')  # either one given means other images
+# Options that define the evaluated images: a user who gives one of them means other images than the checkpoint's.
+_IMAGES = ('dataset', 'data_dir')
 _SIZES = ('img_size', 'input_size')
 
+# Data sets that come with the package: a checkpoint may name them, as nothing is fetched or located by that.
+_EMBEDDED = ('digits', 'seq/digits', 'seq/permuted-digits')
 
-def inherit(args: Namespace, loaded: Dict[str, Any]) -> Namespace:
-    """The arguments, those that were left open from the training arguments in a checkpoint."""
-    trained = checkpoint.run_arguments(loaded)
-    keys: Tuple[str, ...] = _INHERITED
-    for together in (_IMAGES, _SIZES):
-        if all(getattr(args, key) is None for key in together):
-            keys += together
-    if args.dataset is None and sequence_data.are_meant(Namespace(dataset=trained.get('dataset'))):
-        keys += ('dataset',)  # a folder alone says where its files are now
-    filled = {key: trained.get(key) for key in keys if getattr(args, key) is None}
-    args = Namespace(**{**vars(args), **filled})
-    args.dataset = args.dataset or ''
-    args.split = args.split or trained.get('val_split') or 'validation'
+
+def inherit(args: Namespace, described: Description) -> Namespace:
+    """Return the arguments, with open ones filled from a checkpoint's description.
+
+    Images are prepared as in training. Of the training data, only an embedded data set or an image folder of this
+    machine is taken over; everything else has to be named by the user.
+
+    Raises:
+        ValueError: If the user has to name the data set or the split.
+    """
+    args = Namespace(**vars(args))
+    keys = ['mean', 'std', 'interpolation', 'crop_pct']
+    if all(getattr(args, key) is None for key in _SIZES):
+        keys += _SIZES
+    for key in keys:
+        if getattr(args, key) is None:
+            setattr(args, key, described.preparation.get(key))
+    dataset, data_dir, split = (getattr(described.origin, key) for key in ('dataset', 'data_dir', 'val_split'))
+    if args.dataset is None and args.data_dir is None:
+        if dataset in _EMBEDDED:
+            args.dataset = dataset
+        elif not dataset and data_dir and _is_local_folder(data_dir):
+            args.data_dir = data_dir
+        elif dataset or data_dir:
+            trained = ' in '.join(filter(None, (dataset, data_dir)))
+            raise ValueError(
+                f'{args.checkpoint} was trained on {trained[:200]!r}, which is neither embedded nor an image folder '
+                'of this machine: --data-dir and --dataset name the images to evaluate')
+    elif args.dataset is None and dataset and dataset.lower().removeprefix('seq/') in sequences.NAMES and (
+            dataset.lower().startswith('seq/')):  # the user has named the folder of its files
+        args.dataset = dataset
+    if args.split is None and split:
+        if not re.fullmatch(r'[\w-]+', split):
+            raise ValueError(
+                f'{args.checkpoint} was evaluated on the split {split[:200]!r}, which is no plain name: --split names '
+                'the one to evaluate')
+        args.split = split
     return args
+
+
+def _is_local_folder(path: str) -> bool:
+    """Whether a path that a file gives is a folder of this machine: no URL, no network share."""
+    return not re.match(r'[\w+.-]+:|[/\\\\]{2}', path) and Path(path).is_dir()

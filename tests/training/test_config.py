@@ -112,3 +112,17 @@ def test_each_option_that_may_be_without_effect_exists():
 def test_recipes_are_valid(path):
     args = config.parse_args(train.create_parser(), ['--config', str(path)])
     assert args.model.startswith('smpconv')
+
+
+@pytest.mark.parametrize('text', [
+    "data-dir: 'pipe:touch trap; echo ://'", "val-split: 'pipe:touch trap'", 'data-dir: https://evil/x',
+    'model: hf-hub:evil/x', 'dataset: hfds/evil/x', 'dataset: tfds/x'])
+def test_a_file_does_not_say_what_is_fetched_or_run(tmp_path, text):
+    path = tmp_path / 'args.yaml'
+    path.write_text(text)
+    option, value = text.split(': ', 1)
+    with pytest.raises(ValueError, match=f'expected --{option} on the command line for what is fetched or run'):
+        config.parse_args(train.create_parser(), ['--config', str(path)])
+    if option != 'model':
+        given = config.parse_args(train.create_parser(), [f'--{option}', value.strip("'")])
+        assert getattr(given, option.replace('-', '_')) == value.strip("'")

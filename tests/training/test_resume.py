@@ -366,3 +366,62 @@ def test_a_killed_run_ends_in_the_same_bits(straight, tmp_path):
     assert code == 0, error
     assert f'going on from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in out
     assert differences(straight, tmp_path / 'run') == []
+
+
+WRONG = [
+    ('progress.epoch', lambda state: state['progress'].update(epoch='x')),
+    ('progress.step', lambda state: state['progress'].update(step=-1)),
+    ('progress.rows', lambda state: state['progress'].update(rows=[1])),
+    ('progress.best_epoch', lambda state: state['progress'].update(best_epoch=10 ** 6)),
+    ('progress.loss_sum', lambda state: state['progress'].update(loss_sum=torch.ones(2))),
+    ('args.batch_size', lambda state: state['args'].update(batch_size=torch.ones(2))),
+    ('args.global_batch_size', lambda state: state['args'].update(global_batch_size=0)),
+    ('classes', lambda state: state.update(classes=5)),
+    ('images', lambda state: state.update(images='x')),
+    ('state_dict', lambda state: state['state_dict'].update({'norm.weight': [1.]})),
+    ('optimizer', lambda state: state.update(optimizer=[1])),
+    ('optimizer.state', lambda state: state['optimizer'].update(state={'a': 1})),
+    ('optimizer.param_groups', lambda state: state['optimizer'].update(param_groups=[1])),
+    ('amp_scaler', lambda state: state.update(amp_scaler={'scale': 'x'})),
+]
+
+
+def test_wrong_values_are_refused_and_the_previous_checkpoint_is_taken(tmp_path, capsys, caplog):
+    """Well-formed files with one value of another type."""
+    argv = [*TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs', '0',
+            '--output', str(tmp_path)]
+    assert train.main(argv) == 0
+    folder = tmp_path / 'smpconv_nano'
+    whole = (folder / 'last.pth.tar').read_bytes()
+    for field, change in WRONG:
+        state = torch.load(folder / 'previous.pth.tar', weights_only=True)
+        change(state)
+        torch.save(state, folder / 'last.pth.tar')
+        with pytest.raises(SystemExit) as end:
+            train.main([*argv[:-1], str(tmp_path / 'other'), '--resume', str(folder / 'last.pth.tar')])
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and field in line and len(line.splitlines()) == 1, (field, line)
+    caplog.clear()
+    assert train.main(argv) == 0  # the last of the wrong ones lies there
+    assert 'amp_scaler' in caplog.text and 'looking for an older one' in caplog.text
+    assert (folder / 'last.pth.tar').read_bytes() != whole  # written again
+    resumed = torch.load(folder / 'last.pth.tar', weights_only=True)
+    assert resumed['progress']['epoch'] == 2
+
+
+@pytest.mark.parametrize('change, told', [
+    (lambda state: state['state'][0].update(exp_avg=torch.ones(3)), 'exp_avg of parameter 0'),
+    (lambda state: state['state'][0].update(step='x'), 'step of parameter 0'),
+    (lambda state: state['state'].update({10 ** 6: {}}), 'no parameter 1000000'),
+    (lambda state: state['param_groups'].pop(), 'parameter groups of the optimizer'),
+    (lambda state: state['param_groups'][0].update(amsgrad='x'), 'other options: amsgrad'),
+])
+def test_an_optimizer_of_other_parameters_is_refused(change, told):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([{'params': [weight]}, {'params': [torch.nn.Parameter(torch.ones(4))]}])
+    sum((parameter ** 2).sum() for group in optimizer.param_groups for parameter in group['params']).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=told):
+        resume._load_optimizer(optimizer, state)

@@ -85,15 +85,59 @@ def test_each_of_several_models_is_evaluated_as_alone(files, images, capsys, tmp
     assert len({line.index(line.split()[-2]) for line in lines[4:8]}) == 1  # the column of the weights
 
 
-def test_a_checkpoints_arguments_stay_its_own():
+def test_options_come_before_the_description(tmp_path):
     given = argparse.Namespace(
-        model=None, img_size=None, input_size=None, mean=None, std=None, interpolation=None, crop_pct=0.5, dataset=None,
-        data_dir=None, split=None)
-    first = inherit(given, {'args': {
-        'model': 'x', 'img_size': 16, 'crop_pct': 1., 'data_dir': 'there', 'val_split': 'test'}})
-    assert (first.model, first.img_size, first.crop_pct, first.data_dir) == ('x', 16, 0.5, 'there')
-    assert first.split == 'test' and inherit(given, {}).split == 'validation'
-    assert inherit(given, {}).img_size is given.img_size is given.model is None
+        checkpoint='a.pth', model=None, img_size=None, input_size=None, mean=None, std=None, interpolation=None,
+        crop_pct=0.5, dataset=None, data_dir=None, split=None)
+    described = checkpoint.describe({'args': {
+        'img_size': 16, 'crop_pct': 1., 'data_dir': str(tmp_path), 'val_split': 'test'}})
+    filled = inherit(given, described)
+    assert (filled.img_size, filled.crop_pct, filled.data_dir, filled.split) == (16, 0.5, str(tmp_path), 'test')
+    assert given.img_size is None and given.data_dir is None
+    for key in ('img_size', 'mean', 'data_dir', 'dataset', 'split'):
+        assert getattr(inherit(given, checkpoint.describe({})), key) is None
+
+
+@pytest.mark.parametrize('args, option', [
+    (dict(dataset='wds/x', data_dir='pipe:touch trap; echo ://', val_split='a-{0..1}.tar|10'), '--data-dir'),
+    (dict(dataset='hfds/evil/x'), '--dataset'), (dict(dataset='torch/folder', data_dir='.'), '--dataset'),
+    (dict(data_dir='file:///etc'), '--data-dir'), (dict(data_dir='//host/share'), '--data-dir'),
+    (dict(data_dir='nowhere'), '--data-dir'), (dict(data_dir='.', val_split='../val'), '--split'),
+    (dict(dataset='digits', val_split='a|10'), '--split'),
+])
+def test_a_checkpoint_does_not_locate_its_data(tmp_path, monkeypatch, capsys, args, option):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'state_dict': create().state_dict(), 'args': {'model': 'smpconv_nano', **args}}, 'a.pth')
+    line = refused(validate.main, capsys, '--checkpoint', 'a.pth')
+    assert 'a.pth was' in line and f'{option} ' in line
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+
+
+@pytest.mark.parametrize('name', ['hf-hub:evil/x', 'local-dir:.', 'https://evil/x', 'none'])
+def test_a_checkpoint_does_not_locate_its_model(tmp_path, capsys, name):
+    torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': {'model': name, 'dataset': 'digits'}}, tmp_path / 'a.pth')
+    line = refused(validate.main, capsys, '--checkpoint', tmp_path / 'a.pth')
+    assert f'names {name!r}, no model of this package or of timm: --model is needed' in line
+
+
+@pytest.mark.parametrize('content, told', [
+    (dict(model_kwargs=dict(dims=(20000,) * 4)), 'more numbers than the weights'),
+    (dict(model_kwargs=dict(depths=(10 ** 5, 1, 1, 1))), 'more modules than the weights'),
+    (dict(model_kwargs=dict(kernel_sizes=(4095,) * 4, points_divisor=1 << 20)), 'kernels of side 4095 take'),
+    (dict(args=dict(model='resnet18'), model_kwargs=dict(num_classes=1 << 20)), 'more numbers than the weights'),
+    (dict(args=dict(model='vit_tiny_patch16_224'), model_kwargs=dict(img_size=30000)), 'more numbers'),
+    (dict(args=dict(model='smpconv_speech'), model_kwargs=dict(depth=10 ** 6)), 'than the weights'),
+    (dict(args=dict(img_size=30000)), 'args.img_size must be a whole number from 1 to 1024, got 30000'),
+    (dict(args=dict(crop_pct=1e-9)), 'args.crop_pct must be a number from 0.1 to 2, got 1e-09'),
+    (dict(args=dict(model=['smpconv_nano'])), "args.model must be a text"),
+    (dict(args=dict(batch_size=torch.ones(2))), 'args.batch_size must be plain data, got a Tensor'),
+    (dict(classes=[1, 2]), 'classes[0] must be a text'), (dict(epoch='x'), 'epoch must be a whole number'),
+])
+def test_described_networks_and_images_are_bounded(tmp_path, capsys, content, told):
+    args = {'model': 'smpconv_nano', 'dataset': 'seq/digits' if 'speech' in str(content) else 'digits'}
+    state = {'state_dict': create().state_dict(), **content, 'args': {**args, **content.get('args', {})}}
+    torch.save(state, tmp_path / 'a.pth')
+    assert told in refused(validate.main, capsys, '--checkpoint', tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize('checkpoints, models, expected', [
@@ -144,7 +188,7 @@ def test_another_model_than_the_checkpoints_is_told(images, capsys, tmp_path):
         16, '--output', tmp_path, '--experiment', 'run')
     capsys.readouterr()
     line = refused(validate.main, capsys, '--checkpoint', tmp_path / 'run', '--model', 'resnet18', *ON)
-    assert "unexpected keyword argument 'depths'" in line and line.endswith('model_best.pth.tar is of smpconv_nano')
+    assert "unexpected keyword argument 'depths'" in line and line.endswith('it was trained as smpconv_nano')
 
 
 def test_a_size_given_goes_before_the_checkpoints(images, capsys, tmp_path):
