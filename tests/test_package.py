@@ -84,7 +84,8 @@ MAY_IMPORT = {
     'smpconv_models/training': (
         'torch', 'torchvision', 'timm', 'PIL', 'numpy', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS,
         CHECKPOINT, DIGITS, DOWNLOAD, FIGURES, HINTS, SEQUENCES, 'smpconv_models.__version__',
-        *(f'{MODELS}.{name}' for name in ('create_sequence_model', 'identify', 'list_sequence_models', 'whose'))),
+        *(f'{MODELS}.{name}' for name in (
+            'check_network', 'create_sequence_model', 'identify', 'list_sequence_models', 'whose'))),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', *PUBLIC_TRAINING),

@@ -28,7 +28,7 @@ _TIMM_OPTIONS = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'global_p
 @dataclass(frozen=True)
 class Origin:
     """The data that a checkpoint was trained on, in the file's words: to show and to compare, not to open."""
-    dataset: str = ''
+    dataset: Optional[str] = None
     data_dir: Optional[str] = None
     val_split: Optional[str] = None
 

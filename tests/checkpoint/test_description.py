@@ -23,9 +23,11 @@ def test_descriptions_of_both_kinds_of_files():
 
 
 @pytest.mark.parametrize('content, field', [
-    ({'args': [1]}, 'args'), ({'args': {'a': torch.ones(2)}}, r'args\.a'), ({'args': {'a': [{'b': {1j: 2}}]}}, r'args\.a'),
+    ({'args': [1]}, 'args'), ({'args': {'a': torch.ones(2)}}, r'args\.a'),
+    ({'args': {'a': [{'b': {1j: 2}}]}}, r'args\.a'),
     ({'args': {'seed': True}}, r'args\.seed'), ({'args': {'seed': -1}}, r'args\.seed'),
-    ({'args': {'img_size': 1025}}, r'args\.img_size'), ({'args': {'input_size': [3, 10 ** 4999, 1]}}, 'args.input_size'),
+    ({'args': {'img_size': 1025}}, r'args\.img_size'),
+    ({'args': {'input_size': [3, 10 ** 4999, 1]}}, 'args.input_size'),
     ({'args': {'std': [0.]}}, r'args\.std'), ({'args': {'mean': [float('nan')]}}, r'args\.mean'),
     ({'args': {'mean': [0.5] * 65}}, r'args\.mean'), ({'args': {'crop_pct': float('inf')}}, r'args\.crop_pct'),
     ({'args': {'dataset': 5}}, r'args\.dataset'), ({'args': {'val_split': ['a']}}, r'args\.val_split'),

@@ -11,6 +11,7 @@ from launch import EVERYTHING, TINY, differences, finish, start, stop, wait_for_
 from test_data import make_folder
 
 import train
+from smpconv_models.training import resume
 from smpconv_models.training.folder import RunFolder
 from smpconv_models.training.samples import Samples
 from smpconv_models.training.step import Stepper
@@ -388,8 +389,8 @@ WRONG = [
 
 def test_wrong_values_are_refused_and_the_previous_checkpoint_is_taken(tmp_path, capsys, caplog):
     """Well-formed files with one value of another type."""
-    argv = [*TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs', '0',
-            '--output', str(tmp_path)]
+    argv = [*TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs',
+            '0', '--output', str(tmp_path)]
     assert train.main(argv) == 0
     folder = tmp_path / 'smpconv_nano'
     whole = (folder / 'last.pth.tar').read_bytes()
