@@ -40,8 +40,8 @@ class Description:
     Attributes:
         model: Name of the architecture, as in the file.
         model_kwargs: Arguments of the network's constructor: plain, bounded values.
-        preparation: Those of ``img_size``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct`` that the
-            file has.
+        preparation: Those of ``img_size``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
+            ``exif_orientation`` that the file has.
         classes: Class names by index.
         epoch: Epoch of the weights.
         seed: Seed of the training run.
@@ -101,7 +101,8 @@ def check_preparation(values: Any, prefix: str = '') -> Dict[str, Any]:
     """Return the fields that say how images are prepared, each checked.
 
     Args:
-        values: Dictionary with any of ``img_size``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``.
+        values: Dictionary with any of ``img_size``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
+            ``exif_orientation``.
         prefix: Put before a field's name in errors.
 
     Raises:
@@ -114,6 +115,7 @@ def check_preparation(values: Any, prefix: str = '') -> Dict[str, Any]:
         'std': lambda name, value: numbers(name, value, 1e-6, 255),
         'interpolation': lambda name, value: choice(name, value, INTERPOLATIONS),
         'crop_pct': lambda name, value: number(name, value, 0.1, 2),
+        'exif_orientation': boolean,
     }
     return {
         key: check(f'{prefix}{key}', values[key]) for key, check in checks.items()
@@ -173,6 +175,13 @@ def _input_size(name: str, value: Any) -> List[int]:
 
 
 # --- checks of single values: each returns the value or raises ValueError with the field's name ---
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Check a truth value."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} must be true or false, got {shown(value)}')
+    return value
 
 
 def number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:

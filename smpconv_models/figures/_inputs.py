@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
-from PIL import Image
 from timm.data import create_transform, get_img_extensions
 from timm.utils import reparameterize_model
 from torch import Tensor
@@ -16,6 +15,7 @@ from smpconv_models.training import Digits
 from smpconv_models.training.build import choose_model, create_for_checkpoint, create_model, model_arguments
 from smpconv_models.training.data import data_config
 from smpconv_models.training.folder import RunFolder
+from smpconv_models.training.images import ReadImage
 from smpconv_models.training.unreadable import ERRORS
 
 from .kernels import evenly
@@ -202,15 +202,17 @@ def images(args: Namespace, network: Network) -> Images:
     transform = create_transform(
         config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
-    named = list(_named(args, described.origin.dataset, 'L' if model.in_chans == 1 else 'RGB'))
+    exif_orientation = described.preparation.get('exif_orientation', False)
+    read_image = ReadImage('L' if model.in_chans == 1 else 'RGB', exif_orientation)
+    named = list(_named(args, described.origin.dataset, read_image))
     inputs = torch.stack([transform(image) for _, image in named])
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
     return Images([name for name, _ in named], inputs, (inputs * std + mean).clamp(0, 1))
 
 
-def _named(args: Namespace, trained_on: str, mode: str) -> Iterable[Tuple[str, Any]]:
+def _named(args: Namespace, trained_on: Optional[str], read_image: ReadImage) -> Iterable[Tuple[str, Any]]:
     if args.images == ['digits'] or (args.images is None and trained_on == 'digits'):
-        digits = Digits('validation', mode)
+        digits = Digits('validation', read_image.mode)
         for index in evenly(list(range(len(digits))), args.num_images):
             image, label = digits[index]
             yield f'digit {label}', image
@@ -218,7 +220,7 @@ def _named(args: Namespace, trained_on: str, mode: str) -> Iterable[Tuple[str, A
     if args.images is None:
         raise ValueError("expected --images: files, folders, or 'digits' for the embedded ones")
     for path in evenly(_files(args.images), args.num_images):
-        yield path.stem, _read(path, mode)
+        yield path.stem, _read(path, read_image)
 
 
 def _files(paths: List[str]) -> List[Path]:
@@ -237,9 +239,8 @@ def _files(paths: List[str]) -> List[Path]:
     return found
 
 
-def _read(path: Path, mode: str) -> Any:
+def _read(path: Path, read_image: ReadImage) -> Any:
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
+        return read_image(path)
     except ERRORS as error:
         raise ValueError(f'--images {path} cannot be read: {checkpoint.first_line(error)}') from error

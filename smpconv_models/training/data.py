@@ -8,6 +8,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from smpconv_models.digits import SPLIT_SYNONYMS, Digits
 
 from . import sequence_data
+from .names import listed, quoted
 
 __all__ = [
     'SPLIT_SYNONYMS', 'Digits', 'check_classes', 'check_num_classes', 'class_names', 'data_config',
@@ -44,19 +45,33 @@ def check_classes(
     Raises:
         ValueError: They differ, by name or by index.
     """
-    if trained is None or evaluated is None or trained == evaluated:
+    if trained is None or evaluated is None or list(trained) == list(evaluated):
         return
+    told = f'the classes of {first} and {second} must be the same: {len(trained)} and {len(evaluated)}'
+    if set(trained) == set(evaluated) and len(trained) == len(evaluated):
+        index = next(index for index, pair in enumerate(zip(trained, evaluated)) if pair[0] != pair[1])
+        raise ValueError(
+            f'{told} in another order: class {index} is {quoted(trained[index])} in {first} and '
+            f'{quoted(evaluated[index])} in {second}')
     raise ValueError(
-        f'the classes of {first} and {second} must be the same: {len(trained)} and {len(evaluated)}, '
-        f'only in {first} {sorted(set(trained) - set(evaluated))[:5]}, '
-        f'only in {second} {sorted(set(evaluated) - set(trained))[:5]}'
-    )
+        f'{told}, only in {first} {listed(set(trained) - set(evaluated))}, '
+        f'only in {second} {listed(set(evaluated) - set(trained))}')
 
 
 def check_num_classes(names: Optional[List[str]], num_classes: int) -> None:
-    """Raises ValueError unless a model has an output for each class of the data set, where these are known."""
+    """Raise ValueError unless a model has an output for each class of the data set, and two or more of them.
+
+    Args:
+        names: Classes of the data set, None if they are not known.
+        num_classes: Outputs of the model.
+    """
     if names is not None and len(names) != num_classes:
         raise ValueError(f'the data set has {len(names)} classes, the model {num_classes}')
+    if num_classes == 1:
+        only = '' if names is None else f' ({quoted(names[0])})'
+        raise ValueError(
+            f'expected 2 classes or more, got 1{only}, which every image would be of; a split has a folder for each '
+            'class')
 
 
 def data_config(args: Namespace, model: Any) -> Dict[str, Any]:

@@ -98,7 +98,7 @@ class RunFolder:
                 continue
             try:
                 loaded = checkpoint.read_file(path)
-                _check_named(check, loaded, path)
+                check_named(check, loaded, path)
             except ValueError as error:
                 problems.append(str(error))
                 _logger.warning('%s; looking for an older one', error)
@@ -119,7 +119,8 @@ class RunFolder:
         output.save_checkpoint(self.last, state, self.previous)
 
 
-def _check_named(check: Callable[[Any], None], loaded: Any, path: Path) -> None:
+def check_named(check: Callable[[Any], None], loaded: Any, path: Any) -> None:
+    """Call `check` on a checkpoint's content; name the file in its ValueError."""
     try:
         check(loaded)
     except ValueError as error:

@@ -71,6 +71,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--no-prefetcher', action='store_true', help="do without timm's prefetcher on a GPU")
     group.add_argument(
         '--skip-unreadable', action='store_true', help='leave unreadable images out of evaluation too, not an error')
+    group.add_argument(
+        '--exif-orientation', action=argparse.BooleanOptionalAction,
+        help='turn images as their EXIF orientation asks (default: no in training; in evaluation as in training)')
     group.add_argument('--img-size', type=count, metavar='N', help="image side in pixels, else the model's")
     group.add_argument('--input-size', type=count, nargs=3, metavar=('C', 'H', 'W'), help='instead of --img-size')
     group.add_argument('--crop-pct', type=positive, metavar='X', help='part of the resized image kept in evaluation')

@@ -163,14 +163,17 @@ def _mib(size: int) -> str:
 
 
 def save_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
-    """Writes a CSV file with one header; a column that a row lacks is empty there."""
+    """Write a CSV file with one header; a column that a row lacks is empty there.
+
+    Bytes of names that are not UTF-8 are written as ``\\udcXX``, as Python and ``save_json`` escape them.
+    """
     text = io.StringIO()
     names: List[str] = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, fieldnames=names)
     writer.writeheader()
     writer.writerows(rows)
     with replacing(path) as temporary:
-        temporary.write_bytes(text.getvalue().encode())
+        temporary.write_bytes(text.getvalue().encode(errors='backslashreplace'))
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from timm.utils import random_seed
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from smpconv_models import checkpoint
 
@@ -21,7 +22,7 @@ from .build import (
     select_device,
 )
 from .evaluate import HeldOut
-from .folder import RunFolder
+from .folder import RunFolder, check_named
 from .progress import Progress
 from .step import Stepper
 from .unreadable import LeftOutOfTraining
@@ -147,9 +148,30 @@ def _open(args: Namespace, world: World, device: torch.device) -> Tuple[Any, Any
     Streams divide themselves among the processes that have met: of the validation images each process sees all.
     """
     in_chans = _channels(args)
-    val_set = sources.open_dataset(args, args.val_split, in_chans, is_training=False)
+    val_set = sources.open_dataset(args, args.val_split, in_chans, is_training=False, is_first=world.is_first)
     world.connect(device, args.dist_timeout)
-    return sources.open_dataset(args, args.train_split, in_chans, is_training=True), val_set
+    train_set = sources.open_dataset(args, args.train_split, in_chans, is_training=True, is_first=world.is_first)
+    _check_same_data(world, device, train_set, val_set)
+    return train_set, val_set
+
+
+def _check_same_data(world: World, device: torch.device, *datasets: Any) -> None:
+    """Raise ValueError on every rank unless all ranks have found the classes, and as many images, of rank 0."""
+    own = [(data.class_names(dataset), _length(dataset)) for dataset in datasets]
+    first = world.share(own)
+    differs = world.total_exact(torch.tensor(int(own != first), device=device))
+    if own != first:
+        for (classes, count), (expected, expected_count) in zip(own, first):
+            data.check_classes(expected, classes, 'rank 0', f'rank {world.rank}')
+            if count != expected_count:
+                raise ValueError(f'rank {world.rank} has found {count} images, rank 0 {expected_count}')
+    if differs:
+        raise ValueError('another rank has found other classes or images than rank 0')
+
+
+def _length(dataset: Any) -> Optional[int]:
+    """Return the number of images, None for a stream, which counts by its own DataLoader workers."""
+    return None if isinstance(dataset, IterableDataset) else len(dataset)
 
 
 def _channels(args: Namespace) -> int:
@@ -284,6 +306,7 @@ def _find(run: Run) -> Optional[Tuple[str, Any]]:
     given = None
     if run.args.resume and not run.folder.has_checkpoint():  # else it is of this command, which was stopped
         given = run.args.resume, checkpoint.read_file(run.args.resume)
+        check_named(resume.check_content, given[1], run.args.resume)
     run.folder.hold()
     found = run.folder.newest(resume.check_content) or given
     if found is None and run.folder.table.exists():

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from smpconv_models.sequences import SequenceDataset
 
 from . import draws
+from .images import ReadImage
+from .names import shown
 from .unreadable import ERRORS, Unreadable
 
 Position = Tuple[int, int]  # epoch and index
@@ -40,6 +42,7 @@ class Samples(Dataset):
         self.fills = fills
         self.transform = getattr(dataset, 'transform', None)
         dataset.transform = None  # an image that can't be read is told from a fault of the transform
+        self.read_image: Optional[ReadImage] = getattr(dataset, 'read_image', None)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -70,12 +73,11 @@ class Samples(Dataset):
             image = Image.open(file)
         else:
             image, target = self.dataset[index]
-        mode = getattr(self.dataset, 'input_img_mode', None)
-        return (image.convert(mode) if mode else image), target
+        return (image if self.read_image is None else self.read_image.convert(image)), target
 
     def name(self, index: int) -> str:
-        """The image's path where it has one, else its index."""
-        return image_name(self.dataset, index)
+        """Return the image's path if it has one, as it can be shown, otherwise its index."""
+        return shown(image_name(self.dataset, index))
 
 
 def image_name(dataset: Any, index: int) -> str:
@@ -113,8 +115,12 @@ class Stream(IterableDataset):
         self.keys = keys
         self.pass_number = SharedCount()  # with the processes that load
         self.reader: Any = dataset.reader
-        self.mode: Optional[str] = getattr(self.reader, 'input_img_mode', None)
-        self.feature: Any = _leave_undecoded(self.reader) if is_hugging_face(self.reader) else None
+        self.read_image: Optional[ReadImage] = getattr(dataset, 'read_image', None)
+        self.feature: Any = None
+        if is_hugging_face(self.reader):
+            self.feature = _leave_undecoded(self.reader)
+        elif is_webdataset(self.reader):
+            self.reader.input_img_mode = ''  # images are converted here
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -128,7 +134,7 @@ class Stream(IterableDataset):
         worker = get_worker_info()
         draws.seed_all('stream', *self.keys, self.pass_number.value, 0 if worker is None else worker.id)
         if is_webdataset(self.reader) and self.reader.ds is None:
-            _name_undecodable(self.reader)
+            _name_undecodable(self.reader, self.read_image)
         for image, target in self._items():
             if self.feature is not None:
                 image = self._decoded(image)
@@ -144,7 +150,7 @@ class Stream(IterableDataset):
     def _decoded(self, value: Any) -> Any:
         try:
             image = self.feature.decode_example(value)
-            return image.convert(self.mode) if self.mode else image
+            return image if self.read_image is None else self.read_image.convert(image)
         except ERRORS as error:
             return _unreadable(_value_name(value), error)
 
@@ -178,31 +184,40 @@ def _value_name(value: Dict[str, Any]) -> str:
     return f'the image whose SHA-1 begins with {hashlib.sha1(value.get("bytes") or b"").hexdigest()[:8]}'
 
 
-def _name_undecodable(reader: Any) -> None:
+def _name_undecodable(reader: Any, read_image: Optional[ReadImage]) -> None:
     """Has a reader of WebDataset's shards make its pipeline, and puts :class:`_Decode` around timm's decoder in it."""
     reader._lazy_init()
     for stage in reader.ds.pipeline:
         decode: Any = next(iter(getattr(stage, 'args', ())), None)
         if getattr(getattr(decode, 'func', None), '__name__', None) == '_decode':
-            stage.args = (_Decode(decode), *stage.args[1:])
+            stage.args = (_Decode(decode, read_image), *stage.args[1:])
 
 
 class _Decode:
-    """A decoder that gives :class:`Unreadable` as the image where timm's raises."""
+    """Decoder that gives :class:`Unreadable` as the image if timm's raises.
 
-    def __init__(self, decode: Callable[[Dict[str, Any]], Any]) -> None:
+    Args:
+        decode: timm's decoder.
+        read_image: Conversion of the decoded images.
+    """
+
+    def __init__(self, decode: Callable[[Dict[str, Any]], Any], read_image: Optional[ReadImage] = None) -> None:
         self.decode = decode
+        self.read_image = read_image
 
     def __call__(self, sample: Dict[str, Any]) -> Any:
         try:
-            return self.decode(sample)
+            decoded = self.decode(sample)
+            if decoded is not None and self.read_image is not None:
+                decoded['jpg'] = self.read_image.convert(decoded['jpg'])
+            return decoded
         except ERRORS as error:
             name = f'{sample.get("__url__")}/{sample.get("__key__")}'
             return {'jpg': _unreadable(name, error), 'target': -1, 'cls': -1}  # the latter before timm 1.0.29
 
 
 def _unreadable(name: str, error: Exception) -> Unreadable:
-    return Unreadable(name, f'{type(error).__name__}: {error}')
+    return Unreadable(shown(name), f'{type(error).__name__}: {error}')
 
 
 class Batches(Sampler):

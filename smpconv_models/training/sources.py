@@ -9,17 +9,23 @@ from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Iterable, List, Optional, Set, Tuple, Type
+from typing import Any, Callable, Iterable, Optional, Set, Tuple, Type
 
+import numpy as np
 from filelock import FileLock
-from timm.data import ImageDataset, create_dataset, get_img_extensions
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from smpconv_models import checkpoint
 
 from . import sequence_data
 from .data import SPLIT_SYNONYMS, Digits, class_names
+from .folders import FolderReader, TorchFolder, is_hidden, nesting_note, timm_scan
+from .images import DEEP_MODES, ReadImage, orientation
+from .names import in_order, listed, shown
 from .samples import image_name
+from .unreadable import ERRORS
 
 _logger = logging.getLogger(__name__)
 
@@ -36,11 +42,32 @@ _ERRORS: Tuple[Type[Exception], ...] = (
     UnpicklingError, tarfile.TarError)
 
 
-def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) -> Any:
-    """The data set that the arguments name: 'digits', ``seq/NAME``, or anything of ``timm.data.create_dataset``.
+# Image files whose headers are looked at before the first step.
+_LOOKED_AT = 64
+
+Tell = Callable[[str], None]
+
+
+def _warn(line: str) -> None:
+    _logger.warning('%s', line)
+
+
+def _keep_quiet(line: str) -> None:
+    """Log nothing: another rank does."""
+
+
+def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool, is_first: bool = True) -> Any:
+    """Open the data set that the arguments name: 'digits', ``seq/NAME``, or any of ``timm.data.create_dataset``.
 
     Without a name ``--data-dir`` holds, for each split, a folder of class folders (``train/CLASS/IMAGE``), a folder of
     tar files of a class each (``train/CLASS.tar``), or a tar file of either (``train.tar``).
+
+    Args:
+        args: Names of the data set and its folder, and how images are read.
+        split: Name of the split.
+        in_chans: Channels of the images, 1 or 3.
+        is_training: Whether to train on the split.
+        is_first: Whether to log what was passed over, or may be other than expected; one rank does.
 
     Raises:
         ValueError: There is no such data set, or no such split of it, or what is wrong with it shows without reading
@@ -55,15 +82,24 @@ def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) 
     mode = 'L' if in_chans == 1 else 'RGB'
     if args.dataset == 'digits':
         return Digits(split, mode)
+    tell = _warn if is_first else _keep_quiet
+    dataset = _open_images(args, split, mode, is_training, tell)
+    dataset.read_image = ReadImage(mode, bool(args.exif_orientation))
+    if is_first:
+        _look_at_headers(args, split, dataset, tell)
+    return dataset
+
+
+def _open_images(args: Namespace, split: str, mode: str, is_training: bool, tell: Tell) -> Any:
     if not args.dataset:
-        return _open_folder(args, split, mode)
+        return _open_folder(args, split, mode, tell)
     prefix, name = _parse(args.dataset)
     if prefix == 'torch':
-        return _open_torchvision(args, name.lower(), split, mode)
+        return _open_torchvision(args, name.lower(), split, mode, tell)
     if prefix == 'wds':
         return _open_shards(args, split, mode, is_training)
     if prefix in ('hfds', 'hfids'):
-        return _open_hugging_face(args, prefix, split, mode, is_training)
+        return _open_hugging_face(args, prefix, split, mode, is_training, tell)
     return _create(args, split, mode, is_training)
 
 
@@ -114,15 +150,31 @@ def _described(args: Namespace, split: str) -> str:
 # --- folders and tar files ---
 
 
-def _open_folder(args: Namespace, split: str, mode: str) -> ImageDataset:
+def _open_folder(args: Namespace, split: str, mode: str, tell: Tell) -> ImageDataset:
     path = _find_split(args.data_dir, split)
     if path.is_file() or _holds_tars(path):
-        dataset = _open_tars(path, mode)
+        dataset = _open_tars(path, mode, tell)
     else:
-        dataset = _create(args, split, mode, False, root=str(path), search_split=False)
-        _check_no_empty_folder(path, dataset)
+        dataset = _open_class_folders(path, mode, tell)
     _check_class_folders(path, dataset)
     return dataset
+
+
+def _open_class_folders(path: Path, mode: str, tell: Tell) -> ImageDataset:
+    scan = timm_scan(str(path))
+    scan.check_no_empty_folder()
+    if not scan.images:
+        raise ValueError(f'{shown(str(path))} has no images ({", ".join(sorted(scan.extensions))})')
+    for line in scan.notes():
+        tell(line)
+    _tell_nesting(path, {os.path.relpath(folder, path) for folder in {folder for _, folder in scan.images}}, tell)
+    return ImageDataset(str(path), reader=FolderReader(scan), input_img_mode=mode)
+
+
+def _tell_nesting(path: Path, folders: Iterable[str], tell: Tell) -> None:
+    line = nesting_note(str(path), folders)
+    if line is not None:
+        tell(line)
 
 
 def _find_split(data_dir: Optional[str], split: str) -> Path:
@@ -158,8 +210,8 @@ def _root(data_dir: Optional[str], what: str) -> Path:
     return root
 
 
-def _listed(root: Path) -> List[str]:
-    return sorted(path.name for path in root.iterdir())[:8]
+def _listed(root: Path) -> str:
+    return listed((path.name for path in root.iterdir()), 8)
 
 
 def _holds_tars(folder: Path) -> bool:
@@ -170,17 +222,52 @@ def _folders(folder: Path) -> Set[str]:
     return {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
 
 
-def _open_tars(path: Path, mode: str) -> ImageDataset:
+def _open_tars(path: Path, mode: str, tell: Tell) -> ImageDataset:
     reader = _read_tars(path)
+    _pass_over_hidden(path, reader, tell)
+    _put_in_order(reader)
+    folders = {_folder_of(sample) for sample in reader.samples}
+    common = os.path.commonpath(folders) if len(folders) > 1 else ''  # of a whole folder that was packed
+    _tell_nesting(path, {os.path.relpath(folder, common) if common else folder for folder in folders}, tell)
     dataset = ImageDataset(str(path), reader=reader, input_img_mode=mode)
     if path.is_dir():
         empty = sorted({tar.name for tar in path.glob('*.tar')} - {name for _, name, _ in reader.samples})
         if empty:
-            raise ValueError(f'{path} has tar files without images: {empty[:8]}')
+            raise ValueError(f'{path} has tar files without images: {listed(empty, 8)}')
         # timm's order is the file system's, where images of several tar files have the same name
         order = sorted(range(len(reader)), key=lambda index: image_name(dataset, index))
         reader.samples, reader.targets = reader.samples[order], reader.targets[order]
     return dataset
+
+
+def _folder_of(sample: Any) -> str:
+    """Return the folder of an image of timm's tar reader, whose last part is the class, relative to the split."""
+    member, tar, inner = sample
+    parts = [os.path.splitext(name)[0] for name in (tar, inner and inner.name) if name]
+    return os.path.normpath(os.path.join(*parts, os.path.dirname(member.path)))
+
+
+def _pass_over_hidden(path: Path, reader: ReaderImageInTar, tell: Tell) -> None:
+    """Remove what a file manager or an editor has put beside the images, as in folders."""
+    hidden = np.array([any(map(is_hidden, member.path.split('/'))) for member, _, _ in reader.samples])
+    if not hidden.any():
+        return
+    example = image_name(ImageDataset(str(path), reader=reader), int(hidden.argmax()))
+    if hidden.all():
+        raise ValueError(f'{path} has no images, except hidden ones such as {shown(example)}')
+    tell(
+        f'{path}: passed over {hidden.sum()} hidden files (names or folders that begin with a dot, __MACOSX), such '
+        f'as {shown(example)}')
+    reader.samples, reader.targets = reader.samples[~hidden], reader.targets[~hidden]
+
+
+def _put_in_order(reader: ReaderImageInTar) -> None:
+    """Give the classes that have images their indices; those of timm depend on the process if names differ by case."""
+    names = {index: name for name, index in reader.class_name_to_idx.items()}
+    kept = in_order(names[index] for index in set(reader.targets.tolist()))
+    reader.class_name_to_idx = {name: index for index, name in enumerate(kept)}
+    reader.class_idx_to_name = dict(enumerate(kept))
+    reader.targets = np.array([reader.class_name_to_idx[names[index]] for index in reader.targets.tolist()])
 
 
 def _read_tars(path: Path) -> ReaderImageInTar:
@@ -198,17 +285,6 @@ def _read_tars(path: Path) -> ReaderImageInTar:
         ) from error
 
 
-def _check_no_empty_folder(path: Path, dataset: Any) -> None:
-    """A class whose images are missing is none to timm, and the model would have an output less."""
-    empty = _folders(path) - set(dataset.reader.class_to_idx)
-    if empty:  # or there are folders in it
-        start = len(str(path)) + 1
-        empty -= {file[start:].split(os.sep, 1)[0] for file, _ in dataset.reader.samples}
-    if empty:
-        raise ValueError(
-            f'{path} has folders without images ({", ".join(get_img_extensions())}): {sorted(empty)[:8]}')
-
-
 def _check_class_folders(path: Path, dataset: Any) -> None:
     """timm makes a class of the images that are in no folder."""
     names = class_names(dataset) or []
@@ -217,24 +293,78 @@ def _check_class_folders(path: Path, dataset: Any) -> None:
         reader = dataset.reader
         targets = reader.targets if isinstance(reader, ReaderImageInTar) else [target for _, target in reader.samples]
         index = next(index for index, target in enumerate(targets) if target in stray)
-        raise ValueError(f'{path} has images that are in no class folder, such as {image_name(dataset, index)}')
+        raise ValueError(f'{path} has images that are in no class folder, such as {shown(image_name(dataset, index))}')
+
+
+# --- headers ---
+
+
+def _look_at_headers(args: Namespace, split: str, dataset: Any, tell: Tell) -> None:
+    """Report what the headers of some images, evenly over all, say of their orientation and depth.
+
+    Pixels are not decoded. Streams are not looked at.
+    """
+    reader, files = getattr(dataset, 'reader', None), getattr(dataset, 'samples', None)
+    if not isinstance(dataset, ImageDataset) and files is None:
+        return
+    count = len(dataset)
+    indices = range(count) if count <= _LOOKED_AT else [index * count // _LOOKED_AT for index in range(_LOOKED_AT)]
+    turned, deep = [], []
+    for index in indices:
+        try:
+            with Image.open(_open_file(reader, index) if files is None else files[index][0]) as image:
+                if orientation(image) != 1:
+                    turned.append(index)
+                if image.mode in DEEP_MODES:
+                    deep.append(index)
+        except ERRORS as error:  # it is counted and named in its turn
+            _logger.debug('the header of image %d cannot be read: %s', index, error)
+    told = f'{_described(args, split)}: %d of {len(indices)} images looked at %s, such as %s'
+    if turned and not args.exif_orientation:
+        what = 'have an EXIF orientation that is ignored (--exif-orientation turns them)'
+        tell(told % (len(turned), what, shown(image_name(dataset, turned[0]))))
+    if deep:
+        what = 'have 16 or 32 bits (integers are read as 0 black to 65535 white, floats as 0. to 1.)'
+        tell(told % (len(deep), what, shown(image_name(dataset, deep[0]))))
+
+
+def _open_file(reader: Any, index: int) -> Any:
+    if not isinstance(reader, ReaderImageInTar):
+        return reader[index][0]
+    # an open tar file must not be shared with DataLoader workers, who would move its position for each other
+    reader.cache_tarfiles, before = False, reader.cache_tarfiles
+    try:
+        return reader[index][0]
+    finally:
+        reader.cache_tarfiles = before
 
 
 # --- torchvision ---
 
 
-def _open_torchvision(args: Namespace, name: str, split: str, mode: str) -> Any:
-    root = args.data_dir
+def _open_torchvision(args: Namespace, name: str, split: str, mode: str, tell: Tell) -> Any:
     if name in ('folder', 'image_folder'):
-        root = str(_find_split(args.data_dir, split))
-    elif root is None:
+        return _open_torch_folder(str(_find_split(args.data_dir, split)), tell)
+    root = args.data_dir
+    if root is None:
         raise ValueError(f'--data-dir is needed: the folder of {args.dataset}')
     known = (*SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1], 'test')
     if name in _TWO_PARTS and split not in known:
         raise ValueError(f'split of {args.dataset} must be one of {known}, got {split!r}')
     with _download_lock(args, root):
         dataset = _create(args, split, mode, False, root=root, search_split=False)
-    dataset.input_img_mode = mode
+    if hasattr(dataset, 'loader'):
+        dataset.loader = Image.open  # images are converted by read_image
+    return dataset
+
+
+def _open_torch_folder(root: str, tell: Tell) -> TorchFolder:
+    dataset = TorchFolder(root, Image.open)
+    dataset.scan.check_no_empty_folder()
+    if not dataset.samples:
+        raise ValueError(f'{shown(root)} has no class folders with images')
+    for line in dataset.scan.notes():
+        tell(line)
     return dataset
 
 
@@ -288,7 +418,7 @@ def _check_info(root: Path, split: str) -> None:
 # --- Hugging Face ---
 
 
-def _open_hugging_face(args: Namespace, prefix: str, split: str, mode: str, is_training: bool) -> Any:
+def _open_hugging_face(args: Namespace, prefix: str, split: str, mode: str, is_training: bool, tell: Tell) -> Any:
     _quieten()
     if prefix == 'hfids':
         _check_stream(args, split)
@@ -299,7 +429,7 @@ def _open_hugging_face(args: Namespace, prefix: str, split: str, mode: str, is_t
         images = reader.dataset.data.column(reader.image_key)
         found = set(reader.dataset.column_names) - ({reader.image_key} if images.null_count == len(images) else set())
         _check_columns(args, found)
-        _check_labels(args, split, dataset, is_training)
+        _check_labels(args, split, dataset, is_training, tell)
     return dataset
 
 
@@ -335,7 +465,7 @@ def _check_columns(args: Namespace, found: Iterable[str]) -> None:
         raise ValueError(f'{args.dataset}: expected columns image and label, found {sorted(found)}')
 
 
-def _check_labels(args: Namespace, split: str, dataset: Any, is_training: bool) -> None:
+def _check_labels(args: Namespace, split: str, dataset: Any, is_training: bool, tell: Tell) -> None:
     """The classes are those of all splits together: whether this one has images of each is seen from its labels."""
     reader, names = dataset.reader, class_names(dataset)
     kind = getattr(reader.dataset.features[reader.label_key], 'dtype', 'a list')
@@ -352,4 +482,4 @@ def _check_labels(args: Namespace, split: str, dataset: Any, is_training: bool) 
     if absent and reader.dataset.info.builder_name == 'imagefolder' and '[' not in split:
         raise ValueError(told)  # the splits' folders differ
     if absent and is_training:
-        _logger.warning('%s', told)
+        tell(told)

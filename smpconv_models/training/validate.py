@@ -24,6 +24,7 @@ from .build import (
 )
 from .evaluate import HeldOut, evaluate
 from .folder import RunFolder
+from .names import shown
 from .world import World
 
 
@@ -239,8 +240,9 @@ def save_classes(path: str, evaluation: Evaluation) -> None:
 def save_confusion(path: str, evaluation: Evaluation) -> None:
     """Draws the confusion matrix as a PNG."""
     from smpconv_models import figures  # here, as evaluation does without matplotlib
+    classes = evaluation.classes and [shown(name) for name in evaluation.classes]
     with output.replacing(Path(path).resolve()) as temporary:
-        figures.save_confusion(temporary, evaluation.confusion, evaluation.classes)
+        figures.save_confusion(temporary, evaluation.confusion, classes)
 
 
 def save_results(path: str, results: Union[Dict[str, Any], List[Dict[str, Any]]]) -> None:
@@ -269,7 +271,7 @@ def inherit(args: Namespace, described: Description) -> Namespace:
         ValueError: If the user has to name the data set or the split.
     """
     args = Namespace(**vars(args))
-    keys = ['mean', 'std', 'interpolation', 'crop_pct']
+    keys = ['mean', 'std', 'interpolation', 'crop_pct', 'exif_orientation']
     if all(getattr(args, key) is None for key in _SIZES):
         keys += _SIZES
     for key in keys:

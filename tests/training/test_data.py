@@ -26,7 +26,7 @@ def arguments(**changes):
         pin_mem=False, no_prefetcher=False, in_chans=None, input_size=None, img_size=None, crop_pct=None, mean=None,
         std=None, interpolation=None, train_interpolation=None, no_aug=False, reprob=0., remode='pixel', recount=1,
         scale=[0.5, 1.], ratio=[1., 1.], hflip=0., vflip=0., color_jitter=0., aa=None, crop_padding=None,
-        grad_accum_steps=1,
+        grad_accum_steps=1, exif_orientation=None,
         max_unreadable=10, skip_unreadable=False, dist_timeout=60.,
     )
     return Namespace(**{**values, **changes})
@@ -81,7 +81,7 @@ def test_torchvision_datasets_are_read_through_timm(tmp_path):
     (lambda root: arguments(data_dir=str(make_folder(root, splits=('train', 'test')))),
      r"expected a folder named val or .*, found \['test', 'train'\]"),
     (lambda root: arguments(dataset='torch/nothing', data_dir=str(root)), 'Unknown torchvision dataset nothing'),
-    (lambda root: arguments(data_dir=str(make_folder(root, count=0))), 'cannot be opened'),
+    (lambda root: arguments(data_dir=str(make_folder(root, count=0))), r"folders without images .*: \['cat', 'dog'\]"),
 ])
 def test_missing_data_is_told(tmp_path, make, told):
     with pytest.raises(ValueError, match=told):

@@ -88,7 +88,7 @@ def test_each_of_several_models_is_evaluated_as_alone(files, images, capsys, tmp
 def test_options_come_before_the_description(tmp_path):
     given = argparse.Namespace(
         checkpoint='a.pth', model=None, img_size=None, input_size=None, mean=None, std=None, interpolation=None,
-        crop_pct=0.5, dataset=None, data_dir=None, split=None)
+        crop_pct=0.5, exif_orientation=None, dataset=None, data_dir=None, split=None)
     described = checkpoint.describe({'args': {
         'img_size': 16, 'crop_pct': 1., 'data_dir': str(tmp_path), 'val_split': 'test'}})
     filled = inherit(given, described)

@@ -1,0 +1,41 @@
+"""Names of classes and files: a fixed order, and a form in which they can be shown."""
+import re
+import unicodedata
+from typing import Any, Iterable, List, Tuple
+
+
+def natural_key(name: str) -> Tuple[List[Any], str]:
+    """Return a key that sorts as timm's ``natural_key``, with ties broken by the name itself.
+
+    timm's key is the same for ``a`` and ``A``, and for ``1`` and ``01``. Sorting a set by timm's key alone leaves such
+    names in an order that differs from process to process. timm's key also fails for names such as ``1²2``.
+    """
+    parts = re.split(r'(\d+)', name.lower())  # text and digits in turn
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+
+
+def in_order(names: Iterable[str]) -> List[str]:
+    """Return the distinct names, sorted by :func:`natural_key`."""
+    return sorted(set(names), key=natural_key)
+
+
+def shown(name: str) -> str:
+    """Return a name for messages, escaped as in a Python string if it cannot be printed or looks like another name.
+
+    Names with bytes that are not UTF-8, with control characters or with a backslash are escaped, and so are names that
+    are not in Unicode's composed form (NFC). Different names are always shown differently.
+    """
+    if name.isprintable() and '\\' not in name and unicodedata.is_normalized('NFC', name):
+        return name
+    return name.encode('unicode_escape').decode('ascii')
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """Return the first names in order as a list for messages."""
+    return f'[{", ".join(quoted(name) for name in in_order(names)[:limit])}]'
+
+
+def quoted(name: str) -> str:
+    """Return :func:`shown` in quotes."""
+    quote = '"' if "'" in name else "'"
+    return f'{quote}{shown(name)}{quote}'
