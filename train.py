@@ -16,7 +16,8 @@ The parameter groups are the paper's: no weight decay on coordinates, radii, bia
 of the rate and clipped to their range after each step.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or data (nothing is written); stopped and saved: 130 by Ctrl-C, 143 by
-SIGTERM, 138 by SIGUSR1.
+SIGTERM, 138 by SIGUSR1, 129 by SIGHUP (a closed terminal), 131 by SIGQUIT. Output that cannot be written, to a closed
+stream or a full disk, is discarded; the run continues.
 """
 import argparse
 import logging
@@ -34,6 +35,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a lost process is told in a line, not in pages of C++ frames
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
+from smpconv_models import streams
 from smpconv_models.training import Stopped, World, config, explain, options, set_up, train
 
 _logger = logging.getLogger('smpconv_models.train')
@@ -53,11 +55,14 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
-    world = World()
+    parser = create_parser()
+    try:
+        world = World()
+    except ValueError as error:
+        parser.error(str(error))
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
     if world.is_first:
         logging.getLogger('smpconv_models').setLevel(logging.INFO)
-    parser = create_parser()
     try:
         args = config.parse_args(parser, argv)
     except ValueError as error:
@@ -122,12 +127,13 @@ def _tell(result: Dict[str, Any], args: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
     code: Any
     try:
         code = main()
     except SystemExit as end:
         code = end.code
     sys.stdout.flush()
-    if code and World().size > 1:
-        os._exit(code)  # PyTorch's threads, which wait for others, may abort a process that ends as usual
+    if code:
+        os._exit(code)  # PyTorch's threads, which wait for others, may abort or keep a process that ends as usual
     sys.exit(code)

@@ -32,6 +32,7 @@ if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
+from smpconv_models import streams
 from smpconv_models.training import (
     World,
     config,
@@ -180,4 +181,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
     sys.exit(main())

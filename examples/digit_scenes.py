@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from smpconv_models import streams
 from smpconv_models.training import Digits, config, options
 
 DIGITS = (1, 5)  # in an image, at least and at most
@@ -163,4 +164,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+    streams.keep_writable()
     sys.exit(main())

@@ -63,7 +63,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import checkpoint, hub
+from smpconv_models import checkpoint, hub, streams
 
 TOLERANCE = 1e-4            # of formats in float32
 MOST_LOW_PRECISION = 1.     # of the others: outputs of zero differ by so much
@@ -479,4 +479,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
     sys.exit(main())

@@ -35,6 +35,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import smpconv_models  # also registers the models with timm
+from smpconv_models import streams
 from smpconv_models.training import Digits, param_groups
 
 try:
@@ -217,4 +218,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
     sys.exit(main())

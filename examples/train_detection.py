@@ -42,7 +42,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import smpconv_models
-from smpconv_models import checkpoint, detection
+from smpconv_models import checkpoint, detection, streams
 from smpconv_models.training import World, config, explain, options, param_groups
 
 DETECTORS = {'fasterrcnn': detection.fasterrcnn, 'fcos': detection.fcos, 'retinanet': detection.retinanet}
@@ -389,4 +389,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == '__main__':
+    streams.keep_writable()
     sys.exit(main())

@@ -47,6 +47,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
+from smpconv_models import streams
 from smpconv_models.training import Stopped, config, explain, options, replacing, set_up, train
 
 FILES = ('ablations.csv', 'ablations.md', 'ablations.png')
@@ -376,4 +377,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
     sys.exit(main())

@@ -46,6 +46,7 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor
 from tqdm import tqdm
 
+from smpconv_models import streams
 from smpconv_models.layers import clip_radius, interpolate, sampling_grid
 from smpconv_models.training import config, replacing
 
@@ -433,4 +434,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
     sys.exit(main())

@@ -18,7 +18,7 @@ if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'publish.py: interrupted\n'), os._exit(130)))
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import hub
+from smpconv_models import hub, streams
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -58,4 +58,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
     sys.exit(main())

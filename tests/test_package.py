@@ -53,7 +53,7 @@ def test_public_names_exist(module):
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
 DOWNLOAD, ORIGINAL, HUB = 'smpconv_models.download', 'smpconv_models.original', 'smpconv_models.hub'
-TRANSFER, HINTS = 'smpconv_models.transfer', 'smpconv_models.hints'
+TRANSFER, HINTS, STREAMS = 'smpconv_models.transfer', 'smpconv_models.hints', 'smpconv_models.streams'
 DETECTION, DIGITS, SEQUENCES = 'smpconv_models.detection', 'smpconv_models.digits', 'smpconv_models.sequences'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
@@ -69,6 +69,7 @@ MAY_IMPORT = {
     'smpconv_models/download.py': ('huggingface_hub', CHECKPOINT),
     'smpconv_models/transfer.py': ('tqdm',),
     'smpconv_models/hints.py': (),
+    'smpconv_models/streams.py': (),
     'smpconv_models/original.py': ('huggingface_hub', CHECKPOINT, TRANSFER),
     'smpconv_models/digits.py': ('torch', 'PIL', 'sklearn'),
     'smpconv_models/sequences': (
@@ -80,23 +81,25 @@ MAY_IMPORT = {
     'smpconv_models/figures': ('torch', 'numpy', 'matplotlib', 'PIL', 'tqdm', 'pytorch_grad_cam', LAYERS),
     'smpconv_models/figures/_inputs.py': (
         'torch', 'timm', 'PIL', f'{MODELS}.identify', CHECKPOINT, TRAINING, 'smpconv_models.figures.kernels'),
-    'smpconv_models/figures/__main__.py': ('torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING),
+    'smpconv_models/figures/__main__.py': (
+        'torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, STREAMS, TRAINING),
     'smpconv_models/training': (
         'torch', 'torchvision', 'timm', 'PIL', 'numpy', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS,
         CHECKPOINT, DIGITS, DOWNLOAD, FIGURES, HINTS, SEQUENCES, 'smpconv_models.__version__',
         *(f'{MODELS}.{name}' for name in (
             'check_network', 'create_sequence_model', 'identify', 'list_sequence_models', 'whose'))),
-    'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models'),
+    'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models', STREAMS),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
-    'train.py': ('smpconv_models', *PUBLIC_TRAINING),
-    'validate.py': ('smpconv_models', *PUBLIC_TRAINING),
-    'hub': ('smpconv_models', HUB, ORIGINAL, CHECKPOINT),
+    'train.py': ('smpconv_models', STREAMS, *PUBLIC_TRAINING),
+    'validate.py': ('smpconv_models', STREAMS, *PUBLIC_TRAINING),
+    'hub': ('smpconv_models', STREAMS, HUB, ORIGINAL, CHECKPOINT),
     'smpconv_models/detection.py': ('torch', 'torchvision', 'timm'),
     'examples': (
         'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'matplotlib', 'safetensors', 'segmentation_models_pytorch',
-        'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, *PUBLIC_TRAINING, *EXAMPLES),
+        'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, STREAMS, *PUBLIC_TRAINING, *EXAMPLES),
     'experiments': (
-        'torch', 'timm', 'numpy', 'matplotlib', 'tqdm', 'smpconv_models', LAYERS, *PUBLIC_TRAINING, *EXPERIMENTS),
+        'torch', 'timm', 'numpy', 'matplotlib', 'tqdm', 'smpconv_models', LAYERS, STREAMS, *PUBLIC_TRAINING,
+        *EXPERIMENTS),
     'benchmarks': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'torchvision', 'matplotlib',
         'smpconv_models', LAYERS, CHECKPOINT, DETECTION, *PUBLIC_TRAINING, *BENCHMARKS),

@@ -56,8 +56,11 @@ def check_file(path: Union[str, Path]) -> None:
     if not os.path.isfile(path):
         found = 'a folder' if os.path.isdir(path) else 'nothing'
         raise ValueError(f'expected a checkpoint file, found {found} at {path}')
-    with open(path, 'rb') as file:
-        start = file.read(512)
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(512)
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read: {error.strerror}') from error
     if _is_safetensors(path) and (start[8:9] == b'{' or not _told(start)):  # its header's length comes first
         _check_safetensors(path)
     elif start.startswith(b'PK\x03\x04'):

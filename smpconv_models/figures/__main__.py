@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import checkpoint, figures
+from smpconv_models import checkpoint, figures, streams
 from smpconv_models.training import config, options
 from smpconv_models.training.output import replacing
 
@@ -228,4 +228,5 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
     sys.exit(main())

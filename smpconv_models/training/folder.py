@@ -38,6 +38,8 @@ class RunFolder:
         self.picture = path / 'summary.png'
         self._holder = path / '.run.json'
         self._lock = FileLock(path / '.run.lock')
+        self._own = {
+            'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')}
 
     def hold(self) -> None:
         """Makes the folder if there is none, and takes it for this process until it ends.
@@ -46,10 +48,8 @@ class RunFolder:
             ValueError: It can't be written to, or another run holds it.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=_PATIENCE)
-            output.save_json(self._holder, {
-                'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')})
+            self._acquire()
+            output.save_json(self._holder, self._own)
         except Timeout as error:
             raise ValueError(
                 f'another run is in {self.path}: {self._described()}; wait for it, or name this one with '
@@ -62,15 +62,31 @@ class RunFolder:
         for temporary in self.path.glob('.checkpoint-*.pth.tar.*'):  # of snapshots, of whichever epochs
             temporary.unlink(missing_ok=True)
 
+    def _acquire(self) -> None:
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=_PATIENCE)
+                return
+            except FileNotFoundError:  # a run that was refused has removed the folder in between
+                continue
+
     def release(self) -> None:
-        """Lets the next run have it, if this one did."""
-        if self._lock.is_locked:
-            self._holder.unlink(missing_ok=True)
-            is_empty = [path.name for path in self.path.iterdir()] == [Path(self._lock.lock_file).name]
-            self._lock.release()
-            if is_empty:  # a run that was refused
-                Path(self._lock.lock_file).unlink(missing_ok=True)
+        """Leave the folder to the next run, if this run holds it."""
+        if not self._lock.is_locked:
+            return
+        try:
+            if json.loads(self._holder.read_text()) != self._own:
+                return  # the folder was renamed, and another run is in a new one of its name
+            self._holder.unlink()
+            lock = Path(self._lock.lock_file)
+            if [path.name for path in self.path.iterdir()] == [lock.name]:  # of a run that was refused
+                lock.unlink()  # while it is held: whoever waits for it notices, and opens the next one
                 self.path.rmdir()
+        except (OSError, ValueError) as error:  # it was renamed, removed or made read-only, or the next run is there
+            _logger.debug('%s is left as it is: %s', self.path, error)
+        finally:
+            self._lock.release()
 
     def _described(self) -> str:
         try:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from . import augment, draws, sequence_data
+from .bounded import BoundedLoader
 from .evaluate import HeldOut
 from .samples import Batches, Collate, InOrder, Loader, Samples, Stream, is_hugging_face, is_webdataset
 from .unreadable import ERRORS, LeftOutOfEvaluation, Unreadable
@@ -253,17 +254,16 @@ def _loader(
         world: World,
         collate: Collate,
         **batching: Any,
-) -> DataLoader:
-    return DataLoader(
+) -> BoundedLoader:
+    return world.bounded(DataLoader(
         dataset,
         collate_fn=collate,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         pin_memory=args.pin_mem and device.type == 'cuda',
-        timeout=args.dist_timeout if args.workers else 0,  # one whose shared memory is full says nothing
         worker_init_fn=world.shield,
         **batching,
-    )
+    ), args.dist_timeout)
 
 
 def _on_device(args: Namespace, loader: Any, config: Dict[str, Any], device: torch.device, **erasing: Any) -> Any:

@@ -46,6 +46,7 @@ class Keywords(ParseKwargs):
 count = number(int, 1, 10 ** 9)
 whole = number(int, 0, 10 ** 9)
 positive = number(float, TINIEST)
+moderate = number(float, TINIEST, 1e6)  # optimizers multiply and divide them, in float32
 non_negative = number(float, 0)
 fraction = number(float, 0, 1)
 
@@ -173,15 +174,16 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group('optimizer')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='(default: %(default)s)')
-    group.add_argument('--opt-eps', type=positive, metavar='X')
+    group.add_argument('--opt-eps', type=moderate, metavar='X')
     group.add_argument('--opt-betas', type=fraction, nargs='+', metavar='X')
     group.add_argument('--momentum', type=fraction, default=0.9, metavar='X', help='(default: %(default)s)')
-    group.add_argument('--weight-decay', type=non_negative, default=0.05, metavar='X', help='(default: %(default)s)')
+    group.add_argument(
+        '--weight-decay', type=number(float, 0, 1e6), default=0.05, metavar='X', help='(default: %(default)s)')
     group.add_argument('--clip-grad', type=positive, metavar='X', help='largest norm of the gradient')
     group.add_argument(
         '--layer-decay', type=number(float, TINIEST, 1), metavar='X',
         help='factor of the rate from layer to layer')
-    group.add_argument('--lr', type=positive, default=1e-3, metavar='X', help='(default: %(default)s)')
+    group.add_argument('--lr', type=moderate, default=1e-3, metavar='X', help='(default: %(default)s)')
     group.add_argument(
         '--sched', choices=('cosine', 'poly', 'step', 'tanh'), default='cosine',
         help='of the rate, for each step (default: %(default)s)')

@@ -126,7 +126,8 @@ def _check_finite(state: Dict[str, Any]) -> None:
     for key in ('state_dict', 'state_dict_ema'):
         for name, value in state.get(key, {}).items():
             if value.is_floating_point() and not value.isfinite().all():
-                raise FloatingPointError(f'{name} of the {key} is not finite, so it is not saved')
+                raise FloatingPointError(
+                    f'{name} of the {key} is not finite, so it is not saved; a lower --lr may help')
 
 
 def _keep(path: Path, previous: Path) -> None:
@@ -173,7 +174,7 @@ def save_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     with replacing(path) as temporary:
-        temporary.write_bytes(text.getvalue().encode(errors='backslashreplace'))
+        temporary.write_bytes(text.getvalue().encode(errors='backslashreplace'))  # names that are not UTF-8
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -85,10 +85,12 @@ class Run:
         }
 
     def close(self) -> None:
-        """Leaves the folder to another run, and lets the processes that load images end."""
-        self.world.shield.lower()
-        if self.world.is_first:
-            self.folder.release()
+        """End the DataLoader workers, and leave the folder to another run."""
+        try:
+            self.world.close_loaders()
+        finally:
+            if self.world.is_first:
+                self.folder.release()
 
 
 def set_up(args: Namespace, world: Optional[World] = None) -> Run:

@@ -9,11 +9,12 @@ from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from smpconv_models.sequences import SequenceDataset
 
 from . import draws
+from .bounded import BoundedLoader
 from .images import ReadImage
 from .names import shown
 from .unreadable import ERRORS, Unreadable
@@ -328,7 +329,7 @@ class Loader:
 
     def __init__(
             self,
-            loader: DataLoader,
+            loader: BoundedLoader,
             tell: Callable[[List[Unreadable]], None],
             num_classes: Optional[int] = None,
             expected: Optional[int] = None,

@@ -6,9 +6,16 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Dict, Optional, Type
 
-# SIGUSR1 is what Slurm sends ahead of the time limit where it is asked to (sbatch --signal=USR1@120).
+# SIGUSR1 is what Slurm sends ahead of the time limit if it is asked to (sbatch --signal=USR1@120); SIGHUP is sent when
+# a terminal is closed.
 _SIGNALS = tuple(
-    getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name))
+    getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP', 'SIGQUIT') if hasattr(signal, name))
+
+
+def _handle(handler: Any) -> Dict[int, Any]:
+    """Set the handler of all signals that are not ignored, as nohup ignores SIGHUP; return the handlers before."""
+    return {
+        number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
 
 class Stopped(Exception):
@@ -32,7 +39,7 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._handlers = _handle(self._note)
         return self
 
     def __exit__(
@@ -62,8 +69,7 @@ class Shield:
 
     def __call__(self, worker: int) -> None:
         """At the start of such a process."""
-        for number in _SIGNALS:
-            signal.signal(number, self._end_if_down)
+        _handle(self._end_if_down)
 
     def _end_if_down(self, number: int, frame: Optional[FrameType]) -> None:
         if self._is_down.value:

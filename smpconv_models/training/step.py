@@ -26,13 +26,15 @@ class Outcome(NamedTuple):
         rate: The largest of the parameter groups.
         applied: Whether the weights took it.
         is_overflow: Not applied as half precision's loss scale was too large, which is lower now.
-        is_mine: Not applied for this process's loss; for all processes' gradient, it is the first one's.
+        problem: What was not finite in a step that was not applied; '' otherwise.
+        is_mine: Not applied for this process's loss or statistics; for all processes' gradient, it is the first one's.
         stop: Whether a process was asked to stop.
     """
     loss: float
     rate: float
     applied: bool
     is_overflow: bool
+    problem: str
     is_mine: bool
     stop: bool
 
@@ -73,6 +75,7 @@ class Stepper:
     def __post_init__(self) -> None:
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group['params']]
         self.statistics = list(self.model.buffers())
+        self.finite = [value for value in self.statistics if value.is_floating_point() and value.isfinite().all()]
 
     def step(self, batches: Batches, number: int, is_asked_to_stop: bool) -> Outcome:
         """Takes as many batches as a step accumulates, and applies their gradient if all of it is finite.
@@ -81,24 +84,37 @@ class Stepper:
             batches: Of this process.
             number: Of the step, from 0, over all epochs: the key of its random draws.
             is_asked_to_stop: Whether this process was; all of them learn of it.
+
+        Raises:
+            FloatingPointError: If the step before has made a weight infinite or NaN.
         """
         rate = max(group['lr'] for group in self.optimizer.param_groups)
         before = self._copied_statistics()
         loss = self._accumulate(batches, number)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(self._gradients())
+        statistics, weights = _largest(self.finite, norm), _largest(self.parameters, norm)
+        is_bad = ~torch.isfinite(torch.stack([loss, norm, statistics, weights]))
         totals = self.world.total(
-            loss / self.world.size, ~torch.isfinite(loss), ~torch.isfinite(norm),
-            torch.tensor(is_asked_to_stop, device=self.device))
-        mean, bad_losses, bad_norms, stops = totals
-        applied = not (bad_losses or bad_norms)
+            loss / self.world.size, *is_bad, torch.tensor(is_asked_to_stop, device=self.device))
+        mean, bad_losses, bad_norms, bad_statistics, bad_weights, stops = totals
+        if bad_weights:
+            raise FloatingPointError(f'a weight is not finite after a step at learning rate {rate:.2e}')
+        applied = not (bad_losses or bad_norms or bad_statistics)
         if applied:
             self._apply(norm, number)
         else:
             self._restore_statistics(before)
         scale = 0. if applied else self.scaler.get_scale()
         self.scaler.update()
-        is_overflow = not applied and not bad_losses and 1 < self.scaler.get_scale() < scale
+        is_overflow = not applied and not bad_losses and not bad_statistics and 1 < self.scaler.get_scale() < scale
+        problem, is_mine = '', False
+        if bad_losses:
+            problem, is_mine = f'the loss is {mean}', bool(is_bad[0])
+        elif bad_norms:
+            problem, is_mine = 'the gradient is not finite', self.world.is_first
+        elif bad_statistics:
+            problem, is_mine = 'running statistics of the batch norms are not finite', bool(is_bad[2])
         self.optimizer.zero_grad()
         self.scheduler.step_update(number + 1)
         return Outcome(
@@ -106,7 +122,8 @@ class Stepper:
             rate=rate,
             applied=applied,
             is_overflow=is_overflow,
-            is_mine=not loss.isfinite() if bad_losses else bool(bad_norms) and self.world.is_first,
+            problem=problem,
+            is_mine=is_mine,
             stop=bool(stops),
         )
 
@@ -152,3 +169,9 @@ class Stepper:
 
     def _gradients(self) -> List[Tensor]:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+
+@torch.no_grad()
+def _largest(tensors: List[Tensor], like: Tensor) -> Tensor:
+    """Largest magnitude in the tensors, which is NaN if a value is."""
+    return nn.utils.get_total_norm(tensors, norm_type=float('inf')).to(like) if tensors else torch.zeros_like(like)

@@ -11,7 +11,7 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
-from smpconv_models import __version__
+from smpconv_models import __version__, checkpoint
 
 from . import output
 from .evaluate import evaluate
@@ -37,16 +37,17 @@ def train(run: Run) -> Dict[str, Any]:
         are any, ``checkpoint`` and ``picture`` as paths, and the ``seconds`` it took: 0 where all was done before.
 
     Raises:
-        FloatingPointError: Too many steps in a row came to NaN or infinity.
+        FloatingPointError: Too many steps in a row came to NaN or infinity, or all steps of the run.
         OSError: A file could not be written.
         Stopped: By a signal; the run is saved.
-        ValueError: Images cannot be read.
+        ValueError: Images cannot be read, or the file of the best checkpoint is damaged.
     """
     start = time.perf_counter()
     progress = run.progress
     if progress.epoch >= run.args.epochs:
         run.world.first_does(lambda: _write_results(run))  # it may have ended before it wrote them
         run.world.first_does(lambda: _draw(run))
+        _check_success(run)
         return {**_results(run), 'seconds': 0.}
     teller = run.world.first_does(lambda: Report(run.args, run.folder.path, progress, run.images.steps))
     with StopRequest() as stop:
@@ -64,7 +65,31 @@ def train(run: Run) -> Dict[str, Any]:
             if teller is not None:
                 teller.close()
     run.world.first_does(lambda: _draw(run))
+    _check_success(run)
     return {**_results(run), 'seconds': time.perf_counter() - start}
+
+
+def _check_success(run: Run) -> None:
+    """Raise FloatingPointError if the run has learned nothing, ValueError if its best checkpoint is damaged."""
+    rows = run.progress.rows
+    advice = f'a lower --lr than {run.args.lr:g} or --clip-grad may help'
+    if all(math.isnan(row['train_loss']) for row in rows):
+        raise FloatingPointError(
+            f'no step of epochs 0 to {len(rows) - 1} was applied, from step 0 on: each came to NaN or infinity; '
+            f'{advice}')
+    if _results(run)['best_top1'] < 0:
+        raise FloatingPointError(f'the validation loss was finite in none of the {len(rows)} epochs; {advice}')
+    if run.folder.best.exists():
+        run.world.first_does(lambda: _check_best(run))
+
+
+def _check_best(run: Run) -> None:
+    try:
+        checkpoint.check_file(run.folder.best)
+    except ValueError as error:
+        raise ValueError(
+            f'the run is finished, but its best checkpoint is damaged: {error}; the weights of the last epoch are in '
+            f'{run.folder.last}') from error
 
 
 def _train_epoch(run: Run, teller: Optional[Report], stop: StopRequest) -> None:
@@ -79,7 +104,12 @@ def _train_epoch(run: Run, teller: Optional[Report], stop: StopRequest) -> None:
         teller.start_epoch(progress)
     try:
         while progress.step < run.images.steps:
-            outcome = run.stepper.step(batches, run.number, stop.number is not None)
+            try:
+                outcome = run.stepper.step(batches, run.number, stop.number is not None)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f'epoch {progress.epoch}, step {progress.step}: {error}; a lower --lr than {run.args.lr:g} or '
+                    '--clip-grad may help') from error
             _note(run, outcome)
             if teller is not None:
                 teller.step(progress, outcome.loss, outcome.rate)
@@ -107,17 +137,17 @@ def _note(run: Run, outcome: Outcome) -> None:
         if progress.refused >= run.args.patience_nonfinite:
             raise FloatingPointError(
                 f'{progress.refused} steps in a row came to NaN or infinity; the last: {_refusal(run, outcome)}; '
-                'a lower --lr or --clip-grad may help')
+                f'a lower --lr than {run.args.lr:g} or --clip-grad may help')
     progress.step += 1
 
 
 def _refusal(run: Run, outcome: Outcome) -> str:
     progress = run.progress
-    what = 'the gradient is not finite' if math.isfinite(outcome.loss) else f'the loss is {outcome.loss}'
     names = run.images.names(progress.step)
     files = ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
     return (
-        f'epoch {progress.epoch}, step {progress.step}: {what}, at rate {outcome.rate:.2e}, so the step is not applied'
+        f'epoch {progress.epoch}, step {progress.step}: {outcome.problem}, at rate {outcome.rate:.2e}, so the step is '
+        'not applied'
         + (f'; images {files}' if names else ''))
 
 

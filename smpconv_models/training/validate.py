@@ -119,7 +119,7 @@ def measure(args: Namespace, before: Optional[Namespace] = None, with_confusion:
     except AssertionError as error:  # how timm's models refuse a size
         raise ValueError(f'{args.model} cannot be evaluated: {checkpoint.first_line(error)}') from error
     finally:
-        world.shield.lower()
+        world.close_loaders()
     _check_loss(args, metrics['loss'])
     result = {
         'model': args.model,

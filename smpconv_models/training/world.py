@@ -2,14 +2,16 @@
 import os
 import time
 from datetime import timedelta
-from typing import Any, Callable, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, List, Optional, Sequence, Tuple, TypeVar
 
 import torch
 from timm.utils import world_info_from_env
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.data import DataLoader
 
+from .bounded import BoundedLoader
 from .signals import Shield
 
 # Seconds in which the processes that wait in vain find out one after another.
@@ -29,16 +31,21 @@ class World:
     """
 
     def __init__(self) -> None:
-        self.local_rank, self.rank, self.size = world_info_from_env()
-        self.shield = Shield()
-        self._store: Any = None
+        self._stand_alone()
+        self.local_rank, self.rank, self.size = _from_environment()
 
     @classmethod
     def alone(cls) -> 'World':
         """A world of one process, whatever has been started."""
-        world = cls()
-        world.local_rank, world.rank, world.size = 0, 0, 1
+        world = cls.__new__(cls)
+        world._stand_alone()
         return world
+
+    def _stand_alone(self) -> None:
+        self.local_rank, self.rank, self.size = 0, 0, 1
+        self.shield = Shield()
+        self._loaders: List[BoundedLoader] = []
+        self._store: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -69,6 +76,17 @@ class World:
             raise ValueError(
                 f'process {self.rank} of {self.size} cannot meet the others at '
                 f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}: {error}{_restart_hint()}') from error
+
+    def bounded(self, loader: DataLoader, seconds: float) -> BoundedLoader:
+        """Bound each wait for a loader's workers, which end with :meth:`close_loaders`."""
+        self._loaders.append(BoundedLoader(loader, seconds))
+        return self._loaders[-1]
+
+    def close_loaders(self) -> None:
+        """End the DataLoader workers of this process."""
+        self.shield.lower()
+        while self._loaders:
+            self._loaders.pop().close()
 
     def disconnect(self) -> None:
         """Leaves the others, who must be leaving too."""
@@ -120,6 +138,33 @@ class World:
         except RuntimeError:  # it is kept by torchrun or by the first process
             return 'where they met, nobody answers'
         return f'no sign of {_named(gone)}' if gone else f'all {self.size} are there'
+
+
+# Variables of torchrun, and what timm reads in their absence.
+_VARIABLES = {
+    'WORLD_SIZE': ('WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'),
+    'RANK': ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
+    'LOCAL_RANK': ('LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+
+
+def _from_environment() -> Tuple[int, int, int]:
+    """Local rank, rank and world size.
+
+    Raises:
+        ValueError: If a variable is not a whole number, or the numbers do not go together.
+    """
+    found = {kind: next((name for name in names if name in os.environ), '') for kind, names in _VARIABLES.items()}
+    for name in filter(None, (*found.values(), 'MASTER_PORT' * (found['WORLD_SIZE'] == 'WORLD_SIZE'))):
+        text = os.environ.get(name, '0')
+        if not text.strip().isdecimal():
+            raise ValueError(f'the environment variable {name} must be a whole number, got {text!r}')
+    local_rank, rank, size = world_info_from_env()
+    if not rank < size:
+        raise ValueError(
+            f'{found["RANK"]} must be below the number of processes, got {rank} and {size} '
+            f'({found["WORLD_SIZE"] or "WORLD_SIZE is not set"})')
+    return local_rank, rank, size
 
 
 def _restart_hint() -> str:
