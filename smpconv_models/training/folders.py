@@ -93,7 +93,7 @@ class Scan:
             others = [path for path in self.other if self.first_part(path) in empty]
             raise ValueError(
                 f'{shown(self.root)} has folders without images ({_joined(self.extensions)}): {listed(empty, 8)}'
-                + (f'; {_counted(others, "images")} in other formats' if others else ''))
+                + (f'; there are {_counted(others, "images in other formats")}' if others else ''))
 
     def first_part(self, path: str) -> str:
         """Return the name of the entry of the root that a path is in."""

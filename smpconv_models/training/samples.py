@@ -181,7 +181,7 @@ def _value_name(value: Dict[str, Any]) -> str:
     if not value:
         return 'an image of nothing'
     if value.get('path'):
-        return value['path']
+        return shown(value['path'])
     return f'the image whose SHA-1 begins with {hashlib.sha1(value.get("bytes") or b"").hexdigest()[:8]}'
 
 
@@ -213,12 +213,12 @@ class _Decode:
                 decoded['jpg'] = self.read_image.convert(decoded['jpg'])
             return decoded
         except ERRORS as error:
-            name = f'{sample.get("__url__")}/{sample.get("__key__")}'
+            name = shown(f'{sample.get("__url__")}/{sample.get("__key__")}')
             return {'jpg': _unreadable(name, error), 'target': -1, 'cls': -1}  # the latter before timm 1.0.29
 
 
 def _unreadable(name: str, error: Exception) -> Unreadable:
-    return Unreadable(shown(name), f'{type(error).__name__}: {error}')
+    return Unreadable(name, f'{type(error).__name__}: {error}')
 
 
 class Batches(Sampler):
