@@ -33,14 +33,15 @@ def keep_writable() -> None:
 def _writable(stream: Any, number: int) -> Any:
     if stream is None:  # the file descriptor was closed when Python started
         _occupy(number)
-        return open(os.devnull, 'w')
+        return open(os.devnull, 'w', errors='backslashreplace')
     try:
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # Python flushes the old stream again at its end
     file: Any = io.BufferedWriter(_File(number, 'w', closefd=False))
     return io.TextIOWrapper(
-        file, encoding=stream.encoding, errors='backslashreplace', line_buffering=stream.line_buffering)
+        file, encoding=stream.encoding, errors='backslashreplace',
+        line_buffering=stream.line_buffering or stream.write_through)  # the latter by PYTHONUNBUFFERED
 
 
 def _occupy(number: int) -> None:

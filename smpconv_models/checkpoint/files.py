@@ -50,17 +50,25 @@ def check_file(path: Union[str, Path]) -> None:
     """Looks at a file, without making anything of it, for whether it is a checkpoint that may be read.
 
     Raises:
-        ValueError: It doesn't exist, is empty, truncated or damaged, is something else (an HTML page, say), would run
-            code, or speaks of more than it holds.
+        ValueError: It doesn't exist or cannot be read, is empty, truncated or damaged, is something else (an HTML page,
+            say), would run code, or speaks of more than it holds.
     """
+    try:
+        _check_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Union[str, Path], error: OSError) -> ValueError:
+    return ValueError(f'{path} cannot be read: {error.strerror or first_line(error)}')
+
+
+def _check_file(path: Union[str, Path]) -> None:
     if not os.path.isfile(path):
         found = 'a folder' if os.path.isdir(path) else 'nothing'
         raise ValueError(f'expected a checkpoint file, found {found} at {path}')
-    try:
-        with open(path, 'rb') as file:
-            start = file.read(512)
-    except OSError as error:
-        raise ValueError(f'{path} cannot be read: {error.strerror}') from error
+    with open(path, 'rb') as file:
+        start = file.read(512)
     if _is_safetensors(path) and (start[8:9] == b'{' or not _told(start)):  # its header's length comes first
         _check_safetensors(path)
     elif start.startswith(b'PK\x03\x04'):
@@ -72,11 +80,18 @@ def check_file(path: Union[str, Path]) -> None:
 
 
 def file_sha256(path: Union[str, Path]) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
     digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    try:
+        with open(path, 'rb') as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     return digest.hexdigest()
 
 

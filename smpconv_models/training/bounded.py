@@ -1,7 +1,7 @@
 """DataLoaders whose workers are never waited for without a limit."""
 import threading
 from types import TracebackType
-from typing import Any, Callable, Iterator, Optional, Type
+from typing import Any, Callable, Iterator, List, Optional, Type
 
 from torch.utils.data import DataLoader
 
@@ -55,7 +55,7 @@ class BoundedLoader:
         except (EOFError, OSError, RuntimeError):  # as PyTorch notices that a worker is gone
             if not limit.is_exceeded:
                 raise
-            self._kill()
+            self._bury()
             raise TimeoutError(
                 f'no batch came from the DataLoader workers in {self.seconds:g} s, so they were killed: they hang, or '
                 f'shared memory (/dev/shm) is full; try fewer --workers than {self.loader.num_workers}, or a longer '
@@ -71,16 +71,28 @@ class BoundedLoader:
         shutdown = threading.Thread(target=batches._shutdown_workers, daemon=True)  # it may wait without a limit
         shutdown.start()
         shutdown.join(_GRACE)
-        self._kill()
+        self._bury()
         self.loader._iterator = None
 
+    def _workers(self) -> List[Any]:
+        return list(getattr(self.loader._iterator, '_workers', ()))
+
     def _kill(self) -> None:
-        for worker in getattr(self.loader._iterator, '_workers', ()):
+        """Kill the workers without a wait: PyTorch's handler of SIGCHLD must find them, to end its own wait."""
+        for worker in self._workers():
+            worker.kill()  # ends a stopped process too
+
+    def _bury(self) -> None:
+        """Kill the workers and wait for their end."""
+        for act in (self._kill, self._join, self._join):
             try:
-                worker.kill()  # ends a stopped process too
-                worker.join(_GRACE)
-            except RuntimeError:  # PyTorch's handler of SIGCHLD, which tells the main thread of the killed worker
-                worker.join(_GRACE)
+                act()
+            except RuntimeError:  # PyTorch's handler of SIGCHLD raises it in the main thread, once
+                pass
+
+    def _join(self) -> None:
+        for worker in self._workers():
+            worker.join(_GRACE)
 
 
 class _Limit:

@@ -162,8 +162,8 @@ def _from_environment() -> Tuple[int, int, int]:
     local_rank, rank, size = world_info_from_env()
     if not rank < size:
         raise ValueError(
-            f'{found["RANK"]} must be below the number of processes, got {rank} and {size} '
-            f'({found["WORLD_SIZE"] or "WORLD_SIZE is not set"})')
+            f'the environment variable {found["RANK"] or "RANK"} must be below {found["WORLD_SIZE"] or "WORLD_SIZE"}, '
+            f'got {rank} and {size}')
     return local_rank, rank, size
 
 
