@@ -28,7 +28,7 @@ def load(where: Union[str, Path], cache_dir: Any = None, **kwargs: Any) -> Any:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
         if config['architecture'] not in known:
-            raise ValueError(f'its architecture must be one of {known}, got {config["architecture"]!r}')
+            raise ValueError(f'its architecture must be one of {known}, got {config["architecture"]!r:.200}')
         check_arguments(config['architecture'], config.get('model_args', {}))
         return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
     except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:

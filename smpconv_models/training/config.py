@@ -60,12 +60,12 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
     for key, value in values.items():
         dest = str(key).replace('-', '_')
         if dest not in actions:
-            raise ValueError(f'{path}: unknown key {key!r}{did_you_mean(dest, actions)}')
+            raise ValueError(f'{path}: unknown key {key!r:.200}{did_you_mean(dest, actions)}')
         try:
             typed[dest] = _convert(actions[dest], value)
             _check_stays_here(dest, typed[dest])
         except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f'{path}: {key} does not take {value!r}: {error}') from error
+            raise ValueError(f'{path}: {key} does not take {value!r:.200}: {error!s:.300}') from error
     return typed
 
 
