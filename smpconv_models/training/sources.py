@@ -9,7 +9,7 @@ from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Callable, Iterable, Optional, Set, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, Optional, Set, Tuple, Type
 
 import numpy as np
 from filelock import FileLock
@@ -270,11 +270,36 @@ def _put_in_order(reader: ReaderImageInTar) -> None:
     reader.targets = np.array([reader.class_name_to_idx[names[index]] for index in reader.targets.tolist()])
 
 
-def _read_tars(path: Path) -> ReaderImageInTar:
+class _TarReader(ReaderImageInTar):
+    """timm's tar reader, whose open files stay in one process.
+
+    A DataLoader worker that inherits an open file shares its position with all others, and reads other bytes than those
+    of its image. Of 2400 images in 4 workers 706 were unreadable.
+    """
+    process = 0
+
+    def __getitem__(self, index: int) -> Any:
+        if self.process != os.getpid():
+            self._reopen()
+            self.process = os.getpid()
+        return super().__getitem__(index)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        self._reopen()
+        return self.__dict__
+
+    def _reopen(self) -> None:
+        tars = [self.tar_state] if self.root_is_tar else list(self.tar_state.values())
+        for tar in tars:
+            for state in (tar, *tar.children.values()):
+                state.reset()
+
+
+def _read_tars(path: Path) -> _TarReader:
     """The list of the images, which timm keeps beside large tar files if it can."""
     is_writable = os.access(path if path.is_dir() else path.parent, os.W_OK)
     try:
-        return ReaderImageInTar(str(path), cache_tarinfo=None if is_writable else False)
+        return _TarReader(str(path), cache_tarinfo=None if is_writable else False)
     except _ERRORS as error:
         if path.is_dir():
             for tar in sorted(path.glob('*.tar')):
@@ -304,7 +329,7 @@ def _look_at_headers(args: Namespace, split: str, dataset: Any, tell: Tell) -> N
 
     Pixels are not decoded. Streams are not looked at.
     """
-    reader, files = getattr(dataset, 'reader', None), getattr(dataset, 'samples', None)
+    files = getattr(dataset, 'samples', None)  # torchvision's
     if not isinstance(dataset, ImageDataset) and files is None:
         return
     count = len(dataset)
@@ -312,7 +337,7 @@ def _look_at_headers(args: Namespace, split: str, dataset: Any, tell: Tell) -> N
     turned, deep = [], []
     for index in indices:
         try:
-            with Image.open(_open_file(reader, index) if files is None else files[index][0]) as image:
+            with Image.open(dataset.reader[index][0] if files is None else files[index][0]) as image:
                 if orientation(image) != 1:
                     turned.append(index)
                 if image.mode in DEEP_MODES:
@@ -326,17 +351,6 @@ def _look_at_headers(args: Namespace, split: str, dataset: Any, tell: Tell) -> N
     if deep:
         what = 'have 16 or 32 bits (integers are read as 0 black to 65535 white, floats as 0. to 1.)'
         tell(told % (len(deep), what, shown(image_name(dataset, deep[0]))))
-
-
-def _open_file(reader: Any, index: int) -> Any:
-    if not isinstance(reader, ReaderImageInTar):
-        return reader[index][0]
-    # an open tar file must not be shared with DataLoader workers, who would move its position for each other
-    reader.cache_tarfiles, before = False, reader.cache_tarfiles
-    try:
-        return reader[index][0]
-    finally:
-        reader.cache_tarfiles = before
 
 
 # --- torchvision ---

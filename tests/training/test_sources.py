@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from test_data import arguments
 from test_loaders import CONFIG, CPU
+from torch.utils.data import DataLoader
 
 import train
 import validate
@@ -143,6 +145,24 @@ def test_the_order_of_tar_files_is_not_the_file_systems(folders, monkeypatch):
                                                                reverse=reverse))
         names.append([Samples(opened(args, True), 0).name(index) for index in range(TRAIN)])
     assert names[0] == names[1] and names[0][0].endswith('train/ant.tar/0000.jpg')
+
+
+@pytest.mark.parametrize('start', ['fork', 'spawn'])
+@pytest.mark.parametrize('name', ['tars', 'class_tars', 'tar_of_tars'])
+def test_an_open_tar_file_is_not_shared_with_workers(folders, name, start):
+    """Neither inherited, as one position for all of them, nor sent along."""
+    dataset = opened(source(name, folders(name)), True)
+    dataset.transform = None
+    expected = [dataset[index][1] for index in range(TRAIN)]
+    if start == 'spawn':
+        again = pickle.loads(pickle.dumps(dataset))
+        assert [again[index][1] for index in range(TRAIN)] == expected
+        return
+    samples = Samples(dataset, 0)
+    loader = DataLoader(
+        samples, sampler=[(0, index) for index in range(TRAIN)] * 30, batch_size=8, num_workers=2, collate_fn=list,
+        multiprocessing_context='fork')
+    assert [item[1] for batch in loader for item in batch] == expected * 30
 
 
 # --- training and evaluation ---
