@@ -387,3 +387,31 @@ def test_a_new_classifier_is_drawn_though_nothing_else_is(tmp_path, released):
     assert 0.019 < weight.std().item() < 0.021 and not create(path, num_classes=500).head.fc.bias.any()
     with pytest.raises(ValueError, match="weight_init must be '' or 'skip', got 'none'"):
         create(path, weight_init='none')
+
+
+@pytest.mark.parametrize('wrap, named', [
+    (lambda state: {'n_averaged': torch.tensor(3), **{f'module.{key}': value for key, value in state.items()}},
+     'AveragedModel'),
+    (lambda state: {'state_dict': {f'model.{key}': value for key, value in state.items()}, 'epoch': 1}, 'Lightning'),
+    (lambda state: {'state_dict': {f'model._orig_mod.{key}': value for key, value in state.items()}}, 'Lightning'),
+    (lambda state: {key: value.float() for key, value in state.items()}, 'num_batches_tracked'),
+])
+def test_what_other_trainers_save(wrap, named, caplog):
+    """torch.optim.swa_utils, Lightning, and timm's avg_checkpoints.py, which averages counts too."""
+    model = timm.create_model('smpconv_nano', num_classes=2)
+    state = randomize_(model).state_dict()
+    other = timm.create_model('smpconv_nano', num_classes=2)
+    checkpoint.load_into(other, wrap(state))
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+    assert len(caplog.records) == 1 and named in caplog.text
+
+
+def test_weights_of_swa(tmp_path):
+    """The class itself, not its form by hand."""
+    model = timm.create_model('smpconv_nano', num_classes=2)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), tmp_path / 'swa.pth')
+    other = timm.create_model('smpconv_nano', num_classes=2)
+    checkpoint.load_into(other, checkpoint.read_file(tmp_path / 'swa.pth'))
+    assert torch.equal(other.head.fc.weight, model.head.fc.weight)

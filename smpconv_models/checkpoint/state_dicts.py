@@ -1,9 +1,12 @@
 """The weights in a checkpoint, and whether they fit a model."""
+import logging
 from typing import Any, Iterable, List, Optional, Tuple
 
 from torch import Tensor, nn
 
 from .release import StateDict, from_release, is_release
+
+_logger = logging.getLogger(__name__)
 
 # In the order in which they are preferred: the published accuracies are the averaged weights'.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
@@ -30,9 +33,30 @@ def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict,
     state_dict = checkpoint[found] if found else checkpoint
     cleaned = {
         _strip(key): value for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    cleaned = _unwrapped(cleaned)
     if not cleaned:
         raise ValueError(f'expected a state dict in the checkpoint, found the keys {sorted(map(str, checkpoint))[:8]}')
     return cleaned, found
+
+
+def _unwrapped(state_dict: StateDict) -> StateDict:
+    """Return the weights alone of what other trainers save around them; each is named in a line of the log."""
+    found = []
+    if 'n_averaged' in state_dict:
+        found.append('the count of torch.optim.swa_utils.AveragedModel is left out')
+        state_dict = {key: value for key, value in state_dict.items() if key != 'n_averaged'}
+    if state_dict and all(key.startswith('model.') for key in state_dict):
+        found.append("Lightning's prefix model. is removed")
+        state_dict = {_strip(key.removeprefix('model.')): value for key, value in state_dict.items()}
+    averaged = [
+        key for key, value in state_dict.items()
+        if key.endswith('.num_batches_tracked') and value.is_floating_point() and value.isfinite().all()]
+    if averaged:
+        found.append('averaged counts of batches (num_batches_tracked) are rounded')
+        state_dict = {**state_dict, **{key: state_dict[key].round().long() for key in averaged}}
+    if found:
+        _logger.warning('checkpoint: %s', '; '.join(found))
+    return state_dict
 
 
 def _strip(key: str) -> str:
