@@ -9,9 +9,9 @@
 
 A checkpoint of train.py describes its model and how images are prepared; options come before that. Of its data it may
 name an embedded data set or an image folder of this machine; everything else is given by options. The averaged weights
-are taken where there are any, unless --no-use-ema. Prints the accuracy, then all figures as one line of JSON; of several
-models, each accuracy when it is there, then a table and a list. A file that is no checkpoint is told before the first
-evaluation; what fails later is told too, and the others go on.
+are taken where there are any, unless --no-use-ema. Prints the accuracy, then all figures as one line of JSON; of
+several models, each accuracy when it is there, then a table and a list. A file that is no checkpoint is told before the
+first evaluation; what fails later is told too, and the others go on.
 
 Exit codes: 0 done, 2 wrong arguments, checkpoint or data (of a single model: nothing is written), 130 interrupted.
 """

@@ -32,7 +32,8 @@ def run(redirection, **environment):
 
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('redirection', [
-    '>/dev/full 2>&1', '>&- 2>/dev/null', '>/dev/null 2>&-', '>&- 2>&-', '>&- 2>&- <&-', '2>&1 | (sleep 0.1; exit 0); exit ${PIPESTATUS[0]}'])
+    '>/dev/full 2>&1', '>&- 2>/dev/null', '>/dev/null 2>&-', '>&- 2>&-', '>&- 2>&- <&-',
+    '2>&1 | (sleep 0.1; exit 0); exit ${PIPESTATUS[0]}'])
 def test_a_script_keeps_its_exit_code(redirection, unbuffered):
     assert run(redirection, PYTHONUNBUFFERED=unbuffered) == (3, b'', b'')
 

@@ -1,5 +1,6 @@
 """DataLoaders whose workers are never waited for without a limit."""
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Callable, Iterator, List, Optional, Type
 
@@ -85,10 +86,8 @@ class BoundedLoader:
     def _bury(self) -> None:
         """Kill the workers and wait for their end."""
         for act in (self._kill, self._join, self._join):
-            try:
+            with suppress(RuntimeError):  # PyTorch's handler of SIGCHLD raises it in the main thread, once
                 act()
-            except RuntimeError:  # PyTorch's handler of SIGCHLD raises it in the main thread, once
-                pass
 
     def _join(self) -> None:
         for worker in self._workers():

@@ -26,9 +26,7 @@ class Ramps(Dataset):
 
 
 def bounded(stuck=None, seconds=0.4, workers=2):
-    return BoundedLoader(
-        DataLoader(Ramps(stuck), num_workers=workers, persistent_workers=workers > 0, prefetch_factor=2 if workers else None),
-        seconds)
+    return BoundedLoader(DataLoader(Ramps(stuck), num_workers=workers, persistent_workers=workers > 0), seconds)
 
 
 def pids(loader):

@@ -147,6 +147,43 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     assert same(state(stepper), before)
 
 
+def test_statistics_that_overflow_are_not_applied():
+    """Though loss and gradient are finite, as batch norms divide by what has overflowed."""
+    stepper, _ = make_stepper()
+    before = state(stepper)
+    images, target = next(batches(1))
+    outcome = stepper.step(iter([(images * 1e25, target)]), 0, False)
+    assert torch.isfinite(torch.tensor(outcome.loss)) and not outcome.applied and not outcome.is_overflow
+    assert outcome.is_mine and outcome.problem == 'running statistics of the batch norms are not finite'
+    assert same(state(stepper), before)
+    assert stepper.step(batches(1), 1, False).applied
+
+
+def test_statistics_that_overflow_are_no_matter_of_the_loss_scale():
+    stepper, _ = make_stepper(scaler=True)
+    stepper.scaler = torch.amp.GradScaler('cpu', init_scale=4.)
+    images, target = next(batches(1))
+    outcome = stepper.step(iter([(images * 1e25, target)]), 0, False)
+    assert not outcome.applied and not outcome.is_overflow and outcome.is_mine
+
+
+def test_a_buffer_that_is_infinite_from_the_start_refuses_no_step():
+    """As masks of attention are."""
+    stepper, model = make_stepper()
+    model.register_buffer('mask', torch.tensor([0., float('-inf')]), persistent=False)
+    stepper.__post_init__()
+    assert stepper.step(batches(1), 0, False).applied
+
+
+def test_a_weight_that_is_not_finite_ends_the_run_at_the_next_step():
+    stepper, model = make_stepper()
+    stepper.step(batches(1), 0, False)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = float('inf')
+    with pytest.raises(FloatingPointError, match=r'a weight is not finite after a step at learning rate 1\.00e-01'):
+        stepper.step(batches(1), 1, False)
+
+
 def test_a_loss_scale_that_is_too_large_is_lowered_not_counted():
     stepper, _ = make_stepper(scaler=True, amp=True)
     stepper.scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 40)

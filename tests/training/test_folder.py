@@ -1,0 +1,129 @@
+"""The folder of a run: who holds it, and what becomes of it under a run."""
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from smpconv_models.training import folder as folders
+from smpconv_models.training.folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(folders, '_PATIENCE', 0.2)
+
+
+def held(path):
+    folder = RunFolder(path)
+    folder.hold()
+    return folder
+
+
+def test_a_refused_run_leaves_nothing(tmp_path):
+    held(tmp_path / 'run').release()
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_leaves_its_files_and_the_next_one_takes_them(tmp_path):
+    folder = held(tmp_path / 'run')
+    folder.table.write_text('epoch\n')
+    folder.release()
+    assert sorted(path.name for path in folder.path.iterdir()) == ['.run.lock', 'summary.csv']
+    held(tmp_path / 'run').release()
+    assert folder.table.exists()
+
+
+def test_whoever_takes_a_folder_while_it_is_left_keeps_it(tmp_path, monkeypatch):
+    """The next run comes in the instant in which the lock is given up; its lock must be the one that a third meets."""
+    first = held(tmp_path / 'run')
+    release, after = first._lock.release, []
+
+    def take_at_once(*args, **kwargs):
+        release(*args, **kwargs)
+        after.append(held(tmp_path / 'run'))
+
+    monkeypatch.setattr(first._lock, 'release', take_at_once)
+    first.release()
+    with pytest.raises(ValueError, match='another run is in'):
+        RunFolder(tmp_path / 'run').hold()
+    after[0].release()
+
+
+@pytest.mark.parametrize('happens', [
+    lambda path: path.rename(path.with_name('renamed')),
+    shutil.rmtree,
+    lambda path: (shutil.rmtree(path), path.write_text('a file')),
+], ids=['renamed', 'removed', 'replaced by a file'])
+def test_a_folder_that_is_gone_is_left_without_an_error(tmp_path, happens):
+    folder = held(tmp_path / 'run')
+    happens(folder.path)
+    folder.release()
+    assert not folder._lock.is_locked
+
+
+def test_a_folder_that_has_become_read_only_is_left_without_an_error(tmp_path, monkeypatch):
+    """Permissions do not bind root, so the system's refusal is made."""
+    def refuse(self, **kwargs):
+        raise PermissionError(1, 'Operation not permitted', str(self))
+
+    folder = held(tmp_path / 'run')
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, 'unlink', refuse)
+        folder.release()
+    held(tmp_path / 'run').release()
+
+
+def test_the_folder_of_another_run_is_left_alone(tmp_path):
+    """After this one's was renamed, and another run has begun under its name."""
+    first = held(tmp_path / 'run')
+    first.path.rename(tmp_path / 'renamed')
+    second = RunFolder(tmp_path / 'run')
+    second._own['since'] = 'later'  # another process would differ by its number
+    second.hold()
+    first.release()
+    assert json.loads(second._holder.read_text())['since'] == 'later'
+    with pytest.raises(ValueError, match='another run is in'):
+        RunFolder(tmp_path / 'run').hold()
+    second.release()
+
+
+def take_and_leave(path, times, marker, doubles, takes):
+    """In a process of its own: the marker can be made by one holder at a time."""
+    folders._PATIENCE = 60.
+    for _ in range(times):
+        folder = held(path)
+        try:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            doubles.value += 1
+        else:
+            os.unlink(marker)
+        takes.value += 1
+        folder.release()
+
+
+def take_and_leave_with(path, processes, times):
+    fork = multiprocessing.get_context('fork')
+    doubles, takes = fork.Value('i'), fork.Value('i')
+    workers = [
+        fork.Process(target=take_and_leave, args=(path / 'run', times, path / 'marker', doubles, takes))
+        for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * processes
+    return doubles.value, takes.value
+
+
+def test_processes_that_take_and_leave_a_folder_never_share_it(tmp_path):
+    assert take_and_leave_with(tmp_path, 4, 10)[0] == 0
+
+
+@pytest.mark.slow  # a minute of 16 processes
+@pytest.mark.timeout(600)
+def test_many_processes_that_take_and_leave_a_folder_never_share_it(tmp_path):
+    assert take_and_leave_with(tmp_path, 16, 150)[0] == 0
