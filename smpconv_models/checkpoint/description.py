@@ -14,6 +14,8 @@ MAX_COUNT = 1 << 20  # classes, channels, a kernel's side
 _MAX_ENTRIES = 64  # of a sequence among a constructor's arguments
 _MAX_TEXT = 4096
 
+_PREPARATION = ('img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'exif_orientation')
+
 INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest', 'random')
 
 # Arguments of timm's factories that load, wrap or replace a network instead of describing it.
@@ -41,7 +43,8 @@ class Description:
         model: Name of the architecture, as in the file.
         model_kwargs: Arguments of the network's constructor: plain, bounded values.
         preparation: Those of ``img_size``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
-            ``exif_orientation`` that the file has.
+            ``exif_orientation`` that the file has, unchecked: :func:`check_preparation` is for those that are used, as
+            the user's options come before them.
         classes: Class names by index.
         epoch: Epoch of the weights.
         seed: Seed of the training run.
@@ -72,7 +75,7 @@ def describe(checkpoint: Any) -> Description:
     return Description(
         model=_optional(given, 'model', text, 'args.'),
         model_kwargs=_model_kwargs(checkpoint, given),
-        preparation=check_preparation(given, 'args.'),
+        preparation={key: given[key] for key in _PREPARATION if key in given},
         classes=_optional(checkpoint, 'classes', texts),
         epoch=_optional(checkpoint, 'epoch', lambda name, value: number(name, value, -1, 10 ** 9, whole=True)),
         seed=_optional(given, 'seed', lambda name, value: number(name, value, 0, 2 ** 32 - 1, whole=True), 'args.'),

@@ -195,14 +195,16 @@ def images(args: Namespace, network: Network) -> Images:
     if model.in_chans not in (1, 3):
         raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {model.in_chans}')
     described = checkpoint.describe(network.loaded)
-    options = {key: described.preparation.get(key) for key in _PREPARATION}
+    sizes = () if args.img_size is None else ('img_size', 'input_size')  # which the user's comes before
+    given = {key: value for key, value in described.preparation.items() if key not in sizes}
+    options = {**dict.fromkeys(_PREPARATION), **checkpoint.check_preparation(given, 'args.')}
     if args.img_size is not None:
-        options.update(img_size=args.img_size, input_size=None)
+        options['img_size'] = args.img_size
     config = data_config(Namespace(dataset=None, **options), model)
     transform = create_transform(
         config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
-    exif_orientation = described.preparation.get('exif_orientation', False)
+    exif_orientation = bool(options.get('exif_orientation'))
     read_image = ReadImage('L' if model.in_chans == 1 else 'RGB', exif_orientation)
     named = list(_named(args, described.origin.dataset, read_image))
     inputs = torch.stack([transform(image) for _, image in named])

@@ -79,7 +79,8 @@ def convert(
         name, kwargs = _described(described, state_dict, model)
         network = _create(name, kwargs)
         network.load_state_dict(_adapted(state_dict, network), assign=True)
-        network.pretrained_cfg.update(_data(network, described.preparation), license=license)
+        preparation = checkpoint.check_preparation(described.preparation, 'args.')
+        network.pretrained_cfg.update(_data(network, preparation), license=license)
         labels = _labels(network, described.classes)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error

@@ -77,7 +77,8 @@ def check_content(loaded: Any) -> None:
     """
     if not isinstance(loaded, dict) or not loaded.keys() >= _CONTENT:
         return
-    checkpoint.describe(loaded)
+    if loaded['classes'] is not None:
+        description.texts('classes', loaded['classes'])
     Progress.read(loaded['progress'])
     arguments = checkpoint.run_arguments(loaded)
     description.number('args.global_batch_size', arguments.get('global_batch_size'), 1, 10 ** 9, whole=True)

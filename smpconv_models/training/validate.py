@@ -274,9 +274,11 @@ def inherit(args: Namespace, described: Description) -> Namespace:
     keys = ['mean', 'std', 'interpolation', 'crop_pct', 'exif_orientation']
     if all(getattr(args, key) is None for key in _SIZES):
         keys += _SIZES
-    for key in keys:
-        if getattr(args, key) is None:
-            setattr(args, key, described.preparation.get(key))
+    taken = {key: described.preparation.get(key) for key in keys if getattr(args, key) is None}
+    try:
+        vars(args).update(taken, **checkpoint.check_preparation(taken, 'args.'))
+    except ValueError as error:
+        raise ValueError(f'{args.checkpoint}: {error}; an option of this name comes before it') from error
     dataset, data_dir, split = (getattr(described.origin, key) for key in ('dataset', 'data_dir', 'val_split'))
     if args.dataset is None and args.data_dir is None:
         if dataset in _EMBEDDED:

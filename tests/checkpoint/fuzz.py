@@ -134,7 +134,7 @@ def read_checkpoint(path):
     state_dict, _ = checkpoint.select_state_dict(loaded)
     network = conversion._create(*conversion._described(described, state_dict, None))
     conversion._adapted(state_dict, network)
-    conversion._data(network, described.preparation)
+    conversion._data(network, checkpoint.check_preparation(described.preparation))
     conversion._labels(network, described.classes)
     inherit(argparse.Namespace(
         checkpoint=str(path), dataset=None, data_dir=None, split=None, img_size=None, input_size=None, mean=None,

@@ -39,5 +39,6 @@ def test_descriptions_of_both_kinds_of_files():
 ])
 def test_wrong_values_are_refused_by_their_field(content, field):
     with pytest.raises(ValueError, match=field) as error:
-        checkpoint.describe(content)
+        described = checkpoint.describe(content)
+        checkpoint.check_preparation(described.preparation, 'args.')
     assert len(str(error.value)) < 300 and len(str(error.value).splitlines()) == 1

@@ -96,6 +96,11 @@ def test_options_come_before_the_description(tmp_path):
     assert given.img_size is None and given.data_dir is None
     for key in ('img_size', 'mean', 'data_dir', 'dataset', 'split'):
         assert getattr(inherit(given, checkpoint.describe({})), key) is None
+    larger = checkpoint.describe({'args': {'img_size': 2048}})  # as its run was asked to
+    with pytest.raises(ValueError, match=r'args\.img_size must be'):
+        inherit(given, larger)
+    given.img_size = 2048
+    assert inherit(given, larger).img_size == 2048
 
 
 @pytest.mark.parametrize('args, option', [
