@@ -66,13 +66,15 @@ class RunFolder:
         while True:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock.acquire(timeout=_PATIENCE)
-                return
-            except FileNotFoundError:  # a run that was refused has removed the folder in between
-                continue
             except FileExistsError:
                 if os.path.lexists(self.path) and not os.path.isdir(self.path):  # a file, a link to nothing
                     raise
+                continue  # a run that was refused has removed the folder in between, as below
+            try:
+                self._lock.acquire(timeout=_PATIENCE)
+                return
+            except FileNotFoundError:
+                continue
 
     def release(self) -> None:
         """Leave the folder to the next run, if this run holds it."""
