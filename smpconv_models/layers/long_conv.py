@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from smpconv_models.ops import is_counted
+
+from .counted import CountedConv
 from .fuse import upcast
 
 METHODS = ('auto', 'direct', 'fft')
@@ -33,7 +36,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, meth
         weight: ``(O, C, k)``, the last element for the present; k may exceed L.
         bias: ``(O,)``.
         method: 'direct', 'fft', or 'auto': whichever is quicker by what was measured on a CPU; on other devices the FFT
-            for kernels of 256 elements and more. 'auto' is 'direct' where it is scripted, traced or exported.
+            for kernels of 256 elements and more. 'auto' is 'direct' where it is scripted, traced or exported,
+            and while a FLOP counter runs.
 
     Returns:
         ``(N, O, L)`` in the dtype of a convolution. The FFT is computed in float32 at least; its rounding errors are
@@ -74,7 +78,7 @@ def same_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method
     left = [weight.shape[2] // 2, weight.shape[3] // 2]
     if _takes_fft(method, x, weight, bias, left) and x.shape[0] > 0:
         return _fft_conv(x, weight, bias, left)
-    return F.conv2d(x, weight, bias, padding=left)
+    return F.conv2d(x, weight, bias, padding=(left[0], left[1]))
 
 
 def check_method(method: str) -> None:
@@ -91,7 +95,14 @@ def _takes_fft(method: str, x: Tensor, weight: Tensor, bias: Optional[Tensor], l
     _check(method, x, weight, bias)
     if method != 'auto':
         return method == 'fft'
-    return _are_real(x, weight) and not torch.compiler.is_exporting() and _is_quicker_by_fft(x, weight, left)
+    if torch.compiler.is_exporting() or _is_counted():
+        return False
+    return _are_real(x, weight) and _is_quicker_by_fft(x, weight, left)
+
+
+@torch.jit.unused
+def _is_counted() -> bool:
+    return is_counted()
 
 
 def _are_real(x: Tensor, weight: Tensor) -> bool:
@@ -213,7 +224,7 @@ def _fast_length(length: int) -> int:
         length += 2
 
 
-class CausalConv1d(nn.Conv1d):
+class CausalConv1d(CountedConv, nn.Conv1d):
     """``nn.Conv1d`` that sees the past only, but for what the FFT rounds: :func:`causal_conv1d`, stride 1.
 
     Args:
@@ -254,7 +265,7 @@ class CausalConv1d(nn.Conv1d):
         return f'{super().extra_repr()}, method={self.method!r}'
 
 
-class SameConv2d(nn.Conv2d):
+class SameConv2d(CountedConv, nn.Conv2d):
     """``nn.Conv2d`` with ``padding='same'``: :func:`same_conv2d` as a module, stride 1.
 
     Args:

@@ -1,4 +1,5 @@
 """Convolutions whose kernels are drawn from self-moving points."""
+import math
 import warnings
 from typing import Any, Dict, Tuple
 
@@ -11,10 +12,11 @@ from smpconv_models.ops import check_options, depthwise_conv2d
 from . import points
 from .checks import check_counts, check_odd
 from .conv_norm import DepthwiseConv2d
+from .counted import CountedConv, warn_of_parameter_counter
 from .effective import refresh_
 
 
-class SMPLayer(nn.Module):
+class SMPLayer(CountedConv):
     """What all layers with points have: their parameters' names, the radii's range, and the kernel as it is now.
 
     Attributes:
@@ -34,6 +36,13 @@ class SMPLayer(nn.Module):
     def kernel(self) -> Tensor:
         """The kernel as a convolution takes it."""
         raise NotImplementedError
+
+    def products_per_output(self) -> int:
+        return math.prod(self.weight.shape[1:-1]) * self.kernel_size ** self.coords.shape[-1]
+
+    def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
+        warn_of_parameter_counter(hook)
+        return super().register_forward_hook(hook, **kwargs)
 
 
 class SMPDepthwiseConv2d(SMPLayer):

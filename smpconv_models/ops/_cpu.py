@@ -169,4 +169,4 @@ def _depthwise(
             bias = None if bias is None else bias.float()
             output = _depthwise(input.float(), weight.float(), bias, padding, dilation)
             return output.to(torch.bfloat16)
-    return F.conv2d(input, weight, bias, padding=padding, dilation=dilation, groups=channels)
+    return F.conv2d(input, weight, bias, padding=tuple(padding), dilation=tuple(dilation), groups=channels)

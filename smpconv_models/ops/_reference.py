@@ -15,8 +15,8 @@ from ._call import Call
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     return F.conv2d(
         input, weight, bias,
-        padding=[dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)],
-        dilation=dilation,
+        padding=(dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)),
+        dilation=(dilation[0], dilation[1]),  # FLOP counters in the place of conv2d take no lists
         groups=weight.shape[0],
     )
 

@@ -25,7 +25,9 @@ def depthwise_conv2d(
 
     Under autocast the dtype is the one ``conv2d`` would take. Under scripting, tracing and exporting, and within
     ``torch.func`` transforms and forward-mode differentiation, the call is a plain ``conv2d``, whatever ``backend``
-    says (scripted and traced without a check of the arguments); for fx it is one leaf.
+    says (scripted and traced without a check of the arguments); for fx it is one leaf. The call is
+    also a plain ``conv2d`` while a FLOP counter runs that knows PyTorch's convolutions only: one that replaced
+    ``F.conv2d``, or a dispatch mode that is not PyTorch's own.
 
     Args:
         input: ``(N, C, H, W)``, floating point, any layout; N may be 0, and the map smaller than the kernel.
