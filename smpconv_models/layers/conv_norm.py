@@ -35,7 +35,7 @@ def _by_name(layer: Any, look_up: Callable[[str], Any], argument: str) -> Callab
         raise ValueError(f"{argument} must be a callable or one of timm's names, got {layer!r}") from None
 
 
-class DepthwiseConv2d(CountedConv, nn.Conv2d):
+class DepthwiseConv2d(nn.Conv2d, CountedConv):
     """``nn.Conv2d`` that computes depthwise convolutions by :func:`smpconv_models.ops.depthwise_conv2d`.
 
     Same arguments, same parameters, same state dict, same function. The operation takes one group for each channel,

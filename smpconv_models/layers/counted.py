@@ -12,10 +12,7 @@ class CountedConv(nn.Module):
     Both walk a model by ``nn.Module.apply`` and look up the exact type of each module in a table.
     """
 
-    weight: Any
-    bias: Any
-
-    def products_per_output(self) -> int:
+    def products_per_output(self: Any) -> int:
         """Return the number of products in one output element: input channels of a group times kernel elements."""
         return self.weight[0].numel()
 

@@ -224,7 +224,7 @@ def _fast_length(length: int) -> int:
         length += 2
 
 
-class CausalConv1d(CountedConv, nn.Conv1d):
+class CausalConv1d(nn.Conv1d, CountedConv):
     """``nn.Conv1d`` that sees the past only, but for what the FFT rounds: :func:`causal_conv1d`, stride 1.
 
     Args:
@@ -265,7 +265,7 @@ class CausalConv1d(CountedConv, nn.Conv1d):
         return f'{super().extra_repr()}, method={self.method!r}'
 
 
-class SameConv2d(CountedConv, nn.Conv2d):
+class SameConv2d(nn.Conv2d, CountedConv):
     """``nn.Conv2d`` with ``padding='same'``: :func:`same_conv2d` as a module, stride 1.
 
     Args:
