@@ -253,6 +253,12 @@ def shown(value: Any) -> str:
     return f'{_shortened(value)!r:.80}'
 
 
+def printable(name: str) -> str:
+    """Return a name of a file's in one short line: what is not printable is escaped."""
+    name = name[:200]
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
 def _shortened(value: Any) -> Any:
     """Printing a whole number of thousands of digits takes long or raises."""
     if isinstance(value, int) and abs(value) > 1 << 64:

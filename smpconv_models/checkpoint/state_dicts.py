@@ -4,6 +4,7 @@ from typing import Any, Iterable, List, Optional, Tuple
 
 from torch import Tensor, nn
 
+from .description import printable
 from .release import StateDict, from_release, is_release
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict,
         _strip(key): value for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, Tensor)}
     cleaned = _unwrapped(cleaned)
     if not cleaned:
-        raise ValueError(f'expected a state dict in the checkpoint, found the keys {sorted(map(str, checkpoint))[:8]}')
+        raise ValueError(f'expected a state dict in the checkpoint, found the keys {sorted(str(key)[:80] for key in checkpoint)[:8]}')
     return cleaned, found
 
 
@@ -89,7 +90,7 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
     if not (missing or unexpected or reshaped):
         return _describe_sizes(state_dict, own)
     examples: List[str] = [f'{key} expected {expected[key]}, got {given[key]}' for key in reshaped[:3]]
-    examples += [f'no {key}' for key in missing[:2]] + [f'unknown {key}' for key in unexpected[:2]]
+    examples += [f'no {key}' for key in missing[:2]] + [f'unknown {printable(key)}' for key in unexpected[:2]]
     return (
         f'{len(missing)} of {len(expected)} tensors missing, {len(unexpected)} unexpected, '
         f'{len(reshaped)} of another shape ({"; ".join(examples[:5])})'
@@ -150,4 +151,4 @@ def check_finite(state_dict: StateDict) -> None:
             value = value.half()  # which has all of their values, and a sum
         # the sum is five times as quick, and finite values whose sum isn't are looked at one by one
         if not value.sum().isfinite() and not value.isfinite().all():
-            raise ValueError(f'the checkpoint has weights that are not finite: {name}')
+            raise ValueError(f'the checkpoint has weights that are not finite: {printable(name)}')

@@ -176,7 +176,7 @@ def create_for_checkpoint(name: str, kwargs: Dict[str, Any], loaded: Any, path: 
     except ValueError as error:
         trained = checkpoint.describe(loaded).model
         raise ValueError(
-            f'{path}: {error}{whose(loaded)}' + (f'; it was trained as {trained[:80]}' if trained else '')) from error
+            f'{path}: {error}{whose(loaded)}' + (f'; it was trained as {checkpoint.printable(trained)}' if trained else '')) from error
     model = create_model(name, **kwargs)
     return model, load_weights(model, loaded, path, use_ema)
 

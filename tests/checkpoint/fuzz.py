@@ -35,7 +35,7 @@ from smpconv_models.training.build import choose_model, create_for_checkpoint  #
 from smpconv_models.training.folder import RunFolder  # noqa: E402
 from smpconv_models.training.validate import inherit  # noqa: E402
 
-TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), num_classes=2)
+TINY = dict(depths=(1,), dims=(4,), kernel_sizes=(7,), num_classes=2)
 MEMORY = 64 << 20  # bytes beside twice the file: arenas of Python and PyTorch
 VALUES = [
     None, True, False, -1, 0, 1, 1 << 20, 10 ** 30, -10 ** 400, 1e-9, 1e38, float('nan'), float('inf'), 1j, '', 'x',
@@ -57,7 +57,7 @@ def watch(event, arguments):
 
 def whole(model):
     """A checkpoint that a run resumes from."""
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(list(model.parameters())[:4])  # which keeps cases small
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

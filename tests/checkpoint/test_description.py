@@ -42,3 +42,13 @@ def test_wrong_values_are_refused_by_their_field(content, field):
         described = checkpoint.describe(content)
         checkpoint.check_preparation(described.preparation, 'args.')
     assert len(str(error.value)) < 300 and len(str(error.value).splitlines()) == 1
+
+
+def test_names_of_a_file_stay_in_one_short_line():
+    state = torch.nn.Linear(1, 1).state_dict()
+    for name in ('a\nb', 'a\rb', 'x' * 5000):
+        line = checkpoint.describe_mismatch({**state, name: torch.ones(1)}, torch.nn.Linear(1, 1))
+        assert len(line.splitlines()) == 1 and len(line) < 400 and 'unknown' in line
+        with pytest.raises(ValueError) as error:
+            checkpoint.check_finite({name: torch.tensor(float('nan'))})
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400

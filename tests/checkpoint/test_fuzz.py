@@ -8,9 +8,8 @@ import pytest
 
 
 @pytest.mark.parametrize('count', [
-    200,
-    pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),  # five minutes
-    pytest.param(20000, marks=[pytest.mark.slow, pytest.mark.timeout(10800)]),  # an hour
+    2000,
+    pytest.param(20000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),  # ten minutes
 ])
 def test_changed_files_are_read_or_refused(count):
     done = subprocess.run(
