@@ -27,6 +27,7 @@ SEQUENCE_LENGTH = 48
 # widths and kernels as registered; every block of a stage has the same layers
 SHORT = {name: dict(depths=(1, 1, 1, 1)) for name in timm.list_models('smpconv_[tbm]*')}
 NAMES = (*timm.list_models('smpconv*'), *smpconv_models.list_sequence_models())
+QUICK = ('smpconv_cifar', 'smpconv_nano', 'smpconv_t', 'smpconv_scifar10', 'smpconv_sdigits')
 FORMS = ('points', 'reparameterized')
 
 # Nothing of these is a convolution or a linear layer.
@@ -42,7 +43,13 @@ def build(name, form, device, **kwargs):
     return timm.utils.reparameterize_model(model) if form == 'reparameterized' else model
 
 
-@pytest.fixture(scope='module', params=[(name, form) for name in NAMES for form in FORMS], ids='-'.join)
+def cases():
+    for name in NAMES:
+        marks = () if name in QUICK else pytest.mark.slow  # other sizes of the same layers
+        yield from (pytest.param((name, form), marks=marks, id=f'{name}-{form}') for form in FORMS)
+
+
+@pytest.fixture(scope='module', params=cases())
 def built(request):
     name, form = request.param
     is_sequence = name in smpconv_models.list_sequence_models()

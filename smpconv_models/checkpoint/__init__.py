@@ -1,5 +1,13 @@
 """Checkpoints: which files may be read, what weights they hold, and the original release's names for them."""
-from .description import Description, check_model_kwargs, check_preparation, describe, plain, printable, run_arguments
+from .description import (
+    Description,
+    check_model_kwargs,
+    check_preparation,
+    describe,
+    plain,
+    printable,
+    run_arguments,
+)
 from .files import check_file, file_sha256, first_line, read_file
 from .release import from_release, is_release
 from .state_dicts import (
@@ -12,6 +20,6 @@ from .state_dicts import (
 
 __all__ = [
     'Description', 'adapt', 'check_file', 'check_finite', 'check_model_kwargs', 'check_preparation', 'describe',
-    'describe_mismatch', 'file_sha256', 'first_line', 'from_release', 'is_release', 'load_into', 'plain', 'printable', 'read_file',
-    'run_arguments', 'select_state_dict',
+    'describe_mismatch', 'file_sha256', 'first_line', 'from_release', 'is_release', 'load_into', 'plain',
+    'printable', 'read_file', 'run_arguments', 'select_state_dict',
 ]

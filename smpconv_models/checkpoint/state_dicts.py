@@ -36,7 +36,8 @@ def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict,
         _strip(key): value for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, Tensor)}
     cleaned = _unwrapped(cleaned)
     if not cleaned:
-        raise ValueError(f'expected a state dict in the checkpoint, found the keys {sorted(str(key)[:80] for key in checkpoint)[:8]}')
+        names = sorted(str(key)[:80] for key in checkpoint)[:8]
+        raise ValueError(f'expected a state dict in the checkpoint, found the keys {names}')
     return cleaned, found
 
 

@@ -175,8 +175,8 @@ def create_for_checkpoint(name: str, kwargs: Dict[str, Any], loaded: Any, path: 
         check_network(name, kwargs, checkpoint.select_state_dict(loaded, use_ema)[0])
     except ValueError as error:
         trained = checkpoint.describe(loaded).model
-        raise ValueError(
-            f'{path}: {error}{whose(loaded)}' + (f'; it was trained as {checkpoint.printable(trained)}' if trained else '')) from error
+        as_what = f'; it was trained as {checkpoint.printable(trained)}' if trained else ''
+        raise ValueError(f'{path}: {error}{whose(loaded)}{as_what}') from error
     model = create_model(name, **kwargs)
     return model, load_weights(model, loaded, path, use_ema)
 
