@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import smpconv_models
 from smpconv_models.__main__ import count_macs
 from smpconv_models.layers import CausalConv1d, SameConv2d, SMPLayer, smp_layers
+from smpconv_models.ops import depthwise_conv2d
 
 SMALL = {'smpconv_cifar': (3, 8, 8)}
 SEQUENCE_LENGTH = 48
@@ -260,7 +261,20 @@ def test_accelerated_networks_count_as_before(deepspeed):
     assert counts(model, x, deepspeed) == expected
 
 
-@pytest.mark.parametrize('backend', ['auto', 'cpu', 'reference'])
+def test_a_named_backend_runs_while_functions_are_replaced(monkeypatch):
+    x, weight, conv2d, dilations = torch.randn(1, 4, 32, 32), torch.randn(4, 1, 15, 15), F.conv2d, []
+
+    def replaced(*args, **kwargs):
+        dilations.append(tuple(kwargs['dilation']))
+        return conv2d(*args, **kwargs)
+
+    monkeypatch.setattr(F, 'conv2d', replaced)
+    for backend in ('auto', 'reference', 'cpu'):
+        depthwise_conv2d(x, weight, dilation=2, backend=backend)
+    assert dilations == [(2, 2), (2, 2), (1, 1)]  # backend 'cpu' convolves the phases of a dilated convolution
+
+
+@pytest.mark.parametrize('backend', ['auto', 'reference'])
 def test_convolutions_with_a_bias_and_dilation(deepspeed, backend):
     arguments = dict(padding=14, dilation=2, groups=4)  # fvcore doesn't count nn.Conv2d's padding='same'
     plain = nn.Sequential(nn.Conv2d(4, 4, 15, **arguments))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from smpconv_models.ops import is_exporting
+
 # Pairs of a point and an element that may be held at once: 16 MB in float32, a few times that in the backward pass.
 # Chunks have a quarter of them; smaller ones spare more points, but each costs a millisecond.
 _MOST_PAIRS = 1 << 22
@@ -83,7 +85,7 @@ def _cut(query: Tensor, coords: Tensor) -> Tuple[Tensor, ...]:
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():  # nothing is kept, and strict export can't
+    if is_exporting() or not torch.is_grad_enabled():  # nothing is kept, and strict export can't
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 

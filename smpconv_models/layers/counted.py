@@ -20,7 +20,7 @@ class CountedConv(nn.Module):
         counter = getattr(fn, '__module__', None)
         if counter in _TABLES:
             table, formula = _TABLES[counter]
-            getattr(sys.modules[counter], table).setdefault(type(self), formula)
+            getattr(sys.modules[counter], table, {}).setdefault(type(self), formula)  # another version may have none
         return super().apply(fn)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from smpconv_models.ops import is_counted
+from smpconv_models.ops import has_autocast, is_counted, is_exporting
 
 from .counted import CountedConv
 from .fuse import upcast
@@ -95,7 +95,7 @@ def _takes_fft(method: str, x: Tensor, weight: Tensor, bias: Optional[Tensor], l
     _check(method, x, weight, bias)
     if method != 'auto':
         return method == 'fft'
-    if torch.compiler.is_exporting() or _is_counted():
+    if is_exporting() or _is_counted():
         return False
     return _are_real(x, weight) and _is_quicker_by_fft(x, weight, left)
 
@@ -135,7 +135,7 @@ def _fft_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], left: List[int]
     """A convolution with ``left`` zeros before each dimension and, behind, as many as make the output the input's size.
     """
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else 'cpu'  # meta has none
+    device = x.device.type if has_autocast(x.device.type) else 'cpu'  # meta has none
     if torch.is_autocast_enabled(device):
         dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)  # it leaves doubles alone
     elif x.dtype != weight.dtype:

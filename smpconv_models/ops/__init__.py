@@ -1,5 +1,5 @@
 """One operation, several backends: large-kernel depthwise convolution."""
-from ._counting import is_counted
+from ._context import has_autocast, is_counted, is_exporting
 from .depthwise import available_backends, check_options, depthwise_conv2d
 
-__all__ = ['available_backends', 'check_options', 'depthwise_conv2d', 'is_counted']
+__all__ = ['available_backends', 'check_options', 'depthwise_conv2d', 'has_autocast', 'is_counted', 'is_exporting']

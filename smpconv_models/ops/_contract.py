@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _backends, _counting, _reference
+from . import _backends, _context, _reference
 
 
 def depthwise_conv2d(
@@ -41,7 +41,7 @@ def depthwise_conv2d(
     if not torch.compiler.is_compiling():
         trains_weight = torch.is_grad_enabled() and weight.requires_grad
         chosen = _backends.select(backend, input, weight.shape[2:], dilation, trains_weight)
-        if _counting.is_counted(knows_operator=True):
+        if backend == 'auto' and _context.is_counted(knows_operator=True):
             chosen = _reference
         if chosen is _reference or not _is_watched(input, weight, bias):
             return _run(chosen, input, weight, bias, dilation)
@@ -71,7 +71,7 @@ def _run(
 
 
 def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _context.has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _backends, _contract, _reference
+from . import _backends, _contract, _context, _reference
 
 
 def depthwise_conv2d(
@@ -77,7 +77,7 @@ def _depthwise_conv2d(
     if torch.jit.is_tracing():  # before the check, whose conditions tracing would warn of
         return _reference.forward(input, weight, bias, dilation_list)
     _check(input, weight, bias)
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed():
+    if _context.is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed():
         return _reference.forward(input, weight, bias, dilation_list)
     return _contract.depthwise_conv2d(input, weight, bias, dilation_list, backend)
 
