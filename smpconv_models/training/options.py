@@ -1,11 +1,10 @@
 """The command-line options of train.py and validate.py, by timm's names."""
 import argparse
+import ast
 import logging
 import math
 import os
 from typing import Any, Callable, List, Optional, Tuple
-
-from timm.utils import ParseKwargs
 
 from . import sequence_data
 
@@ -30,17 +29,22 @@ def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Ca
     return convert
 
 
-class Keywords(ParseKwargs):
-    """timm's, where what is no KEY=VALUE is a usage error, and so are brackets that don't close."""
+class Keywords(argparse.Action):
+    """Parse ``KEY=VALUE`` pairs as timm's ``ParseKwargs`` does; a malformed pair or open bracket is a usage error."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
-        for value in values:
-            if value.count('=') != 1:
-                raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {value}')
-        super().__call__(parser, namespace, values, option_string)
-        for key, value in getattr(namespace, self.dest).items():
-            if isinstance(value, str) and value[:1] in tuple('([{'):
-                raise argparse.ArgumentError(self, f'expected a value of Python, got {key}={value}')
+        keywords = {}
+        for pair in values:
+            key, equals, value = pair.partition('=')
+            if not equals:
+                raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {pair}')
+            try:
+                keywords[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                if value.startswith(('(', '[', '{')):
+                    raise argparse.ArgumentError(self, f'expected a value of Python, got {pair}') from None
+                keywords[key] = value
+        setattr(namespace, self.dest, keywords)
 
 
 count = number(int, 1, 10 ** 9)
