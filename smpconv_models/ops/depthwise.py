@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _backends, _contract, _context, _reference
+from . import _backends, _context, _contract, _reference
 
 
 def depthwise_conv2d(
