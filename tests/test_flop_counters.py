@@ -140,7 +140,7 @@ def conv_flops_of_deepspeed(input, weight, bias=None, stride=1, padding=0, dilat
         paddings = tuple(d * (k - 1) // 2 for d, k in zip(dilations, weight.shape[2:]))
     else:
         paddings = padding if type(padding) is tuple else (padding,) * length
-    macs = input.shape[0] * weight.numel() // groups * groups
+    macs = input.shape[0] * input.shape[1] * weight.shape[0] * weight[0, 0].numel() // groups
     for size, k, s, p, d in zip(input.shape[2:], weight.shape[2:], strides, paddings, dilations):
         macs *= (size + 2 * p - (d * (k - 1) + 1)) // s + 1
     return macs

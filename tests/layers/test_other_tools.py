@@ -348,7 +348,7 @@ def test_a_parametrized_radius_is_clipped():
     (lambda layer: parametrize.register_parametrization(layer, 'radius', Grown()), 'has no right_inverse'),
     (lambda layer: weight_norm(layer, 'radius'), 'computed before each forward pass'),
 ])
-def test_a_radius_that_cannot_be_clipped_is_warned_of(tool, reason, recwarn):
+def test_a_radius_that_cannot_be_clipped_is_warned_of(tool, reason):
     model = out_of_range()
     tool(model[0])
     with torch.no_grad():
