@@ -18,6 +18,7 @@ from smpconv_models import checkpoint
 from smpconv_models.training import output
 from smpconv_models.training.folder import RunFolder
 from smpconv_models.training.signals import StopRequest
+from smpconv_models.training.step import Stepper
 
 SMALL = [
     *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--batch-size', 512, '--epochs', 1,
@@ -62,6 +63,24 @@ def test_a_rate_at_which_statistics_overflow_is_named_at_the_step(tmp_path, caps
     line, = capsys.readouterr().err.strip().splitlines()
     assert '2 steps in a row came to NaN or infinity; the last: epoch ' in line
     assert 'a lower --lr than 1e+06' in line
+
+
+@pytest.mark.parametrize(('broken', 'told'), [
+    (1, 'after epoch 0, step 1, at learning rate 1.00e-03;'), (2, 'after epoch 1, step 0, at learning rate 2.00e-03;')])
+def test_the_step_that_broke_a_weight_is_named(broken, told, tmp_path, capsys, monkeypatch):
+    """Not the next one, whose learning rate is another."""
+    apply = Stepper._apply
+
+    def break_weight(stepper, norm, number):
+        apply(stepper, norm, number)
+        if number == broken:
+            next(stepper.model.parameters()).data.view(-1)[0] = float('nan')
+
+    monkeypatch.setattr(Stepper, '_apply', break_weight)
+    command = [*SMALL, '--epochs', 3, '--sched', 'step', '--warmup-epochs', 2, '--warmup-lr', 0, '--lr', 4e-3]
+    assert run(*command, '--output', tmp_path) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert f'error: a weight is not finite {told} a lower --lr than 0.004 or --clip-grad may help' in line
 
 
 @pytest.mark.parametrize('option', ['--lr', '--weight-decay', '--opt-eps'])
