@@ -30,7 +30,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.fixture
-def signal_at(monkeypatch):
+def signal_at(monkeypatch, heard_signals):
     """Sends this process a signal when it reads an image for the n-th time."""
     def arm(number, count):
         original, left = Samples.__getitem__, [count]

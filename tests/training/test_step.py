@@ -35,7 +35,7 @@ def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, **changes):
     optimizer = torch.optim.SGD(param_groups(model, 0.05), lr=0.1)
     return Stepper(
         args, model, model, ModelEmaV3(model, decay=ema), optimizer, Rates(),
-        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, World.alone()), model
+        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, World()), model
 
 
 def group_norm(channels):
@@ -178,8 +178,8 @@ def test_a_buffer_that_is_infinite_from_the_start_refuses_no_step():
 def test_finite_values_with_an_infinite_norm_refuse_no_step():
     """Nor do tensors without any value."""
     stepper, model = make_stepper()
-    model.register_buffer('large', torch.tensor([3e38, 3e38]))
-    model.register_buffer('empty', torch.empty(0))
+    model.register_buffer('large', torch.tensor([3e38, 3e38]), persistent=False)
+    model.register_buffer('empty', torch.empty(0), persistent=False)
     stepper.optimizer.add_param_group({'params': [nn.Parameter(torch.tensor([3e38])), nn.Parameter(torch.empty(0))]})
     stepper.__post_init__()
     assert stepper.step(batches(1), 0, False).applied
