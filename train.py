@@ -34,6 +34,8 @@ if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a lost process is told in a line, not in pages of C++ frames
 
+from torch import distributed
+
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import streams
 from smpconv_models.training import Stopped, World, config, explain, options, set_up, train
@@ -57,7 +59,7 @@ def create_parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     parser = create_parser()
     try:
-        world = World()
+        world = World.from_environment()
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
@@ -128,12 +130,15 @@ def _tell(result: Dict[str, Any], args: argparse.Namespace) -> None:
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
     streams.keep_writable()
-    code: Any
     try:
-        code = main()
+        sys.exit(main())
     except SystemExit as end:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise
         code = end.code
-    sys.stdout.flush()
-    if code:
-        os._exit(code)  # PyTorch's threads, which wait for others, may abort or keep a process that ends as usual
-    sys.exit(code)
+        if code is not None and not isinstance(code, int):  # as Python does
+            print(code, file=sys.stderr)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)  # threads of the process group, which wait for other ranks, may abort or keep the process

@@ -122,7 +122,7 @@ def evaluate_all(
         try:
             evaluation = measure(own, before, with_confusion=bool(args.class_results or args.confusion))
         except Exception as error:
-            line = explain(error, own, World.alone())
+            line = explain(error, own, World())
             if line is None:
                 raise
             if len(each) == 1:

@@ -361,7 +361,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = create_parser()
     args = parser.parse_args(argv)
     options.show_causes(args)
-    world = World()
+    world = World.from_environment()
     run = None
     try:
         run = Run(args, world)

@@ -12,6 +12,7 @@ _PLAIN = {
     'argparse.Namespace',  # timm's training script stores its arguments in one
     'collections.OrderedDict', 'torch.Size', 'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor',
     'torch._utils._rebuild_tensor_v2',
+    'torch.bfloat16', 'torch.float16', 'torch.float32', 'torch.float64',  # options of optimizers
 }
 _TENSORS = ('torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2')
 _MAX_DIMS = 64  # what most of PyTorch's operations take

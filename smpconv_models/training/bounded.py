@@ -56,7 +56,8 @@ class BoundedLoader:
         except (EOFError, OSError, RuntimeError):  # as PyTorch notices that a worker is gone
             if not limit.is_exceeded:
                 raise
-            self._bury()
+            self._kill_and_join()
+            self.close()  # the next iteration starts other workers
             raise TimeoutError(
                 f'no batch came from the DataLoader workers in {self.seconds:g} s, so they were killed: they hang, or '
                 f'shared memory (/dev/shm) is full; try fewer --workers than {self.loader.num_workers}, or a longer '
@@ -72,7 +73,7 @@ class BoundedLoader:
         shutdown = threading.Thread(target=batches._shutdown_workers, daemon=True)  # it may wait without a limit
         shutdown.start()
         shutdown.join(_GRACE)
-        self._bury()
+        self._kill_and_join()
         self.loader._iterator = None
 
     def _workers(self) -> List[Any]:
@@ -83,7 +84,7 @@ class BoundedLoader:
         for worker in self._workers():
             worker.kill()  # ends a stopped process too
 
-    def _bury(self) -> None:
+    def _kill_and_join(self) -> None:
         """Kill the workers and wait for their end."""
         for act in (self._kill, self._join, self._join):
             with suppress(RuntimeError):  # PyTorch's handler of SIGCHLD raises it in the main thread, once

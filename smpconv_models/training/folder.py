@@ -125,7 +125,7 @@ class RunFolder:
                 _logger.warning('%s; looking for an older one', error)
                 continue
             if problems:  # out of the way, or the next save would keep it in place of this one
-                os.replace(self.last, self.last.with_name('damaged.pth.tar'))
+                os.replace(self.last, self.last.with_name('refused.pth.tar'))
             return str(path), loaded
         if problems:
             raise ValueError('; '.join(problems) + '; remove them to start anew')
@@ -145,4 +145,4 @@ def check_named(check: Callable[[Any], None], loaded: Any, path: Any) -> None:
     try:
         check(loaded)
     except ValueError as error:
-        raise ValueError(f'{path} is a damaged checkpoint: {error}') from error
+        raise ValueError(f'{path} cannot be resumed from: {error}') from error

@@ -186,7 +186,7 @@ def held_out(
         dataset.set_loader_cfg(num_workers=max(args.workers, 1))
         loader = _loader(args, Stream(dataset), device, world, collate, batch_size=batch_size)
         expected = dataset.reader.num_samples
-        world = World.alone()
+        world = World()
     else:
         order = InOrder(len(dataset), batch_size, world.rank, world.size)
         loader = _loader(args, Samples(dataset, args.seed), device, world, collate, batch_sampler=order)

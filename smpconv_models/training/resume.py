@@ -3,6 +3,7 @@ import logging
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
+import torch
 from torch import Tensor
 
 from smpconv_models import checkpoint
@@ -108,16 +109,21 @@ def _check_optimizer(optimizer: Any) -> None:
             optimizer.get('param_groups'), list):
         raise ValueError('optimizer must be a dictionary of state and param_groups')
     for group in optimizer['param_groups']:
-        description.plain('optimizer.param_groups', group)
         if not isinstance(group, dict) or not isinstance(group.get('params'), list):
             raise ValueError('optimizer.param_groups must be dictionaries with a list of params')
+        _check_values('optimizer.param_groups', group)
     for index, state in optimizer['state'].items():
         if not isinstance(index, int) or not isinstance(state, dict):
             raise ValueError(f'optimizer.state must be a dictionary for each parameter, got {description.shown(state)}')
-        for key, value in state.items():
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                if not isinstance(item, Tensor):
-                    description.plain(f'optimizer.state.{index}.{key}', item)
+        _check_values(f'optimizer.state.{index}', state)
+
+
+def _check_values(name: str, values: Dict[Any, Any]) -> None:
+    """Check that values are plain data, tensors, data types, or lists of them."""
+    for key, value in values.items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(item, (Tensor, torch.dtype)):
+                description.plain(f'{name}.{key}', item)
 
 
 def restore(run: 'Run', path: str, loaded: Any) -> None:
@@ -195,38 +201,45 @@ def _load(run: 'Run', path: str, loaded: Dict[str, Any]) -> None:
         scaler.load_state_dict(loaded['amp_scaler'])
 
 
-# State of an optimizer that has the shape of its parameter.
+# State of an optimizer that is a tensor: as large as its parameter, or reduced over dimensions.
 _MOMENTS = ('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer', 'square_avg', 'grad_avg')
 
 
 def _load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
     """Load an optimizer's state after a comparison with its parameters.
 
+    Args:
+        optimizer: Optimizer to load into; options that the checkpoint lacks keep their values.
+        state: State dict of an optimizer of the same class.
+
     Raises:
-        ValueError: If groups, options or shapes differ.
+        ValueError: If parameter groups, types of options or shapes differ.
     """
     own = optimizer.state_dict()['param_groups']
     given = state['param_groups']
     if [group['params'] for group in own] != [group['params'] for group in given]:
-        raise ValueError('the parameter groups of the optimizer are others')
+        expected, got = (description.shown([len(group['params']) for group in groups]) for groups in (own, given))
+        raise ValueError(f'the parameter groups of the optimizer must have {expected} parameters, got {got}')
     for ours, theirs in zip(own, given):
-        other = [key for key in sorted(ours.keys() | theirs.keys(), key=str)
-                 if key not in ours or key not in theirs or not _alike(ours[key], theirs[key])]
-        if other:
-            raise ValueError(f'the optimizer has other options: {", ".join(map(str, other[:5]))}')
-    parameters = {index: parameter for group, ours in zip(optimizer.param_groups, own)
-                  for index, parameter in zip(ours['params'], group['params'])}
+        for key, value in theirs.items():
+            if not (_is_number(value) if key == 'step' else _alike(ours.get(key), value)):
+                raise ValueError(
+                    f'option {key} of the optimizer must be a value like {description.shown(ours.get(key, 0))}, got '
+                    f'{description.shown(value)}')
+    shapes = {index: parameter.shape for group, ours in zip(optimizer.param_groups, own)
+              for index, parameter in zip(ours['params'], group['params'])}
     for index, values in state['state'].items():
-        if index not in parameters:
+        if index not in shapes:
             raise ValueError(f'the optimizer has no parameter {index}')
         for key, value in values.items():
-            if key in _MOMENTS and (not isinstance(value, Tensor) or value.shape != parameters[index].shape):
+            if key in _MOMENTS and not _is_reduced(value, shapes[index]):
                 raise ValueError(
-                    f'{key} of parameter {index} of the optimizer must have shape {tuple(parameters[index].shape)}, '
+                    f'{key} of parameter {index} of the optimizer must have shape {tuple(shapes[index])}, '
                     f'got {tuple(value.shape) if isinstance(value, Tensor) else description.shown(value)}')
-            if key == 'step' and (value.numel() if isinstance(value, Tensor) else isinstance(value, (int, float))) != 1:
-                raise ValueError(f'step of parameter {index} of the optimizer must be a number')
-    optimizer.load_state_dict(state)
+            if key == 'step' and not _is_number(value):
+                raise ValueError(
+                    f'step of parameter {index} of the optimizer must be a number, got {description.shown(value)}')
+    optimizer.load_state_dict({**state, 'param_groups': [{**ours, **theirs} for ours, theirs in zip(own, given)]})
 
 
 def _alike(ours: Any, theirs: Any) -> bool:
@@ -234,3 +247,13 @@ def _alike(ours: Any, theirs: Any) -> bool:
     kinds = [(int, float) if isinstance(value, (int, float)) and not isinstance(value, bool) else
              (list, tuple) if isinstance(value, (list, tuple)) else type(value) for value in (ours, theirs)]
     return kinds[0] == kinds[1] or ours is None or theirs is None
+
+
+def _is_number(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
+
+
+def _is_reduced(value: Any, shape: torch.Size) -> bool:
+    """Whether a value is a tensor of this shape, or of one with dimensions that are left out or of size 1."""
+    sizes = iter(shape)
+    return isinstance(value, Tensor) and all(size == 1 or size in sizes for size in value.shape)

@@ -109,7 +109,7 @@ def set_up(args: Namespace, world: Optional[World] = None) -> Run:
     args.dataset = args.dataset or ''
     if args.data_dir and '://' not in args.data_dir:
         args.data_dir = str(Path(args.data_dir).resolve())  # for a later evaluation from elsewhere
-    world = world or World()
+    world = world or World.from_environment()
     device = select_device(args.device, world.local_rank if world.size > 1 else None)
     _divide(args, world)
     train_set, val_set = _open(args, world, device)

@@ -58,6 +58,9 @@ class Stepper:
         mixup: timm's.
         device: Where the model is.
         world: The processes that share each step.
+
+    Attributes:
+        last_applied: Number and learning rate of the last step that was applied; None before the first one.
     """
 
     args: Namespace
@@ -76,6 +79,7 @@ class Stepper:
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group['params']]
         self.statistics = list(self.model.buffers())
         self.finite = [value for value in self.statistics if value.is_floating_point() and value.isfinite().all()]
+        self.last_applied: Optional[Tuple[int, float]] = None
 
     def step(self, batches: Batches, number: int, is_asked_to_stop: bool) -> Outcome:
         """Takes as many batches as a step accumulates, and applies their gradient if all of it is finite.
@@ -86,23 +90,27 @@ class Stepper:
             is_asked_to_stop: Whether this process was; all of them learn of it.
 
         Raises:
-            FloatingPointError: If the step before has made a weight infinite or NaN.
+            FloatingPointError: If a weight is infinite or NaN, after the last step that was applied.
         """
         rate = max(group['lr'] for group in self.optimizer.param_groups)
         before = self._copied_statistics()
         loss = self._accumulate(batches, number)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm(self._gradients())
-        statistics, weights = _largest(self.finite, norm), _largest(self.parameters, norm)
-        is_bad = ~torch.isfinite(torch.stack([loss, norm, statistics, weights]))
+        norm, *others = (
+            nn.utils.get_total_norm(tensors).to(loss) for tensors in (self._gradients(), self.finite, self.parameters))
+        is_bad = ~torch.isfinite(torch.stack([loss, norm, *others]))
         totals = self.world.total(
             loss / self.world.size, *is_bad, torch.tensor(is_asked_to_stop, device=self.device))
         mean, bad_losses, bad_norms, bad_statistics, bad_weights, stops = totals
+        if bad_statistics or bad_weights:  # perhaps: the squares of finite values may be infinite
+            is_bad[2], is_bad[3] = _has_bad(self.finite), _has_bad(self.parameters)
+            bad_statistics, bad_weights = self.world.total(*is_bad[2:])
         if bad_weights:
-            raise FloatingPointError(f'a weight is not finite after a step at learning rate {rate:.2e}')
+            raise FloatingPointError('a weight is not finite')
         applied = not (bad_losses or bad_norms or bad_statistics)
         if applied:
             self._apply(norm, number)
+            self.last_applied = number, rate
         else:
             self._restore_statistics(before)
         scale = 0. if applied else self.scaler.get_scale()
@@ -171,7 +179,6 @@ class Stepper:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
 
-@torch.no_grad()
-def _largest(tensors: List[Tensor], like: Tensor) -> Tensor:
-    """Largest magnitude in the tensors, which is NaN if a value is."""
-    return nn.utils.get_total_norm(tensors, norm_type=float('inf')).to(like) if tensors else torch.zeros_like(like)
+def _has_bad(tensors: List[Tensor]) -> bool:
+    """Whether a value is not finite."""
+    return not all(tensor.isfinite().all() for tensor in tensors)

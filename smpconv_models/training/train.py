@@ -108,8 +108,7 @@ def _train_epoch(run: Run, teller: Optional[Report], stop: StopRequest) -> None:
                 outcome = run.stepper.step(batches, run.number, stop.number is not None)
             except FloatingPointError as error:
                 raise FloatingPointError(
-                    f'epoch {progress.epoch}, step {progress.step}: {error}; a lower --lr than {run.args.lr:g} or '
-                    '--clip-grad may help') from error
+                    f'{error} {_after(run)}; a lower --lr than {run.args.lr:g} or --clip-grad may help') from error
             _note(run, outcome)
             if teller is not None:
                 teller.step(progress, outcome.loss, outcome.rate)
@@ -141,13 +140,22 @@ def _note(run: Run, outcome: Outcome) -> None:
     progress.step += 1
 
 
+def _after(run: Run) -> str:
+    """Name the last step that changed the weights."""
+    if run.stepper.last_applied is None:
+        return 'before the first step of this command'
+    number, rate = run.stepper.last_applied
+    epoch, step = divmod(number, run.images.steps)
+    return f'after epoch {epoch}, step {step}, at learning rate {rate:.2e}'
+
+
 def _refusal(run: Run, outcome: Outcome) -> str:
     progress = run.progress
     names = run.images.names(progress.step)
     files = ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
     return (
-        f'epoch {progress.epoch}, step {progress.step}: {outcome.problem}, at rate {outcome.rate:.2e}, so the step is '
-        'not applied'
+        f'epoch {progress.epoch}, step {progress.step}: {outcome.problem}, at learning rate {outcome.rate:.2e}, so the '
+        'step is not applied'
         + (f'; images {files}' if names else ''))
 
 

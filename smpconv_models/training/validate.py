@@ -111,7 +111,7 @@ def measure(args: Namespace, before: Optional[Namespace] = None, with_confusion:
     model.to(device).to(memory_format=memory_format(args)).eval()
     config = data.data_config(args, model)
     dataset, classes = _open(args, described, model)
-    world = World.alone()
+    world = World()
     images = loaders.held_out(args, dataset, config, device, world)
     try:
         metrics = evaluate(

@@ -21,31 +21,31 @@ Result = TypeVar('Result')
 
 
 class World:
-    """This process among those that torchrun or Slurm has started; alone without them.
+    """Processes of a run, of which this is one.
+
+    Args:
+        local_rank: Rank of this process on its machine.
+        rank: Rank of this process.
+        size: World size.
 
     Attributes:
-        rank: Of this process among all.
-        local_rank: Among those of this machine.
-        size: How many there are in all.
-        shield: Of the processes that load images for this one.
+        shield: Signal handling of this process's DataLoader workers.
     """
 
-    def __init__(self) -> None:
-        self._stand_alone()
-        self.local_rank, self.rank, self.size = _from_environment()
-
-    @classmethod
-    def alone(cls) -> 'World':
-        """A world of one process, whatever has been started."""
-        world = cls.__new__(cls)
-        world._stand_alone()
-        return world
-
-    def _stand_alone(self) -> None:
-        self.local_rank, self.rank, self.size = 0, 0, 1
+    def __init__(self, local_rank: int = 0, rank: int = 0, size: int = 1) -> None:
+        self.local_rank, self.rank, self.size = local_rank, rank, size
         self.shield = Shield()
         self._loaders: List[BoundedLoader] = []
         self._store: Any = None
+
+    @classmethod
+    def from_environment(cls) -> 'World':
+        """Return the world that torchrun or Slurm has started; one process without them.
+
+        Raises:
+            ValueError: If a variable is not a whole number, or the numbers do not go together.
+        """
+        return cls(*_from_environment())
 
     @property
     def is_first(self) -> bool:
@@ -155,7 +155,10 @@ def _from_environment() -> Tuple[int, int, int]:
         ValueError: If a variable is not a whole number, or the numbers do not go together.
     """
     found = {kind: next((name for name in names if name in os.environ), '') for kind, names in _VARIABLES.items()}
-    for name in filter(None, (*found.values(), 'MASTER_PORT' * (found['WORLD_SIZE'] == 'WORLD_SIZE'))):
+    names = [name for name in found.values() if name]
+    if found['WORLD_SIZE'] == 'WORLD_SIZE':
+        names.append('MASTER_PORT')
+    for name in names:
         text = os.environ.get(name, '0')
         if not text.strip().isdecimal():
             raise ValueError(f'the environment variable {name} must be a whole number, got {text!r}')

@@ -134,7 +134,7 @@ def test_sums_over_parts_are_the_whole(parts):
         whole.sums += tally.sums
         whole.count += tally.count
         whole.confusion += tally.confusion
-    result = whole.result(World.alone())
+    result = whole.result(World())
     logits = images.flatten(1)[:, :4]
     assert result['count'] == 50
     assert result['top1'] == pytest.approx(100 * (logits.argmax(1) == target).double().mean().item(), abs=1e-9)
@@ -148,6 +148,6 @@ def test_sums_over_parts_are_the_whole(parts):
 
 def test_nothing_to_evaluate_is_told():
     args = Namespace(channels_last=False, amp=False, amp_dtype='float16')
-    held_out = HeldOut([], World.alone(), LeftOutOfEvaluation(Namespace(skip_unreadable=False)))
+    held_out = HeldOut([], World(), LeftOutOfEvaluation(Namespace(skip_unreadable=False)))
     with pytest.raises(ValueError, match='there were no images to evaluate'):
         evaluate(FirstPixels(), held_out, torch.device('cpu'), args)

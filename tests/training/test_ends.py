@@ -1,5 +1,6 @@
 """How a run ends: its exit code, its one line, what it leaves."""
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,14 @@ import pytest
 import torch
 from launch import EVERYTHING, ROOT, TINY, finish, start, wait_for_step
 from test_faults import children
+from torch import distributed
 
 import train
-from smpconv_models import checkpoint
+from smpconv_models import checkpoint, streams, training
 from smpconv_models.training import output
 from smpconv_models.training.folder import RunFolder
 from smpconv_models.training.signals import StopRequest
+from smpconv_models.training.step import Stepper
 
 SMALL = [
     *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--batch-size', 512, '--epochs', 1,
@@ -64,12 +67,69 @@ def test_a_rate_at_which_statistics_overflow_is_named_at_the_step(tmp_path, caps
     assert 'a lower --lr than 1e+06' in line
 
 
+def test_the_step_that_broke_a_weight_is_named(tmp_path, capsys, monkeypatch):
+    """Not the next one, whose learning rate is 3e-3."""
+    apply = Stepper._apply
+
+    def break_weight(stepper, norm, number):
+        apply(stepper, norm, number)
+        if number == 2:
+            next(stepper.model.parameters()).data.view(-1)[0] = float('nan')
+
+    monkeypatch.setattr(Stepper, '_apply', break_weight)
+    command = [*SMALL, '--epochs', 3, '--sched', 'step', '--warmup-epochs', 2, '--warmup-lr', 0, '--lr', 4e-3]
+    assert run(*command, '--output', tmp_path) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert 'error: a weight is not finite after epoch 1, step 0, at learning rate 2.00e-03; a lower --lr than' in line
+
+
 @pytest.mark.parametrize('option', ['--lr', '--weight-decay', '--opt-eps'])
 def test_numbers_that_overflow_in_the_optimizer_are_refused(option, capsys):
     with pytest.raises(SystemExit, match='2'):
         run(*SMALL, option, 1e38)
     line, = capsys.readouterr().err.strip().splitlines()
     assert f'argument {option}: must be' in line and 'at most 1e+06, got 1e+38' in line
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Runs train.py as a script that ends with this SystemExit."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def end_with(code):
+        def end(*_):
+            raise SystemExit(code)
+
+        monkeypatch.setattr(training, 'set_up', end)
+        monkeypatch.setattr(streams, 'keep_writable', lambda: None)  # pytest's own streams stay
+        monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, SMALL)])
+        runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+
+    yield end_with
+    signal.signal(signal.SIGINT, handler)
+
+
+CODES = [('words', 1, 'words\n'), (None, 0, ''), (3, 3, '')]
+
+
+@pytest.mark.parametrize(('code', 'number', 'told'), CODES)
+def test_a_process_alone_ends_as_python_does(code, number, told, script):
+    """So that functions of atexit are called."""
+    with pytest.raises(SystemExit) as end:
+        script(code)
+    assert end.value.code == code
+
+
+@pytest.mark.parametrize(('code', 'number', 'told'), CODES)
+def test_a_process_among_others_ends_at_once_with_the_same_code(code, number, told, script, capsys, monkeypatch):
+    ends = []
+    monkeypatch.setattr(os, '_exit', ends.append)
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        script(code)
+    finally:
+        distributed.destroy_process_group()
+    assert (ends, capsys.readouterr().err) == ([number], told)
 
 
 # --- checkpoints that cannot be read ---
@@ -117,16 +177,12 @@ def test_names_that_are_not_utf8_can_be_in_a_table(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['SIGHUP', 'SIGQUIT', 'SIGTERM', 'SIGUSR1', 'SIGINT'])
-def test_a_signal_asks_the_run_to_stop(name):
+def test_a_signal_asks_the_run_to_stop(name, heard_signals):
     number = getattr(signal, name)
-    outside = signal.signal(number, signal.default_int_handler)  # under nohup it would be ignored
-    try:
-        with StopRequest() as stop:
-            os.kill(os.getpid(), number)
-            assert stop.number == number
-        assert signal.getsignal(number) == signal.default_int_handler
-    finally:
-        signal.signal(number, outside)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.number == number
+    assert signal.getsignal(number) == signal.default_int_handler
 
 
 def test_a_signal_that_is_ignored_stays_so():
@@ -143,7 +199,7 @@ def test_a_signal_that_is_ignored_stays_so():
 
 @pytest.mark.slow  # 8 s each: a process
 @pytest.mark.parametrize(('name', 'code'), [('SIGHUP', 129), ('SIGQUIT', 131)])
-def test_a_closed_terminal_saves_the_run(name, code, tmp_path):
+def test_a_closed_terminal_saves_the_run(name, code, tmp_path, heard_signals):
     process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--recovery-interval', 10000])
     wait_for_step(process, 0, 3)
     process.send_signal(getattr(signal, name))

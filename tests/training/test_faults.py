@@ -231,23 +231,23 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 def test_memory_that_does_not_suffice():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2 ** 60)
-    line = explain(caught.value, ARGS, World.alone())
+    line = explain(caught.value, ARGS, World())
     assert line.startswith('out of memory with --batch-size 64: ') and '\n' not in line
     assert all(option in line for option in ('--global-batch-size', '--amp', '--grad-checkpointing'))
 
 
 def test_an_evaluation_that_memory_does_not_suffice_for():
-    line = explain(MemoryError(), Namespace(batch_size=64, workers=2), World.alone())
+    line = explain(MemoryError(), Namespace(batch_size=64, workers=2), World())
     assert 'a smaller --batch-size or --amp needs less' in line
 
 
 def test_a_gpu_out_of_memory():
-    assert '--batch-size 64' in explain(torch.OutOfMemoryError('CUDA out of memory. Tried'), ARGS, World.alone())
+    assert '--batch-size 64' in explain(torch.OutOfMemoryError('CUDA out of memory. Tried'), ARGS, World())
 
 
 def test_faults_of_the_program_keep_their_traceback():
-    assert explain(RuntimeError('mat1 and mat2 shapes'), ARGS, World.alone()) is None
-    assert explain(AttributeError('x'), ARGS, World.alone()) is None
+    assert explain(RuntimeError('mat1 and mat2 shapes'), ARGS, World()) is None
+    assert explain(AttributeError('x'), ARGS, World()) is None
 
 
 def test_a_missing_class_is_told_before_training(tmp_path, capsys):

@@ -21,7 +21,7 @@ CONFIG = dict(
 
 def training(args, dataset, left_out=None):
     return loaders.train_loader(
-        args, dataset, CONFIG, CPU, World.alone(), left_out or LeftOutOfTraining(args.max_unreadable))
+        args, dataset, CONFIG, CPU, World(), left_out or LeftOutOfTraining(args.max_unreadable))
 
 
 # --- keys ---
@@ -107,7 +107,7 @@ def test_batches_do_not_depend_on_who_loads_them(workers):
 
 def test_evaluation_is_in_order():
     args = arguments(batch_size=100)
-    held_out = loaders.held_out(args, Digits('val', 'RGB'), CONFIG, CPU, World.alone())
+    held_out = loaders.held_out(args, Digits('val', 'RGB'), CONFIG, CPU, World())
     assert torch.cat([target for _, target in held_out.loader]).tolist() == Digits('val').labels
 
 
@@ -179,7 +179,7 @@ def test_an_unreadable_image_is_never_replaced_in_evaluation(tmp_path, caplog):
 
     def targets():
         dataset = sources.open_dataset(args, 'val', 3, is_training=False)
-        return [int(target) for _, batch in loaders.held_out(args, dataset, CONFIG, CPU, World.alone()).loader
+        return [int(target) for _, batch in loaders.held_out(args, dataset, CONFIG, CPU, World()).loader
                 for target in batch]
 
     with pytest.raises(ValueError, match=r'cat/9\.jpg cannot be read .*--skip-unreadable'):

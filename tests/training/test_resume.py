@@ -30,7 +30,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.fixture
-def signal_at(monkeypatch):
+def signal_at(monkeypatch, heard_signals):
     """Sends this process a signal when it reads an image for the n-th time."""
     def arm(number, count):
         original, left = Samples.__getitem__, [count]
@@ -414,8 +414,8 @@ def test_wrong_values_are_refused_and_the_previous_checkpoint_is_taken(tmp_path,
     (lambda state: state['state'][0].update(exp_avg=torch.ones(3)), 'exp_avg of parameter 0'),
     (lambda state: state['state'][0].update(step='x'), 'step of parameter 0'),
     (lambda state: state['state'].update({10 ** 6: {}}), 'no parameter 1000000'),
-    (lambda state: state['param_groups'].pop(), 'parameter groups of the optimizer'),
-    (lambda state: state['param_groups'][0].update(amsgrad='x'), 'other options: amsgrad'),
+    (lambda state: state['param_groups'].pop(), r'groups of the optimizer must have \[1, 1\] parameters, got \[1\]'),
+    (lambda state: state['param_groups'][0].update(amsgrad='x'), "option amsgrad .* a value like False, got 'x'"),
 ])
 def test_an_optimizer_of_other_parameters_is_refused(change, told):
     weight = torch.nn.Parameter(torch.ones(2))

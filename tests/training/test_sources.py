@@ -88,17 +88,17 @@ def opened(args, is_training=False):
 
 def training(args, world=None, tell=None):
     tell = tell or LeftOutOfTraining(args.max_unreadable)
-    return loaders.train_loader(args, opened(args, True), CONFIG, CPU, world or World.alone(), tell)
+    return loaders.train_loader(args, opened(args, True), CONFIG, CPU, world or World(), tell)
 
 
 def evaluated(args, world=None):
     """The targets of all evaluation images."""
-    images = loaders.held_out(args, opened(args), CONFIG, CPU, world or World.alone())
+    images = loaders.held_out(args, opened(args), CONFIG, CPU, world or World())
     return sorted(int(target) for _, targets in images.loader for target in targets)
 
 
 def world_of(rank, size):
-    world = World.alone()
+    world = World()
     world.rank, world.size = rank, size
     return world
 

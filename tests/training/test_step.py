@@ -35,7 +35,7 @@ def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, **changes):
     optimizer = torch.optim.SGD(param_groups(model, 0.05), lr=0.1)
     return Stepper(
         args, model, model, ModelEmaV3(model, decay=ema), optimizer, Rates(),
-        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, World.alone()), model
+        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, World()), model
 
 
 def group_norm(channels):
@@ -175,13 +175,26 @@ def test_a_buffer_that_is_infinite_from_the_start_refuses_no_step():
     assert stepper.step(batches(1), 0, False).applied
 
 
+def test_finite_values_with_an_infinite_norm_refuse_no_step():
+    """Nor do tensors without any value."""
+    stepper, model = make_stepper()
+    model.register_buffer('large', torch.tensor([3e38, 3e38]), persistent=False)
+    model.register_buffer('empty', torch.empty(0), persistent=False)
+    stepper.optimizer.add_param_group({'params': [nn.Parameter(torch.tensor([3e38])), nn.Parameter(torch.empty(0))]})
+    stepper.__post_init__()
+    assert stepper.step(batches(1), 0, False).applied
+
+
 def test_a_weight_that_is_not_finite_ends_the_run_at_the_next_step():
     stepper, model = make_stepper()
-    stepper.step(batches(1), 0, False)
+    assert stepper.last_applied is None
+    stepper.step(batches(1), 7, False)
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] = float('inf')
-    with pytest.raises(FloatingPointError, match=r'a weight is not finite after a step at learning rate 1\.00e-01'):
-        stepper.step(batches(1), 1, False)
+    stepper.optimizer.param_groups[0]['lr'] = 0.2
+    with pytest.raises(FloatingPointError, match='a weight is not finite'):
+        stepper.step(batches(1), 8, False)
+    assert stepper.last_applied == (7, 0.1)
 
 
 def test_a_loss_scale_that_is_too_large_is_lowered_not_counted():

@@ -40,7 +40,7 @@ def check_sums_are_those_of_one_process(world):
     logits = images.flatten(1)[:, :4]
     whole.add(logits, target)
     part.add(logits[world.rank::world.size], target[world.rank::world.size])
-    expected, got = whole.result(World.alone()), part.result(world)
+    expected, got = whole.result(World()), part.result(world)
     assert torch.equal(got.pop('confusion'), expected.pop('confusion'))
     torch.testing.assert_close(got, expected)
 
@@ -56,7 +56,7 @@ def check_an_error_of_the_first_is_everybodys(world):
 
 
 def main():
-    world = World()
+    world = World.from_environment()
     world.connect(torch.device('cpu'), timeout=60)
     check_a_step_is_that_of_one_process(world)
     check_sums_are_those_of_one_process(world)
