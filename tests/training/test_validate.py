@@ -107,14 +107,14 @@ def test_options_come_before_the_description(tmp_path):
     (dict(dataset='wds/x', data_dir='pipe:touch trap; echo ://', val_split='a-{0..1}.tar|10'), '--data-dir'),
     (dict(dataset='hfds/evil/x'), '--dataset'), (dict(dataset='torch/folder', data_dir='.'), '--dataset'),
     (dict(data_dir='file:///etc'), '--data-dir'), (dict(data_dir='//host/share'), '--data-dir'),
-    (dict(data_dir='nowhere'), '--data-dir'), (dict(data_dir='.', val_split='../val'), '--split'),
+    (dict(data_dir='nowhere'), '--data-dir'), (dict(data_dir='a' * 4000), '--data-dir'), (dict(data_dir='.', val_split='../val'), '--split'),
     (dict(dataset='digits', val_split='a|10'), '--split'),
 ])
 def test_a_checkpoint_does_not_locate_its_data(tmp_path, monkeypatch, capsys, args, option):
     monkeypatch.chdir(tmp_path)
     torch.save({'state_dict': create().state_dict(), 'args': {'model': 'smpconv_nano', **args}}, 'a.pth')
     line = refused(validate.main, capsys, '--checkpoint', 'a.pth')
-    assert 'a.pth was' in line and f'{option} ' in line
+    assert 'a.pth was' in line and len(line) < 500 and f'{option} ' in line
     assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
 
 
@@ -135,8 +135,7 @@ def test_a_checkpoint_does_not_locate_its_model(tmp_path, capsys, name):
     (dict(args=dict(img_size=30000)), 'args.img_size must be a whole number from 1 to 1024, got 30000'),
     (dict(args=dict(crop_pct=1e-9)), 'args.crop_pct must be a number from 0.1 to 2, got 1e-09'),
     (dict(args=dict(model=['smpconv_nano'])), "args.model must be a text"),
-    (dict(args=dict(batch_size=torch.ones(2))), 'args.batch_size must be plain data, got a Tensor'),
-    (dict(classes=[1, 2]), 'classes[0] must be a text'), (dict(epoch='x'), 'epoch must be a whole number'),
+    (dict(classes=[1, 2]), 'classes[0] must be a text'),
 ])
 def test_described_networks_and_images_are_bounded(tmp_path, capsys, content, told):
     args = {'model': 'smpconv_nano', 'dataset': 'seq/digits' if 'speech' in str(content) else 'digits'}
