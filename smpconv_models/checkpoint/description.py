@@ -205,8 +205,8 @@ def check_model_kwargs(kwargs: Any, name: str = 'model_kwargs') -> Dict[str, Any
         parts = list(islice(_parts(name, {key: value}), _MAX_ENTRIES + 2))
         if len(parts) > _MAX_ENTRIES + 1 or not all(map(_is_bounded, parts)):
             raise ValueError(
-                f'{name}.{printable(key)} must hold at most {_MAX_ENTRIES} short texts and numbers of at most '
-                f'{MAX_COUNT}, got {shown(value)}')
+                f'{name}.{printable(key)} must be a short text or a number of at most {MAX_COUNT}, or at most '
+                f'{_MAX_ENTRIES} of them, got {shown(value)}')
     return dict(kwargs)
 
 

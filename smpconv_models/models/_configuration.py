@@ -16,7 +16,7 @@ _MOST_NUMBERS, _MOST_BLOCKS = 2e9, 1000
 
 # Numbers that sampling the kernels takes, as count_sampled has them. The largest published network, for raw speech,
 # takes 3e7 in a layer and 3e8 in all.
-_MOST_SAMPLED, _MOST_SAMPLED_IN_ALL = 1 << 27, 1 << 29
+_MOST_SAMPLED, _MOST_SAMPLED_IN_ALL = 1 << 27, 1 << 30
 
 # Of a constructor's arguments, those that say how a network is made, not which.
 _NOT_OF_NETWORK = {'device', 'dtype', 'weight_init'}

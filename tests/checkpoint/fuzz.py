@@ -136,7 +136,7 @@ def read_checkpoint(path):
     conversion._adapted(state_dict, network)
     conversion._data(network, described.preparation())
     conversion._labels(network, described.classes)
-    described.epoch, described.seed
+    list(map(described.__getattribute__, ('epoch', 'seed')))
     inherit(argparse.Namespace(
         checkpoint=str(path), dataset=None, data_dir=None, split=None, img_size=None, input_size=None, mean=None,
         std=None, interpolation=None, crop_pct=None, exif_orientation=None), described)

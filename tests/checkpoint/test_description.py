@@ -34,14 +34,16 @@ def test_descriptions_of_both_kinds_of_files():
     ({'args': {'std': [0.]}}, r'args\.std'), ({'args': {'mean': [float('nan')]}}, r'args\.mean'),
     ({'args': {'mean': [0.5] * 65}}, r'args\.mean'), ({'args': {'crop_pct': float('inf')}}, r'args\.crop_pct'),
     ({'args': {'dataset': 5}}, r'args\.dataset'), ({'args': {'val_split': ['a']}}, r'args\.val_split'),
-    ({'classes': {'a': 0}}, 'classes'), ({'epoch': 'last'}, 'epoch'), ({'classes': ['a' * 5000]}, r'classes\[0\]'), ({'epoch': 0.5}, 'epoch'),
+    ({'classes': {'a': 0}}, 'classes'), ({'epoch': 'last'}, 'epoch'), ({'epoch': 0.5}, 'epoch'),
+    ({'classes': ['a' * 5000]}, r'classes\[0\]'),
     ({'model_kwargs': [1]}, 'model_kwargs'), ({'model_kwargs': {'a': [[[[1]]]]}}, r'model_kwargs\.a'),
     ({'model_kwargs': {'a': 1 << 21}}, r'model_kwargs\.a'), ({'model_kwargs': {'a': 'x' * 101}}, r'model_kwargs\.a'),
     ({'model_kwargs': {'pretrained_cfg': {}}}, 'pretrained_cfg'), ({'model_kwargs': {'device': 'x'}}, 'device'),
     ({'model_kwargs': {'a': {'b': {'c': [1, 1 << 21]}}}}, r'model_kwargs\.a'),
     ({'model_kwargs': {'a': [[1] * 10] * 7}}, r'model_kwargs\.a'), ({'model_kwargs': {'a': {'x' * 101: 1}}}, '.a must'),
     ({'model_kwargs': {'a': {'b': [{'pretrained': True}]}}}, 'got pretrained'),
-    ({'args': {'model_kwargs': {'cache_dir': 'x'}}}, 'cache_dir'), ({'args': {'num_classes': [[5]]}}, 'num_classes'),
+    ({'args': {'model_kwargs': {'cache_dir': 'x'}}}, 'cache_dir'),
+    ({'args': {'num_classes': [[[[5]]]]}}, 'num_classes'),
 ])
 def test_wrong_values_are_refused_by_their_field(content, field):
     described = checkpoint.describe(content, 'a.pth')
