@@ -1,5 +1,6 @@
 """Checkpoints: which files may be read, what weights they hold, and the original release's names for them."""
 from .description import (
+    MAX_INHERITED_SIDE,
     Description,
     check_model_kwargs,
     check_preparation,
@@ -7,6 +8,7 @@ from .description import (
     plain,
     printable,
     run_arguments,
+    shown,
 )
 from .files import check_file, file_sha256, first_line, read_file
 from .release import from_release, is_release
@@ -19,7 +21,7 @@ from .state_dicts import (
 )
 
 __all__ = [
-    'Description', 'adapt', 'check_file', 'check_finite', 'check_model_kwargs', 'check_preparation', 'describe',
-    'describe_mismatch', 'file_sha256', 'first_line', 'from_release', 'is_release', 'load_into', 'plain',
-    'printable', 'read_file', 'run_arguments', 'select_state_dict',
+    'MAX_INHERITED_SIDE', 'Description', 'adapt', 'check_file', 'check_finite', 'check_model_kwargs',
+    'check_preparation', 'describe', 'describe_mismatch', 'file_sha256', 'first_line', 'from_release', 'is_release',
+    'load_into', 'plain', 'printable', 'read_file', 'run_arguments', 'select_state_dict', 'shown',
 ]

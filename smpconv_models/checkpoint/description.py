@@ -1,20 +1,27 @@
-"""What a checkpoint says about its network, its images and its training run: typed, bounded, and nothing that locates.
+"""Read the description in a checkpoint: its network, the preparation of its images and its training run.
 
-A file may describe (an architecture, image size, normalization, class names). A file never decides what is opened,
-fetched or run: the data set, the folder and the split of the training run are text to show, see :class:`Origin`.
+Described values are typed and bounded before they are used. A file does not choose what is fetched or run. Of the data
+that a file names, :func:`smpconv_models.training.validate.inherit` opens only an embedded data set, or an image folder
+that exists on this machine.
 """
-import math
+import logging
 import re
+import reprlib
+import unicodedata
 from argparse import Namespace
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
-MAX_IMAGE_SIDE = 1024  # pixels; larger images are asked for on the command line
+MAX_IMAGE_SIDE = 4096  # pixels
+MAX_INHERITED_SIDE = 1024  # pixels; an evaluation at a larger size has to be asked for
 MAX_COUNT = 1 << 20  # classes, channels, a kernel's side
-_MAX_ENTRIES = 64  # of a sequence among a constructor's arguments
+_MAX_ENTRIES = 64  # values of one argument of a constructor
+_MAX_DEPTH = 4  # of containers in containers, in such an argument
 _MAX_TEXT = 4096
 
-_PREPARATION = ('img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'exif_orientation')
+PREPARATION = ('img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'exif_orientation')
 
 INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest', 'random')
 
@@ -26,61 +33,121 @@ _NOT_OF_NETWORK = re.compile(
 # Options of timm's training script that are the constructor's arguments.
 _TIMM_OPTIONS = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'global_pool': 'gp'}
 
-
-@dataclass(frozen=True)
-class Origin:
-    """The data that a checkpoint was trained on, in the file's words: to show and to compare, not to open."""
-    dataset: Optional[str] = None
-    data_dir: Optional[str] = None
-    val_split: Optional[str] = None
+_logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class Description:
-    """What a checkpoint describes; None where the file is silent.
+    """Description in a loaded checkpoint of this package or of timm; empty for bare weights.
 
-    Attributes:
-        model: Name of the architecture, as in the file.
-        model_kwargs: Arguments of the network's constructor: plain, bounded values.
-        preparation: Those of ``img_size``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
-            ``exif_orientation`` that the file has, unchecked: :func:`check_preparation` is for those that are used, as
-            the user's options come before them.
-        classes: Class names by index.
-        epoch: Epoch of the weights.
-        seed: Seed of the training run.
-        origin: Training data.
-    """
-    model: Optional[str] = None
-    model_kwargs: Dict[str, Any] = field(default_factory=dict)
-    preparation: Dict[str, Any] = field(default_factory=dict)
-    classes: Optional[List[str]] = None
-    epoch: Optional[int] = None
-    seed: Optional[int] = None
-    origin: Origin = Origin()
-
-
-def describe(checkpoint: Any) -> Description:
-    """Read the description in a loaded checkpoint: this package's, timm's, or an empty one of bare weights.
+    A field is checked when it is read, so a wrong value that the user's options replace does no harm. Fields are None
+    if the file has no value for them.
 
     Args:
         checkpoint: Value returned by :func:`read_file`.
+        path: Path of the checkpoint, put before the errors.
+
+    Attributes:
+        arguments: Arguments of the training run as in the file, unchecked.
 
     Raises:
-        ValueError: If a value has another type than its field or lies outside its bounds; the line names the field.
+        ValueError: On reading a field, if its value has another type or lies outside its bounds; the line names the
+            field.
     """
-    if not isinstance(checkpoint, dict):
-        return Description()
-    arguments = run_arguments(checkpoint)
-    given = {key: value for key, value in arguments.items() if value is not None and not is_empty_text(value)}
-    return Description(
-        model=_optional(given, 'model', text, 'args.'),
-        model_kwargs=_model_kwargs(checkpoint, given),
-        preparation={key: given[key] for key in _PREPARATION if key in given},
-        classes=_optional(checkpoint, 'classes', texts),
-        epoch=_optional(checkpoint, 'epoch', lambda name, value: number(name, value, -1, 10 ** 9, whole=True)),
-        seed=_optional(given, 'seed', lambda name, value: number(name, value, 0, 2 ** 32 - 1, whole=True), 'args.'),
-        origin=Origin(*(_optional(given, key, text, 'args.') for key in ('dataset', 'data_dir', 'val_split'))),
-    )
+
+    def __init__(self, checkpoint: Any = None, path: Union[str, Path] = '') -> None:
+        self._content = checkpoint if isinstance(checkpoint, dict) else {}
+        self._path = path
+        arguments = self._content.get('args')
+        if isinstance(arguments, Namespace):
+            arguments = vars(arguments)
+        if not isinstance(arguments, (dict, type(None))):
+            _logger.warning('checkpoint: args is %s, not a dictionary or a namespace, and is ignored', shown(arguments))
+            arguments = None
+        self.arguments: Dict[str, Any] = {
+            key: value for key, value in (arguments or {}).items() if value is not None and not is_empty_text(value)}
+
+    @property
+    def model(self) -> Optional[str]:
+        """Name of the architecture."""
+        return self._argument('model', text)
+
+    @property
+    def model_kwargs(self) -> Dict[str, Any]:
+        """Arguments of the network's constructor: plain, bounded values."""
+        with self._named():
+            own = self._content.get('model_kwargs')
+            if own is not None:
+                return check_model_kwargs(own)
+            options = {key: self.arguments[option] for key, option in _TIMM_OPTIONS.items() if option in self.arguments}
+            more = check_model_kwargs(self.arguments.get('model_kwargs', {}), 'args.model_kwargs')
+            return {**more, **check_model_kwargs(options, 'args')}
+
+    @property
+    def classes(self) -> Optional[List[str]]:
+        """Class names by index. A count of classes in their place has no names."""
+        classes = self._content.get('classes')
+        if classes is None or isinstance(classes, int):
+            return None
+        with self._named():
+            return texts('classes', classes)
+
+    @property
+    def epoch(self) -> Optional[int]:
+        """Epoch of the weights."""
+        epoch = self._content.get('epoch')
+        with self._named():
+            return None if epoch is None else number('epoch', epoch, -1, 10 ** 9, whole=True)
+
+    @property
+    def seed(self) -> Optional[int]:
+        """Seed of the training run."""
+        return self._argument('seed', lambda name, value: number(name, value, 0, 2 ** 32 - 1, whole=True))
+
+    @property
+    def dataset(self) -> Optional[str]:
+        """Name of the data set of the training run."""
+        return self._argument('dataset', text)
+
+    @property
+    def data_dir(self) -> Optional[str]:
+        """Folder of the data set of the training run."""
+        return self._argument('data_dir', text)
+
+    @property
+    def val_split(self) -> Optional[str]:
+        """Validation split of the training run."""
+        return self._argument('val_split', text)
+
+    def preparation(
+            self, fields: Iterable[str] = PREPARATION, max_side: int = MAX_IMAGE_SIDE, hint: str = '',
+    ) -> Dict[str, Any]:
+        """Return how images are prepared.
+
+        Args:
+            fields: Names of the fields to read, of those of :func:`check_preparation`.
+            max_side: Largest side of an image, in pixels.
+            hint: Text put behind the errors.
+        """
+        with self._named(hint):
+            return check_preparation({key: self.arguments.get(key) for key in fields}, 'args.', max_side)
+
+    def _argument(self, key: str, check: Callable[[str, Any], Any]) -> Any:
+        value = self.arguments.get(key)
+        with self._named():
+            return None if value is None else check(f'args.{key}', value)
+
+    @contextmanager
+    def _named(self, hint: str = '') -> Iterator[None]:
+        """Put the path before an error."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f'{self._path}: {error}{hint}' if self._path else f'{error}{hint}') from error
+
+
+def describe(checkpoint: Any, path: Union[str, Path] = '') -> Description:
+    """Return the :class:`Description` in a loaded checkpoint; ``path`` is put before its errors."""
+    return Description(checkpoint, path)
 
 
 def run_arguments(checkpoint: Any) -> Dict[str, Any]:
@@ -100,20 +167,21 @@ def run_arguments(checkpoint: Any) -> Dict[str, Any]:
     return arguments
 
 
-def check_preparation(values: Any, prefix: str = '') -> Dict[str, Any]:
-    """Return the fields that say how images are prepared, each checked.
+def check_preparation(values: Any, prefix: str = '', max_side: int = MAX_IMAGE_SIDE) -> Dict[str, Any]:
+    """Return the fields that describe how images are prepared, each checked.
 
     Args:
         values: Dictionary with any of ``img_size``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
             ``exif_orientation``.
-        prefix: Put before a field's name in errors.
+        prefix: Text put before a field's name in errors.
+        max_side: Largest side of an image, in pixels.
 
     Raises:
         ValueError: If timm could not prepare images that way, or would need any amount of memory for it.
     """
     checks = {
-        'img_size': _side,
-        'input_size': _input_size,
+        'img_size': lambda name, value: number(name, value, 1, max_side, whole=True),
+        'input_size': lambda name, value: _input_size(name, value, max_side),
         'mean': lambda name, value: numbers(name, value, -255, 255),
         'std': lambda name, value: numbers(name, value, 1e-6, 255),
         'interpolation': lambda name, value: choice(name, value, INTERPOLATIONS),
@@ -129,29 +197,32 @@ def check_model_kwargs(kwargs: Any, name: str = 'model_kwargs') -> Dict[str, Any
     """Return a constructor's arguments if they are plain, bounded and describe a network.
 
     Raises:
-        ValueError: If an argument is nested, too large, or would have timm load or wrap something.
+        ValueError: If an argument is nested too deeply, too large, or would have timm load or wrap something.
     """
     if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
         raise ValueError(f'{name} must be a dictionary of arguments, got {shown(kwargs)}')
     for key, value in kwargs.items():
-        if _NOT_OF_NETWORK.fullmatch(key):
-            raise ValueError(f'{name} must describe a network, got {key}: a file does not decide what is loaded')
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if len(items) > _MAX_ENTRIES or not all(_is_bounded(item) for item in items):
+        parts = list(islice(_parts(name, {key: value}), _MAX_ENTRIES + 2))
+        if len(parts) > _MAX_ENTRIES + 1 or not all(map(_is_bounded, parts)):
             raise ValueError(
-                f'{name}.{key} must be a value of at most {MAX_COUNT}, or at most {_MAX_ENTRIES} of them, got '
-                f'{shown(value)}')
+                f'{name}.{printable(key)} must be a short text or a number of at most {MAX_COUNT}, or at most '
+                f'{_MAX_ENTRIES} of them, got {shown(value)}')
     return dict(kwargs)
 
 
-def _model_kwargs(checkpoint: Dict[str, Any], given: Dict[str, Any]) -> Dict[str, Any]:
-    """This package's stand in a place of their own, timm's among the training script's options."""
-    own = checkpoint.get('model_kwargs')
-    if own is not None:
-        return check_model_kwargs(own)
-    options = {key: given[option] for key, option in _TIMM_OPTIONS.items() if option in given}
-    more = given.get('model_kwargs', {})
-    return {**check_model_kwargs(more, 'args.model_kwargs'), **check_model_kwargs(options, 'args')}
+def _parts(name: str, value: Any, depth: int = _MAX_DEPTH) -> Iterator[Any]:
+    """Yield the keys and the leaves of a constructor's arguments; a container below the largest depth is a leaf."""
+    if depth and isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str) and _NOT_OF_NETWORK.fullmatch(key):
+                raise ValueError(f'{name} must describe a network, got {printable(key)}, which loads or wraps one')
+            yield key
+            yield from _parts(name, item, depth - 1)
+    elif depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _parts(name, item, depth - 1)
+    else:
+        yield value
 
 
 def _is_bounded(value: Any) -> bool:
@@ -162,19 +233,11 @@ def _is_bounded(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) <= MAX_COUNT  # NaN is not
 
 
-def _optional(values: Dict[Any, Any], key: str, check: Any, prefix: str = '') -> Any:
-    value = values.get(key)
-    return None if value is None else check(f'{prefix}{key}', value)
-
-
-def _side(name: str, value: Any) -> int:
-    return number(name, value, 1, MAX_IMAGE_SIDE, whole=True)
-
-
-def _input_size(name: str, value: Any) -> List[int]:
+def _input_size(name: str, value: Any, max_side: int) -> List[int]:
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         raise ValueError(f'{name} must be (channels, height, width), got {shown(value)}')
-    return [number(name, value[0], 1, MAX_COUNT, whole=True), *(_side(name, side) for side in value[1:])]
+    sides = [number(name, side, 1, max_side, whole=True) for side in value[1:]]
+    return [number(name, value[0], 1, MAX_COUNT, whole=True), *sides]
 
 
 # --- checks of single values: each returns the value or raises ValueError with the field's name ---
@@ -230,7 +293,7 @@ def plain(name: str, value: Any, depth: int = 6) -> None:
         return
     if depth > 0 and isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
         for key, item in value.items():
-            plain(f'{name}.{key}', item, depth - 1)
+            plain(f'{name}.{printable(str(key))}', item, depth - 1)
     elif depth > 0 and isinstance(value, (list, tuple)):
         for item in value:
             plain(name, item, depth - 1)
@@ -243,24 +306,39 @@ def is_empty_text(value: Any) -> bool:
     return isinstance(value, str) and not value
 
 
+class _Bounded(reprlib.Repr):
+    """Representations of plain values, of bounded length and depth; other values by their type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = 8
+        self.maxlevel = 3
+        self.maxstring = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        # thousands of digits take long to print, or raise
+        return repr(value) if value.bit_length() <= 128 else f'a number of {value.bit_length()} bits'
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        return repr(value) if value is None or isinstance(value, (bool, float)) else f'a {type(value).__name__}'
+
+
 def shown(value: Any) -> str:
-    """Return a value in one short line; containers and tensors by type, as their texts may be endless."""
-    if isinstance(value, (list, tuple)) and len(value) <= _MAX_ENTRIES and all(
-            item is None or isinstance(item, (bool, int, float, str)) for item in value):
-        value = type(value)(_shortened(item) for item in value)
-    elif not (value is None or isinstance(value, (bool, int, float, str))):
-        return f'a {type(value).__name__}'
-    return f'{_shortened(value)!r:.80}'
+    """Return a value in one short line; tensors and other objects by their type."""
+    return f'{_Bounded().repr(value):.200}'
 
 
-def printable(name: str) -> str:
-    """Return a name of a file's in one short line: what is not printable is escaped."""
-    name = name[:200]
-    return name if name.isprintable() else repr(name)[1:-1]
+def printable(name: str, limit: Optional[int] = 200) -> str:
+    """Return a name for messages, escaped as in a Python string if it cannot be printed or looks like another name.
 
+    Names with bytes that are not UTF-8, with control characters or with a backslash are escaped, and so are names that
+    are not in Unicode's composed form (NFC). Different names are shown differently, unless they are cut.
 
-def _shortened(value: Any) -> Any:
-    """Printing a whole number of thousands of digits takes long or raises."""
-    if isinstance(value, int) and abs(value) > 1 << 64:
-        return math.inf if value > 0 else -math.inf
-    return value[:80] if isinstance(value, str) else value
+    Args:
+        name: Name of a class, a file or a tensor.
+        limit: Number of characters after which the name is cut, None to keep all.
+    """
+    name = name[:limit]
+    if name.isprintable() and '\\' not in name and unicodedata.is_normalized('NFC', name):
+        return name
+    return name.encode('unicode_escape').decode('ascii')

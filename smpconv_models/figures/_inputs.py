@@ -11,8 +11,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from smpconv_models import checkpoint
+from smpconv_models.checkpoint.description import PREPARATION
 from smpconv_models.training import Digits
-from smpconv_models.training.build import choose_model, create_for_checkpoint, create_model, model_arguments
+from smpconv_models.training.build import (
+    choose_model,
+    create_for_checkpoint,
+    create_model,
+    model_arguments,
+    select_weights,
+)
 from smpconv_models.training.data import data_config
 from smpconv_models.training.folder import RunFolder
 from smpconv_models.training.images import ReadImage
@@ -27,18 +34,22 @@ class Network(NamedTuple):
     Attributes:
         label: What to call it.
         model: In evaluation mode.
-        loaded: What was in its checkpoint; empty without.
+        described: Description in its checkpoint; empty without.
         is_random: Whether its weights are initial ones.
+        name: Name of the model.
+        kwargs: Arguments of its constructor from the checkpoint.
     """
     label: str
     model: Any
-    loaded: Dict[str, Any]
+    described: checkpoint.Description
     is_random: bool = False
+    name: str = ''
+    kwargs: Optional[Dict[str, Any]] = None
 
     @property
     def classes(self) -> Optional[List[str]]:
-        """Their names, where the checkpoint tells."""
-        return checkpoint.describe(self.loaded).classes
+        """Names of the classes, None if the checkpoint has none."""
+        return self.described.classes
 
 
 class Images(NamedTuple):
@@ -67,16 +78,15 @@ def networks(args: Namespace) -> List[Network]:
             raise ValueError('--untrained is for --checkpoint; --model without --pretrained has random weights')
         label = args.model if args.pretrained else f'{args.model}, untrained'
         model = _finished(_create(args, args.model, {}, args.pretrained), args)
-        return [Network(label, model, {}, not args.pretrained)]
+        return [Network(label, model, checkpoint.Description(), not args.pretrained)]
     if args.pretrained:
         raise ValueError('--pretrained and --checkpoint both say which weights')
     found = [from_file(args, path) for path in map(best_of, args.checkpoint)]
     if getattr(args, 'untrained', False):
-        loaded = found[0].loaded
-        name, kwargs = _described(args, args.checkpoint[0], loaded)
-        seed = checkpoint.describe(loaded).seed  # train.py samples the same weights from it
-        model = _create(args, name, kwargs, seed=42 if seed is None else seed)
-        found.insert(0, Network('untrained', _finished(model, args), loaded, True))
+        first = found[0]
+        seed = first.described.seed if args.seed is None else None  # train.py samples the same weights from it
+        model = _create(args, first.name, first.kwargs or {}, seed=42 if seed is None else seed)
+        found.insert(0, Network('untrained', _finished(model, args), first.described, True))
     return _told_apart(found)
 
 
@@ -129,23 +139,16 @@ def from_file(args: Namespace, path: str) -> Network:
         ValueError: It is no checkpoint, of no known model, or of another one than is named.
     """
     loaded = checkpoint.read_file(path)
-    name, kwargs = _described(args, path, loaded)
+    described = checkpoint.describe(loaded, path)
+    state_dict, _ = select_weights(loaded, path, args.use_ema)
+    name, kwargs = choose_model(args.model, described, state_dict, path)
     torch.manual_seed(42 if args.seed is None else args.seed)
-    model, _ = create_for_checkpoint(name, _arguments(args, name, kwargs), loaded, path, args.use_ema)
+    model = create_for_checkpoint(name, _arguments(args, name, kwargs), described, state_dict, path)
     try:
         checkpoint.check_finite(model.state_dict())
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
-    return Network(_label(path, loaded), _finished(model, args), loaded if isinstance(loaded, dict) else {})
-
-
-def _described(args: Namespace, path: str, loaded: Any) -> Tuple[str, Dict[str, Any]]:
-    """The name of the model and its constructor's arguments: as given, as the checkpoint tells, or as it fits."""
-    try:
-        checkpoint.describe(loaded)
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
-    return choose_model(args.model, loaded, path)
+    return Network(_label(path, described), _finished(model, args), described, False, name, kwargs)
 
 
 def _create(args: Namespace, name: str, kwargs: Dict[str, Any], pretrained: bool = False, seed: int = 42) -> Any:
@@ -164,9 +167,9 @@ def _finished(model: Any, args: Namespace) -> Any:
     return reparameterize_model(model) if args.reparam else model
 
 
-def _label(path: str, loaded: Any) -> str:
-    """The epoch where the checkpoint tells, else the file's name."""
-    epoch = checkpoint.describe(loaded).epoch
+def _label(path: str, described: checkpoint.Description) -> str:
+    """Return the epoch of the weights, or the file's name if the checkpoint has no epoch."""
+    epoch = described.epoch
     return Path(path).name.split('.')[0] if epoch is None else f'epoch {epoch}'
 
 
@@ -175,9 +178,6 @@ def _told_apart(found: List[Network]) -> List[Network]:
     return [
         network._replace(label=f'{network.label} ({index + 1})') if labels.count(network.label) > 1 else network
         for index, network in enumerate(found)]
-
-
-_PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct', 'img_size', 'input_size')
 
 
 def images(args: Namespace, network: Network) -> Images:
@@ -194,10 +194,12 @@ def images(args: Namespace, network: Network) -> Images:
             'kernels, stages or animation')
     if model.in_chans not in (1, 3):
         raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {model.in_chans}')
-    described = checkpoint.describe(network.loaded)
-    sizes = () if args.img_size is None else ('img_size', 'input_size')  # which the user's comes before
-    given = {key: value for key, value in described.preparation.items() if key not in sizes}
-    options = {**dict.fromkeys(_PREPARATION), **checkpoint.check_preparation(given, 'args.')}
+    described = network.described
+    sizes = () if args.img_size is None else ('img_size', 'input_size')  # which the user's option overrides
+    given = described.preparation(
+        [key for key in PREPARATION if key not in sizes], checkpoint.MAX_INHERITED_SIDE,
+        '; --img-size overrides a size')
+    options = {**dict.fromkeys(PREPARATION), **given}
     if args.img_size is not None:
         options['img_size'] = args.img_size
     config = data_config(Namespace(dataset=None, **options), model)
@@ -206,7 +208,7 @@ def images(args: Namespace, network: Network) -> Images:
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
     exif_orientation = bool(options.get('exif_orientation'))
     read_image = ReadImage('L' if model.in_chans == 1 else 'RGB', exif_orientation)
-    named = list(_named(args, described.origin.dataset, read_image))
+    named = list(_named(args, described.dataset, read_image))
     inputs = torch.stack([transform(image) for _, image in named])
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
     return Images([name for name, _ in named], inputs, (inputs * std + mean).clamp(0, 1))

@@ -17,7 +17,6 @@ from .loading import CARD, CONFIG, WEIGHTS
 
 # Of how images are made ready.
 _DATA = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-_INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest', 'random')
 
 
 class Converted(NamedTuple):
@@ -79,8 +78,7 @@ def convert(
         name, kwargs = _described(described, state_dict, model)
         network = _create(name, kwargs)
         network.load_state_dict(_adapted(state_dict, network), assign=True)
-        preparation = checkpoint.check_preparation(described.preparation, 'args.')
-        network.pretrained_cfg.update(_data(network, preparation), license=license)
+        network.pretrained_cfg.update(_data(network, described.preparation()), license=license)
         labels = _labels(network, described.classes)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
@@ -148,34 +146,22 @@ def _data(network: Any, arguments: Dict[str, Any]) -> Dict[str, Any]:
     try:
         config = resolve_data_config({**given, 'in_chans': network.in_chans}, model=network)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f'expected its run to tell of images, got {given!r:.200}') from error
+        raise ValueError(f'images cannot be prepared as args describes: {checkpoint.shown(given)}') from error
     data = {key: config[key] for key in _DATA}
     for key in {'mean', 'std'} - given.keys():  # of three channels; the run took their mean too
         if len(data[key]) != network.in_chans:
             data[key] = (sum(data[key]) / len(data[key]),) * network.in_chans
-    if not _are_images(network.in_chans, **data):
-        raise ValueError(f'expected its run to tell of images of {network.in_chans} channels, got {data!r:.200}')
+    counts = {data['input_size'][0], *(len(data[key]) for key in ('mean', 'std') if len(data[key]) > 1)}
+    if counts != {network.in_chans}:
+        raise ValueError(f'args must describe images of {network.in_chans} channels, got {checkpoint.shown(data)}')
     return data
-
-
-def _are_images(channels: int, input_size: Any, mean: Any, std: Any, interpolation: Any, crop_pct: Any) -> bool:
-    """Whether timm can make such images ready."""
-    return (
-        _are_numbers(input_size, 1, 4096) and len(input_size) == 3 and input_size[0] == channels
-        and all(_are_numbers(values, 0, 255) and len(values) in (1, channels) for values in (mean, std))
-        and interpolation in _INTERPOLATIONS and _are_numbers([crop_pct], 0, 2))
-
-
-def _are_numbers(values: Any, low: float, high: float) -> bool:
-    return isinstance(values, (list, tuple)) and all(
-        isinstance(value, (int, float)) and low <= value <= high for value in values)
 
 
 def _labels(network: Any, classes: Optional[List[str]]) -> Dict[str, Any]:
     if not classes:
         return {}
     if len(classes) != network.num_classes:
-        raise ValueError(f'expected {network.num_classes} names of classes, got {classes!r:.80}')
+        raise ValueError(f'expected {network.num_classes} names of classes, got {checkpoint.shown(classes)}')
     return {'label_names': list(classes)}
 
 
@@ -196,8 +182,10 @@ def _save(network: Any, folder: Path, kwargs: Dict[str, Any], labels: Dict[str, 
 
 
 def _images(network: Any) -> torch.Tensor:
+    """Return two images for the comparison, of the network's size unless it is larger than evaluations inherit."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, *network.pretrained_cfg['input_size'], generator=generator)
+    channels, *sides = network.pretrained_cfg['input_size']
+    return torch.randn(2, channels, *(min(side, checkpoint.MAX_INHERITED_SIDE) for side in sides), generator=generator)
 
 
 def _difference(before: torch.Tensor, after: torch.Tensor) -> float:

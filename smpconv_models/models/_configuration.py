@@ -5,13 +5,18 @@ from typing import Any, Callable, Dict, Optional, Set
 from torch import nn
 
 from smpconv_models import checkpoint
+from smpconv_models.checkpoint import shown
+from smpconv_models.checkpoint.description import MAX_COUNT
 from smpconv_models.layers import SMPLayer, smp_layers
 
 Network = Callable[..., nn.Module]
 
-# Parameters and what drawing a kernel takes; blocks.
+# Parameters; blocks.
 _MOST_NUMBERS, _MOST_BLOCKS = 2e9, 1000
-_LARGEST = 1 << 20  # channels, a kernel's side, classes
+
+# Numbers that sampling the kernels takes, as count_sampled has them. The largest published network, for raw speech,
+# takes 3e7 in a layer and 3e8 in all.
+_MOST_SAMPLED, _MOST_SAMPLED_IN_ALL = 1 << 27, 1 << 30
 
 # Of a constructor's arguments, those that say how a network is made, not which.
 _NOT_OF_NETWORK = {'device', 'dtype', 'weight_init'}
@@ -45,15 +50,15 @@ def check_configuration(
     check_names(network, {} if pretrained_model_args is None else pretrained_model_args)
     for name in ('depths', 'dims', 'kernel_sizes'):
         if not _are_counts(kwargs.get(name, ())):
-            raise ValueError(f'expected {name} of a number for each stage, got {_shown(kwargs[name])}')
+            raise ValueError(f'expected {name} of a number for each stage, got {shown(kwargs[name])}')
     for name in ('points_divisor', 'kernel_size', 'small_kernel_size', 'num_points', 'num_classes', 'in_chans'):
         if not _are_counts([kwargs.get(name, 1)]):
-            raise ValueError(f'expected a number as {name}, got {_shown(kwargs[name])}')
+            raise ValueError(f'expected a number as {name}, got {shown(kwargs[name])}')
     size: Any = pretrained_cfg.get('input_size')
     if not _are_counts(size) or len(size) != 3 or not all(size):
-        raise ValueError(f'expected the input_size (channels, height, width) of the images, got {_shown(size)}')
+        raise ValueError(f'expected the input_size (channels, height, width) of the images, got {shown(size)}')
     if sum(kwargs.get('depths', ())) > _MOST_BLOCKS:
-        raise ValueError(f'expected at most {_MOST_BLOCKS} blocks, got depths {_shown(kwargs["depths"])}')
+        raise ValueError(f'expected at most {_MOST_BLOCKS} blocks, got depths {shown(kwargs["depths"])}')
     checkpoint.check_model_kwargs(pretrained_model_args or {}, 'model_args')
     checkpoint.check_preparation(pretrained_cfg)
 
@@ -63,7 +68,7 @@ def check_names(network: Network, arguments: Any) -> None:
     known = sorted(_arguments(network))
     if not isinstance(arguments, dict) or not set(arguments) <= set(known):
         unknown = sorted(set(arguments) - set(known)) if isinstance(arguments, dict) else arguments
-        raise ValueError(f"expected a network's arguments to be of {known}, got {_shown(unknown)}")
+        raise ValueError(f"expected a network's arguments to be of {known}, got {shown(unknown)}")
 
 
 def described(
@@ -90,13 +95,25 @@ def described(
     try:
         model: Any = network(**kwargs, device='meta')
     except MALFORMED as error:
-        raise ValueError(f'there is no network of {_shown(kwargs)}: {checkpoint.first_line(error)}') from error
-    drawn = [count_sampled(layer) for layer in smp_layers(model).values()]
-    numbers = sum(parameter.numel() for parameter in model.parameters()) + max(drawn, default=0)
+        raise ValueError(f'there is no network of {shown(kwargs)}: {checkpoint.first_line(error)}') from error
+    check_sampled(model)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
     if numbers > _MOST_NUMBERS:
-        raise ValueError(f'expected at most {_MOST_NUMBERS:.0e} numbers, but {_shown(kwargs)} takes {numbers:.1e}')
+        raise ValueError(f'expected at most {_MOST_NUMBERS:.0e} numbers, but {shown(kwargs)} takes {numbers:.1e}')
     model.pretrained_cfg = pretrained_cfg
     return model
+
+
+def check_sampled(model: nn.Module) -> None:
+    """Raise ValueError if sampling the kernels of a network takes too many numbers, in one layer or in all."""
+    counts = {layer: count_sampled(layer) for layer in smp_layers(model).values()}
+    if not counts:
+        return
+    largest = max(counts, key=counts.__getitem__)
+    if counts[largest] > _MOST_SAMPLED or sum(counts.values()) > _MOST_SAMPLED_IN_ALL:
+        raise ValueError(
+            f'kernels of side {largest.kernel_size} take {counts[largest]:.1e} numbers and all layers '
+            f'{sum(counts.values()):.1e}, expected at most {_MOST_SAMPLED:.1e} and {_MOST_SAMPLED_IN_ALL:.1e}')
 
 
 def count_sampled(layer: SMPLayer) -> int:
@@ -112,8 +129,4 @@ def _arguments(network: Network) -> Set[str]:
 
 def _are_counts(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST for value in values)
-
-
-def _shown(value: Any) -> str:
-    return f'{value!r:.200}'
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT for value in values)

@@ -10,13 +10,9 @@ from torch import Tensor
 from torch.nn.modules import module as hooks
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import smp_layers
 
-from ._configuration import MALFORMED, check_names, count_sampled
+from ._configuration import MALFORMED, check_names, check_sampled
 from .sequence import SMPSequenceNet, create_sequence_model, list_sequence_models
-
-# Numbers of the kernels of one layer whose channels share their points, sampled at once: 0.5 GB.
-_MAX_SAMPLED = 1 << 27
 
 
 def check_arguments(name: str, arguments: Any) -> None:
@@ -49,13 +45,9 @@ def check_network(name: str, kwargs: Dict[str, Any], state_dict: Dict[str, Tenso
                 model: Any = create_sequence_model(name, **kwargs)
             else:
                 model = timm.create_model(name, **kwargs)
+        check_sampled(model)
     except MALFORMED as error:
         raise ValueError(f'{name} cannot be created: {checkpoint.first_line(error)}') from error
-    for layer in smp_layers(model).values():
-        if layer.coords.ndim == 2 and count_sampled(layer) > _MAX_SAMPLED:
-            raise ValueError(
-                f'{name} cannot be created: kernels of side {layer.kernel_size} take {count_sampled(layer):.1e} '
-                f'numbers, expected at most {_MAX_SAMPLED:.1e}')
     checkpoint.adapt(state_dict, model)
 
 

@@ -1,6 +1,6 @@
 """Which of this package's models a state dict is of."""
 from functools import lru_cache
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional
 
 import timm
 from torch import Tensor, nn
@@ -18,12 +18,9 @@ class Identity(NamedTuple):
         return f'{self.name} with {self.num_classes} classes and {self.in_chans} input channels'
 
 
-def whose(loaded: Any) -> str:
-    """Which registered model a checkpoint is of, to be added to an error's line; '' where it is of none."""
-    try:
-        found = identify(checkpoint.select_state_dict(loaded)[0])
-    except ValueError:
-        return ''
+def whose(state_dict: Dict[str, Tensor]) -> str:
+    """Return which registered model a state dict fits, to be added to an error's line; '' if it fits none."""
+    found = identify(state_dict)
     return f'; it is of {found}' if found else ''
 
 

@@ -5,9 +5,10 @@ from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smpconv_models import checkpoint, download
+from smpconv_models.checkpoint import Description
 from smpconv_models.hints import did_you_mean
 from smpconv_models.models import check_network, create_sequence_model, identify, list_sequence_models, whose
 
@@ -127,58 +128,68 @@ def _create_for_sequences(name: str, pretrained: bool = False, **kwargs: Any) ->
     return create_sequence_model(name, **kwargs)
 
 
-def choose_model(name: Optional[str], loaded: Any, path: str) -> Tuple[str, Dict[str, Any]]:
+def choose_model(
+        name: Optional[str], described: Description, state_dict: Dict[str, Tensor], path: str,
+) -> Tuple[str, Dict[str, Any]]:
     """Return the name of a checkpoint's model and its constructor's arguments.
 
     Args:
         name: Name that the user has given, if any; it may be of a repository or a folder.
-        loaded: Content of the checkpoint.
+        described: Description in the checkpoint.
+        state_dict: Weights in the checkpoint.
         path: Path of the checkpoint, for messages.
 
     Returns:
-        The name as given, else as the checkpoint describes it, else as its weights fit, and the described arguments.
+        Given name, otherwise the described one, otherwise that of the model that the weights fit; described arguments.
 
     Raises:
-        ValueError: If neither a name nor the shapes tell the model, or only a name that would have to be fetched.
+        ValueError: If no known model is named and the weights fit none of this package.
     """
-    described = checkpoint.describe(loaded)
     if name is not None:
         return name, described.model_kwargs
     name = described.model
     if name is not None and (timm.is_model(name) or name in list_sequence_models()):
         return name, described.model_kwargs
-    identity = identify(checkpoint.select_state_dict(loaded)[0])
+    identity = identify(state_dict)
     if identity is not None:
         return identity.name, {'num_classes': identity.num_classes, 'in_chans': identity.in_chans}
-    reason = f'names {name[:200]!r}, no model of this package or of timm' if name else 'does not tell its model'
+    reason = f'names {checkpoint.shown(name)}, no model of this package or of timm' if name else 'names no model'
     raise ValueError(f'{path} {reason}: --model is needed, e.g. smpconv_t')
 
 
-def create_for_checkpoint(name: str, kwargs: Dict[str, Any], loaded: Any, path: str, use_ema: bool) -> Tuple[Any, str]:
-    """Create a model and load a checkpoint's weights, after a check that takes no memory for the model.
+def create_for_checkpoint(
+        name: str, kwargs: Dict[str, Any], described: Description, state_dict: Dict[str, Tensor], path: str,
+) -> Any:
+    """Create a model with a checkpoint's weights, after a check that takes no memory for the model.
 
     Args:
         name: Name of the model.
         kwargs: Arguments of its constructor, the user's over those of the checkpoint.
-        loaded: Content of the checkpoint.
+        described: Description in the checkpoint, for messages.
+        state_dict: Weights in the checkpoint, as :func:`select_weights` returns them.
         path: Path of the checkpoint, for messages.
-        use_ema: Prefer the EMA weights.
-
-    Returns:
-        The model, and the key that the weights were under ('' for a bare state dict).
 
     Raises:
         ValueError: If there is no such network, or the weights are another network's.
     """
     check_name(name)
     try:
-        check_network(name, kwargs, checkpoint.select_state_dict(loaded, use_ema)[0])
+        check_network(name, kwargs, state_dict)
     except ValueError as error:
-        trained = checkpoint.describe(loaded).model
-        as_what = f'; it was trained as {checkpoint.printable(trained)}' if trained else ''
-        raise ValueError(f'{path}: {error}{whose(loaded)}{as_what}') from error
+        trained = described.arguments.get('model')
+        as_what = f'; it was trained as {checkpoint.printable(trained)}' if isinstance(trained, str) else ''
+        raise ValueError(f'{path}: {error}{whose(state_dict)}{as_what}') from error
     model = create_model(name, **kwargs)
-    return model, load_weights(model, loaded, path, use_ema)
+    _load(model, state_dict, path)
+    return model
+
+
+def select_weights(loaded: Any, path: str, use_ema: bool = True) -> Tuple[Dict[str, Tensor], str]:
+    """Return :func:`.checkpoint.select_state_dict` of a file; an error names the path."""
+    try:
+        return checkpoint.select_state_dict(loaded, use_ema)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
 
 
 def load_weights(model: nn.Module, loaded: Any, path: str, use_ema: bool = True) -> str:
@@ -196,7 +207,13 @@ def load_weights(model: nn.Module, loaded: Any, path: str, use_ema: bool = True)
     Raises:
         ValueError: It is another model's; says which one where that is one of this package.
     """
+    state_dict, key = select_weights(loaded, path, use_ema)
+    _load(model, state_dict, path)
+    return key
+
+
+def _load(model: nn.Module, state_dict: Dict[str, Tensor], path: str) -> None:
     try:
-        return checkpoint.load_into(model, loaded, use_ema)
+        model.load_state_dict(checkpoint.adapt(state_dict, model))
     except ValueError as error:
-        raise ValueError(f'{path}: {error}{whose(loaded)}') from error
+        raise ValueError(f'{path}: {error}{whose(state_dict)}') from error

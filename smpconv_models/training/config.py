@@ -1,11 +1,12 @@
 """Command lines with a YAML file under them."""
 import argparse
-import re
+from collections import Counter
 from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
 from timm.utils import ParseKwargs
 
+from smpconv_models import checkpoint
 from smpconv_models.hints import did_you_mean
 
 
@@ -31,13 +32,19 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[List[str]] = None
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's takes the last."""
+    """YAML loader that refuses a key that is given twice, and aliases, whose values may grow without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, 'aliases are not supported', self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'{key!r} is given twice', node.start_mark)
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'{checkpoint.shown(key)} is given twice', node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -47,8 +54,8 @@ def _read(path: str) -> Dict[str, Any]:
             values = yaml.load(file, _Loader) or {}  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f'--config {path} cannot be read: {error}') from error
-    except yaml.YAMLError as error:
-        raise ValueError(f'--config {path} is not YAML: {" ".join(str(error).split())}') from error
+    except (RecursionError, ValueError, yaml.YAMLError) as error:  # nesting, and numbers or dates that do not exist
+        raise ValueError(f'--config {path} is not YAML of options: {" ".join(str(error).split()):.300}') from error
     if not isinstance(values, dict):
         raise ValueError(f'--config {path} must hold keys and values, got {type(values).__name__}')
     return values
@@ -58,26 +65,28 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
     actions = {action.dest: action for action in parser._actions if action.dest not in ('config', 'help')}
     typed = {}
     for key, value in values.items():
-        dest = str(key).replace('-', '_')
+        dest = key.replace('-', '_') if isinstance(key, str) else ''
         if dest not in actions:
-            raise ValueError(f'{path}: unknown key {key!r:.200}{did_you_mean(dest, actions)}')
+            raise ValueError(f'{path}: unknown key {checkpoint.shown(key)}{did_you_mean(dest, actions)}')
         try:
             typed[dest] = _convert(actions[dest], value)
             _check_stays_here(dest, typed[dest])
         except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f'{path}: {key} does not take {value!r:.200}: {error!s:.300}') from error
+            raise ValueError(f'{path}: {key} does not take {checkpoint.shown(value)}: {error!s:.300}') from error
     return typed
 
 
 def _check_stays_here(dest: str, value: Any) -> None:
     """Raise ValueError for a value that would run a program or reach another machine.
 
-    A file may come from somebody else: what is fetched or run has to stand on the command line.
+    A file may come from somebody else, so the command line has to name what is fetched or run. The file may turn on
+    switches (``pretrained``, ``dataset_download``, ``log_wandb``), which name nothing.
     """
+    if dest == 'model_kwargs':
+        checkpoint.check_model_kwargs(value)
     text = value if isinstance(value, str) else ''
     if (
-            re.search(r'\bpipe:', text)
-            or (dest == 'data_dir' and '://' in text)
+            '://' in text or 'pipe:' in text or ('{' in text and ':' in text)  # braces may expand to either
             or (dest == 'model' and text.startswith('hf-hub:'))
             or (dest == 'dataset' and text.lower().startswith(('hfds/', 'hfids/', 'tfds/')))):
         raise ValueError(f'expected --{dest.replace("_", "-")} on the command line for what is fetched or run')

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional
 from timm.data import resolve_data_config
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from smpconv_models.checkpoint import MAX_INHERITED_SIDE
 from smpconv_models.digits import SPLIT_SYNONYMS, Digits
 
 from . import sequence_data
@@ -70,8 +71,7 @@ def check_num_classes(names: Optional[List[str]], num_classes: int) -> None:
     if num_classes == 1:
         only = '' if names is None else f' ({quoted(names[0])})'
         raise ValueError(
-            f'expected 2 classes or more, got 1{only}, which every image would be of; a split has a folder for each '
-            'class')
+            f'expected 2 classes or more, got 1{only}; a split has a folder for each class')
 
 
 def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
@@ -80,7 +80,8 @@ def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
     Of sequences, :func:`.sequence_data.data_config`.
 
     Raises:
-        ValueError: As many means or deviations were given as there are neither channels nor one.
+        ValueError: As many means or deviations were given as there are neither channels nor one, or the model's images
+            are larger than 1024 pixels and no size was given.
     """
     if sequence_data.are_meant(args):
         return sequence_data.data_config(model)
@@ -92,6 +93,11 @@ def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
             raise ValueError(f'--{key} takes {expected}, got {overrides[key]}')
     if args.input_size is None and args.img_size is None:
         overrides['input_size'] = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+        largest = max(overrides['input_size'][1:])
+        if largest > MAX_INHERITED_SIDE:
+            raise ValueError(
+                f'the model is described for images of {largest} pixels, more than {MAX_INHERITED_SIDE}: --img-size '
+                f'{largest} takes them')
     config = resolve_data_config(overrides, model=model)
     config['num_classes'] = model.num_classes
     for key in ('mean', 'std'):

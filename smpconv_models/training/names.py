@@ -1,7 +1,8 @@
 """Names of classes and files: a fixed order, and a form in which they can be shown."""
 import re
-import unicodedata
 from typing import Any, Iterable, List, Tuple
+
+from smpconv_models import checkpoint
 
 
 def natural_key(name: str) -> Tuple[List[Any], str]:
@@ -20,14 +21,8 @@ def in_order(names: Iterable[str]) -> List[str]:
 
 
 def shown(name: str) -> str:
-    """Return a name for messages, escaped as in a Python string if it cannot be printed or looks like another name.
-
-    Names with bytes that are not UTF-8, with control characters or with a backslash are escaped, and so are names that
-    are not in Unicode's composed form (NFC). Different names are always shown differently.
-    """
-    if name.isprintable() and '\\' not in name and unicodedata.is_normalized('NFC', name):
-        return name
-    return name.encode('unicode_escape').decode('ascii')
+    """Return a whole name for messages, escaped so that different names are always shown differently."""
+    return checkpoint.printable(name, limit=None)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

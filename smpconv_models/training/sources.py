@@ -424,7 +424,7 @@ def _check_info(root: Path, split: str) -> None:
     try:
         splits = dict(json.loads(path.read_text())['splits'])
     except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} does not tell the splits: {type(error).__name__} {error}') from error
+        raise ValueError(f'{path} has no readable splits: {type(error).__name__} {error}') from error
     if split not in splits:
         raise ValueError(f'{path}: expected a split named {split}, found {sorted(splits)[:8]}')
 

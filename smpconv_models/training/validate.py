@@ -1,5 +1,6 @@
 """Evaluation of checkpoints and of models with their pretrained weights."""
 import math
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -21,6 +22,7 @@ from .build import (
     memory_format,
     model_arguments,
     select_device,
+    select_weights,
 )
 from .evaluate import HeldOut, evaluate
 from .folder import RunFolder
@@ -94,20 +96,21 @@ def measure(args: Namespace, before: Optional[Namespace] = None, with_confusion:
     """
     device = select_device(args.device)
     loaded = _read(args)
-    try:
-        described = checkpoint.describe(loaded)
-    except ValueError as error:
-        raise ValueError(f'{args.checkpoint}: {error}') from error
+    described = checkpoint.describe(loaded, args.checkpoint or '')
     args = Namespace(**vars(args))
     kwargs: Dict[str, Any] = {}
+    state_dict: Dict[str, Tensor] = {}
+    weights = 'pretrained'
     if args.checkpoint:
         args = inherit(args, described)
-        args.model, kwargs = choose_model(args.model, loaded, args.checkpoint)
+        state_dict, key = select_weights(loaded, args.checkpoint, args.use_ema)
+        weights = key or 'state dict'
+        args.model, kwargs = choose_model(args.model, described, state_dict, args.checkpoint)
     args.dataset, args.split = args.dataset or '', args.split or 'validation'
     if before is not None:
         _check_same_images(args, before)
     sequence_data.check_options(args)
-    model, weights = _load(args, loaded, kwargs)
+    model = _load(args, described, state_dict, weights, kwargs)
     model.to(device).to(memory_format=memory_format(args)).eval()
     config = data.data_config(args, model)
     dataset, classes = _open(args, described, model)
@@ -145,14 +148,15 @@ def _read(args: Namespace) -> Dict[str, Any]:
     return loaded
 
 
-def _load(args: Namespace, loaded: Dict[str, Any], kwargs: Dict[str, Any]) -> Tuple[Any, str]:
-    """The model, and in a word which weights it has."""
+def _load(
+        args: Namespace, described: Description, state_dict: Dict[str, Tensor], weights: str, kwargs: Dict[str, Any],
+) -> Any:
+    """Return the model with the checkpoint's weights, or with pretrained ones if there is no checkpoint."""
     kwargs = model_arguments(args, kwargs)
     if args.checkpoint:
-        model, key = create_for_checkpoint(args.model, kwargs, loaded, args.checkpoint, args.use_ema)
-        weights = key or 'state dict'
+        model = create_for_checkpoint(args.model, kwargs, described, state_dict, args.checkpoint)
     else:
-        model, weights = create_model(args.model, pretrained=True, **kwargs), 'pretrained'
+        model = create_model(args.model, pretrained=True, **kwargs)
         if model.num_classes != model.pretrained_cfg['num_classes']:  # timm would make another classifier, at random
             raise ValueError(
                 f'the pretrained weights of {args.model} are for {model.pretrained_cfg["num_classes"]} classes, not '
@@ -160,7 +164,7 @@ def _load(args: Namespace, loaded: Dict[str, Any], kwargs: Dict[str, Any]) -> Tu
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.isnan().any():
             raise ValueError(f'{args.checkpoint or args.model} has weights that are not numbers: {name} ({weights})')
-    return (reparameterize_model(model) if args.reparam else model), weights
+    return reparameterize_model(model) if args.reparam else model
 
 
 def _open(args: Namespace, described: Description, model: Any) -> Tuple[Any, Optional[List[str]]]:
@@ -274,34 +278,34 @@ def inherit(args: Namespace, described: Description) -> Namespace:
     keys = ['mean', 'std', 'interpolation', 'crop_pct', 'exif_orientation']
     if all(getattr(args, key) is None for key in _SIZES):
         keys += _SIZES
-    taken = {key: described.preparation.get(key) for key in keys if getattr(args, key) is None}
-    try:
-        vars(args).update(taken, **checkpoint.check_preparation(taken, 'args.'))
-    except ValueError as error:
-        raise ValueError(f'{args.checkpoint}: {error}; an option of this name comes before it') from error
-    dataset, data_dir, split = (getattr(described.origin, key) for key in ('dataset', 'data_dir', 'val_split'))
+    vars(args).update(described.preparation(
+        [key for key in keys if getattr(args, key) is None], checkpoint.MAX_INHERITED_SIDE,
+        '; an option of this name overrides it'))
+    dataset = described.dataset if args.dataset is None else None
     if args.dataset is None and args.data_dir is None:
+        data_dir = described.data_dir
         if dataset in _EMBEDDED:
             args.dataset = dataset
         elif not dataset and data_dir and _is_local_folder(data_dir):
             args.data_dir = data_dir
         elif dataset or data_dir:
-            trained = ' in '.join(filter(None, (dataset, data_dir)))
+            trained = checkpoint.shown(' in '.join(filter(None, (dataset, data_dir))))
             raise ValueError(
-                f'{args.checkpoint} was trained on {trained[:200]!r}, which is neither embedded nor an image folder '
+                f'{args.checkpoint} was trained on {trained}, which is neither embedded nor an image folder '
                 'of this machine: --data-dir and --dataset name the images to evaluate')
-    elif args.dataset is None and dataset and dataset.lower().removeprefix('seq/') in sequences.NAMES and (
-            dataset.lower().startswith('seq/')):  # the user has named the folder of its files
+    elif dataset and dataset.lower().startswith('seq/') and dataset.lower().removeprefix('seq/') in sequences.NAMES:
+        # the user has named the folder of its files
         args.dataset = dataset
-    if args.split is None and split:
+    split = described.val_split if args.split is None else None
+    if split:
         if not re.fullmatch(r'[\w-]+', split):
             raise ValueError(
-                f'{args.checkpoint} was evaluated on the split {split[:200]!r}, which is no plain name: --split names '
-                'the one to evaluate')
+                f'{args.checkpoint} was evaluated on the split {checkpoint.shown(split)}, which is no plain name: '
+                '--split names the one to evaluate')
         args.split = split
     return args
 
 
 def _is_local_folder(path: str) -> bool:
     """Whether a path that a file gives is a folder of this machine: no URL, no network share."""
-    return not re.match(r'[\w+.-]+:|[/\\\\]{2}', path) and Path(path).is_dir()
+    return not re.match(r'[\w+.-]+:|[/\\\\]{2}', path) and os.path.isdir(path)  # Path.is_dir raises on long names

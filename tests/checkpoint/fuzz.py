@@ -127,15 +127,16 @@ def plain(value):
 def read_checkpoint(path):
     """All that evaluation, resuming, conversion and figures take from a checkpoint."""
     loaded = checkpoint.read_file(path)
-    described = checkpoint.describe(loaded)
-    name, kwargs = choose_model(None, loaded, str(path))
-    create_for_checkpoint(name, kwargs, loaded, str(path), True)
-    resume.check_content(loaded)
+    described = checkpoint.describe(loaded, path)
     state_dict, _ = checkpoint.select_state_dict(loaded)
+    name, kwargs = choose_model(None, described, state_dict, str(path))
+    create_for_checkpoint(name, kwargs, described, state_dict, str(path))
+    resume.check_content(loaded)
     network = conversion._create(*conversion._described(described, state_dict, None))
     conversion._adapted(state_dict, network)
-    conversion._data(network, checkpoint.check_preparation(described.preparation))
+    conversion._data(network, described.preparation())
     conversion._labels(network, described.classes)
+    list(map(described.__getattribute__, ('epoch', 'seed')))
     inherit(argparse.Namespace(
         checkpoint=str(path), dataset=None, data_dir=None, split=None, img_size=None, input_size=None, mean=None,
         std=None, interpolation=None, crop_pct=None, exif_orientation=None), described)

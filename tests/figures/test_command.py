@@ -9,7 +9,7 @@ from common import randomize_
 from PIL import Image
 from safetensors.torch import load_file
 
-from smpconv_models import figures
+from smpconv_models import checkpoint, figures
 from smpconv_models.figures import _inputs
 from smpconv_models.figures.__main__ import create_parser, main
 from smpconv_models.models import create_sequence_model
@@ -190,6 +190,15 @@ def test_a_checkpoint_of_nan_is_told(tmp_path, capsys):
     line = refused(
         capsys, tmp_path, 'stages', '--checkpoint', tmp_path / 'in.pth', '--output', tmp_path / 'out.png')
     assert 'in.pth: the checkpoint has weights that are not finite: head.fc.bias' in line
+
+
+def test_wrong_values_are_told_with_the_file(folder, tmp_path, tmp_path_factory, capsys):
+    loaded = checkpoint.read_file(folder / 'model_best.pth.tar')
+    path = tmp_path_factory.mktemp('elsewhere') / 'a.pth'
+    for wrong, told in (({'mean': 'x'}, 'args.mean must be'), ({'img_size': 2048}, '--img-size overrides a size')):
+        torch.save({**loaded, 'args': {**loaded['args'], **wrong}}, path)
+        line = refused(capsys, tmp_path, 'receptive-field', '--output', tmp_path / 'out.png', '--checkpoint', path)
+        assert f'{path}: ' in line and told in line
 
 
 def test_norms_of_a_network_without_weights_know_the_images(run, folder):

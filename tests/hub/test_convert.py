@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_original import Drive
 
 import smpconv_models
+import validate
 from smpconv_models import checkpoint, hub, original
 from smpconv_models.hub import conversion, publication
 
@@ -237,6 +238,20 @@ def test_arguments_of_timms_script_are_the_models(tmp_path):
     assert torch.equal(load(tmp_path / 'folder')(image), model(image))
 
 
+def test_a_model_of_large_images_is_converted_and_evaluated_on_request(tmp_path, capsys):
+    """Images of 4096 pixels are described; what an evaluation costs is for the user to choose."""
+    kwargs = dict(TINY, num_classes=10)
+    model = timm.create_model('smpconv_nano', **kwargs)
+    torch.save({'state_dict': model.state_dict(), 'model_kwargs': kwargs, 'args': {
+        'model': 'smpconv_nano', 'img_size': 1280, 'dataset': 'digits'}}, tmp_path / 'a.pth')
+    hub.convert(tmp_path / 'a.pth', tmp_path / 'folder')
+    assert hub.load(tmp_path / 'folder').pretrained_cfg['input_size'][1:] == (1280, 1280)
+    named = ('--model', f'local-dir:{tmp_path}/folder', '--dataset', 'digits')
+    for source in ('--checkpoint', tmp_path / 'a.pth'), named:
+        line = refused(capsys, validate, *source)
+        assert '1280' in line and '1024' in line
+
+
 def test_another_model_than_the_weights_is_refused(tmp_path, capsys):
     torch.save(timm.create_model('smpconv_nano').state_dict(), tmp_path / 'nano.pth')
     for name, told in (('smpconv_b', 'does not fit the model'), ('resnet18', "got 'resnet18'")):
@@ -258,7 +273,7 @@ def test_another_model_than_the_weights_is_refused(tmp_path, capsys):
     (dict(args={'model': 'smpconv_nano', 'mean': 'abc'}), 'args.mean must be'),
     (dict(args={'model': 'smpconv_nano', 'interpolation': 'nope'}), 'args.interpolation must be'),
     (dict(args={'model': 'smpconv_nano', 'crop_pct': 'x'}), 'args.crop_pct must be'),
-    (dict(classes=5), 'classes must be a list'), (dict(classes=['a']), 'expected 2 names of classes'),
+    (dict(classes={'a': 0}), 'classes must be a list'), (dict(classes=['a']), 'expected 2 names of classes'),
 ])
 def test_what_a_checkpoint_says_of_itself_is_not_believed(tmp_path, capsys, content, told):
     state = timm.create_model('smpconv_nano', num_classes=2).state_dict()
@@ -336,7 +351,7 @@ def hostile(change):
     (hostile(lambda config: config.update(model_args={**TINY, 'num_classes': -10 ** 12})), 'model_args.num_classes'),
     (hostile(lambda config: config.update(model_args={**TINY, 'mlp_ratio': -10})), 'no network of'),
     (hostile(lambda config: config.update(model_args=dict(
-        depths=[9] * 4, dims=[200] * 4, kernel_sizes=[511] * 4, points_divisor=1))), '2e.09'),
+        depths=[9] * 4, dims=[200] * 4, kernel_sizes=[511] * 4, points_divisor=1))), 'of side 511 take'),
     (hostile(lambda config: config.update(model_args={**TINY, 'device': 'meta'})), r"got \['device'\]"),
     (hostile(lambda config: config.update(model_args={**TINY, 'global_pool': 'x'})), 'no network of'),
     (hostile(lambda config: config.update(model_args={**TINY, 'drop_path_rate': 'x'})), 'no network of'),

@@ -71,11 +71,22 @@ def test_null_leaves_an_option_open(parse):
     ('model_kwargs: {a: 1, a: 2}\n', "'a' is given twice"),
     ('- 1\n', 'must hold keys and values, got list'),
     ('a: [\n', 'is not YAML'),
+    ('lr: ' + '[' * 3000 + ']' * 3000, 'maximum recursion depth exceeded'),
+    ('lr: [&a [1], *a]', 'aliases are not supported'), ('lr: &a [*a]', 'aliases are not supported'),
+    ('lr: 2001-99-99\n', 'is not YAML of options: month must be in 1..12'),
+    ('lr: 0x' + 'f' * 10 ** 4, 'lr does not take a number of 40000 bits'), ('? [1]\n: 2\n', 'is not YAML of options'),
+    ('1: 2\n', 'unknown key 1'), (f'? {"a" * 10 ** 4}\n: 1\n', 'unknown key'),
+    ('lr: "' + 'a' * 10 ** 5 + '"', 'lr does not'),
+    ('model_kwargs: {checkpoint_path: x.pth}\n', 'model_kwargs must describe a network, got checkpoint_path'),
+    ("model_kwargs: {pretrained_cfg_overlay: {url: 'http://127.0.0.1:9/x'}}\n", 'got pretrained_cfg_overlay'),
+    ('model_kwargs: {pretrained_cfg: {hf_hub_id: evil/x}}\n', 'got pretrained_cfg'),
+    ('model_kwargs: {a: {cache_dir: x}}\n', 'got cache_dir'),
 ])
 def test_mistakes_are_told_in_one_line(parse, text, told):
     with pytest.raises(ValueError) as error:
         parse(text)
-    assert told in str(error.value) and 'options.yaml' in str(error.value) and '\n' not in str(error.value)
+    assert told in str(error.value) and 'options.yaml' in str(error.value)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_a_missing_file_is_told(parser):
@@ -116,7 +127,8 @@ def test_recipes_are_valid(path):
 
 @pytest.mark.parametrize('text', [
     "data-dir: 'pipe:touch trap; echo ://'", "val-split: 'pipe:touch trap'", 'data-dir: https://evil/x',
-    'model: hf-hub:evil/x', 'dataset: hfds/evil/x', 'dataset: tfds/x'])
+    "val-split: '{http,file}://evil/x.tar|1'", "val-split: 'pip{e:touch trap,}.tar|1'", 'model: hf-hub:evil/x',
+    'dataset: hfds/evil/x', 'dataset: tfds/x'])
 def test_a_file_does_not_say_what_is_fetched_or_run(tmp_path, text):
     path = tmp_path / 'args.yaml'
     path.write_text(text)

@@ -70,6 +70,31 @@ def read_csv(path):
 # --- several models ---
 
 
+@pytest.mark.parametrize('content', [
+    dict(args=dict(seed=-1)), dict(epoch='last'), dict(epoch=1.5), dict(classes=10),
+    dict(args=dict(data_dir=['a', 'b'], dataset=5, val_split=[1], img_size=[2], model=3))])
+def test_wrong_values_that_options_replace_or_nobody_uses_do_no_harm(images, capsys, tmp_path, content):
+    path = save(tmp_path / 'a.pth', create(), **{'args': {}, **content})
+    assert run(validate.main, '--checkpoint', path, '--model', 'smpconv_nano', '--data-dir', images, '--dataset', '',
+               '--split', 'val', '--img-size', 16, *ON) == 0
+
+
+def test_nested_arguments_of_a_run_are_evaluated(images, capsys, tmp_path):
+    block_args = {'attn_layer': 'se'}
+    model = timm.create_model('test_resnet', num_classes=2, block_args=block_args)
+    path = save(tmp_path / 'a.pth', model, model_kwargs={'block_args': block_args, 'num_classes': 2})
+    assert run(validate.main, '--checkpoint', path, '--model', 'test_resnet', '--data-dir', images, '--img-size', 32,
+               *ON) == 0
+
+
+def test_what_is_left_out_of_a_checkpoint_is_reported_once(images, capsys, tmp_path, caplog):
+    averaged = torch.optim.swa_utils.AveragedModel(create())
+    path = save(tmp_path / 'a.pth', create(), state_dict=averaged.state_dict())
+    assert run(validate.main, '--checkpoint', path, '--model', 'smpconv_nano', '--data-dir', images, *ON) == 0
+    assert [record.getMessage() for record in caplog.records if 'AveragedModel' in record.getMessage()] == [
+        'checkpoint: the count of torch.optim.swa_utils.AveragedModel is left out']
+
+
 def test_each_of_several_models_is_evaluated_as_alone(files, images, capsys, tmp_path):
     named = ('--model', 'smpconv_nano', '--data-dir', images, *ON)
     alone = []
@@ -107,14 +132,15 @@ def test_options_come_before_the_description(tmp_path):
     (dict(dataset='wds/x', data_dir='pipe:touch trap; echo ://', val_split='a-{0..1}.tar|10'), '--data-dir'),
     (dict(dataset='hfds/evil/x'), '--dataset'), (dict(dataset='torch/folder', data_dir='.'), '--dataset'),
     (dict(data_dir='file:///etc'), '--data-dir'), (dict(data_dir='//host/share'), '--data-dir'),
-    (dict(data_dir='nowhere'), '--data-dir'), (dict(data_dir='.', val_split='../val'), '--split'),
+    (dict(data_dir='nowhere'), '--data-dir'), (dict(data_dir='a' * 4000), '--data-dir'),
+    (dict(data_dir='.', val_split='../val'), '--split'),
     (dict(dataset='digits', val_split='a|10'), '--split'),
 ])
 def test_a_checkpoint_does_not_locate_its_data(tmp_path, monkeypatch, capsys, args, option):
     monkeypatch.chdir(tmp_path)
     torch.save({'state_dict': create().state_dict(), 'args': {'model': 'smpconv_nano', **args}}, 'a.pth')
     line = refused(validate.main, capsys, '--checkpoint', 'a.pth')
-    assert 'a.pth was' in line and f'{option} ' in line
+    assert 'a.pth was' in line and len(line) < 500 and f'{option} ' in line
     assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
 
 
@@ -135,8 +161,9 @@ def test_a_checkpoint_does_not_locate_its_model(tmp_path, capsys, name):
     (dict(args=dict(img_size=30000)), 'args.img_size must be a whole number from 1 to 1024, got 30000'),
     (dict(args=dict(crop_pct=1e-9)), 'args.crop_pct must be a number from 0.1 to 2, got 1e-09'),
     (dict(args=dict(model=['smpconv_nano'])), "args.model must be a text"),
-    (dict(args=dict(batch_size=torch.ones(2))), 'args.batch_size must be plain data, got a Tensor'),
-    (dict(classes=[1, 2]), 'classes[0] must be a text'), (dict(epoch='x'), 'epoch must be a whole number'),
+    (dict(classes=[1, 2], model_kwargs={**KWARGS, 'num_classes': 2}), 'classes[0] must be a text'),
+    (dict(args=dict(model='smpconv_cifar'), model_kwargs=dict(kernel_size=9999)), 'kernels of side 9999 take 3.1e+11'),
+    (dict(args=dict(model='smpconv_speech'), model_kwargs=dict(sequence_length=1 << 20)), 'side 1048576 take 1.9e+09'),
 ])
 def test_described_networks_and_images_are_bounded(tmp_path, capsys, content, told):
     args = {'model': 'smpconv_nano', 'dataset': 'seq/digits' if 'speech' in str(content) else 'digits'}
