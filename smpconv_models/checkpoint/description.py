@@ -161,9 +161,9 @@ def run_arguments(checkpoint: Any) -> Dict[str, Any]:
         arguments = vars(arguments)
     if arguments is None:
         return {}
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise ValueError(f'args must be a dictionary or a namespace of options by name, got {shown(arguments)}')
     plain('args', arguments)
-    if not isinstance(arguments, dict):
-        raise ValueError(f'args must be a dictionary or a namespace, got {shown(arguments)}')
     return arguments
 
 

@@ -88,7 +88,7 @@ class RunFolder:
             if [path.name for path in self.path.iterdir()] == [lock.name]:  # of a run that was refused
                 lock.unlink()  # while it is held: whoever waits for it notices, and opens the next one
                 self.path.rmdir()
-        except (OSError, ValueError) as error:  # it was renamed, removed or made read-only, or the next run is there
+        except (OSError, ValueError, RecursionError) as error:  # renamed, removed, read-only, or the next run's
             _logger.debug('%s is left as it is: %s', self.path, error)
         finally:
             self._lock.release()
@@ -97,7 +97,7 @@ class RunFolder:
         try:
             holder = json.loads(self._holder.read_text())
             return f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
-        except (OSError, ValueError, KeyError):  # it is about to say so, or can't
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not written yet, or not by this package
             return 'it has not said who it is'
 
     def has_checkpoint(self) -> bool:

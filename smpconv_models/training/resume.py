@@ -1,5 +1,6 @@
 """What must not change when a run goes on, and how it does."""
 import logging
+import math
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
@@ -34,7 +35,7 @@ _FREE = (
 # Keys of a checkpoint that a run resumes from.
 _CONTENT = {'progress', 'args', 'classes', 'images', 'amp_scaler', 'state_dict', 'optimizer'}
 
-# Of the optimizer's groups, what the arguments decide; the rest is state.
+# Numbers in the optimizer's groups that the arguments decide, as they decide flags; other numbers are state.
 _OPTIONS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps')
 
 
@@ -46,7 +47,7 @@ def differences(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], L
         now: Of this command.
     """
     changed = {
-        key: f'{key} {then.get(key)!r} -> {now.get(key)!r}'
+        key: f'{checkpoint.printable(key)} {checkpoint.shown(then.get(key))} -> {checkpoint.shown(now.get(key))}'
         for key in sorted(set(then) | set(now)) if key not in _FREE and _listed(then.get(key)) != _listed(now.get(key))
     }
     return (
@@ -87,6 +88,7 @@ def check_content(loaded: Any) -> None:
         description.number('images', loaded['images'], 0, 1 << 62, whole=True)
     for key in ('state_dict', 'state_dict_ema'):
         _check_state_dict(key, loaded.get(key, {}))
+        checkpoint.check_finite(loaded.get(key, {}))
     _check_optimizer(loaded['optimizer'])
     scaler = loaded['amp_scaler']
     if not isinstance(scaler, dict):
@@ -145,12 +147,17 @@ def restore(run: 'Run', path: str, loaded: Any) -> None:
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     is_finished = progress.epoch >= run.args.epochs
-    changed, refused = differences(loaded['args'], plain(run.args))
+    arguments = checkpoint.run_arguments(loaded)
+    changed, refused = differences(arguments, plain(run.args))
     refused += _other_data(run, loaded)
     if is_finished and (changed or refused):
         raise ValueError(
             f'the run in {path} is finished, and this is another one: {"; ".join(refused + changed)}; name it with '
             '--experiment')
+    # the global batch size may have changed, and under --force-resume the number of images
+    step = progress.step * arguments['global_batch_size'] // run.args.global_batch_size
+    if step > run.images.steps and not refused:
+        raise ValueError(f'{path}: progress.step must be at most {run.images.steps}, got {progress.step}')
     if refused and not run.args.force_resume:
         raise ValueError(
             f'{path} is of another run: {"; ".join(refused)}; name this one with --experiment, or go on anyway with '
@@ -162,9 +169,8 @@ def restore(run: 'Run', path: str, loaded: Any) -> None:
             _logger.info('%s: the run was finished already', path)
         else:
             _logger.info('going on from %s: epoch %d, step %d', path, progress.epoch, progress.step)
-    _load(run, path, loaded)
-    # where a step is now made of another number of images
-    progress.step = progress.step * loaded['args']['global_batch_size'] // run.args.global_batch_size
+    _load(run, path, loaded, arguments)
+    progress.step = min(step, run.images.steps)
     run.progress = progress
     run.stepper.scheduler.step_update(run.number)
 
@@ -180,20 +186,17 @@ def _other_data(run: 'Run', loaded: Dict[str, Any]) -> List[str]:
     return found
 
 
-def _load(run: 'Run', path: str, loaded: Dict[str, Any]) -> None:
+def _load(run: 'Run', path: str, loaded: Dict[str, Any], arguments: Dict[str, Any]) -> None:
     optimizer, ema, scaler = run.stepper.optimizer, run.stepper.ema, run.stepper.scaler
-    options = [{key: group[key] for key in _OPTIONS if key in group} for group in optimizer.param_groups]
     try:
         run.model.load_state_dict(checkpoint.adapt(loaded['state_dict'], run.model))
         if ema is not None:
             # an average that is asked for now starts from the weights
             ema.module.load_state_dict(checkpoint.adapt(loaded.get('state_dict_ema', loaded['state_dict']), ema.module))
-        if all(loaded['args'].get(key) == getattr(run.args, key) for key in ('opt', 'layer_decay')):  # else forced anew
+        if all(arguments.get(key) == getattr(run.args, key) for key in ('opt', 'layer_decay')):  # else forced anew
             _load_optimizer(optimizer, loaded['optimizer'])
     except (KeyError, ValueError) as error:
         raise ValueError(f'{path} does not fit this run: {error}') from error
-    for group, values in zip(optimizer.param_groups, options):
-        group.update(values)  # the rate, the decay and so on as they are asked for now
     if scaler.is_enabled() and loaded['amp_scaler']:
         expected = set(scaler.state_dict())
         if set(loaded['amp_scaler']) != expected:
@@ -222,7 +225,7 @@ def _load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
         raise ValueError(f'the parameter groups of the optimizer must have {expected} parameters, got {got}')
     for ours, theirs in zip(own, given):
         for key, value in theirs.items():
-            if not (_is_number(value) if key == 'step' else _alike(ours.get(key), value)):
+            if not (_is_count(value) if key == 'step' else _alike(ours.get(key), value)):
                 raise ValueError(
                     f'option {key} of the optimizer must be a value like {description.shown(ours.get(key, 0))}, got '
                     f'{description.shown(value)}')
@@ -236,10 +239,16 @@ def _load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
                 raise ValueError(
                     f'{key} of parameter {index} of the optimizer must have shape {tuple(shapes[index])}, '
                     f'got {tuple(value.shape) if isinstance(value, Tensor) else description.shown(value)}')
-            if key == 'step' and not _is_number(value):
+            if key == 'step' and not _is_count(value):
                 raise ValueError(
-                    f'step of parameter {index} of the optimizer must be a number, got {description.shown(value)}')
-    optimizer.load_state_dict({**state, 'param_groups': [{**ours, **theirs} for ours, theirs in zip(own, given)]})
+                    f'step of parameter {index} of the optimizer must be a count, got {description.shown(value)}')
+    groups = [{**ours, **theirs, **_of_command(ours)} for ours, theirs in zip(own, given)]
+    optimizer.load_state_dict({**state, 'param_groups': groups})
+
+
+def _of_command(group: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the options of a parameter group that the arguments of this command decide: the learning rate, flags."""
+    return {key: value for key, value in group.items() if key in _OPTIONS or isinstance(value, (bool, str, type(None)))}
 
 
 def _alike(ours: Any, theirs: Any) -> bool:
@@ -249,8 +258,12 @@ def _alike(ours: Any, theirs: Any) -> bool:
     return kinds[0] == kinds[1] or ours is None or theirs is None
 
 
-def _is_number(value: Any) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
+def _is_count(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            return False
+        value = value.item()
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _is_reduced(value: Any, shape: torch.Size) -> bool:

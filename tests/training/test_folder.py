@@ -127,3 +127,12 @@ def test_processes_that_take_and_leave_a_folder_never_share_it(tmp_path):
 @pytest.mark.timeout(600)
 def test_many_processes_that_take_and_leave_a_folder_never_share_it(tmp_path):
     assert take_and_leave_with(tmp_path, 16, 150)[0] == 0
+
+
+@pytest.mark.parametrize('content', ['[1]', '5', '"x"', 'null', '[' * 100_000, '{"pid": 1}', '\0'])
+def test_a_marker_of_another_form_is_passed_over(tmp_path, content):
+    folder = held(tmp_path / 'run')
+    folder._holder.write_text(content)
+    assert folder._described() == 'it has not said who it is'
+    folder.release()
+    assert not folder._lock.is_locked

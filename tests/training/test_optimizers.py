@@ -71,3 +71,14 @@ def test_options_that_a_checkpoint_lacks_keep_their_values():
     loaded = make('adamw')[1]
     resume._load_optimizer(loaded, state)
     assert loaded.param_groups[0]['maximize'] is False
+
+
+def test_flags_and_rates_of_the_command_stay():
+    """A checkpoint does not turn the direction of the steps."""
+    model, optimizer = make('adamw')
+    step(model, optimizer, 0)
+    state = optimizer.state_dict()
+    state['param_groups'][0].update(maximize=True, lr=7.)
+    loaded = make('adamw')[1]
+    resume._load_optimizer(loaded, state)
+    assert loaded.param_groups[0]['maximize'] is False and loaded.param_groups[0]['lr'] == 1e-3
