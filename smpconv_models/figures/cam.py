@@ -106,7 +106,7 @@ def _targets(classes: Optional[Sequence[int]], count: int, num_classes: int) -> 
 def _last_stage(model: Any) -> str:
     info = getattr(model, 'feature_info', None)
     if not isinstance(info, list) or not info:
-        raise ValueError('the model does not tell its stages: name a layer')
+        raise ValueError('the model has no named stages: name a layer')
     return info[-1]['module']
 
 

@@ -330,7 +330,7 @@ def dotted(samples):
     ('class_tars', lambda folder: (folder / 'train' / 'cow.tar').write_bytes(b'x' * 5000),
      r'train/cow\.tar cannot be opened as a tar file'),
     ('wds', lambda folder: (folder / '_info.json').unlink(), r'expected _info\.json, or a split such as'),
-    ('wds', lambda folder: (folder / '_info.json').write_text('{"splits"'), r'_info\.json does not tell the splits'),
+    ('wds', lambda folder: (folder / '_info.json').write_text('{"splits"'), r'_info\.json has no readable splits'),
     ('wds', lambda folder: (folder / '_info.json').write_text('{"splits": {"train": {}, "val": {}}}'),
      "split 'val' of wds/made in .* cannot be opened: 'num_samples'"),
     ('wds', lambda folder: (folder / 'train-0001.tar').unlink(), r"lacks 1 of 2 shards: \['train-0001\.tar'\]"),
