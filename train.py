@@ -34,8 +34,6 @@ if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a lost process is told in a line, not in pages of C++ frames
 
-from torch import distributed
-
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import streams
 from smpconv_models.training import Stopped, World, config, explain, options, set_up, train
@@ -133,7 +131,7 @@ if __name__ == '__main__':
     try:
         sys.exit(main())
     except SystemExit as end:
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not World.is_connected():
             raise
         code = end.code
         if code is not None and not isinstance(code, int):  # as Python does

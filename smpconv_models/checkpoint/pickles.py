@@ -12,8 +12,8 @@ _PLAIN = {
     'argparse.Namespace',  # timm's training script stores its arguments in one
     'collections.OrderedDict', 'torch.Size', 'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor',
     'torch._utils._rebuild_tensor_v2',
-    'torch.bfloat16', 'torch.float16', 'torch.float32', 'torch.float64',  # options of optimizers
 }
+_DTYPES = {'torch.bfloat16', 'torch.float16', 'torch.float32', 'torch.float64'}  # options of optimizers
 _TENSORS = ('torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2')
 _MAX_DIMS = 64  # what most of PyTorch's operations take
 
@@ -67,7 +67,7 @@ class _Inert:
 
 
 class _Uncalled(_Inert):
-    """A storage's type is only named; PyTorch's own would reserve memory when called."""
+    """A storage's type, whose call would reserve memory, or a data type: both are only named."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> '_Uncalled':
         raise pickle.UnpicklingError(f'it makes a {cls.name} of its own')
@@ -155,7 +155,8 @@ class _Unpickler(_PythonsUnpickler):
         if path in ('collections.OrderedDict', 'argparse.Namespace'):
             return type('_Container', (_Inert,), {
                 '__init__': _no_arguments, '__setstate__': lambda _, state: self._count(state)})
-        return type('_Inert', (_Uncalled if _storage_kind(path) in _STORAGES else _Inert,), {'name': path})
+        is_uncalled = _storage_kind(path) in _STORAGES or path in _DTYPES
+        return type('_Inert', (_Uncalled if is_uncalled else _Inert,), {'name': path})
 
     def _size(self, *values: Any) -> Any:
         """torch.Size, which copies what it is given."""
@@ -232,4 +233,5 @@ def inspect(file: IO[bytes], size: int, count: int = 1) -> Contents:
         names.update(unpickler.types)
         for key, claimed in unpickler.storages.items():
             storages[key] = max(storages.get(key, 0), claimed)
-    return Contents(sorted(name for name in names - _PLAIN if _storage_kind(name) not in _STORAGES), storages, last)
+    code = (name for name in names - _PLAIN - _DTYPES if _storage_kind(name) not in _STORAGES)
+    return Contents(sorted(code), storages, last)

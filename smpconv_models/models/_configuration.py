@@ -14,8 +14,8 @@ Network = Callable[..., nn.Module]
 # Parameters; blocks.
 _MOST_NUMBERS, _MOST_BLOCKS = 2e9, 1000
 
-# Numbers that sampling the kernels takes, as count_sampled has them. The largest published network, for raw speech,
-# takes 3e7 in a layer and 3e8 in all.
+# Numbers that sampling the kernels takes, by count_sampled. The largest published network, smpconv_speech, takes 3e7 in
+# a layer and 3e8 in all.
 _MOST_SAMPLED, _MOST_SAMPLED_IN_ALL = 1 << 27, 1 << 30
 
 # Of a constructor's arguments, those that say how a network is made, not which.
@@ -96,10 +96,10 @@ def described(
         model: Any = network(**kwargs, device='meta')
     except MALFORMED as error:
         raise ValueError(f'there is no network of {shown(kwargs)}: {checkpoint.first_line(error)}') from error
-    check_sampled(model)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     if numbers > _MOST_NUMBERS:
         raise ValueError(f'expected at most {_MOST_NUMBERS:.0e} numbers, but {shown(kwargs)} takes {numbers:.1e}')
+    check_sampled(model)
     model.pretrained_cfg = pretrained_cfg
     return model
 

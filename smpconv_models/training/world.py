@@ -88,9 +88,14 @@ class World:
         while self._loaders:
             self._loaders.pop().close()
 
+    @staticmethod
+    def is_connected() -> bool:
+        """Whether this process is in a process group."""
+        return dist.is_available() and dist.is_initialized()
+
     def disconnect(self) -> None:
         """Leaves the others, who must be leaving too."""
-        if dist.is_available() and dist.is_initialized():
+        if self.is_connected():
             dist.destroy_process_group()
 
     def total(self, *values: Tensor) -> List[float]:

@@ -711,3 +711,18 @@ def test_inspection_says_what_is_there():
     buffer = io.BytesIO(PROTO + under(tensor(storage())) + b'.')
     found = pickles.inspect(buffer, len(buffer.getvalue()))
     assert found.code == [] and found.storages == {'0': 4}
+
+
+def test_a_data_type_is_named_and_not_called(tmp_path):
+    """As options of optimizers."""
+    path = tmp_path / 'file'
+    torch.save({'momentum_dtype': torch.bfloat16}, path)
+    assert checkpoint.read_file(path) == {'momentum_dtype': torch.bfloat16}
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, content in contents.items():
+            called = b'\x80\x02ctorch\nbfloat16\n)R.'
+            archive.writestr(name, called if name.endswith('data.pkl') else content)
+    with pytest.raises(ValueError, match=r'it makes a torch\.bfloat16 of its own'):
+        checkpoint.check_file(path)

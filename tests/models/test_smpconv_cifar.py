@@ -247,7 +247,8 @@ def folder_of(data, path, **config):
 @pytest.mark.parametrize(('config', 'message'), [
     (dict(kernel_size='9'), "expected a number as kernel_size, got '9'"),
     (dict(num_points=[8]), r'expected a number as num_points, got \[8\]'),
-    (dict(dims=[6, 2000]), r'model.safetensors: the checkpoint does not fit the model: .*of another shape'),
+    (dict(dims=[6, 200]), r'model.safetensors: the checkpoint does not fit the model: .*of another shape'),
+    (dict(kernel_size=9999), 'kernels of side 9999 take'),
     (dict(dims=[100_000, 100_000]), 'expected at most 2e\\+09 numbers'),
 ])
 def test_a_configuration_is_looked_at_before_it_takes_memory(golden, tmp_path, monkeypatch, config, message):

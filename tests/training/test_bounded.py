@@ -70,6 +70,7 @@ def test_a_stopped_worker_ends_the_wait(ahead):
     with pytest.raises(TimeoutError, match=r'no batch came from the DataLoader workers in 0\.4 s.*--workers than 2'):
         list(batches)
     assert are_gone(started)
+    loader.seconds = 60
     assert len(list(loader)) == 12  # of new workers
     loader.close()
 
