@@ -22,6 +22,8 @@ from . import pickles
 # The parts of a bare file before its tensors: magic number, version, system, the object, the storages' keys.
 _LEGACY_PICKLES = 5
 
+_MAX_LINE = 2000  # characters of another library's message, which may repeat what is in a file
+
 
 def read_file(path: Union[str, Path], lazy: bool = False) -> Any:
     """Loads a checkpoint file: safetensors, or a pickle of plain data, tensors and ``argparse.Namespace`` only.
@@ -96,8 +98,9 @@ def file_sha256(path: Union[str, Path]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, bounded and escaped if it cannot be printed, or its type's name."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_LINE]
+    return line if line.isprintable() else line.encode('unicode_escape').decode('ascii')
 
 
 def _is_safetensors(path: Union[str, Path]) -> bool:

@@ -4,7 +4,7 @@ from typing import Any, Iterable, List, Optional, Tuple
 
 from torch import Tensor, nn
 
-from .description import printable
+from .description import printable, shown
 from .release import StateDict, from_release, is_release
 
 _logger = logging.getLogger(__name__)
@@ -30,10 +30,14 @@ def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict,
     if not isinstance(checkpoint, dict):
         raise ValueError(f'expected a checkpoint to be a dict, got {type(checkpoint).__name__}')
     keys = (*_EMA_KEYS, *_MODEL_KEYS) if use_ema else _MODEL_KEYS
-    found = next((key for key in keys if isinstance(checkpoint.get(key), dict)), '')
+    # None is how timm's script leaves out the averaged weights
+    found = next((key for key in keys if key in checkpoint and (checkpoint[key] is not None or key in _MODEL_KEYS)), '')
     state_dict = checkpoint[found] if found else checkpoint
+    if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
+        raise ValueError(
+            f'expected {found or "a checkpoint"} to be a dictionary of tensors by name, got {shown(state_dict)}')
     cleaned = {
-        _strip(key): value for key, value in state_dict.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        _strip(key): value for key, value in state_dict.items() if isinstance(value, Tensor)}
     cleaned = _unwrapped(cleaned)
     if not cleaned:
         names = sorted(str(key)[:80] for key in checkpoint)[:8]

@@ -57,7 +57,7 @@ class LocalWeights(NamedTuple):
         def filtered(state_dict: Dict[str, Tensor], model: Any) -> Dict[str, Tensor]:
             self.verify()
             with self.named():
-                return filter_fn(state_dict, model)
+                return filter_fn(self.state_dict or state_dict, model)  # timm keeps what is no tensor
         return filtered
 
 
@@ -154,7 +154,7 @@ def _check_in_folder(path: Path) -> None:
     # transformers copies what it doesn't know of a configuration, beside weights that it writes anew
     expected = None if 'transformers_version' in config else config.get('sha256')
     if expected is not None and checkpoint.file_sha256(path) != expected:
-        raise ValueError(f'{path} is damaged: its checksum is not the one in config.json, {expected}')
+        raise ValueError(f'{path} is damaged: its checksum is not the one in config.json, {checkpoint.shown(expected)}')
 
 
 def _read_config(folder: Path) -> Dict[str, Any]:

@@ -54,8 +54,10 @@ def _read(path: str) -> Dict[str, Any]:
             values = yaml.load(file, _Loader) or {}  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f'--config {path} cannot be read: {error}') from error
-    except (RecursionError, ValueError, yaml.YAMLError) as error:  # nesting, and numbers or dates that do not exist
-        raise ValueError(f'--config {path} is not YAML of options: {" ".join(str(error).split()):.300}') from error
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+        # PyYAML raises most of these for a value that does not fit its tag
+        reason = checkpoint.printable(' '.join(str(error).split()), 300)
+        raise ValueError(f'--config {path} is not YAML of options: {reason}') from error
     if not isinstance(values, dict):
         raise ValueError(f'--config {path} must hold keys and values, got {type(values).__name__}')
     return values

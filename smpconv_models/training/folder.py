@@ -96,7 +96,7 @@ class RunFolder:
     def _described(self) -> str:
         try:
             holder = json.loads(self._holder.read_text())
-            return f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}'
+            return checkpoint.printable(f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}')
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not written yet, or not by this package
             return 'it has not said who it is'
 
