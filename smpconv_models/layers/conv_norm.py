@@ -1,4 +1,5 @@
 """Convolution, normalization, activation; and their folding into one convolution."""
+from contextlib import nullcontext
 from typing import Any, Callable, List, Literal, Optional, Tuple, Union
 
 import torch
@@ -18,7 +19,9 @@ ActLayer = Union[str, Callable[[], nn.Module]]
 
 def create_norm(norm_layer: NormLayer, channels: int, device: Any = None, dtype: Any = None) -> nn.Module:
     """``norm_layer(channels)`` on the given device: the layer may be any callable, or one of timm's names."""
-    return _by_name(norm_layer, get_norm_layer, 'norm_layer')(channels).to(device=device, dtype=dtype)
+    with nullcontext() if device is None else torch.device(device):  # of a million channels, none on the way
+        norm = _by_name(norm_layer, get_norm_layer, 'norm_layer')(channels)
+    return norm.to(device=device, dtype=dtype)
 
 
 def create_act(act_layer: ActLayer) -> nn.Module:
