@@ -9,14 +9,17 @@ import pytest
 
 @pytest.mark.parametrize('count', [
     2000,
-    pytest.param(20000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),  # ten minutes
+    pytest.param(20000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),  # a quarter of an hour
 ])
 def test_changed_files_are_read_or_refused(count):
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name('fuzz.py'), '--seed', '0', '--count', str(count)],
         capture_output=True, text=True)
+    assert done.stdout, done.stderr
     summary = json.loads(done.stdout)
     assert summary['bad'] == [] and done.returncode == 0, done.stderr
-    for kind in ('zip', 'legacy', 'safetensors', 'values', 'legacy values', 'config', 'yaml', 'run'):
-        assert summary['outcomes'].get(f'{kind}: refused', 0) > 0, summary['outcomes']
-    assert sum(summary['outcomes'].values()) == count
+    outcomes = summary['outcomes']
+    assert len(summary['seconds']) == 12 and sum(outcomes.values()) == count
+    for kind in summary['seconds']:
+        assert outcomes.get(f'{kind}: accepted', 0) > 0, (kind, outcomes)
+        assert outcomes.get(f'{kind}: refused', 0) > 0 or kind == 'holder', (kind, outcomes)  # of which none is wrong
