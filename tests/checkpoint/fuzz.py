@@ -155,7 +155,8 @@ class Cases:
         self.run = set_up(parse(
             train, '--model', 'smpconv_nano', '--dataset', 'digits', '--model-kwargs', 'depths=[1]', 'dims=[4]',
             'kernel_sizes=[7]', '--in-chans', 1, '--img-size', 32, '--mean', 0.3, '--std', 0.4, '--workers', 0,
-            '--device', 'cpu', '--model-ema', '--epochs', 3, '--warmup-epochs', 0, '--output', home, '--experiment', 'run'))
+            '--device', 'cpu', '--model-ema', '--epochs', 3, '--warmup-epochs', 0, '--output', home, '--experiment',
+            'run'))
         for parameter in list(self.run.model.parameters())[:3]:  # which keeps cases small
             parameter.grad = torch.zeros_like(parameter)
         self.run.stepper.optimizer.step()
