@@ -374,6 +374,22 @@ def test_features_have_no_use_for_the_files_classes(tmp_path, released):
         assert relative_error(given, expected) < 1e-5
 
 
+@pytest.mark.parametrize('key', ['state_dict', ''])
+def test_values_beside_the_weights_are_left_out(tmp_path, released, key):
+    state_dict, image, logits, _ = released
+    content = {**state_dict, 'note': 'x', 'numbers': {'a': 1}}
+    torch.save({key: content} if key else content, tmp_path / 'weights.pth')
+    assert relative_error(create(tmp_path / 'weights.pth')(image), logits) < 1e-5
+
+
+@pytest.mark.parametrize('content', [{'state_dict_ema': 1, 'state_dict': {}}, {'state_dict': {1: torch.ones(1)}}])
+def test_weights_without_names_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / 'weights.pth')
+    with pytest.raises(ValueError, match='expected state_dict(_ema)? to be a dictionary of tensors by name') as error:
+        create(tmp_path / 'weights.pth')
+    assert_one_line(error)
+
+
 def test_classes_that_nobody_declared_are_told(tmp_path, released):
     path = release_file(tmp_path / 'smpconv.pth.tar', released[0])
     with pytest.raises(ValueError) as error:

@@ -4,10 +4,11 @@ from collections import Counter
 from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
-from timm.utils import ParseKwargs
 
 from smpconv_models import checkpoint
 from smpconv_models.hints import did_you_mean
+
+from .options import Keywords
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,7 +107,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
         return value
     if action.nargs == '?' and isinstance(value, bool):  # an option whose value may be left out
         return action.const if value else None
-    if isinstance(action, ParseKwargs):
+    if isinstance(action, Keywords):
         if not isinstance(value, dict):
             raise ValueError('expected keys and values')
         return value

@@ -608,12 +608,27 @@ def test_weights_that_are_not_finite(value, dtype):
         checkpoint.check_finite({'a': weights})
 
 
-@pytest.mark.parametrize('content', [[torch.ones(1)], {}, {0: torch.ones(1)}, {'state_dict': {}}, None, torch.ones(1)])
+@pytest.mark.parametrize('content', [
+    [torch.ones(1)], {}, {0: torch.ones(1)}, {'state_dict': {}}, None, torch.ones(1),
+    {'state_dict': {'a': torch.ones(1)}, 'state_dict_ema': 1}, {'state_dict': {'a': torch.ones(1), 1: torch.ones(1)}},
+    {'state_dict': None, 'model': {'a': torch.ones(1)}}])
 def test_no_weights(tmp_path, content):
     torch.save(content, tmp_path / 'a.pth')
     with pytest.raises(ValueError, match='expected') as error:
         checkpoint.select_state_dict(checkpoint.read_file(tmp_path / 'a.pth'))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_averaged_weights_may_be_left_out():
+    state_dict = {'a': torch.ones(1)}
+    loaded = {'state_dict': state_dict, 'state_dict_ema': None}
+    assert checkpoint.select_state_dict(loaded) == (state_dict, 'state_dict')
+
+
+@pytest.mark.parametrize('message, line', [
+    ('', 'ValueError'), ('a\nb', 'a'), ('\x1b[31m', r'\x1b[31m'), ('\ud800', r'\ud800'), ('a' * 5000, 'a' * 2000)])
+def test_messages_of_others_are_one_printable_line(message, line):
+    assert checkpoint.first_line(ValueError(message)) == line
 
 
 def test_numpy_scalars(tmp_path):

@@ -359,6 +359,8 @@ def hostile(change):
     (hostile(lambda config: config['pretrained_cfg'].update(input_size=[])), 'expected the input_size'),
     (hostile(lambda config: config.update(pretrained_cfg=[1])), 'cannot be loaded'),
     (hostile(lambda config: config['pretrained_cfg'].update(nothing=1)), "unexpected keyword argument 'nothing'"),
+    (hostile(lambda config: config['pretrained_cfg'].update({'\x1b[31m': 1})), r"argument '\\x1b\[31m'$"),
+    (hostile(lambda config: config.update(sha256='a' * 5000)), r"json, 'a{5,80}\.\.\.a{5,80}'$"),
     (lambda config: '[1, 2]', 'cannot be loaded'),
     (lambda config: 'nonsense', 'cannot be loaded'),
 ])

@@ -238,6 +238,12 @@ def test_create_norm(norm_layer):
     assert (norm.num_features, norm.weight.device.type, norm.weight.dtype) == (5, 'meta', torch.float64)
 
 
+def test_a_norm_on_the_meta_device_takes_no_memory():
+    seen = []
+    create_norm(lambda channels: seen.append(torch.empty(1).device.type) or nn.BatchNorm2d(channels), 5, device='meta')
+    assert seen == ['meta']
+
+
 @pytest.mark.parametrize('act_layer', [nn.GELU, 'gelu', lambda: nn.GELU()])
 def test_create_act(act_layer):
     x = torch.linspace(-3, 3, 7)

@@ -136,3 +136,9 @@ def test_a_marker_of_another_form_is_passed_over(tmp_path, content):
     assert folder._described() == 'it has not said who it is'
     folder.release()
     assert not folder._lock.is_locked
+
+
+def test_a_marker_that_cannot_be_printed_is_escaped(tmp_path):
+    folder = held(tmp_path / 'run')
+    folder._holder.write_text(json.dumps({'pid': 1, 'host': 'a\n\x1b[31m', 'since': '\ud800' + 'b' * 5000}))
+    assert folder._described().startswith(r'process 1 on a\n\x1b[31m since \ud800b') and len(folder._described()) < 500
