@@ -1,22 +1,34 @@
-"""Standard output and error that a program outlives: closed, full, without a reader, or of a narrow encoding."""
+"""Standard output and error for programs that continue when their output cannot be written."""
 import io
 import os
+import select
 import sys
 from typing import Any
 
 
 class _File(io.FileIO):
-    """File whose writes never fail; after a failed write, its output is discarded."""
+    """File whose writes never fail; after a failed write, its output is discarded.
+
+    A write to a full non-blocking pipe or terminal waits until there is room, as a write to a blocking one does.
+    """
 
     is_lost = False
 
     def write(self, content: Any) -> Any:
-        if not self.is_lost:
+        while not self.is_lost:
             try:
-                return super().write(content)
+                written = super().write(content)
+                if written is not None:
+                    return written
+                _wait_for_room(self)
             except OSError:  # a full disk, a pipe without a reader, a closed terminal
                 self.is_lost = True
         return memoryview(content).nbytes
+
+
+def _wait_for_room(file: Any) -> None:
+    """Wait until a non-blocking file takes output; programs such as ssh leave terminals and pipes non-blocking."""
+    select.select([], [file], [])
 
 
 def keep_writable() -> None:
@@ -34,14 +46,25 @@ def _writable(stream: Any, number: int) -> Any:
     if stream is None:  # the file descriptor was closed when Python started
         _occupy(number)
         return open(os.devnull, 'w', errors='backslashreplace')
+    if os.name == 'nt' and stream.isatty():
+        stream.reconfigure(errors='backslashreplace')  # a console takes UTF-16, which Python's own stream writes
+        return stream
     try:
-        stream.flush()
+        _flush(stream)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # Python flushes the old stream again at its end
     file: Any = io.BufferedWriter(_File(number, 'w', closefd=False))
     return io.TextIOWrapper(
         file, encoding=stream.encoding, errors='backslashreplace',
         line_buffering=stream.line_buffering or stream.write_through)  # the latter by PYTHONUNBUFFERED
+
+
+def _flush(stream: Any) -> None:
+    while True:
+        try:
+            return stream.flush()
+        except BlockingIOError:
+            _wait_for_room(stream)
 
 
 def _occupy(number: int) -> None:

@@ -3,10 +3,13 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from smpconv_models import checkpoint
+
+IS_OLD_TIMM = tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 31)
 
 
 def randomize_(module, seed=0):

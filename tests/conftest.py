@@ -8,6 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+# A test is no rank of the job of Slurm or torchrun that starts the tests.
+for _name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'):
+    os.environ.pop(_name, None)
+
 
 @pytest.fixture(scope='session')
 def golden():

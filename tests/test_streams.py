@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,48 @@ def test_no_other_file_is_opened_in_the_place_of_a_closed_stream(tmp_path):
     script = SCRIPT.replace('for _', f"open({str(tmp_path / 'x')!r}, 'w').fileno() > 2 or os._exit(4)\nfor _")
     done = subprocess.run(['bash', '-c', f'"{sys.executable}" -c "$0" >&- 2>&-', script], timeout=60)
     assert done.returncode == 3
+
+
+# The pipe is full, with a line in the buffer, before its streams are replaced.
+FULL = """
+try:
+    while True:
+        os.write(1, bytes(4096))
+except BlockingIOError:
+    pass
+try:
+    sys.stderr.write('early\\n')
+except BlockingIOError:
+    pass
+streams"""
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='pipes are blocking there')
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('is_read', [True, False])
+def test_a_full_non_blocking_pipe_is_waited_for(is_read, unbuffered):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with subprocess.Popen(
+            [sys.executable, '-c', SCRIPT.replace('\nstreams', FULL)], stdout=writer, stderr=writer,
+            env={**os.environ, 'PYTHONUNBUFFERED': unbuffered}) as process:
+        os.close(writer)
+        with open(reader, 'rb') as pipe:
+            time.sleep(0.3)  # by now the script waits
+            received = pipe.read(-1 if is_read else 100).lstrip(b'\0')
+        assert process.wait(60) == 3
+    if is_read:
+        early = b'' if unbuffered else b'early\n'  # Python's own unbuffered streams discard it
+        assert received.startswith(early + b'a') and received.count(b'another\n') == 20000
+        assert received.count(b'\n') == 40001 + len(early.splitlines())
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='a terminal in the place of a console')
+def test_the_stream_of_a_windows_console_is_kept():
+    script = SCRIPT.replace('\nstreams', '\nos.name = "nt"\nstreams').replace('20000', '0')
+    script = script.replace('sys.exit(3)', 'sys.exit(sys.stdout is sys.__stdout__ and sys.stderr is not sys.__stderr__)')
+    terminal, end = os.openpty()
+    done = subprocess.run([sys.executable, '-c', script], stdout=end, stderr=subprocess.PIPE, timeout=60)
+    os.close(end)
+    with open(terminal, 'rb', buffering=0) as output:
+        assert done.returncode == 1 and output.read(100) == 'caf\u00e9 image\\udcff.png\r\n'.encode()

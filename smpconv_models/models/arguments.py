@@ -1,4 +1,5 @@
 """Checks of a network that a file describes, before it takes memory or time."""
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Dict, get_type_hints
@@ -58,7 +59,11 @@ def _bounded(state_dict: Dict[str, Tensor]) -> Iterator[None]:
     left = {'numbers': 2 * sum(value.numel() for value in state_dict.values()) + 10 ** 7,
             'modules': 20 * len(state_dict) + 1000}
 
+    own = threading.get_ident()
+
     def take(kind: str, count: int) -> None:
+        if threading.get_ident() != own:  # PyTorch's hooks are of the process: another thread may build a network
+            return
         left[kind] -= count
         if left[kind] < 0:
             raise ValueError(f'the network has many more {kind} than the weights')

@@ -27,9 +27,9 @@ class Scan:
         images: Path and folder of each image, in no particular order.
         top_level: Names of the folders in the root.
         hidden: Paths to images, and to folders, whose names begin with a dot; folders called ``__MACOSX``.
-        special: Paths called as an image is that are pipes, sockets or devices.
+        special: Paths to pipes, sockets and devices whose names end like those of images.
         other: Paths to images in formats that are not read.
-        loops: Paths to links that lead back to a folder they are in.
+        loops: Paths to links and mounts that lead back to a folder they are in.
     """
     root: str
     extensions: Collection[str]
@@ -46,24 +46,34 @@ class Scan:
         Raises:
             ValueError: If a folder cannot be read.
         """
+        waiting: List[Tuple[str, FrozenSet[Tuple[int, int]]]] = [(self.root, frozenset())]
         try:
-            self._walk(self.root, frozenset())
+            while waiting:
+                folder, above = waiting.pop()
+                status = os.stat(folder)
+                identity = (status.st_dev, status.st_ino)
+                if identity in above:
+                    self.loops.append(folder)
+                    continue
+                if len(above) == 1:
+                    self.top_level.add(os.path.basename(folder))
+                above |= {identity}
+                waiting.extend((inner, above) for inner in self._read(folder))
         except OSError as error:
             raise ValueError(f'{shown(str(error.filename))} cannot be read: {error.strerror}') from error
         return self
 
-    def _walk(self, folder: str, above: FrozenSet[Tuple[int, int]]) -> None:
-        status = os.stat(folder)
-        above = above | {(status.st_dev, status.st_ino)}
+    def _read(self, folder: str) -> List[str]:
+        """Sort the entries of one folder by kind; return the folders among them."""
+        inner = []
         with os.scandir(folder) as entries:
             for entry in entries:
                 is_link = entry.is_symlink()
+                extension = os.path.splitext(entry.name)[1].lower()
                 # os.path's function is for links, as the entry's own raises for a link to itself
                 if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                    self._enter(entry, is_link, above)
-                    continue
-                extension = os.path.splitext(entry.name)[1].lower()
-                if extension in self.extensions:
+                    (self.hidden if is_hidden(entry.name) else inner).append(entry.path)
+                elif extension in self.extensions:
                     if is_hidden(entry.name):
                         self.hidden.append(entry.path)
                     elif _is_special(entry, is_link):
@@ -72,19 +82,7 @@ class Scan:
                         self.images.append((entry.path, folder))
                 elif extension in _IMAGE_EXTENSIONS and not is_hidden(entry.name):
                     self.other.append(entry.path)
-
-    def _enter(self, entry: Any, is_link: bool, above: FrozenSet[Tuple[int, int]]) -> None:
-        if is_hidden(entry.name):
-            self.hidden.append(entry.path)
-            return
-        if is_link:
-            status = os.stat(entry.path)
-            if (status.st_dev, status.st_ino) in above:
-                self.loops.append(entry.path)
-                return
-        if len(above) == 1:
-            self.top_level.add(entry.name)
-        self._walk(entry.path, above)
+        return inner
 
     def check_no_empty_folder(self) -> None:
         """Raise ValueError if a folder in the root has no image: the model would have one output less."""

@@ -244,7 +244,7 @@ def _folder_of(sample: Any) -> str:
     """Return the folder of an image of timm's tar reader, whose last part is the class, relative to the split."""
     member, tar, inner = sample
     parts = [os.path.splitext(name)[0] for name in (tar, inner and inner.name) if name]
-    return os.path.normpath(os.path.join(*parts, os.path.dirname(member.path)))
+    return os.path.normpath(os.path.join(*parts, os.path.dirname(member.path.lstrip('/'))))
 
 
 def _pass_over_hidden(path: Path, reader: ReaderImageInTar, tell: Tell) -> None:
@@ -379,6 +379,7 @@ def _open_torch_folder(root: str, tell: Tell) -> TorchFolder:
         raise ValueError(f'{shown(root)} has no class folders with images')
     for line in dataset.scan.notes():
         tell(line)
+    del dataset.scan  # DataLoader workers would get its list of images besides that of the data set
     return dataset
 
 

@@ -4,7 +4,7 @@ import copy
 import pytest
 import timm
 import torch
-from common import has_batch_norm, randomize_, relative_error
+from common import IS_OLD_TIMM, has_batch_norm, randomize_, relative_error
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -307,6 +307,8 @@ def test_normalization_follows_the_channels(name, in_chans):
 def test_channels_of_any_network(backbone, in_chans):
     if isinstance(backbone, str):
         made = pyramid(backbone, in_chans=in_chans)
+    elif IS_OLD_TIMM:
+        pytest.skip('features of timm before 1.0.31 do not keep their number of input channels')
     else:
         made = pyramid(backbone(in_chans))
     transform = detection.fcos(made, 4).transform

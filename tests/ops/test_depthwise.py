@@ -100,6 +100,8 @@ def test_fx_sees_one_leaf():
     torch.testing.assert_close(graph_module(x), expected_of(module, x))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < '2.11', reason="strict export of PyTorch 2.10 fails on plain conv2d with such sizes, too")
 def test_strict_export_is_plain_aten():
     module = Conv().eval()
     batch, height = torch.export.Dim('batch', min=1), torch.export.Dim('height', min=1)

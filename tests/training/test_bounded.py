@@ -29,6 +29,14 @@ def bounded(stuck=None, seconds=0.4, workers=2):
     return BoundedLoader(DataLoader(Ramps(stuck), num_workers=workers, persistent_workers=workers > 0), seconds)
 
 
+def started():
+    """A loader with a short limit, whose workers have started, which may take longer than that."""
+    loader = bounded(seconds=60)
+    list(loader)
+    loader.seconds = 0.4
+    return loader
+
+
 def pids(loader):
     return [worker.pid for worker in loader.loader._iterator._workers]
 
@@ -49,9 +57,9 @@ def test_batches_are_those_of_the_loader(workers):
     loader = bounded(seconds=60, workers=workers)
     for _ in range(2):
         assert [batch[0, 0].item() for batch in loader] == list(range(12))
-    started = pids(loader) if workers else []
+    numbers = pids(loader) if workers else []
     loader.close()
-    assert are_gone(started) and len(loader) == 12
+    assert are_gone(numbers) and len(loader) == 12
     assert sum(1 for _ in loader) == 12  # starts new ones
     loader.close()
 
@@ -60,16 +68,16 @@ def test_batches_are_those_of_the_loader(workers):
 @pytest.mark.parametrize('ahead', [0., 0.3], ids=['while it loads', 'while it hands over'])
 def test_a_stopped_worker_ends_the_wait(ahead):
     """With the batches in the queue, PyTorch asks the worker for a file descriptor."""
-    loader = bounded()
+    loader = started()
     batches = iter(loader)
     next(batches)
     time.sleep(ahead)
-    started = pids(loader)
-    for number in started:
+    stopped = pids(loader)
+    for number in stopped:
         os.kill(number, signal.SIGSTOP)
     with pytest.raises(TimeoutError, match=r'no batch came from the DataLoader workers in 0\.4 s.*--workers than 2'):
         list(batches)
-    assert are_gone(started)
+    assert are_gone(stopped)
     loader.seconds = 60
     assert len(list(loader)) == 12  # of new workers
     loader.close()
@@ -85,8 +93,7 @@ def test_a_worker_that_hangs_ends_the_wait():
 
 @pytest.mark.timeout(60)
 def test_a_stopped_worker_ends_the_wait_for_the_next_epoch():
-    loader = bounded()
-    list(loader)
+    loader = started()
     for number in pids(loader):
         os.kill(number, signal.SIGSTOP)
     with pytest.raises(TimeoutError, match='no batch came'):
@@ -98,10 +105,10 @@ def test_a_stopped_worker_ends_the_wait_for_the_next_epoch():
 def test_a_stopped_worker_does_not_keep_the_end():
     loader = bounded(seconds=60)
     next(iter(loader))
-    started = pids(loader)
-    os.kill(started[0], signal.SIGSTOP)
+    numbers = pids(loader)
+    os.kill(numbers[0], signal.SIGSTOP)
     loader.close()
-    assert are_gone(started)
+    assert are_gone(numbers)
 
 
 @pytest.mark.timeout(60)

@@ -270,6 +270,29 @@ def test_tar_files_of_nested_folders_are_reported(tmp_path, caplog, top, told):
     assert sum('innermost folders' in message for message in caplog.messages) == told == len(caplog.messages)
 
 
+def test_members_of_tar_files_may_have_absolute_paths(tmp_path, caplog):
+    members = [(f'{"/" * (name == "ant")}{name}/{file}', content) for name, _, file, content in made.samples('train')]
+    made.write_tar(tmp_path / 'train.tar', members)
+    assert names_of(tmp_path) == list(made.CLASSES) and not caplog.messages
+
+
+@pytest.mark.parametrize('dataset', ['', 'torch/folder'])
+def test_folders_may_be_nested_deeply(tmp_path, dataset):
+    """Deeper than Python's functions may call each other, which is why pathlib and shutil cannot be used."""
+    make_folder(tmp_path)
+    before = len(opened(tmp_path, dataset=dataset))
+    folders = [str(tmp_path / 'train/cat') + '/d' * depth for depth in range(1, 1200)]
+    for folder in folders:
+        os.mkdir(folder)
+    image = folders[-1] + '/x.png'
+    Image.new('L', (8, 8)).save(image)
+    found = len(opened(tmp_path, dataset=dataset))
+    os.remove(image)
+    for folder in reversed(folders):
+        os.rmdir(folder)
+    assert found == before + 1
+
+
 def test_hidden_members_of_tar_files_are_passed_over(tmp_path, caplog):
     members = [(f'./{name}/{file}', content) for name, _, file, content in made.samples('train')]
     members += [(name, b'any') for name in (

@@ -1,6 +1,7 @@
 """train.py and validate.py, as a user calls them."""
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -142,7 +143,8 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
         train.main, *TINY, '--data-dir', folder, '--batch-size', 4, '--epochs', 50, '--warmup-epochs', 0, '--img-size',
         16, '--opt', 'sgd', '--lr', 1e6, '--output', tmp_path / 'output') == 1
     told = capsys.readouterr().err
-    assert '10 steps in a row came to NaN or infinity' in told and 'not finite, at learning rate' in told
+    assert '10 steps in a row came to NaN or infinity' in told
+    assert re.search(r'(the loss is nan|not finite), at learning rate', told)  # which one depends on rounding
     assert '.png' in told  # the images' names
 
 

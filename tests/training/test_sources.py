@@ -12,6 +12,7 @@ import launch
 import made
 import pytest
 import torch
+from common import IS_OLD_TIMM
 from filelock import FileLock, Timeout
 from PIL import Image
 from test_data import arguments
@@ -70,6 +71,8 @@ def folders(tmp_path_factory):
 
 def source(name, folder, **changes):
     """The arguments that name a source."""
+    if name == 'hfids' and IS_OLD_TIMM:
+        pytest.skip('timm before 1.0.31 passes trust_remote_code to streams, which datasets 4 has no more')
     dataset = SOURCES[name][1].format(folder)
     # Hugging Face's library keeps its tables there
     data_dir = folder.parent / f'{folder.name}_tables' if dataset.startswith('hf') else folder
@@ -147,14 +150,14 @@ def test_the_order_of_tar_files_is_not_the_file_systems(folders, monkeypatch):
     assert names[0] == names[1] and names[0][0].endswith('train/ant.tar/0000.jpg')
 
 
-@pytest.mark.parametrize('start', ['fork', 'spawn'])
+@pytest.mark.parametrize('start', ['fork', 'pickle'])
 @pytest.mark.parametrize('name', ['tars', 'class_tars', 'tar_of_tars'])
 def test_an_open_tar_file_is_not_shared_with_workers(folders, name, start):
     """Neither inherited, as one position for all of them, nor sent along."""
     dataset = opened(source(name, folders(name)), True)
     dataset.transform = None
     expected = [dataset[index][1] for index in range(TRAIN)]
-    if start == 'spawn':
+    if start == 'pickle':  # as it is sent to workers that are spawned
         again = pickle.loads(pickle.dumps(dataset))
         assert [again[index][1] for index in range(TRAIN)] == expected
         return
@@ -444,6 +447,8 @@ def parquet(root, columns, features):
     ([[0], [1], []], lambda datasets: datasets.Sequence(datasets.Value('int64')), 'whole numbers, got a list'),
 ])
 def test_hugging_faces_labels_are_looked_at_first(tmp_path, labels, kind, told):
+    if IS_OLD_TIMM and 'whole numbers' in told:
+        pytest.skip('timm before 1.0.31 reads the names of the classes itself, and refuses labels without them')
     import datasets
     images = [dict(bytes=made.jpeg(index, 0), path=None) for index in range(3)]
     args = parquet(tmp_path, dict(image=images, label=labels), dict(image=datasets.Image(), label=kind(datasets)))
