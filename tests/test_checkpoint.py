@@ -385,7 +385,7 @@ def test_values_beside_the_weights_are_left_out(tmp_path, released, key):
 @pytest.mark.parametrize('content', [{'state_dict_ema': 1, 'state_dict': {}}, {'state_dict': {1: torch.ones(1)}}])
 def test_weights_without_names_are_refused(tmp_path, content):
     torch.save(content, tmp_path / 'weights.pth')
-    with pytest.raises(ValueError, match='expected state_dict(_ema)? to be a dictionary of tensors by name') as error:
+    with pytest.raises(ValueError, match=r'expected state_dict(_ema)? to be a dictionary of tensors by name') as error:
         create(tmp_path / 'weights.pth')
     assert_one_line(error)
 
