@@ -160,6 +160,7 @@ def table(results: List[Dict[str, Any]]) -> str:
 
 def main(argv: Optional[List[str]] = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    logging.getLogger('smpconv_models').setLevel(logging.INFO)
     parser = create_parser()
     args = parser.parse_args(argv)
     options.show_causes(args)

@@ -94,7 +94,8 @@ def test_a_full_non_blocking_pipe_is_waited_for(is_read, unbuffered):
 @pytest.mark.skipif(os.name == 'nt', reason='a terminal in the place of a console')
 def test_the_stream_of_a_windows_console_is_kept():
     script = SCRIPT.replace('\nstreams', '\nos.name = "nt"\nstreams').replace('20000', '0')
-    script = script.replace('sys.exit(3)', 'sys.exit(sys.stdout is sys.__stdout__ and sys.stderr is not sys.__stderr__)')
+    kept = 'sys.stdout is sys.__stdout__ and sys.stderr is not sys.__stderr__'
+    script = script.replace('sys.exit(3)', f'sys.exit({kept})')
     terminal, end = os.openpty()
     done = subprocess.run([sys.executable, '-c', script], stdout=end, stderr=subprocess.PIPE, timeout=60)
     os.close(end)

@@ -73,13 +73,13 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
             raise ValueError(f'{path}: unknown key {checkpoint.shown(key)}{did_you_mean(dest, actions)}')
         try:
             typed[dest] = _convert(actions[dest], value)
-            _check_stays_here(dest, typed[dest])
+            _check_no_remote_source(dest, typed[dest])
         except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f'{path}: {key} does not take {checkpoint.shown(value)}: {error!s:.300}') from error
     return typed
 
 
-def _check_stays_here(dest: str, value: Any) -> None:
+def _check_no_remote_source(dest: str, value: Any) -> None:
     """Raise ValueError for a value that would run a program or reach another machine.
 
     A file may come from somebody else, so the command line has to name what is fetched or run. The file may turn on

@@ -1,8 +1,8 @@
-"""Class folders: which files are images, and what is passed over."""
+"""Scan class folders for images, and read the images that were found."""
 import os
 import stat
 from dataclasses import dataclass, field
-from typing import Any, Callable, Collection, Dict, FrozenSet, Iterable, List, Optional, Set, Tuple
+from typing import Any, Callable, Collection, Dict, FrozenSet, Iterable, List, Set, Tuple
 
 from timm.data import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -11,7 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .names import in_order, listed, natural_key, quoted, shown
 
-# Formats that Pillow may read, of which a reader takes some.
+# Extensions of image files. timm and torchvision read some of them each, and skip the others.
 _IMAGE_EXTENSIONS = {
     '.avif', '.bmp', '.gif', '.heic', '.heif', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.jxl', '.pgm', '.png', '.ppm',
     '.tif', '.tiff', '.webp'}
@@ -23,13 +23,13 @@ class Scan:
 
     Attributes:
         root: Path to the folder.
-        extensions: Lower-case endings of the images that are read.
-        images: Path and folder of each image, in no particular order.
-        top_level: Names of the folders in the root.
-        hidden: Paths to images, and to folders, whose names begin with a dot; folders called ``__MACOSX``.
-        special: Paths to pipes, sockets and devices whose names end like those of images.
+        extensions: Lower-case extensions of the files that are read as images.
+        images: Path and folder of each image, unsorted.
+        top_level: Names of the folders directly in the root.
+        hidden: Paths to hidden images and folders, by :func:`is_hidden`.
+        special: Paths to pipes, sockets and devices that have the extension of an image.
         other: Paths to images in formats that are not read.
-        loops: Paths to links and mounts that lead back to a folder they are in.
+        loops: Paths to links, junctions and mounts that lead back to a parent folder.
     """
     root: str
     extensions: Collection[str]
@@ -41,7 +41,7 @@ class Scan:
     loops: List[str] = field(default_factory=list)
 
     def walk(self) -> 'Scan':
-        """Look at every entry once.
+        """Collect the entries of all folders, and return this scan.
 
         Raises:
             ValueError: If a folder cannot be read.
@@ -49,30 +49,30 @@ class Scan:
         waiting: List[Tuple[str, FrozenSet[Tuple[int, int]]]] = [(self.root, frozenset())]
         try:
             while waiting:
-                folder, above = waiting.pop()
+                folder, parents = waiting.pop()
                 status = os.stat(folder)
                 identity = (status.st_dev, status.st_ino)
-                if identity in above:
+                if identity in parents:
                     self.loops.append(folder)
                     continue
-                if len(above) == 1:
+                if len(parents) == 1:
                     self.top_level.add(os.path.basename(folder))
-                above |= {identity}
-                waiting.extend((inner, above) for inner in self._read(folder))
+                parents |= {identity}
+                waiting.extend((path, parents) for path in self._read(folder))
         except OSError as error:
             raise ValueError(f'{shown(str(error.filename))} cannot be read: {error.strerror}') from error
         return self
 
     def _read(self, folder: str) -> List[str]:
-        """Sort the entries of one folder by kind; return the folders among them."""
-        inner = []
+        """Sort the entries of one folder by kind, and return the paths to its subfolders."""
+        subfolders: List[str] = []
         with os.scandir(folder) as entries:
             for entry in entries:
                 is_link = entry.is_symlink()
                 extension = os.path.splitext(entry.name)[1].lower()
-                # os.path's function is for links, as the entry's own raises for a link to itself
+                # entry.is_dir() raises for a link to itself, os.path.isdir does not
                 if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                    (self.hidden if is_hidden(entry.name) else inner).append(entry.path)
+                    (self.hidden if is_hidden(entry.name) else subfolders).append(entry.path)
                 elif extension in self.extensions:
                     if is_hidden(entry.name):
                         self.hidden.append(entry.path)
@@ -82,10 +82,10 @@ class Scan:
                         self.images.append((entry.path, folder))
                 elif extension in _IMAGE_EXTENSIONS and not is_hidden(entry.name):
                     self.other.append(entry.path)
-        return inner
+        return subfolders
 
     def check_no_empty_folder(self) -> None:
-        """Raise ValueError if a folder in the root has no image: the model would have one output less."""
+        """Raise ValueError if a folder in the root has no image, as the model would lack an output for its class."""
         empty = self.top_level - {self.first_part(folder) for folder in {folder for _, folder in self.images}}
         if empty:
             others = [path for path in self.other if self.first_part(path) in empty]
@@ -94,29 +94,29 @@ class Scan:
                 + (f'; there are {_counted(others, "images in other formats")}' if others else ''))
 
     def first_part(self, path: str) -> str:
-        """Return the name of the entry of the root that a path is in."""
+        """Return the name of the entry in the root that contains a path."""
         return path[len(os.path.join(self.root, '')):].split(os.sep, 1)[0]
 
     def notes(self) -> List[str]:
-        """Return a line for each kind of entry that was passed over."""
-        passed_over = (
+        """Return a line for each kind of entry that was skipped."""
+        skipped = (
             (self.hidden, 'hidden files and folders (names that begin with a dot, __MACOSX)'),
             (self.special, 'files that are neither regular files nor links to one'),
-            (self.loops, 'links that lead back to a folder they are in'),
-            (self.other, f'images in formats that are not read; {_joined(self.extensions)} are: convert the others'),
+            (self.loops, 'links, junctions or mounts that lead back to a parent folder'),
+            (self.other, f'images in other formats than {_joined(self.extensions)} (to use them, convert them)'),
         )
-        return [f'{shown(self.root)}: passed over {_counted(paths, what)}' for paths, what in passed_over if paths]
+        return [f'{shown(self.root)}: skipped {_counted(paths, what)}' for paths, what in skipped if paths]
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is one that file managers and editors leave beside the images."""
+    """Return whether a name begins with a dot or is ``__MACOSX``, as file managers and editors name their own files."""
     return name == '__MACOSX' or (name.startswith('.') and name not in ('.', '..'))
 
 
 def _is_special(entry: Any, is_link: bool) -> bool:
-    """Return whether a file is a pipe, a socket or a device, whose reader may wait forever.
+    """Return whether a file is a pipe, a socket or a device, which may block its reader forever.
 
-    A link that leads nowhere is an image that cannot be read, and is reported as such in its turn.
+    A broken link is not special; the image is reported as unreadable when it is loaded.
     """
     if not is_link:
         return not entry.is_file()
@@ -134,34 +134,34 @@ def _counted(paths: List[str], what: str) -> str:
     return f'{len(paths)} {what}, such as {shown(min(paths))}'
 
 
-def nesting_note(root: str, folders: Iterable[str]) -> Optional[str]:
-    """Return a line if classes are not the folders in the root, but folders further down.
+def nesting_notes(root: str, folders: Iterable[str]) -> List[str]:
+    """Return a line if folders that are not directly in the root name classes, otherwise no line.
 
     Args:
         root: Path to the split, for the line.
-        folders: Paths to the folders of images, relative to the root; the last part is the class.
+        folders: Paths to the folders of images, relative to the root; the last part names the class.
     """
     folders = set(folders)
     deep = [folder for folder in folders if os.sep in folder]
     if not deep:
-        return None
+        return []
     classes = {os.path.basename(folder) for folder in folders}
-    return (
-        f'{shown(root)}: classes are named by the innermost folders, {len(folders)} folders make {len(classes)} '
-        f'classes {listed(classes)}: {shown(min(deep))} is of class {quoted(os.path.basename(min(deep)))}')
+    return [
+        f'{shown(root)}: classes are named by the innermost folders; {len(folders)} folders give {len(classes)} '
+        f'classes {listed(classes)}, for example {shown(min(deep))} gives {quoted(os.path.basename(min(deep)))}']
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of class folders, over the images of a :class:`Scan`.
+    """timm's reader of class folders, with the images of a :class:`Scan`.
 
-    The classes are the names of the innermost folders, as timm has it, and their order is a function of the names.
+    As in timm, the innermost folders name the classes. The order of the classes depends on the names alone.
 
     Args:
         scan: Images of the split.
     """
 
     def __init__(self, scan: Scan) -> None:
-        # without timm's own __init__, which walks again
+        # timm's own __init__ would walk over the folders again
         self.root = scan.root
         labels = {
             folder: '' if folder == scan.root else os.path.basename(folder)
@@ -172,34 +172,37 @@ class FolderReader(ReaderImageFolder):
 
 
 def timm_scan(root: str) -> Scan:
-    """Return the images of a folder of class folders, in the formats that timm reads."""
+    """Scan a folder of class folders for images in the formats that timm reads."""
     return Scan(root, get_img_extensions(as_set=True)).walk()
 
 
-class TorchFolder(ImageFolder):
-    """torchvision's data set of class folders, over the images of a :class:`Scan`.
+def torch_scan(root: str) -> Scan:
+    """Scan a folder of class folders for images in the formats that torchvision reads."""
+    return Scan(root, set(IMG_EXTENSIONS)).walk()
 
-    The classes are the folders in the root, sorted by name, as torchvision has it.
+
+class TorchFolder(ImageFolder):
+    """torchvision's data set of class folders, with the images of a :class:`Scan`.
+
+    As in torchvision, the classes are the folders directly in the root, sorted by name.
 
     Args:
-        root: Path to the split.
-        loader: Function that reads an image file.
-
-    Attributes:
         scan: Images of the split.
+        loader: Function that reads an image file.
     """
 
-    def __init__(self, root: str, loader: Callable[[str], Any]) -> None:
-        self.scan = Scan(root, set(IMG_EXTENSIONS)).walk()
-        super().__init__(root, loader=loader)
+    def __init__(self, scan: Scan, loader: Callable[[str], Any]) -> None:
+        self.scan = scan
+        super().__init__(scan.root, loader=loader)
+        del self.scan  # samples has the same paths, and is sent to each DataLoader worker that is spawned
 
     def find_classes(self, directory: Any) -> Tuple[List[str], Dict[str, int]]:
-        """Return the names of the class folders, and their indices."""
+        """Return the names of the class folders, and their indices by name."""
         names = sorted(self.scan.top_level)
         return names, {name: index for index, name in enumerate(names)}
 
     def make_dataset(self, directory: Any, class_to_idx: Dict[str, int], *_: Any, **__: Any) -> List[Tuple[str, int]]:
-        """Return path and class index of each image."""
+        """Return the path and the class index of each image."""
         images = self.scan.images
         named = [(self.scan.first_part(path), folder, path) for path, folder in images if folder != self.scan.root]
         return [(path, class_to_idx[name]) for name, _, path in sorted(named)]

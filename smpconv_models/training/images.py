@@ -12,22 +12,22 @@ DEEP_MODES = (*_DEEP_INTEGERS, 'F')
 
 
 class ReadImage(NamedTuple):
-    """Function that reads an image file in one mode.
+    """Function that reads image files and converts them to one mode.
 
     Attributes:
-        mode: ``'L'`` or ``'RGB'``.
-        exif_orientation: Whether to turn the image as its EXIF orientation tag asks.
+        mode: Mode of the result, ``'L'`` or ``'RGB'``.
+        exif_orientation: Whether to apply the EXIF orientation tag.
     """
     mode: str
     exif_orientation: bool = False
 
     def __call__(self, file: Any) -> Image.Image:
-        """Return the image of a path or an open file."""
+        """Return the converted image of a path or an open file."""
         with Image.open(file) as image:
             return self.convert(image)
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """Return an opened image in the mode.
+        """Convert an opened image.
 
         Raises:
             ValueError: If the values of a 32-bit image are out of the range of :func:`to_8_bits`.
@@ -38,10 +38,10 @@ class ReadImage(NamedTuple):
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Return a gray image of 16 or 32 bits with 8 bits.
+    """Convert a gray image with 16 or 32 bits per value to 8 bits.
 
-    The scale is a property of the mode, never of the single image. Integers are 16-bit: 0 is black, 65535 is white, and
-    the upper byte is kept, as Pillow does for 16-bit RGB. Floats range from 0. (black) to 1. (white).
+    The scale depends on the mode of an image alone, never on its values. Integers range from 0 (black) to 65535
+    (white); the upper byte is kept, as in Pillow's 16-bit RGB images. Floats range from 0. (black) to 1. (white).
 
     Args:
         image: Image in one of :data:`DEEP_MODES`.
@@ -52,7 +52,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image)
     highest = 1. if image.mode == 'F' else 65535
     low, high = pixels.min(), pixels.max()
-    if not (low >= 0 and high <= highest):  # NaN too
+    if not (low >= 0 and high <= highest):  # also true of NaN
         kind = 'float' if image.mode == 'F' else 'integer'
         raise ValueError(f'gray values of a 32-bit {kind} image must be from 0 to {highest:g}, got {low:g} to {high:g}')
     scaled = (pixels * 255).round() if image.mode == 'F' else pixels.astype('int32') >> 8
@@ -61,5 +61,5 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an opened image, 1 if it has none, without decoding the pixels."""
-    # Image.Image's method: that of PNG files decodes the image to find a tag at the end of the file
+    # not image.getexif(), which decodes a PNG image to find a tag at the end of the file
     return Image.Image.getexif(image).get(_ORIENTATION, 1)

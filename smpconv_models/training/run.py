@@ -150,9 +150,9 @@ def _open(args: Namespace, world: World, device: torch.device) -> Tuple[Any, Any
     Streams divide themselves among the processes that have met: of the validation images each process sees all.
     """
     in_chans = _channels(args)
-    val_set = sources.open_dataset(args, args.val_split, in_chans, is_training=False, is_first=world.is_first)
+    val_set = sources.open_dataset(args, args.val_split, in_chans, is_training=False)
     world.connect(device, args.dist_timeout)
-    train_set = sources.open_dataset(args, args.train_split, in_chans, is_training=True, is_first=world.is_first)
+    train_set = sources.open_dataset(args, args.train_split, in_chans, is_training=True)
     _check_same_data(world, device, train_set, val_set)
     return train_set, val_set
 

@@ -77,12 +77,12 @@ class Samples(Dataset):
         return (image if self.read_image is None else self.read_image.convert(image)), target
 
     def name(self, index: int) -> str:
-        """Return the image's path if it has one, as it can be shown, otherwise its index."""
+        """Return the path of an image for messages, or the index of an image that has no path."""
         return shown(image_name(self.dataset, index))
 
 
 def image_name(dataset: Any, index: int) -> str:
-    """The path of a map-style data set's image where it has one of its own, else its index."""
+    """Return the path of an image in a map-style data set, or its index if the image has no path of its own."""
     if isinstance(dataset, SequenceDataset):
         return dataset.name(index)
     if not isinstance(dataset, ImageDataset):
@@ -91,7 +91,8 @@ def image_name(dataset: Any, index: int) -> str:
     reader = dataset.reader
     if isinstance(reader, ReaderImageInTar):
         member, tar, inner = reader.samples[index]
-        return os.path.join(reader.root, tar or '', inner.name if inner else '', member.name)
+        names = (tar, inner and inner.name, member.name)
+        return os.path.join(reader.root, *(name.lstrip('/') for name in names if name))
     try:
         path = dataset.filename(index, absolute=True)
     except ERRORS:
@@ -121,7 +122,7 @@ class Stream(IterableDataset):
         if is_hugging_face(self.reader):
             self.feature = _leave_undecoded(self.reader)
         elif is_webdataset(self.reader):
-            self.reader.input_img_mode = ''  # images are converted here
+            self.reader.input_img_mode = ''  # read_image converts instead of timm
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -195,7 +196,7 @@ def _name_undecodable(reader: Any, read_image: Optional[ReadImage]) -> None:
 
 
 class _Decode:
-    """Decoder that gives :class:`Unreadable` as the image if timm's raises.
+    """Decoder of WebDataset's samples that returns :class:`Unreadable` as the image if timm's decoder raises.
 
     Args:
         decode: timm's decoder.

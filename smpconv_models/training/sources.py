@@ -9,7 +9,7 @@ from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Callable, Dict, Iterable, Optional, Set, Tuple, Type
+from typing import Any, Dict, Iterable, Optional, Set, Tuple, Type
 
 import numpy as np
 from filelock import FileLock
@@ -21,7 +21,7 @@ from smpconv_models import checkpoint
 
 from . import sequence_data
 from .data import SPLIT_SYNONYMS, Digits, class_names
-from .folders import FolderReader, TorchFolder, is_hidden, nesting_note, timm_scan
+from .folders import FolderReader, TorchFolder, is_hidden, nesting_notes, timm_scan, torch_scan
 from .images import DEEP_MODES, ReadImage, orientation
 from .names import in_order, listed, shown
 from .samples import image_name
@@ -41,37 +41,28 @@ _ERRORS: Tuple[Type[Exception], ...] = (
     AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
     UnpicklingError, tarfile.TarError)
 
-
-# Image files whose headers are looked at before the first step.
-_LOOKED_AT = 64
-
-Tell = Callable[[str], None]
+# Number of images of a split whose headers are checked before the first step.
+_HEADERS = 64
 
 
-def _warn(line: str) -> None:
-    _logger.warning('%s', line)
-
-
-def _keep_quiet(line: str) -> None:
-    """Log nothing: another rank does."""
-
-
-def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool, is_first: bool = True) -> Any:
+def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) -> Any:
     """Open the data set that the arguments name: 'digits', ``seq/NAME``, or any of ``timm.data.create_dataset``.
 
     Without a name ``--data-dir`` holds, for each split, a folder of class folders (``train/CLASS/IMAGE``), a folder of
     tar files of a class each (``train/CLASS.tar``), or a tar file of either (``train.tar``).
+
+    Skipped files, and properties of the data that the user may not expect, are logged at level INFO, which train.py
+    enables on rank 0.
 
     Args:
         args: Names of the data set and its folder, and how images are read.
         split: Name of the split.
         in_chans: Channels of the images, 1 or 3.
         is_training: Whether to train on the split.
-        is_first: Whether to log what was passed over, or may be other than expected; one rank does.
 
     Raises:
-        ValueError: There is no such data set, or no such split of it, or what is wrong with it shows without reading
-            the images.
+        ValueError: If the data set or the split does not exist, or has a fault that is found without reading the
+            images.
     """
     if not split:
         raise ValueError('the name of a split must not be empty')
@@ -82,24 +73,23 @@ def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool, 
     mode = 'L' if in_chans == 1 else 'RGB'
     if args.dataset == 'digits':
         return Digits(split, mode)
-    tell = _warn if is_first else _keep_quiet
-    dataset = _open_images(args, split, mode, is_training, tell)
+    dataset = _open_images(args, split, mode, is_training)
     dataset.read_image = ReadImage(mode, bool(args.exif_orientation))
-    if is_first:
-        _look_at_headers(args, split, dataset, tell)
+    if _logger.isEnabledFor(logging.INFO):
+        _check_headers(args, split, dataset)
     return dataset
 
 
-def _open_images(args: Namespace, split: str, mode: str, is_training: bool, tell: Tell) -> Any:
+def _open_images(args: Namespace, split: str, mode: str, is_training: bool) -> Any:
     if not args.dataset:
-        return _open_folder(args, split, mode, tell)
+        return _open_folder(args, split, mode)
     prefix, name = _parse(args.dataset)
     if prefix == 'torch':
-        return _open_torchvision(args, name.lower(), split, mode, tell)
+        return _open_torchvision(args, name.lower(), split, mode)
     if prefix == 'wds':
         return _open_shards(args, split, mode, is_training)
     if prefix in ('hfds', 'hfids'):
-        return _open_hugging_face(args, prefix, split, mode, is_training, tell)
+        return _open_hugging_face(args, prefix, split, mode, is_training)
     return _create(args, split, mode, is_training)
 
 
@@ -150,31 +140,29 @@ def _described(args: Namespace, split: str) -> str:
 # --- folders and tar files ---
 
 
-def _open_folder(args: Namespace, split: str, mode: str, tell: Tell) -> ImageDataset:
+def _open_folder(args: Namespace, split: str, mode: str) -> ImageDataset:
     path = _find_split(args.data_dir, split)
     if path.is_file() or _holds_tars(path):
-        dataset = _open_tars(path, mode, tell)
+        dataset = _open_tars(path, mode)
     else:
-        dataset = _open_class_folders(path, mode, tell)
+        dataset = _open_class_folders(path, mode)
     _check_class_folders(path, dataset)
     return dataset
 
 
-def _open_class_folders(path: Path, mode: str, tell: Tell) -> ImageDataset:
+def _log(lines: Iterable[str]) -> None:
+    for line in lines:
+        _logger.info('%s', line)
+
+
+def _open_class_folders(path: Path, mode: str) -> ImageDataset:
     scan = timm_scan(str(path))
     scan.check_no_empty_folder()
     if not scan.images:
         raise ValueError(f'{shown(str(path))} has no images ({", ".join(sorted(scan.extensions))})')
-    for line in scan.notes():
-        tell(line)
-    _tell_nesting(path, {os.path.relpath(folder, path) for folder in {folder for _, folder in scan.images}}, tell)
+    _log(scan.notes())
+    _log(nesting_notes(str(path), {os.path.relpath(folder, path) for folder in {folder for _, folder in scan.images}}))
     return ImageDataset(str(path), reader=FolderReader(scan), input_img_mode=mode)
-
-
-def _tell_nesting(path: Path, folders: Iterable[str], tell: Tell) -> None:
-    line = nesting_note(str(path), folders)
-    if line is not None:
-        tell(line)
 
 
 def _find_split(data_dir: Optional[str], split: str) -> Path:
@@ -222,13 +210,13 @@ def _folders(folder: Path) -> Set[str]:
     return {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
 
 
-def _open_tars(path: Path, mode: str, tell: Tell) -> ImageDataset:
+def _open_tars(path: Path, mode: str) -> ImageDataset:
     reader = _read_tars(path)
-    _pass_over_hidden(path, reader, tell)
-    _put_in_order(reader)
+    _skip_hidden(path, reader)
+    _sort_classes(reader)
     folders = {_folder_of(sample) for sample in reader.samples}
     common = os.path.commonpath(folders) if len(folders) > 1 else ''  # of a whole folder that was packed
-    _tell_nesting(path, {os.path.relpath(folder, common) if common else folder for folder in folders}, tell)
+    _log(nesting_notes(str(path), {os.path.relpath(folder, common) if common else folder for folder in folders}))
     dataset = ImageDataset(str(path), reader=reader, input_img_mode=mode)
     if path.is_dir():
         empty = sorted({tar.name for tar in path.glob('*.tar')} - {name for _, name, _ in reader.samples})
@@ -241,28 +229,32 @@ def _open_tars(path: Path, mode: str, tell: Tell) -> ImageDataset:
 
 
 def _folder_of(sample: Any) -> str:
-    """Return the folder of an image of timm's tar reader, whose last part is the class, relative to the split."""
+    """Return the folder of an image of timm's tar reader, relative to the split; its last part names the class."""
     member, tar, inner = sample
-    parts = [os.path.splitext(name)[0] for name in (tar, inner and inner.name) if name]
-    return os.path.normpath(os.path.join(*parts, os.path.dirname(member.path.lstrip('/'))))
+    tars = [os.path.splitext(name)[0] for name in (tar, inner and inner.name) if name]
+    parts = (part.lstrip('/') for part in (*tars, os.path.dirname(member.path)))  # names in a tar file may be absolute
+    return os.path.normpath(os.path.join(*parts))
 
 
-def _pass_over_hidden(path: Path, reader: ReaderImageInTar, tell: Tell) -> None:
-    """Remove what a file manager or an editor has put beside the images, as in folders."""
+def _skip_hidden(path: Path, reader: ReaderImageInTar) -> None:
+    """Remove the images that are hidden, or in hidden folders, from the reader."""
     hidden = np.array([any(map(is_hidden, member.path.split('/'))) for member, _, _ in reader.samples])
     if not hidden.any():
         return
     example = image_name(ImageDataset(str(path), reader=reader), int(hidden.argmax()))
     if hidden.all():
         raise ValueError(f'{path} has no images, except hidden ones such as {shown(example)}')
-    tell(
-        f'{path}: passed over {hidden.sum()} hidden files (names or folders that begin with a dot, __MACOSX), such '
-        f'as {shown(example)}')
+    _logger.info(
+        '%s: skipped %d hidden files (names or folders that begin with a dot, __MACOSX), such as %s',
+        path, hidden.sum(), shown(example))
     reader.samples, reader.targets = reader.samples[~hidden], reader.targets[~hidden]
 
 
-def _put_in_order(reader: ReaderImageInTar) -> None:
-    """Give the classes that have images their indices; those of timm depend on the process if names differ by case."""
+def _sort_classes(reader: ReaderImageInTar) -> None:
+    """Index the classes that have images, in sorted order.
+
+    timm's indices differ from process to process if names of classes differ by case alone.
+    """
     names = {index: name for name, index in reader.class_name_to_idx.items()}
     kept = in_order(names[index] for index in set(reader.targets.tolist()))
     reader.class_name_to_idx = {name: index for index, name in enumerate(kept)}
@@ -271,10 +263,10 @@ def _put_in_order(reader: ReaderImageInTar) -> None:
 
 
 class _TarReader(ReaderImageInTar):
-    """timm's tar reader, whose open files stay in one process.
+    """timm's tar reader, except that each process opens the files itself.
 
-    A DataLoader worker that inherits an open file shares its position with all others, and reads other bytes than those
-    of its image. Of 2400 images in 4 workers 706 were unreadable.
+    DataLoader workers that inherit an open file share one position in the file, and read wrong bytes.
+    With timm's reader and 4 workers, 706 of 2400 images were unreadable.
     """
     process = 0
 
@@ -324,16 +316,17 @@ def _check_class_folders(path: Path, dataset: Any) -> None:
 # --- headers ---
 
 
-def _look_at_headers(args: Namespace, split: str, dataset: Any, tell: Tell) -> None:
-    """Report what the headers of some images, evenly over all, say of their orientation and depth.
+def _check_headers(args: Namespace, split: str, dataset: Any) -> None:
+    """Log how many images have an EXIF orientation that is ignored, or more than 8 bits per value.
 
-    Pixels are not decoded. Streams are not looked at.
+    The headers of at most 64 images, evenly spaced in the data set, are read. Pixels are not decoded. Streams are not
+    checked.
     """
     files = getattr(dataset, 'samples', None)  # torchvision's
     if not isinstance(dataset, ImageDataset) and files is None:
         return
     count = len(dataset)
-    indices = range(count) if count <= _LOOKED_AT else [index * count // _LOOKED_AT for index in range(_LOOKED_AT)]
+    indices = range(count) if count <= _HEADERS else [index * count // _HEADERS for index in range(_HEADERS)]
     turned, deep = [], []
     for index in indices:
         try:
@@ -342,23 +335,25 @@ def _look_at_headers(args: Namespace, split: str, dataset: Any, tell: Tell) -> N
                     turned.append(index)
                 if image.mode in DEEP_MODES:
                     deep.append(index)
-        except ERRORS as error:  # it is counted and named in its turn
+        except ERRORS as error:  # reported as an unreadable image when it is loaded
             _logger.debug('the header of image %d cannot be read: %s', index, error)
-    told = f'{_described(args, split)}: %d of {len(indices)} images looked at %s, such as %s'
-    if turned and not args.exif_orientation:
-        what = 'have an EXIF orientation that is ignored (--exif-orientation turns them)'
-        tell(told % (len(turned), what, shown(image_name(dataset, turned[0]))))
-    if deep:
-        what = 'have 16 or 32 bits (integers are read as 0 black to 65535 white, floats as 0. to 1.)'
-        tell(told % (len(deep), what, shown(image_name(dataset, deep[0]))))
+    for found, what in (
+        ([] if args.exif_orientation else turned,
+         'have an EXIF orientation that is ignored (--exif-orientation applies it)'),
+        (deep, 'have 16 or 32 bits per value (black is 0, white is 65535 for integers and 1 for floats)'),
+    ):
+        if found:
+            _logger.info(
+                '%s: %d of %d checked images %s, such as %s', _described(args, split), len(found), len(indices), what,
+                shown(image_name(dataset, found[0])))
 
 
 # --- torchvision ---
 
 
-def _open_torchvision(args: Namespace, name: str, split: str, mode: str, tell: Tell) -> Any:
+def _open_torchvision(args: Namespace, name: str, split: str, mode: str) -> Any:
     if name in ('folder', 'image_folder'):
-        return _open_torch_folder(str(_find_split(args.data_dir, split)), tell)
+        return _open_torch_folder(str(_find_split(args.data_dir, split)))
     root = args.data_dir
     if root is None:
         raise ValueError(f'--data-dir is needed: the folder of {args.dataset}')
@@ -368,19 +363,17 @@ def _open_torchvision(args: Namespace, name: str, split: str, mode: str, tell: T
     with _download_lock(args, root):
         dataset = _create(args, split, mode, False, root=root, search_split=False)
     if hasattr(dataset, 'loader'):
-        dataset.loader = Image.open  # images are converted by read_image
+        dataset.loader = Image.open  # read_image converts the images
     return dataset
 
 
-def _open_torch_folder(root: str, tell: Tell) -> TorchFolder:
-    dataset = TorchFolder(root, Image.open)
-    dataset.scan.check_no_empty_folder()
-    if not dataset.samples:
+def _open_torch_folder(root: str) -> TorchFolder:
+    scan = torch_scan(root)
+    scan.check_no_empty_folder()
+    if not scan.top_level:
         raise ValueError(f'{shown(root)} has no class folders with images')
-    for line in dataset.scan.notes():
-        tell(line)
-    del dataset.scan  # DataLoader workers would get its list of images besides that of the data set
-    return dataset
+    _log(scan.notes())
+    return TorchFolder(scan, Image.open)
 
 
 def _download_lock(args: Namespace, root: str) -> AbstractContextManager:
@@ -433,7 +426,7 @@ def _check_info(root: Path, split: str) -> None:
 # --- Hugging Face ---
 
 
-def _open_hugging_face(args: Namespace, prefix: str, split: str, mode: str, is_training: bool, tell: Tell) -> Any:
+def _open_hugging_face(args: Namespace, prefix: str, split: str, mode: str, is_training: bool) -> Any:
     _quieten()
     if prefix == 'hfids':
         _check_stream(args, split)
@@ -444,7 +437,7 @@ def _open_hugging_face(args: Namespace, prefix: str, split: str, mode: str, is_t
         images = reader.dataset.data.column(reader.image_key)
         found = set(reader.dataset.column_names) - ({reader.image_key} if images.null_count == len(images) else set())
         _check_columns(args, found)
-        _check_labels(args, split, dataset, is_training, tell)
+        _check_labels(args, split, dataset, is_training)
     return dataset
 
 
@@ -480,8 +473,8 @@ def _check_columns(args: Namespace, found: Iterable[str]) -> None:
         raise ValueError(f'{args.dataset}: expected columns image and label, found {sorted(found)}')
 
 
-def _check_labels(args: Namespace, split: str, dataset: Any, is_training: bool, tell: Tell) -> None:
-    """The classes are those of all splits together: whether this one has images of each is seen from its labels."""
+def _check_labels(args: Namespace, split: str, dataset: Any, is_training: bool) -> None:
+    """Check that labels are class indices, and that the split has images of each class of the data set."""
     reader, names = dataset.reader, class_names(dataset)
     kind = getattr(reader.dataset.features[reader.label_key], 'dtype', 'a list')
     if 'int' not in kind:
@@ -493,8 +486,8 @@ def _check_labels(args: Namespace, split: str, dataset: Any, is_training: bool, 
     if outside:
         raise ValueError(f'labels of {_described(args, split)} must be below {len(names)}, got {outside[:4]}')
     absent = [name for label, name in enumerate(names) if label not in labels]
-    told = f'{_described(args, split)} has no image of {len(absent)} of {len(names)} classes: {absent[:8]}'
+    missing = f'{_described(args, split)} has no image of {len(absent)} of {len(names)} classes: {absent[:8]}'
     if absent and reader.dataset.info.builder_name == 'imagefolder' and '[' not in split:
-        raise ValueError(told)  # the splits' folders differ
+        raise ValueError(missing)  # the splits' folders differ
     if absent and is_training:
-        tell(told)
+        _logger.info('%s', missing)

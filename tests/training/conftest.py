@@ -1,7 +1,14 @@
 """Fixtures for tests of training."""
+import logging
 import signal
 
 import pytest
+
+
+@pytest.fixture
+def logs_of_rank_0(caplog):
+    """Level of the log on rank 0, as train.py sets it."""
+    caplog.set_level(logging.INFO, 'smpconv_models')
 
 
 @pytest.fixture

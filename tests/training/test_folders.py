@@ -1,6 +1,8 @@
 """What a data folder holds besides images in class folders, and classes in every process alike."""
+import contextlib
 import csv
 import json
+import logging
 import os
 import random
 import shutil
@@ -22,6 +24,8 @@ from smpconv_models.training.run import _check_same_data
 from smpconv_models.training.samples import Samples
 from smpconv_models.training.unreadable import Unreadable
 from smpconv_models.training.world import World
+
+pytestmark = pytest.mark.usefixtures('logs_of_rank_0')
 
 TIES = ('A', 'a', 'b', 'B', '01', '1')
 IN_ORDER = ['01', '1', 'A', 'a', 'B', 'b']
@@ -70,6 +74,7 @@ def test_classes_of_tar_files_do_not_depend_on_the_hash_seed(tmp_path, monkeypat
 def test_ranks_with_different_hash_seeds_train_on_the_same_labels(tmp_path, monkeypatch):
     """With timm's order the seeds 0 and 3 exchange A with a, and B with b."""
     make_folder(tmp_path / 'images', classes=('A', 'a', 'B', 'b'), count=8)
+    (tmp_path / 'images/train/.hidden').mkdir()
     argv = [
         *launch.TINY, '--data-dir', tmp_path / 'images', '--img-size', '16', '--batch-size', '4', '--epochs', '1',
         '--warmup-epochs', '0', '--output', tmp_path, '--experiment', 'run']
@@ -85,6 +90,7 @@ def test_ranks_with_different_hash_seeds_train_on_the_same_labels(tmp_path, monk
         processes += launch.start(argv)
     ends = launch.finish(processes)
     assert [code for code, _, _ in ends] == [0, 0], ends
+    assert [out.count('skipped 1 hidden') for _, out, _ in ends] == [1, 0]
     summary = json.loads((tmp_path / 'run/summary.json').read_text())
     assert summary['classes'] == ['A', 'a', 'B', 'b']
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
@@ -163,7 +169,7 @@ def test_a_run_on_one_class_is_refused(tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
-# --- what is passed over ---
+# --- what is skipped ---
 
 
 def add_hidden(root):
@@ -177,14 +183,14 @@ def add_formats(root):
     for suffix in ('webp', 'BMP', 'tif', 'gif', 'avif'):
         (root / 'train/cat' / f'new.{suffix}').write_bytes(b'any')
     (root / 'train/cat/notes.txt').write_text('')
-    return '5 images in formats that are not read; .jpeg, .jpg, .png are', 'train/cat/new.BMP'
+    return '5 images in other formats than .jpeg, .jpg, .png (', 'train/cat/new.BMP'
 
 
 def add_loop(root):
     (root / 'train/dog/again').symlink_to('../../train', target_is_directory=True)
     (root / 'train/dog/self').symlink_to('.', target_is_directory=True)
     (root / 'train/dog/nowhere').symlink_to('nowhere')
-    return '2 links that lead back to a folder they are in', 'train/dog/again'
+    return '2 links, junctions or mounts that lead back to a parent folder', 'train/dog/again'
 
 
 def add_special(root):
@@ -195,7 +201,7 @@ def add_special(root):
 
 @pytest.mark.parametrize('dataset', ['', 'torch/folder'])
 @pytest.mark.parametrize('add', [add_hidden, add_formats, add_loop, add_special])
-def test_what_is_no_image_is_passed_over_in_one_line(tmp_path, caplog, add, dataset):
+def test_what_is_no_image_is_skipped_in_one_line(tmp_path, caplog, add, dataset):
     make_folder(tmp_path)
     told, example = add(tmp_path)
     found = opened(tmp_path, dataset=dataset)
@@ -204,7 +210,7 @@ def test_what_is_no_image_is_passed_over_in_one_line(tmp_path, caplog, add, data
     if not dataset or add is not add_formats:
         assert told in line and f'such as {tmp_path / example}' in line
     else:  # torchvision reads some of them
-        assert '2 images in formats that are not read; ' in line and f'such as {tmp_path}/train/cat/new.avif' in line
+        assert '2 images in other formats than .bmp, ' in line and f'such as {tmp_path}/train/cat/new.avif' in line
 
 
 def test_without_anything_else_nothing_is_reported(tmp_path, caplog):
@@ -212,6 +218,35 @@ def test_without_anything_else_nothing_is_reported(tmp_path, caplog):
     opened(make_folder(tmp_path / 'other'), dataset='torch/folder')
     opened(made.make_tar_of_tars(tmp_path / 'tars'))
     assert not caplog.messages
+
+
+class Junction:
+    """An entry as ``os.scandir`` returns it for a junction or a mount, which is no link."""
+
+    def __init__(self, entry):
+        self.entry = entry
+
+    def __getattr__(self, name):
+        return getattr(self.entry, name)
+
+    def is_symlink(self):
+        return False
+
+
+def test_a_loop_that_is_no_link_is_skipped(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    add_loop(tmp_path)
+    (tmp_path / 'train/dog/nowhere').unlink()  # a link to itself
+    scandir = os.scandir
+    monkeypatch.setattr(os, 'scandir', lambda path: contextlib.nullcontext(map(Junction, scandir(path))))
+    scan = timm_scan(str(tmp_path / 'train'))
+    assert sorted(map(os.path.basename, scan.loops)) == ['again', 'self'] and len(scan.images) == 6
+
+
+def test_a_folder_of_torchvision_holds_its_list_once(tmp_path):
+    dataset = opened(make_folder(tmp_path), dataset='torch/folder')
+    holders = [name for name, value in vars(dataset).items() if str(tmp_path / 'train/cat/0.png') in repr(value)]
+    assert holders == ['samples', 'imgs'] and dataset.samples is dataset.imgs
 
 
 def test_links_to_images_and_folders_are_followed(tmp_path, caplog):
@@ -257,7 +292,7 @@ def test_nested_class_folders_are_reported(tmp_path, caplog):
         make_folder(tmp_path, splits=(f'train/{name}',), classes=('2023', '2024'))
     assert names_of(tmp_path) == ['2023', '2024']
     line, = caplog.messages
-    assert "innermost folders, 4 folders make 2 classes ['2023', '2024']: cat/2023 is of class '2023'" in line
+    assert "innermost folders; 4 folders give 2 classes ['2023', '2024'], for example cat/2023 gives '2023'" in line
 
 
 @pytest.mark.parametrize('top, told', [('', 0), ('train/', 0), ('{}/', 1)])
@@ -270,10 +305,25 @@ def test_tar_files_of_nested_folders_are_reported(tmp_path, caplog, top, told):
     assert sum('innermost folders' in message for message in caplog.messages) == told == len(caplog.messages)
 
 
-def test_members_of_tar_files_may_have_absolute_paths(tmp_path, caplog):
-    members = [(f'{"/" * (name == "ant")}{name}/{file}', content) for name, _, file, content in made.samples('train')]
+@pytest.mark.parametrize('tops', [('/', ''), ('./', ''), ('/', '/'), ('/data/', 'data/')])
+def test_tar_files_of_absolute_and_relative_names_are_read(tmp_path, caplog, tops):
+    members = [(f'{tops[label % 2]}{name}/{file}', content) for name, label, file, content in made.samples('train')]
     made.write_tar(tmp_path / 'train.tar', members)
-    assert names_of(tmp_path) == list(made.CLASSES) and not caplog.messages
+    dataset = opened(tmp_path)
+    assert data.class_names(dataset) == list(made.CLASSES) and not caplog.messages
+    samples = Samples(dataset, 0)
+    assert all(samples.name(index).startswith(f'{tmp_path}/train.tar/') for index in range(len(samples)))
+    assert not any(isinstance(samples[0, index], Unreadable) for index in range(len(samples)))
+
+
+def test_tar_files_in_a_tar_file_may_have_absolute_names(tmp_path, caplog):
+    made.make_class_tars(tmp_path / 'made')
+    tars = sorted((tmp_path / 'made/train').iterdir())
+    made.write_tar(tmp_path / 'train.tar', [
+        (f'{"/" if index else ""}{path.name}', path.read_bytes()) for index, path in enumerate(tars)])
+    dataset = opened(tmp_path)
+    assert data.class_names(dataset) == list(made.CLASSES) and not caplog.messages
+    assert Samples(dataset, 0).name(len(dataset) - 1) == f'{tmp_path}/train.tar/cow.tar/2007.jpg'
 
 
 @pytest.mark.parametrize('dataset', ['', 'torch/folder'])
@@ -293,7 +343,7 @@ def test_folders_may_be_nested_deeply(tmp_path, dataset):
     assert found == before + 1
 
 
-def test_hidden_members_of_tar_files_are_passed_over(tmp_path, caplog):
+def test_hidden_members_of_tar_files_are_skipped(tmp_path, caplog):
     members = [(f'./{name}/{file}', content) for name, _, file, content in made.samples('train')]
     members += [(name, b'any') for name in (
         '__MACOSX/ant/._0000.jpg', './ant/.ipynb_checkpoints/0.jpg', './ant/._1.jpg')]
@@ -301,18 +351,21 @@ def test_hidden_members_of_tar_files_are_passed_over(tmp_path, caplog):
     dataset = opened(tmp_path)
     assert data.class_names(dataset) == list(made.CLASSES) and len(dataset) == len(made.samples('train'))
     line, = caplog.messages
-    assert 'passed over 3 hidden files' in line and f'such as {tmp_path}/train.tar/' in line
+    assert 'skipped 3 hidden files' in line and f'such as {tmp_path}/train.tar/' in line
 
 
-def test_lines_come_from_the_first_rank_alone(tmp_path, caplog):
+def test_lines_are_of_the_level_of_rank_0(tmp_path, caplog, monkeypatch):
     make_folder(tmp_path)
     for add in (add_hidden, add_formats, add_loop, add_special):
         add(tmp_path)
     args = arguments(data_dir=str(tmp_path))
-    sources.open_dataset(args, 'train', 3, is_training=True, is_first=False)
-    assert not caplog.messages
     sources.open_dataset(args, 'train', 3, is_training=True)
     assert len(caplog.messages) == 4
+    caplog.clear()
+    caplog.set_level(logging.WARNING, 'smpconv_models')
+    monkeypatch.setattr(sources, '_check_headers', lambda *_: pytest.fail('headers were read for nothing'))
+    sources.open_dataset(args, 'train', 3, is_training=True)
+    assert not caplog.messages
 
 
 # --- as a user calls it ---
@@ -366,6 +419,10 @@ def test_orientation_is_kept_with_the_run(tmp_path, capsys):
     assert train.main(list(map(str, argv))) == 0
     losses = []
     for more in ([], ['--exif-orientation'], ['--no-exif-orientation']):
+        logging.getLogger('smpconv_models').setLevel(logging.WARNING)  # validate.py sets a level of its own
+        capsys.readouterr()
         assert validate.main(['--checkpoint', str(tmp_path / 'out/run/last.pth.tar'), '--workers', '0', *more]) == 0
-        losses.append(json.loads(capsys.readouterr().out.splitlines()[-1])['loss'])
+        out = capsys.readouterr().out
+        assert ('EXIF orientation that is ignored' in out) == ('--no-exif-orientation' in more)
+        losses.append(json.loads(out.splitlines()[-1])['loss'])
     assert losses[0] == losses[1] != losses[2]

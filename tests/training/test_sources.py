@@ -462,6 +462,7 @@ def test_hugging_faces_columns_are_named(tmp_path):
         sources.open_dataset(args, 'train', 3, is_training=True)
 
 
+@pytest.mark.usefixtures('logs_of_rank_0')
 def test_classes_without_training_images_are_told(tmp_path, caplog):
     """Not refused, where the list of classes is the data set's own: it may be a part of a larger one."""
     import datasets
