@@ -29,7 +29,8 @@ def test_public_names_are_frozen():
         '__version__', 'accelerate_depthwise', 'available_backends', 'clip_radius_', 'create_sequence_model',
         'depthwise_conv2d', 'list_sequence_models',
     ]
-    assert ops.__all__ == ['available_backends', 'check_options', 'depthwise_conv2d', 'is_counted']
+    assert ops.__all__ == [
+        'available_backends', 'check_options', 'depthwise_conv2d', 'has_autocast', 'is_counted', 'is_exporting']
     assert layers.__all__ == [
         'CausalConv1d', 'ConvFFN', 'ConvNormAct', 'DepthwiseConv2d', 'LargeKernelBlock', 'LargeKernelConv',
         'ParallelConv', 'ResidualBlock', 'SMPConv1d', 'SMPConv2d', 'SMPDepthwiseConv2d', 'SMPLayer', 'SameConv2d',
