@@ -104,7 +104,9 @@ def main(argv=None) -> int:
 
 def _leave(parser: argparse.ArgumentParser, run: Any, line: str, code: int) -> int:
     sys.stdout.flush()
-    sys.stderr.write(f'{parser.prog}: {line}; what was done is in {run.folder.path}{_of(run.world)}\n')
+    folder = run.folder.path
+    kept = f'what was done is in {folder}' if folder.is_dir() else f'the folder {folder} was removed or renamed'
+    sys.stderr.write(f'{parser.prog}: {line}; {kept}{_of(run.world)}\n')
     return code
 
 

@@ -2,7 +2,11 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
+
+# Pillow goes by the content of a file, whatever its name, and decodes PostScript by a program, Ghostscript. Without the
+# program such a file is unreadable. Set for the process, as libraries of data sets call Pillow as well.
+EpsImagePlugin.gs_binary = False
 
 _ORIENTATION = 0x0112  # the EXIF tag
 

@@ -2,6 +2,7 @@
 import logging
 from argparse import Namespace
 from struct import error as StructError
+from subprocess import SubprocessError
 from tarfile import TarError
 from typing import List, NamedTuple, Set
 from zlib import error as ZlibError
@@ -14,7 +15,7 @@ _logger = logging.getLogger(__name__)
 # raises RuntimeError; timm asserts that an image of Hugging Face's has either bytes or a path.
 ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, RuntimeError,
-    AssertionError, StructError, TarError, ZlibError, Image.DecompressionBombError,
+    AssertionError, StructError, SubprocessError, TarError, ZlibError, Image.DecompressionBombError,
 )
 
 

@@ -285,4 +285,5 @@ def test_a_folder_that_is_taken_away_from_its_run_is_one_line(happens, tmp_path,
     assert run(*SMALL, '--output', tmp_path) == 1
     line, = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f'train.py: error: {tmp_path}/run/last.pth.tar cannot be written: ')
+    assert line.endswith(f'; the folder {tmp_path}/run was removed or renamed')
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)  # none keeps the process from its end

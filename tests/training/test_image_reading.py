@@ -1,11 +1,13 @@
 """Images of every depth and orientation, read alike in training, evaluation and figures."""
 import io
+import os
+from pathlib import Path
 
 import made
 import numpy as np
 import pytest
 from PIL import Image
-from test_data import arguments
+from test_data import arguments, make_folder
 from test_sources import SOURCES, quick_streams, source  # noqa: F401
 from torch.utils.data import IterableDataset
 
@@ -175,3 +177,30 @@ def test_an_image_out_of_range_is_unreadable(tmp_path):
     sample = Samples(sources.open_dataset(args, 'val', 3, is_training=False), 0)[0, 0]
     assert isinstance(sample, Unreadable)
     assert sample.name.endswith('a/0.tif') and 'must be from 0 to 1, got 255 to 255' in sample.reason
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 20 20
+%%EndComments
+newpath 0 0 moveto 20 20 lineto stroke
+showpage
+%%EOF
+"""
+
+
+@pytest.mark.parametrize('dataset', ['', 'torch/folder'])
+def test_no_program_is_started_for_postscript_in_an_image_file(tmp_path, monkeypatch, dataset):
+    """Pillow would start the program `gs` of the search path for a file with this content, whatever its name."""
+    program = tmp_path / 'bin/gs'
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho started >> {tmp_path}/log\n')
+    program.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{program.parent}:{os.environ["PATH"]}')
+    make_folder(tmp_path / 'data')
+    path = next((tmp_path / 'data/train').glob('*/*.png'))
+    path.write_bytes(EPS)
+    args = arguments(data_dir=str(tmp_path / 'data'), dataset=dataset)
+    samples = Samples(sources.open_dataset(args, 'train', 3, is_training=True), 0)
+    samples.read_image = ReadImage('RGB')
+    unreadable = [sample for index in range(len(samples)) if isinstance(sample := samples[0, index], Unreadable)]
+    assert [Path(found.name) for found in unreadable] == [path] and not (tmp_path / 'log').exists()
