@@ -187,7 +187,7 @@ def _find_split(data_dir: Optional[str], split: str) -> Path:
 
 
 def _root(data_dir: Optional[str], what: str) -> Path:
-    if data_dir is None:
+    if not data_dir:  # the working folder has to be named, as "."
         raise ValueError(f'--data-dir is needed: {what}')
     root = Path(data_dir)
     if root.is_file():

@@ -380,6 +380,8 @@ def test_torchvisions_test_images_are_not_every_other_split(tmp_path):
 @pytest.mark.parametrize('dataset, data_dir, told', [
     ('', 'made.tar', 'expected a folder with a folder or a tar file for each split, got a file'),
     ('wds/made', None, '--data-dir is needed: the folder of the shards of wds/made'),
+    ('wds/made', '', '--data-dir is needed: the folder of the shards of wds/made'),
+    ('', '', '--data-dir is needed: the folder that holds'),
     ('torch/mnist', None, '--data-dir is needed: the folder of torch/mnist'),
     ('wds/made', 'nowhere', 'nowhere: no such folder'),
     ('hfds/nowhere/at/all', '.', 'hfds/nowhere/at/all .*cannot be opened'),
