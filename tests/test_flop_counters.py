@@ -133,7 +133,7 @@ def by_torchinfo(model, x):
 
 
 def conv_flops_of_deepspeed(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """As DeepSpeed 0.18's flops profiler computes them; anything but tuples is taken for one number."""
+    """Return the MACs as the profiler of DeepSpeed 0.18 counts them; it takes anything but a tuple for one number."""
     length = input.ndim - 2
     strides, dilations = (value if type(value) is tuple else (value,) * length for value in (stride, dilation))
     if padding == 'same':

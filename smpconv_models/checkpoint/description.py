@@ -23,7 +23,7 @@ _MAX_TEXT = 4096
 
 PREPARATION = ('img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'exif_orientation')
 
-INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest', 'random')
+INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest')
 
 # Arguments of timm's factories that load, wrap or replace a network instead of describing it.
 _NOT_OF_NETWORK = re.compile(
@@ -57,9 +57,7 @@ class Description:
     def __init__(self, checkpoint: Any = None, path: Union[str, Path] = '') -> None:
         self._content = checkpoint if isinstance(checkpoint, dict) else {}
         self._path = path
-        arguments = self._content.get('args')
-        if isinstance(arguments, Namespace):
-            arguments = vars(arguments)
+        arguments = _stored_arguments(self._content)
         if not isinstance(arguments, (dict, type(None))):
             _logger.warning('checkpoint: args is %s, not a dictionary or a namespace, and is ignored', shown(arguments))
             arguments = None
@@ -150,15 +148,19 @@ def describe(checkpoint: Any, path: Union[str, Path] = '') -> Description:
     return Description(checkpoint, path)
 
 
+def _stored_arguments(content: Dict[Any, Any]) -> Any:
+    """Return the unchecked arguments in a checkpoint: this package stores a dictionary, timm a namespace."""
+    arguments = content.get('args')
+    return vars(arguments) if isinstance(arguments, Namespace) else arguments
+
+
 def run_arguments(checkpoint: Any) -> Dict[str, Any]:
     """Return the arguments of the training run: a dictionary in this package's files, a namespace in timm's.
 
     Raises:
         ValueError: If they are something else or not plain values.
     """
-    arguments = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    if isinstance(arguments, Namespace):
-        arguments = vars(arguments)
+    arguments = _stored_arguments(checkpoint) if isinstance(checkpoint, dict) else None
     if arguments is None:
         return {}
     if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
@@ -184,7 +186,7 @@ def check_preparation(values: Any, prefix: str = '', max_side: int = MAX_IMAGE_S
         'input_size': lambda name, value: _input_size(name, value, max_side),
         'mean': lambda name, value: numbers(name, value, -255, 255),
         'std': lambda name, value: numbers(name, value, 1e-6, 255),
-        'interpolation': lambda name, value: choice(name, value, INTERPOLATIONS),
+        'interpolation': lambda name, value: choice(name, value, (*INTERPOLATIONS, 'random')),
         'crop_pct': lambda name, value: number(name, value, 0.1, 2),
         'exif_orientation': boolean,
     }

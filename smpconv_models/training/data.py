@@ -80,8 +80,8 @@ def data_config(args: Namespace, model: Any) -> Dict[str, Any]:
     Of sequences, :func:`.sequence_data.data_config`.
 
     Raises:
-        ValueError: As many means or deviations were given as there are neither channels nor one, or the model's images
-            are larger than 1024 pixels and no size was given.
+        ValueError: If the number of means or of deviations is neither 1 nor that of the channels, or if no image size
+            is given for a model of images above 1024 pixels.
     """
     if sequence_data.are_meant(args):
         return sequence_data.data_config(model)

@@ -6,10 +6,9 @@ import math
 import os
 from typing import Any, Callable, List, Optional, Tuple
 
+from smpconv_models.checkpoint.description import INTERPOLATIONS
+
 from . import sequence_data
-
-INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest')
-
 
 TINIEST = 1e-30  # instead of an open interval at 0
 

@@ -134,18 +134,14 @@ def restore(run: 'Run', path: str, loaded: Any) -> None:
     Args:
         run: To change.
         path: For messages.
-        loaded: What was in the file.
+        loaded: Content of the file, after :func:`check_content`.
 
     Raises:
         ValueError: It is another run's, or none to go on from.
     """
     if not isinstance(loaded, dict) or not loaded.keys() >= _CONTENT:
         raise ValueError(f'{path} has no run to go on with; --initial-checkpoint takes its weights')
-    try:
-        check_content(loaded)
-        progress = Progress.read(loaded['progress'])
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
+    progress = Progress.read(loaded['progress'])
     is_finished = progress.epoch >= run.args.epochs
     arguments = checkpoint.run_arguments(loaded)
     changed, refused = differences(arguments, plain(run.args))
@@ -193,7 +189,8 @@ def _load(run: 'Run', path: str, loaded: Dict[str, Any], arguments: Dict[str, An
         if ema is not None:
             # an average that is asked for now starts from the weights
             ema.module.load_state_dict(checkpoint.adapt(loaded.get('state_dict_ema', loaded['state_dict']), ema.module))
-        if all(arguments.get(key) == getattr(run.args, key) for key in ('opt', 'layer_decay')):  # else forced anew
+        # --force-resume may have changed the optimizer, which then starts with a fresh state
+        if all(arguments.get(key) == getattr(run.args, key) for key in ('opt', 'layer_decay')):
             _load_optimizer(optimizer, loaded['optimizer'])
     except (KeyError, ValueError) as error:
         raise ValueError(f'{path} does not fit this run: {error}') from error
@@ -267,6 +264,6 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_reduced(value: Any, shape: torch.Size) -> bool:
-    """Whether a value is a tensor of this shape, or of one with dimensions that are left out or of size 1."""
+    """Return whether a value is a tensor of this shape, in which dimensions may be missing or have size 1."""
     sizes = iter(shape)
     return isinstance(value, Tensor) and all(size == 1 or size in sizes for size in value.shape)

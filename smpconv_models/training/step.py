@@ -180,5 +180,5 @@ class Stepper:
 
 
 def _has_bad(tensors: List[Tensor]) -> bool:
-    """Whether a value is not finite."""
+    """Return whether any value is NaN or infinite."""
     return not all(tensor.isfinite().all() for tensor in tensors)

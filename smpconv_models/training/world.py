@@ -90,7 +90,7 @@ class World:
 
     @staticmethod
     def is_connected() -> bool:
-        """Whether this process is in a process group."""
+        """Return whether this process is in a process group."""
         return dist.is_available() and dist.is_initialized()
 
     def disconnect(self) -> None:

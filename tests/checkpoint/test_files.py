@@ -729,7 +729,7 @@ def test_inspection_says_what_is_there():
 
 
 def test_a_data_type_is_named_and_not_called(tmp_path):
-    """As options of optimizers."""
+    """Checkpoints of optimizers name data types among their options."""
     path = tmp_path / 'file'
     torch.save({'momentum_dtype': torch.bfloat16}, path)
     assert checkpoint.read_file(path) == {'momentum_dtype': torch.bfloat16}
