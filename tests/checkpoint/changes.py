@@ -68,7 +68,8 @@ def change_state(state, draw):
         state = change_value(state, draw)
     arguments, weights = state.get('args'), state.get('state_dict')
     if isinstance(arguments, dict) and draw.random() < 0.2 and all(isinstance(key, str) for key in arguments):
-        state['args'] = argparse.Namespace(**arguments)
+        state['args'] = argparse.Namespace()
+        vars(state['args']).update(arguments)  # a name such as __class__ cannot be set
     if isinstance(weights, dict) and draw.random() < 0.3:
         prefix = draw.choice(['module.', '_orig_mod.', 'module._orig_mod.', 'model.'])
         state[draw.choice(['state_dict', 'state_dict_ema', 'model_ema'])] = {
