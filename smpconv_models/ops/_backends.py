@@ -8,7 +8,7 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from torch import Tensor
 from ._call import Call
 
 _logger = logging.getLogger(__name__)
+
+
+class LaunchError(RuntimeError):
+    """A device lacks what a backend's kernel takes, such as shared memory."""
+
 
 # Fastest first; the last one runs everywhere.
 AUTO_ORDER: Tuple[str, ...] = ('cpu', 'triton', 'reference')
@@ -68,6 +73,26 @@ def _runnable(device: torch.device, dtype: torch.dtype) -> Tuple[ModuleType, ...
         else:
             _logger.debug('backend %r passed over for %s on %s: %s', name, dtype, device, reason)
     return tuple(found)
+
+
+def run(name: str, backend: ModuleType, step: str, *args: Any) -> Tensor:
+    """Calls ``forward`` or ``weight_grad`` of a backend; if 'auto' chose one that cannot launch, of plain ``conv2d``.
+
+    Raises:
+        LaunchError: The backend was named.
+    """
+    try:
+        return getattr(backend, step)(*args)
+    except LaunchError as error:
+        if name != 'auto':
+            raise
+        _warn_once(f'conv2d is used instead: {error}')
+        return getattr(load(AUTO_ORDER[-1]), step)(*args)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def available(device: torch.device) -> Tuple[str, ...]:

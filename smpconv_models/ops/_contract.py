@@ -44,7 +44,7 @@ def depthwise_conv2d(
         if backend == 'auto' and _context.is_counted(knows_operator=True):
             chosen = _reference
         if chosen is _reference or not _is_watched(input, weight, bias):
-            return _run(chosen, input, weight, bias, dilation)
+            return _run(backend, chosen, input, weight, bias, dilation)
     return _conv(input, weight, bias, dilation, backend)
 
 
@@ -59,6 +59,7 @@ def _is_watched(*tensors: Optional[Tensor]) -> bool:
 
 
 def _run(
+        backend: str,
         chosen: ModuleType,
         input: Tensor,
         weight: Tensor,
@@ -66,7 +67,7 @@ def _run(
         dilation: List[int],
 ) -> Tensor:
     with _without_autocast(input.device.type):
-        output = chosen.forward(input, weight, bias, dilation)
+        output = _backends.run(backend, chosen, 'forward', input, weight, bias, dilation)
     return output.contiguous(memory_format=_layout(input))
 
 
@@ -90,7 +91,8 @@ def _layout(input: Tensor) -> torch.memory_format:
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d', mutates_args=())
 def _conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
-    return _run(_backends.select(backend, input, weight.shape[2:], dilation), input, weight, bias, dilation)
+    chosen = _backends.select(backend, input, weight.shape[2:], dilation)
+    return _run(backend, chosen, input, weight, bias, dilation)
 
 
 @_conv.register_fake
@@ -104,7 +106,7 @@ def _(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]
 def _weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str) -> Tensor:
     with _without_autocast(input.device.type):
         chosen = _backends.select(backend, input, kernel_size, dilation)
-        weight_grad = chosen.weight_grad(grad, input, kernel_size, dilation)
+        weight_grad = _backends.run(backend, chosen, 'weight_grad', grad, input, kernel_size, dilation)
     return weight_grad.contiguous()
 
 

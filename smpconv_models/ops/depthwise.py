@@ -40,7 +40,8 @@ def depthwise_conv2d(
 
     Raises:
         ValueError: Shapes, dtypes, devices, dilation or the backend's name don't fit.
-        RuntimeError: The named backend can't run on this device, or there is no memory left.
+        RuntimeError: The named backend can't run on this device, or its kernel takes more than the device has;
+            or there is no memory left.
 
     Numerics:
         'cpu' and 'triton' accumulate in float32 for half precision and in the input's dtype otherwise; in the weight

@@ -25,5 +25,6 @@ def fp32_precision():
 @pytest.fixture(autouse=True)
 def no_choice_remembered():
     _backends._runnable.cache_clear()
+    _backends._warn_once.cache_clear()
     yield
     _backends._runnable.cache_clear()

@@ -7,6 +7,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import subprocess
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from grid import LAYOUTS, SHAPES, Shape, assert_as_exact_as, make, plain_conv, t
 from smpconv_models.ops import _backends, _triton, available_backends, depthwise_conv2d
 
 pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
-from triton.runtime.errors import PTXASError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from smpconv_models.ops._triton import launch, tuning
 
@@ -99,6 +100,18 @@ def check_form(form, shape, dtype, tile):
     assert_close(got, plain[key], exact[key], terms(shape)[key], dtype)
 
 
+class TooLarge:
+    """In place of a kernel, one that the device cannot launch."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, grid):
+        def launched(*args, **kwargs):
+            raise self.error
+        return launched
+
+
 class TestKernels:
     pytestmark = on_device
 
@@ -122,6 +135,32 @@ class TestKernels:
     ], ids=str)
     def test_other_tiles(self, form, tile):
         check_form(form, Shape(3, 2, 15, 23 if form.startswith('block') else 13, 9, 11), torch.float32, tile)
+
+    @pytest.mark.parametrize(('kernel', 'error', 'lack'), [
+        ('block_forward', OutOfResources(232448, 101376, 'shared memory'), 'shared memory needed 232448, .* 101376'),
+        ('block_weight_grad', PTXASError('too many registers'), 'too many registers'),
+    ], ids=['forward', 'weight_grad'])
+    @pytest.mark.parametrize('backend', ['triton', 'auto'])
+    def test_a_kernel_that_the_device_cannot_launch(self, monkeypatch, caplog, backend, kernel, error, lack):
+        """A name raises with the numbers; auto is plain conv2d, says so once, and is as right as it."""
+        monkeypatch.setattr(_backends, 'AUTO_ORDER', ('triton', 'reference'))
+        monkeypatch.setattr(_triton, 'why_slower', lambda call: None)
+        monkeypatch.setattr(launch.kernels, kernel, TooLarge(error))
+        tensors = make(Shape(2, 2, 9, 18, 5, 5), torch.float32, device=DEVICE)
+
+        def call():
+            return with_gradients(lambda *args: depthwise_conv2d(*args, backend=backend), *tensors)
+
+        if backend == 'triton':
+            with pytest.raises(RuntimeError, match=f"'triton' has no kernel for .* that fits .*: .*{lack}"):
+                call()
+            return
+        plain = with_gradients(lambda *args: plain_conv(*args, (1, 1)), *tensors)
+        with caplog.at_level(logging.WARNING, logger='smpconv_models'):
+            first, second = call(), call()
+        assert [bool(re.search(lack, record.message)) for record in caplog.records] == [True]
+        torch.testing.assert_close(first, plain)
+        torch.testing.assert_close(second, plain)
 
     @pytest.mark.parametrize('path', sorted(tuning._CONFIGS.glob('*.json')), ids=lambda path: path.stem)
     def test_tuned_tiles(self, path):

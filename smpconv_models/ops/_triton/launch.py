@@ -1,12 +1,14 @@
 """From tensors to kernels: layouts, sizes, grids."""
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Callable, Dict, List, Optional
+from contextlib import contextmanager, nullcontext
+from typing import Callable, Dict, Iterator, List, Optional
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
+from .._backends import LaunchError
 from . import kernels, tuning
 from .tuning import BlockGradTile, BlockTile, MapGradTile, MapTile
 
@@ -34,7 +36,7 @@ def map_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: Map
     output = input.new_empty(input.shape)
     a = _alignment(h * w, input)
     grid = (triton.cdiv(h * w, tile.bo) * triton.cdiv(n, tile.bn) * c,)
-    with _device(input):
+    with _launching_on(input):
         kernels.map_forward[grid](
             input, weight, bias, output, n, c, w, h * w // a, *_strides(input, a),
             A=a, KH=kh, KW=kw, COVERS=kh >= 2 * h - 1 and kw >= 2 * w - 1,
@@ -51,7 +53,7 @@ def map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: M
     assert tile.bi >= h * w + w - 1 and tile.bo >= w, 'the tile holds the map, and a row to rotate it by'
     weight_grad = input.new_empty((c, 1, kh, kw))
     a = _alignment(h * w, grad, input)
-    with _device(input):
+    with _launching_on(input):
         kernels.map_weight_grad[(c,)](
             grad, input, weight_grad, n, h, w, h * w // a, *_strides(grad, a), *_strides(input, a),
             A=a, KH=kh, KW=kw, PRECISION=_precision(input.dtype),
@@ -69,7 +71,7 @@ def block_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: B
     rows = weight.new_empty((c, kh + 2 * (tile.r - 1), chunks, tile.s, tile.tc))
     a = _alignment(w, input)
     blocks = triton.cdiv(n * triton.cdiv(w, tile.s), tile.bp)
-    with _device(input):
+    with _launching_on(input):
         kernels.expand_rows[(triton.cdiv(rows.numel(), _ELEMENTS_A_PROGRAM),)](
             weight, rows, rows.numel(), KH=kh, KW=kw, R=tile.r, S=tile.s,
             LEFT=left, CHUNKS=chunks, TC=tile.tc, BLOCK=_ELEMENTS_A_PROGRAM,
@@ -93,7 +95,7 @@ def block_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile:
     splits = tile.splits(n, w, programs)
     parts = input.new_empty((splits * programs, 4, tile.d, tile.tc), dtype=torch.float32)
     a = _alignment(w, grad, input)
-    with _device(input):
+    with _launching_on(input):
         kernels.block_weight_grad[(splits * programs,)](
             grad, input, parts, n, c, h, w // a, *_strides(grad, a), *_strides(input, a), splits,
             A=a, KH=kh, PRECISION=_precision(input.dtype),
@@ -147,6 +149,19 @@ def _alignment(width: int, *tensors: Tensor) -> int:
     return math.gcd(8, width, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
 
 
-def _device(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@contextmanager
+def _launching_on(tensor: Tensor) -> Iterator[None]:
+    """Makes the tensor's device the current one, on which Triton launches.
+
+    Raises:
+        LaunchError: The device lacks what the kernel takes.
+    """
+    try:
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            yield
+    except (OutOfResources, PTXASError) as error:
+        lack = str(error)
+        if isinstance(error, OutOfResources):
+            lack = f'{error.name} needed {error.required}, available {error.limit}'
+        size = 'x'.join(map(str, tensor.shape))
+        raise LaunchError(f"backend 'triton' has no kernel for {size} that fits {tensor.device}: {lack}") from error
