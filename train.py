@@ -35,8 +35,16 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a lost process is told in a line, not in pages of C++ frames
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import streams
-from smpconv_models.training import Stopped, World, config, explain, options, set_up, train
+from smpconv_models.training import (
+    DistributedContext,
+    TrainingInterrupted,
+    build_trainer,
+    cli,
+    config,
+    describe_error,
+    train,
+)
+from smpconv_models.utils import streams
 
 _logger = logging.getLogger('smpconv_models.train')
 
@@ -46,18 +54,18 @@ def create_parser() -> argparse.ArgumentParser:
         prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; the command line goes first')
-    options.add_data_options(parser)
-    options.add_model_options(parser)
-    options.add_device_options(parser)
-    options.add_training_options(parser)
-    options.add_debug_option(parser)
+    cli.add_data_options(parser)
+    cli.add_model_options(parser)
+    cli.add_device_options(parser)
+    cli.add_training_options(parser)
+    cli.add_debug_option(parser)
     return parser
 
 
 def main(argv=None) -> int:
     parser = create_parser()
     try:
-        world = World.from_environment()
+        world = DistributedContext.from_environment()
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
@@ -67,31 +75,31 @@ def main(argv=None) -> int:
         args = config.parse_args(parser, argv)
     except ValueError as error:
         parser.error(str(error))
-    options.show_causes(args)
+    cli.show_causes(args)
     if world.is_first:
-        for useless in options.without_effect(parser, args):
+        for useless in cli.without_effect(parser, args):
             logging.warning(useless)
     try:
-        run = set_up(args, world)
+        run = build_trainer(args, world)
     except ValueError as error:
         _logger.debug('the run could not be set up', exc_info=error)
         parser.error(f'{error}{_of(world)}')
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted before the run began\n')
     except Exception as error:
-        line = explain(error, args, world)
+        line = describe_error(error, args, world)
         if line is None:
             raise
         parser.exit(1, f'{parser.prog}: error: {line}{_of(world)}\n')
     try:
         result = train(run)
         run.world.disconnect()  # not after a failure: it may wait for processes that are gone
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         return _leave(parser, run, f'{stopped}; the same command goes on', stopped.exit_code)
     except KeyboardInterrupt:
         return _leave(parser, run, 'interrupted; the same command goes on from the last checkpoint', 130)
     except Exception as error:
-        line = explain(error, args, world)
+        line = describe_error(error, args, world)
         if line is None:
             raise
         return _leave(parser, run, f'error: {line}', 1)
@@ -110,7 +118,7 @@ def _leave(parser: argparse.ArgumentParser, run: Any, line: str, code: int) -> i
     return code
 
 
-def _of(world: World) -> str:
+def _of(world: DistributedContext) -> str:
     return f' (process {world.rank})' if world.size > 1 else ''
 
 
@@ -133,7 +141,7 @@ if __name__ == '__main__':
     try:
         sys.exit(main())
     except SystemExit as end:
-        if not World.is_connected():
+        if not DistributedContext.is_connected():
             raise
         code = end.code
         if code is not None and not isinstance(code, int):  # as Python does

@@ -33,18 +33,18 @@ if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import streams
 from smpconv_models.training import (
-    World,
+    DistributedContext,
+    cli,
     config,
-    explain,
+    describe_error,
     measure,
-    options,
-    save_classes,
-    save_confusion,
+    save_confusion_matrix,
+    save_per_class_results,
     save_results,
     series,
 )
+from smpconv_models.utils import streams
 
 # What the table of several models shows: heading, key, format.
 COLUMNS = (
@@ -70,10 +70,10 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--class-results', metavar='FILE.csv', help='write the accuracy of each class, and what it is mistaken for')
     parser.add_argument('--confusion', metavar='FILE.png', help='draw how often each class is taken for which')
-    options.add_data_options(parser)
-    options.add_model_options(parser)
-    options.add_device_options(parser)
-    options.add_debug_option(parser)
+    cli.add_data_options(parser)
+    cli.add_model_options(parser)
+    cli.add_device_options(parser)
+    cli.add_debug_option(parser)
     parser.add_argument(  # instead of the single one
         '--model', metavar='NAME', nargs='+',
         help="of this package or of timm's: one for all checkpoints or one for each, else their own")
@@ -122,7 +122,7 @@ def evaluate_all(
         try:
             evaluation = measure(own, before, with_confusion=bool(args.class_results or args.confusion))
         except Exception as error:
-            line = explain(error, own, World())
+            line = describe_error(error, own, DistributedContext())
             if line is None:
                 raise
             if len(each) == 1:
@@ -135,9 +135,9 @@ def evaluate_all(
         if args.results_file:
             save_results(args.results_file, results if len(each) > 1 else results[0])
         if args.class_results:
-            save_classes(args.class_results, evaluation)
+            save_per_class_results(args.class_results, evaluation)
         if args.confusion:
-            save_confusion(args.confusion, evaluation)
+            save_confusion_matrix(args.confusion, evaluation)
     return results
 
 
@@ -163,8 +163,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     logging.getLogger('smpconv_models').setLevel(logging.INFO)
     parser = create_parser()
     args = parser.parse_args(argv)
-    options.show_causes(args)
-    for line in options.without_effect(parser, args):
+    cli.show_causes(args)
+    for line in cli.without_effect(parser, args):
         logging.warning(line)
     try:
         each = series(args)

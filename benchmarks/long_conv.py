@@ -17,7 +17,7 @@ import torch
 from check import relative_error
 from tqdm import tqdm
 
-from smpconv_models.layers import causal_conv1d, same_conv2d
+from smpconv_models.layers import causal_conv1d, fft_conv2d
 
 
 class Case(NamedTuple):
@@ -53,7 +53,7 @@ CASES = [
 
 def measured(case: Case, device: str, rounds: int) -> Dict[str, float]:
     """Seconds of forward pass and gradients, by method."""
-    convolve = causal_conv1d if len(case.size) == 1 else same_conv2d
+    convolve = causal_conv1d if len(case.size) == 1 else fft_conv2d
     x = torch.randn(case.batch, case.channels, *case.size, device=device, requires_grad=True)
     weight = torch.randn(case.channels, case.channels, *case.kernel, device=device, requires_grad=True)
     gradient = torch.randn_like(x)

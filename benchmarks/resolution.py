@@ -16,9 +16,9 @@ from typing import Any, Dict
 import measure
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import create_transform
 from torch import Tensor
-from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 import smpconv_models
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument('--checkpoint', default='output/digits/model_best.pth.tar', metavar='FILE')
     args = parser.parse_args()
     try:
-        arguments = checkpoint.run_arguments(checkpoint.read_file(args.checkpoint))
+        arguments = checkpoint.get_train_args(checkpoint.read_file(args.checkpoint))
     except ValueError as error:
         parser.error(f'{error}; make train makes one')
     labels = torch.tensor(Digits('validation').labels)
@@ -59,7 +59,7 @@ def main() -> int:
         images = images_at(size, arguments)
         model.set_kernel_scale(1)
         trained = top1(model, images, labels)
-        resized = top1(model, interpolate(images, (TRAINED, TRAINED), mode='bicubic', antialias=True), labels)
+        resized = top1(model, F.interpolate(images, (TRAINED, TRAINED), mode='bicubic', antialias=True), labels)
         model.set_kernel_scale(size / TRAINED)
         drawn = top1(model, images, labels)
         print(f'{size:4}  {trained:10.2f}  {drawn:10.2f}  {resized:20.2f}')

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smpconv_models.training import config, options, param_groups, set_up
+from smpconv_models.training import build_trainer, cli, config, param_groups
 
 BARE, LOOP, AVERAGED = 'bare step', 'loop', 'loop with averaging'
 CLASSES = 10
@@ -27,11 +27,11 @@ CLASSES = 10
 def make_run(model: str, device: str, output: str, *more: str) -> Any:
     """What train.py would make, on the embedded digits, whose images aren't used."""
     parser = config.Parser(prog='training_loop.py')
-    options.add_data_options(parser)
-    options.add_model_options(parser)
-    options.add_device_options(parser)
-    options.add_training_options(parser)
-    return set_up(parser.parse_args([
+    cli.add_data_options(parser)
+    cli.add_model_options(parser)
+    cli.add_device_options(parser)
+    cli.add_training_options(parser)
+    return build_trainer(parser.parse_args([
         '--model', model, '--dataset', 'digits', '--device', device, '--channels-last', '--smoothing', '0', '--sched',
         'cosine', '--warmup-epochs', '0', '--workers', '0', '--output', output, *more]))
 

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from smpconv_models import streams
-from smpconv_models.training import Digits, config, options
+from smpconv_models.training import Digits, cli, config
+from smpconv_models.utils import streams
 
 DIGITS = (1, 5)  # in an image, at least and at most
 SIDES = (20, 44)  # of a digit's scan, enlarged, in pixels
@@ -151,10 +151,10 @@ def _area(box: Box) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
-    parser.add_argument('--train', type=options.number(int, 1), default=800, metavar='N', help='images (%(default)s)')
-    parser.add_argument('--val', type=options.number(int, 1), default=200, metavar='N', help='images (%(default)s)')
+    parser.add_argument('--train', type=cli.number(int, 1), default=800, metavar='N', help='images (%(default)s)')
+    parser.add_argument('--val', type=cli.number(int, 1), default=200, metavar='N', help='images (%(default)s)')
     parser.add_argument(
-        '--size', type=options.number(int, 48), default=128, metavar='PIXELS', help='side of the images (%(default)s)')
+        '--size', type=cli.number(int, 48), default=128, metavar='PIXELS', help='side of the images (%(default)s)')
     args = parser.parse_args(argv)
     try:
         print(make(args.folder, args.train, args.val, args.size))

@@ -47,6 +47,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
+from smpconv_models.utils.errors import first_line
+
 if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'export.py: interrupted\n'), os._exit(130)))
 
@@ -63,7 +65,8 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import checkpoint, hub, streams
+from smpconv_models import checkpoint, hub
+from smpconv_models.utils import streams
 
 TOLERANCE = 1e-4            # of formats in float32
 MOST_LOW_PRECISION = 1.     # of the others: outputs of zero differ by so much
@@ -157,7 +160,7 @@ def image_folder(folder: str, transform: Any, channels: int) -> Any:
         loader = functools.partial(read_image, mode='L' if channels == 1 else 'RGB')
         return ImageFolder(folder, transform, loader=loader)
     except FileNotFoundError as error:
-        raise ValueError(f'--calibration {folder}: {checkpoint.first_line(error)}') from error
+        raise ValueError(f'--calibration {folder}: {first_line(error)}') from error
 
 
 def read_image(path: str, mode: str) -> Any:
@@ -165,7 +168,7 @@ def read_image(path: str, mode: str) -> Any:
         with Image.open(path) as image:
             return image.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f'--calibration {path} cannot be read: {checkpoint.first_line(error)}') from error
+        raise ValueError(f'--calibration {path} cannot be read: {first_line(error)}') from error
 
 
 def stacked(dataset: Any, most: int = sys.maxsize) -> Tuple[Tensor, Tensor]:
@@ -337,7 +340,7 @@ def make(name: str, subject: Subject, folder: Path) -> Tuple[Run, Dict[str, Any]
         except Unavailable:
             raise
         except Exception as error:  # exporters and compilers have each their own
-            raise Failed(f'{type(error).__name__}: {checkpoint.first_line(error)}') from error
+            raise Failed(f'{type(error).__name__}: {first_line(error)}') from error
         most = MOST_LOW_PRECISION if name in LOW_PRECISION else TOLERANCE
         if not difference < most:
             raise Failed(f'its outputs differ by {difference:.1e} of the largest logit, expected less than {most}')
@@ -469,7 +472,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             'model': args.checkpoint or args.model or 'smpconv_t', 'input_size': list(subject.example.shape[1:]),
             'threads': torch.get_num_threads(), 'torch': torch.__version__, 'formats': rows})
     except (OSError, ValueError) as error:
-        parser.error(checkpoint.first_line(error))
+        parser.error(first_line(error))
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted\n')
     print(table(rows))

@@ -35,8 +35,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import smpconv_models  # also registers the models with timm
-from smpconv_models import streams
 from smpconv_models.training import Digits, param_groups
+from smpconv_models.utils import streams
 
 try:
     import segmentation_models_pytorch as smp

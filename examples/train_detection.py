@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+from smpconv_models.utils.errors import first_line
+
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch loads OpenMP, whose threads would else spin
 
 import coco_folder
@@ -42,8 +44,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import smpconv_models
-from smpconv_models import checkpoint, detection, streams
-from smpconv_models.training import World, config, explain, options, param_groups
+from smpconv_models import checkpoint, detection
+from smpconv_models.training import DistributedContext, cli, config, describe_error, param_groups
+from smpconv_models.utils import streams
 
 DETECTORS = {'fasterrcnn': detection.fasterrcnn, 'fcos': detection.fcos, 'retinanet': detection.retinanet}
 # what a run that goes on must have in common with the one that stopped
@@ -63,41 +66,41 @@ def create_parser() -> argparse.ArgumentParser:
     add('--train-split', default='train', metavar='NAME', help='folder of the training images')
     add('--val-split', default='val', metavar='NAME', help='folder of the held-out images')
     add('--skip-empty-boxes', action='store_true', help='leave out annotations whose box has no area')
-    add('--hflip', type=options.fraction, default=0., metavar='P', help='probability of mirroring a training image')
-    add('--workers', type=options.whole, default=1, metavar='N', help='processes that load images')
+    add('--hflip', type=cli.fraction, default=0., metavar='P', help='probability of mirroring a training image')
+    add('--workers', type=cli.whole, default=1, metavar='N', help='processes that load images')
     add = partial(_add, parser.add_argument_group('model'))
     add('--detector', choices=DETECTORS, default='fcos', help="torchvision's")
     add('--backbone', default='smpconv_nano', metavar='NAME', help="of this package or of timm's")
     add('--pretrained', action='store_true', help="the backbone's weights are loaded, its batch norms frozen")
-    add('--trainable-layers', type=options.whole, metavar='N', help='of the backbone; 3 with --pretrained, else all')
-    add('--returned-layers', type=options.count, nargs='+', default=[2, 3, 4], metavar='N',
+    add('--trainable-layers', type=cli.whole, metavar='N', help='of the backbone; 3 with --pretrained, else all')
+    add('--returned-layers', type=cli.count, nargs='+', default=[2, 3, 4], metavar='N',
         help='stages that the pyramid is made of')
-    add('--out-channels', type=options.count, default=64, metavar='N', help='of the pyramid')
+    add('--out-channels', type=cli.count, default=64, metavar='N', help='of the pyramid')
     add('--extra-levels', choices=('pool', 'p6p7'), default='pool', help='coarser ones')
     add('--grad-checkpointing', action='store_true', help='less memory, more time')
-    add('--min-size', type=options.count, default=128, metavar='PIXELS', help='images are resized to this side')
-    add('--max-size', type=options.count, default=128, metavar='PIXELS', help='and the longer side to at most this')
+    add('--min-size', type=cli.count, default=128, metavar='PIXELS', help='images are resized to this side')
+    add('--max-size', type=cli.count, default=128, metavar='PIXELS', help='and the longer side to at most this')
     add = partial(_add, parser.add_argument_group('training'))
-    add('--epochs', type=options.count, default=10, metavar='N', help='')
-    add('--batch-size', type=options.count, default=8, metavar='N', help='images of a step, in each process')
+    add('--epochs', type=cli.count, default=10, metavar='N', help='')
+    add('--batch-size', type=cli.count, default=8, metavar='N', help='images of a step, in each process')
     add('--opt', default='adamw', metavar='NAME', help="timm's, sgd say")
-    add('--lr', type=options.positive, default=2e-3, metavar='RATE', help='')
-    add('--weight-decay', type=options.non_negative, default=0.05, metavar='W', help='')
-    add('--momentum', type=options.fraction, default=0.9, metavar='M', help='of sgd')
+    add('--lr', type=cli.positive, default=2e-3, metavar='RATE', help='')
+    add('--weight-decay', type=cli.non_negative, default=0.05, metavar='W', help='')
+    add('--momentum', type=cli.fraction, default=0.9, metavar='M', help='of sgd')
     add('--sched', choices=('cosine', 'multistep'), default='cosine', help='after a linear warm-up')
-    add('--milestones', type=options.count, nargs='+', metavar='EPOCH', help='of multistep (8 11)')
-    add('--warmup-epochs', type=options.non_negative, default=1., metavar='N', help='')
-    add('--clip-grad', type=options.positive, default=10., metavar='NORM', help='largest norm of the gradient')
-    add('--seed', type=options.whole, default=0, metavar='N', help='')
-    add('--eval-interval', type=options.count, default=5, metavar='N', help='epochs between evaluations')
+    add('--milestones', type=cli.count, nargs='+', metavar='EPOCH', help='of multistep (8 11)')
+    add('--warmup-epochs', type=cli.non_negative, default=1., metavar='N', help='')
+    add('--clip-grad', type=cli.positive, default=10., metavar='NORM', help='largest norm of the gradient')
+    add('--seed', type=cli.whole, default=0, metavar='N', help='')
+    add('--eval-interval', type=cli.count, default=5, metavar='N', help='epochs between evaluations')
     add = partial(_add, parser.add_argument_group('run'))
     add('--output', type=Path, default=Path('output/detection'), metavar='FOLDER', help='')
     add('--resume', action='store_true', help="go on from the output folder's last.pth")
     add('--device', metavar='NAME', help='cuda if there is one, else cpu')
     add('--amp', action='store_true', help='train in automatic mixed precision')
     add('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16', help='')
-    add('--dist-timeout', type=options.positive, default=600., metavar='S', help='seconds to wait for another process')
-    options.add_debug_option(parser)
+    add('--dist-timeout', type=cli.positive, default=600., metavar='S', help='seconds to wait for another process')
+    cli.add_debug_option(parser)
     return parser
 
 
@@ -109,7 +112,7 @@ def _add(group: Any, name: str, help: str, **kwargs: Any) -> None:
 # --- what a run is made of ---
 
 
-def open_data(args: argparse.Namespace, world: World) -> Tuple[CocoFolder, CocoFolder]:
+def open_data(args: argparse.Namespace, world: DistributedContext) -> Tuple[CocoFolder, CocoFolder]:
     """The training and the held-out images."""
     folder = args.data_path or Path(args.output) / 'digits'
     if args.data_path is None:
@@ -140,7 +143,7 @@ def create_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         backbone = detection.fpn_backbone(
             args.backbone, args.pretrained, args.trainable_layers, args.returned_layers, args.out_channels, extra)
     except RuntimeError as error:  # timm's, of weights that there aren't
-        raise ValueError(f'--backbone {args.backbone}: {checkpoint.first_line(error)}') from error
+        raise ValueError(f'--backbone {args.backbone}: {first_line(error)}') from error
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
     return DETECTORS[args.detector](backbone, num_classes, min_size=args.min_size, max_size=args.max_size)
@@ -153,7 +156,7 @@ class Run:
         ValueError: The data, the backbone or the checkpoint can't be what is asked for.
     """
 
-    def __init__(self, args: argparse.Namespace, world: World) -> None:
+    def __init__(self, args: argparse.Namespace, world: DistributedContext) -> None:
         self.args, self.world = args, world
         self.last = args.output / 'last.pth'
         self._check_output()
@@ -220,7 +223,7 @@ class Run:
                 self.optimizer.load_state_dict(state['optimizer'])
                 self.scaler.load_state_dict(state['scaler'])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f'{self.last} is no checkpoint of this program: {checkpoint.first_line(error)}') from error
+            raise ValueError(f'{self.last} is no checkpoint of this program: {first_line(error)}') from error
         if differing is not None:
             raise ValueError(f'{self.last} was trained with {differing} {stopped[differing]}, got {now[differing]}')
 
@@ -310,7 +313,7 @@ def _device(name: Optional[str]) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f'--device {device} cannot be used here: {checkpoint.first_line(error)}') from error
+        raise ValueError(f'--device {device} cannot be used here: {first_line(error)}') from error
 
 
 def as_lists(samples: Sequence[Tuple[Any, Any]]) -> Tuple[List[Any], List[Any]]:
@@ -360,8 +363,8 @@ def train(run: Run) -> Dict[str, float]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = create_parser()
     args = parser.parse_args(argv)
-    options.show_causes(args)
-    world = World.from_environment()
+    cli.show_causes(args)
+    world = DistributedContext.from_environment()
     run = None
     try:
         run = Run(args, world)
@@ -371,7 +374,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted; --resume goes on from the last epoch that was saved\n')
     except Exception as error:
-        line = explain(error, args, world)
+        line = describe_error(error, args, world)
         if line is None:
             raise
         if line.startswith('Caught '):  # in a process that loads images, whose traceback ends with the cause

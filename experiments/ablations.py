@@ -47,8 +47,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import streams
-from smpconv_models.training import Stopped, config, explain, options, replacing, set_up, train
+from smpconv_models.training import TrainingInterrupted, atomic_write, build_trainer, cli, config, describe_error, train
+from smpconv_models.utils import streams
 
 FILES = ('ablations.csv', 'ablations.md', 'ablations.png')
 CONFIG = str(Path(__file__).parents[1] / 'recipes' / 'ablation_digits.yaml')
@@ -136,11 +136,11 @@ def training_args(args: argparse.Namespace) -> argparse.Namespace:
     """
     parser = config.Parser(prog='ablations.py', add_help=False, allow_abbrev=False)
     parser.add_argument('--config')
-    options.add_data_options(parser)
-    options.add_model_options(parser)
-    options.add_device_options(parser)
-    options.add_training_options(parser)
-    options.add_debug_option(parser)
+    cli.add_data_options(parser)
+    cli.add_model_options(parser)
+    cli.add_device_options(parser)
+    cli.add_training_options(parser)
+    cli.add_debug_option(parser)
     given = config.parse_args(parser, ['--config', args.config, *args.others])
     for text in args.others:
         if text.split('=')[0] in ('--seed', '--experiment', '--model'):
@@ -159,13 +159,13 @@ def run_one(base: argparse.Namespace, kwargs: Kwargs, seed: int, folder: Path) -
         **vars(base), 'model_kwargs': {**base.model_kwargs, **kwargs}, 'seed': seed, 'output': str(folder),
         'experiment': f'{name_of(kwargs)}_epochs{base.epochs}_seed{seed}'})  # a run that goes on is no fresh one
     try:
-        run = set_up(args)
+        run = build_trainer(args)
     except ValueError as error:
         raise ValueError(f'{args.experiment}: {error} (here --runs DIR: another folder for all runs)') from error
     try:
         done = train(run)
     except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        line = explain(error, args, run.world)
+        line = describe_error(error, args, run.world)
         if line is None:
             raise
         raise RunFailedError(f'{args.experiment}: {line}') from error
@@ -334,7 +334,7 @@ def create_parser() -> argparse.ArgumentParser:
         '--tables', nargs='+', type=int, choices=tuple(SETTINGS), default=list(SETTINGS), metavar='N',
         help='of the paper (default: 6 7 8 9)')
     parser.add_argument(
-        '--seeds', type=options.number(int, 1), default=3, metavar='N', help='from 0 on (default: %(default)s)')
+        '--seeds', type=cli.number(int, 1), default=3, metavar='N', help='from 0 on (default: %(default)s)')
     parser.add_argument('--output', default='docs', metavar='DIR', help='of tables and picture (default: %(default)s)')
     parser.add_argument('--runs', default='output/ablations', metavar='DIR', help='(default: %(default)s)')
     parser.add_argument(
@@ -347,7 +347,7 @@ def run(args: argparse.Namespace, base: argparse.Namespace) -> None:
     table, text, picture = (Path(args.output) / name for name in FILES)
     tables.check_writable([table, text, picture, Path(args.runs) / 'run'])
     rows = rows_of(run_all(args, base), args, base)
-    with replacing(picture) as temporary:
+    with atomic_write(picture) as temporary:
         save_picture(temporary, rows, args.tables, rows[0]['dataset'])
     tables.write_text(text, report(rows, args, base))
     tables.write_csv(table, rows)
@@ -366,7 +366,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         run(args, training_args(args))
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted; {stopped}\n')
-    except Stopped as stop:
+    except TrainingInterrupted as stop:
         parser.exit(stop.exit_code, f'{parser.prog}: {stop}; {stopped}\n')
     except RunFailedError as error:
         parser.exit(1, f'{parser.prog}: error: {error}\n')

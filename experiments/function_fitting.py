@@ -46,9 +46,9 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor
 from tqdm import tqdm
 
-from smpconv_models import streams
-from smpconv_models.layers import clip_radius, interpolate, sampling_grid
-from smpconv_models.training import config, replacing
+from smpconv_models.layers import clip_radius, evaluate_points, sampling_grid
+from smpconv_models.training import atomic_write, config
+from smpconv_models.utils import streams
 
 SIZE = [51, 51]
 FILES = ('function_fitting.csv', 'function_fitting.md', 'function_fitting.png')
@@ -186,13 +186,13 @@ def fit(
 
 
 def mean_squared_error(grid: Tensor, target: Tensor, coords: Tensor, radius: Tensor, weights: Tensor) -> Tensor:
-    return (interpolate(grid, coords, radius, weights)[0] - target).square().mean()
+    return (evaluate_points(grid, coords, radius, weights)[0] - target).square().mean()
 
 
 def solve(target: Tensor, coords: Tensor, radius: Tensor) -> Fit:
     """The best weights for points and radii: equation 1 is linear in them. In float64 on the CPU."""
     grid, points, reach, values = (tensor.double().cpu() for tensor in (sampling_grid(SIZE), coords, radius, target))
-    each = interpolate(grid, points, reach, torch.eye(len(points), dtype=torch.float64))  # what each adds by weight 1
+    each = evaluate_points(grid, points, reach, torch.eye(len(points), dtype=torch.float64))  # by weight 1
     weights = torch.linalg.lstsq(each.T, values.unsqueeze(-1)).solution.T
     error = (weights @ each - values).square().mean()
     return Fit(coords, radius, weights.to(coords), error.unsqueeze(0))
@@ -328,7 +328,7 @@ def draw_row(figure: Any, row: Any, target: str, shown: Dict[str, Fit]) -> None:
     truth = TARGETS[target](position)
     values = {'function': truth}
     for arm, done in shown.items():
-        values[arm] = interpolate(position, done.coords.cpu(), done.radius.cpu(), done.weights.cpu())[0]
+        values[arm] = evaluate_points(position, done.coords.cpu(), done.radius.cpu(), done.weights.cpu())[0]
     limit = max((values[arm] - truth).abs().quantile(0.995).item() for arm in shown)
     for axes, (name, value) in zip(row, values.items()):
         picture = draw_values(axes, value, cmap='RdBu_r', vmin=-1, vmax=1)
@@ -412,7 +412,7 @@ def run(args: argparse.Namespace) -> None:
     fits = fit_all(args)
     seconds = time.perf_counter() - start
     rows = rows_of(fits, args)
-    with replacing(picture) as temporary:
+    with atomic_write(picture) as temporary:
         save_picture(temporary, fits, args.seeds)
     tables.write_text(text, report(rows, args, seconds))
     tables.write_csv(table, rows)

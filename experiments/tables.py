@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
 import torch
 
-from smpconv_models.training import replacing
+from smpconv_models.training import atomic_write
 
 Row = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ def check_writable(paths: Sequence[Path]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
 
 

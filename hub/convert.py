@@ -19,11 +19,15 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
+from smpconv_models.utils.download import file_sha256
+
 if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'convert.py: interrupted\n'), os._exit(130)))
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import checkpoint, hub, original, streams
+from smpconv_models import hub
+from smpconv_models.checkpoint import original
+from smpconv_models.utils import streams
 
 RELEASE = 'https://github.com/sangnekim/SMPConv'
 
@@ -56,8 +60,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         path, source = args.checkpoint, args.source
         if args.download:
-            path = original.download(args.download, Path(args.download_dir or '.', f'{args.download}.pth.tar'))
-            print(f'{path}: {path.stat().st_size} bytes, sha256 {checkpoint.file_sha256(path)}')
+            path = original.download_original(args.download, Path(args.download_dir or '.', f'{args.download}.pth.tar'))
+            print(f'{path}: {path.stat().st_size} bytes, sha256 {file_sha256(path)}')
             source = source or RELEASE
         done = hub.convert(
             path, args.folder, args.model, args.use_ema, source or Path(path).name, args.license,

@@ -18,7 +18,8 @@ if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'publish.py: interrupted\n'), os._exit(130)))
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import hub, streams
+from smpconv_models import hub
+from smpconv_models.utils import streams
 
 
 def create_parser() -> argparse.ArgumentParser:

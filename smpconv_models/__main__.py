@@ -44,7 +44,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 if __name__ == '__main__':
     import smpconv_models  # noqa: F401 (registers the models)
-    from smpconv_models import streams
+    from smpconv_models.utils import streams
 
     streams.keep_writable()
     sys.exit(main())

@@ -50,8 +50,8 @@ def has_batch_norm(module):
 
 
 def assert_frozen(name, model):
-    """Names, shapes and order of a model's state dict are those of tests/data."""
-    path = Path(__file__).parent / 'data' / f'{name}_state_dict.json'
+    """Names, shapes and order of a model's state dict are those of tests/golden."""
+    path = Path(__file__).parent / 'golden' / f'{name}_state_dict.json'
     frozen = {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
     state_dict = model.state_dict()
     assert {key: tuple(value.shape) for key, value in state_dict.items()} == frozen

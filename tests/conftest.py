@@ -15,9 +15,9 @@ for _name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SLURM_PROCID', 'SLURM_NTASKS'
 
 @pytest.fixture(scope='session')
 def golden():
-    """Reads a file of tests/data by name: outputs of the original release's code and what they came from."""
+    """Reads a file of tests/golden by name: outputs of the original release's code and what they came from."""
     def read(name):
-        return load_file(Path(__file__).parent / 'data' / f'{name}.safetensors')
+        return load_file(Path(__file__).parent / 'golden' / f'{name}.safetensors')
     return read
 
 

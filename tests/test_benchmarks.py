@@ -288,8 +288,8 @@ def test_a_wrong_network_for_cifar_is_not_timed(load, monkeypatch, tmp_path, cap
     arguments = [*TINY_CIFAR, '--results', str(tmp_path), '--networks']
     assert script.main([*arguments, 'deformable 3x3']) == 1
     assert 'error: deformable 3x3 is wrong: relative error 1.0e-04' in capsys.readouterr().err
-    fft = smpconv_models.layers.long_conv._fft_conv
-    monkeypatch.setattr(smpconv_models.layers.long_conv, '_fft_conv', lambda *args: 1.001 * fft(*args))
+    fft = smpconv_models.layers.fft_conv._fft_conv
+    monkeypatch.setattr(smpconv_models.layers.fft_conv, '_fft_conv', lambda *args: 1.001 * fft(*args))
     assert script.main([*arguments, 'SMPConv']) == 1
     assert 'error: SMPConv by fft is wrong' in capsys.readouterr().err and not list(tmp_path.iterdir())
 

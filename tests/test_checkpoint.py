@@ -272,9 +272,9 @@ def test_another_networks_file(tmp_path):
 def test_every_name_of_the_release_is_converted(released):
     state_dict = released[0]
     model = timm.create_model('smpconv_t', num_classes=10, **TINY)
-    converted = checkpoint.from_release(state_dict)
+    converted = checkpoint.convert_original(state_dict)
     assert converted.keys() == model.state_dict().keys()
-    assert checkpoint.is_release(state_dict) and not checkpoint.is_release(converted)
+    assert checkpoint.is_original(state_dict) and not checkpoint.is_original(converted)
     assert checkpoint.describe_mismatch(converted, model) is None
     left_out = [key for key in state_dict if key.endswith('kernel_coord')]
     assert len(converted) == len(state_dict) - len(left_out) and len(left_out) == 5
@@ -301,13 +301,13 @@ def test_every_name_of_the_release_is_converted(released):
 ])
 def test_names_and_shapes(release_name, name, shape, our_shape):
     tensor = torch.randn(shape)
-    (converted_name, converted), = checkpoint.from_release({release_name: tensor}).items()
+    (converted_name, converted), = checkpoint.convert_original({release_name: tensor}).items()
     assert converted_name == name
     assert torch.equal(converted, tensor.reshape(our_shape)) and converted.shape == our_shape
 
 
 def test_one_point_and_one_channel_keep_their_dimensions():
-    converted = checkpoint.from_release({
+    converted = checkpoint.convert_original({
         'large_kernel.smp.conv.weight_coord': torch.zeros(1, 1, 2),
         'large_kernel.smp.conv.radius': torch.zeros(1, 1, 1, 1),
         'large_kernel.smp.conv.weights': torch.zeros(1, 1, 1),

@@ -70,7 +70,7 @@ def drawn(monkeypatch, tmp_path):
     """Draws a confusion matrix, and gives the axes with the path."""
     def draw(*args):
         path = tmp_path / f'{len(saved)}.png'
-        figures.save_confusion(path, *args)
+        figures.save_confusion_matrix(path, *args)
         return saved[-1].axes[0], path
 
     saved = []

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import smpconv_models
 from smpconv_models.__main__ import count_macs
-from smpconv_models.layers import CausalConv1d, SameConv2d, SMPLayer, smp_layers
+from smpconv_models.layers import CausalConv1d, FFTConv2d, SMPLayer, smp_layers
 from smpconv_models.ops import depthwise_conv2d
 
 SMALL = {'smpconv_cifar': (3, 8, 8)}
@@ -284,7 +284,7 @@ def test_convolutions_with_a_bias_and_dilation(deepspeed, backend):
 
 
 @pytest.mark.parametrize('layer', [
-    CausalConv1d(3, 5, 300), smpconv_models.SMPConv1d(3, 5, 300), SameConv2d(3, 5, 33),
+    CausalConv1d(3, 5, 300), smpconv_models.SMPConv1d(3, 5, 300), FFTConv2d(3, 5, 33),
     smpconv_models.SMPConv2d(3, 5, 33)], ids=lambda layer: type(layer).__name__)
 def test_convolutions_by_fft_count_as_direct_ones(deepspeed, layer):
     x = torch.randn(2, 3, *((300,) if '1d' in type(layer).__name__ else (40, 30)))

@@ -30,16 +30,20 @@ def test_public_names_are_frozen():
         'depthwise_conv2d', 'list_sequence_models',
     ]
     assert ops.__all__ == [
-        'available_backends', 'check_options', 'depthwise_conv2d', 'has_autocast', 'is_counted', 'is_exporting']
+        'available_backends', 'depthwise_conv2d', 'has_autocast', 'is_counted', 'is_exporting',
+        'validate_options',
+    ]
     assert layers.__all__ == [
-        'CausalConv1d', 'ConvFFN', 'ConvNormAct', 'DepthwiseConv2d', 'LargeKernelBlock', 'LargeKernelConv',
-        'ParallelConv', 'ResidualBlock', 'SMPConv1d', 'SMPConv2d', 'SMPDepthwiseConv2d', 'SMPLayer', 'SameConv2d',
-        'accelerate_depthwise', 'causal_conv1d', 'clip_radius', 'clip_radius_', 'interpolate', 'same_conv2d',
-        'sample_kernel', 'sampling_grid', 'smp_layers', 'tents',
+        'CausalConv1d', 'ConvFFN', 'ConvNormActBlock', 'DepthwiseConv2d', 'FFTConv2d', 'LargeKernelBlock',
+        'ReparamConv', 'ReparamLargeKernelConv', 'ResidualBlock', 'SMPConv1d', 'SMPConv2d',
+        'SMPDepthwiseConv2d', 'SMPLayer', 'accelerate_depthwise', 'causal_conv1d', 'clip_radius',
+        'clip_radius_', 'evaluate_points', 'fft_conv2d', 'sample_kernel', 'sampling_grid', 'smp_layers',
+        'tent_basis',
     ]
     assert training.__all__ == [
-        'Digits', 'Stopped', 'World', 'config', 'evaluate', 'explain', 'measure', 'options', 'param_groups',
-        'replacing', 'save_classes', 'save_confusion', 'save_results', 'series', 'set_up', 'train', 'validate',
+        'Digits', 'DistributedContext', 'TrainingInterrupted', 'atomic_write', 'build_trainer', 'cli', 'config',
+        'describe_error', 'evaluate', 'measure', 'param_groups', 'save_confusion_matrix',
+        'save_per_class_results', 'save_results', 'series', 'train', 'validate',
     ]
 
 
@@ -52,10 +56,10 @@ def test_public_names_exist(module):
 
 # The table of CONTRIBUTING.md: part -> what it may import besides the standard library and itself.
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
-CHECKPOINT, FIGURES, TRAINING = 'smpconv_models.checkpoint', 'smpconv_models.figures', 'smpconv_models.training'
-DOWNLOAD, ORIGINAL, HUB = 'smpconv_models.download', 'smpconv_models.original', 'smpconv_models.hub'
-TRANSFER, HINTS, STREAMS = 'smpconv_models.transfer', 'smpconv_models.hints', 'smpconv_models.streams'
-DETECTION, DIGITS, SEQUENCES = 'smpconv_models.detection', 'smpconv_models.digits', 'smpconv_models.sequences'
+CHECKPOINT, HUB, UTILS = 'smpconv_models.checkpoint', 'smpconv_models.hub', 'smpconv_models.utils'
+FIGURES, TRAINING = 'smpconv_models.figures', 'smpconv_models.training'
+DETECTION, DATA = 'smpconv_models.detection', 'smpconv_models.data'
+STREAMS = f'{UTILS}.streams'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
 BENCHMARKS = tuple(path.stem for path in (PACKAGE.parent / 'benchmarks').glob('*.py'))  # scripts see their neighbours
@@ -63,47 +67,39 @@ EXAMPLES = tuple(path.stem for path in (PACKAGE.parent / 'examples').glob('*.py'
 EXPERIMENTS = tuple(path.stem for path in (PACKAGE.parent / 'experiments').glob('*.py'))
 MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
-    'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._call', f'{OPS}._phases'),
+    'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._backends', f'{OPS}._problem', f'{OPS}._space_to_batch'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
-    'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, DOWNLOAD, ORIGINAL, HINTS),
-    'smpconv_models/checkpoint': ('torch', 'safetensors'),
-    'smpconv_models/download.py': ('huggingface_hub', CHECKPOINT),
-    'smpconv_models/transfer.py': ('tqdm',),
-    'smpconv_models/hints.py': (),
-    'smpconv_models/streams.py': (),
-    'smpconv_models/original.py': ('huggingface_hub', CHECKPOINT, TRANSFER),
-    'smpconv_models/digits.py': ('torch', 'PIL', 'sklearn'),
-    'smpconv_models/sequences': (
-        'torch', 'torchvision', 'numpy', 'scipy', 'sklearn', 'safetensors', 'filelock', 'tqdm', DIGITS,
-        HINTS, TRANSFER, f'{CHECKPOINT}.file_sha256', f'{CHECKPOINT}.first_line'),
+    'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, UTILS),
+    'smpconv_models/checkpoint': ('torch', 'safetensors', 'huggingface_hub', UTILS),
+    'smpconv_models/utils': ('tqdm', 'filelock'),
+    'smpconv_models/utils/hub_download.py': ('huggingface_hub', UTILS),
+    'smpconv_models/data': (
+        'torch', 'torchvision', 'numpy', 'scipy', 'sklearn', 'safetensors', 'tqdm', 'PIL', UTILS),
     'smpconv_models/hub': (
-        'torch', 'timm', 'huggingface_hub', 'safetensors', f'{MODELS}.check_arguments', f'{MODELS}.identify',
-        CHECKPOINT, DOWNLOAD),
+        'torch', 'timm', 'huggingface_hub', 'safetensors', MODELS, CHECKPOINT, UTILS),
     'smpconv_models/figures': ('torch', 'numpy', 'matplotlib', 'PIL', 'tqdm', 'pytorch_grad_cam', LAYERS),
     'smpconv_models/figures/_inputs.py': (
-        'torch', 'timm', 'PIL', f'{MODELS}.identify', CHECKPOINT, TRAINING, 'smpconv_models.figures.kernels'),
+        'torch', 'timm', 'PIL', f'{MODELS}.identify', CHECKPOINT, TRAINING, UTILS, 'smpconv_models.figures.kernels'),
     'smpconv_models/figures/__main__.py': (
-        'torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, STREAMS, TRAINING),
+        'torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING, UTILS),
     'smpconv_models/training': (
         'torch', 'torchvision', 'timm', 'PIL', 'numpy', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS,
-        CHECKPOINT, DIGITS, DOWNLOAD, FIGURES, HINTS, SEQUENCES, 'smpconv_models.__version__',
-        *(f'{MODELS}.{name}' for name in (
-            'check_network', 'create_sequence_model', 'identify', 'list_sequence_models', 'whose'))),
+        MODELS, CHECKPOINT, DATA, FIGURES, UTILS, 'smpconv_models.__version__'),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models', STREAMS),
     'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
     'train.py': ('smpconv_models', STREAMS, *PUBLIC_TRAINING),
     'validate.py': ('smpconv_models', STREAMS, *PUBLIC_TRAINING),
-    'hub': ('smpconv_models', STREAMS, HUB, ORIGINAL, CHECKPOINT),
+    'hub': ('smpconv_models', HUB, CHECKPOINT, UTILS),
     'smpconv_models/detection.py': ('torch', 'torchvision', 'timm'),
     'examples': (
         'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'matplotlib', 'safetensors', 'segmentation_models_pytorch',
-        'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, STREAMS, *PUBLIC_TRAINING, *EXAMPLES),
+        'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, UTILS, *PUBLIC_TRAINING, *EXAMPLES),
     'experiments': (
-        'torch', 'timm', 'numpy', 'matplotlib', 'tqdm', 'smpconv_models', LAYERS, STREAMS, *PUBLIC_TRAINING,
+        'torch', 'timm', 'numpy', 'matplotlib', 'tqdm', 'smpconv_models', LAYERS, UTILS, *PUBLIC_TRAINING,
         *EXPERIMENTS),
     'benchmarks': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'torchvision', 'matplotlib',
-        'smpconv_models', LAYERS, CHECKPOINT, DETECTION, *PUBLIC_TRAINING, *BENCHMARKS),
+        'smpconv_models', LAYERS, CHECKPOINT, DETECTION, UTILS, *PUBLIC_TRAINING, *BENCHMARKS),
 }
 
 
@@ -170,11 +166,12 @@ def test_backends_do_not_know_each_other():
     ('smpconv_models/ops', 'def f():\n    import triton'),
     ('smpconv_models/figures', 'import smpconv_models.models.smpconv'),
     ('smpconv_models/checkpoint', 'from smpconv_models import layers'),
-    ('smpconv_models/download.py', 'import timm'),
-    ('smpconv_models/sequences', 'from smpconv_models.checkpoint import read_file'),
-    ('smpconv_models/digits.py', 'import smpconv_models.training'),
+    ('smpconv_models/utils', 'import torch'),
+    ('smpconv_models/utils', 'from smpconv_models import checkpoint'),
+    ('smpconv_models/data', 'from smpconv_models.checkpoint import read_file'),
+    ('smpconv_models/data', 'import smpconv_models.training'),
     ('train.py', 'import smpconv_models.ops._cpu'),
-    ('validate.py', 'from smpconv_models.training.step import Stepper'),
+    ('validate.py', 'from smpconv_models.training.train_step import TrainStep'),
 ])
 def test_the_check_sees_what_is_forbidden(tmp_path, monkeypatch, part, line):
     """Otherwise an empty list would prove nothing."""
@@ -254,13 +251,13 @@ print(any(name.partition('.')[0] == 'triton' for name in set(sys.modules) - modu
     assert {name.partition('.')[0] for name in new_modules.split()} <= expected
 
 
-def test_importing_loads_no_backend_no_training_no_sequences_and_prints_nothing():
+def test_importing_loads_no_backend_no_training_no_data_and_prints_nothing():
     script = """
 import sys
 import smpconv_models
 loaded = [name for name in sys.modules if name.startswith('smpconv_models.ops._')]
 assert not {'smpconv_models.ops._cpu', 'smpconv_models.ops._triton'} & set(loaded), loaded
-assert not {'smpconv_models.training', 'smpconv_models.sequences'} & set(sys.modules)
+assert not {'smpconv_models.training', 'smpconv_models.data'} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, '', '')

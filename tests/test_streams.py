@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import smpconv_models.streams
+import smpconv_models.utils.streams
 
 # By its path, as the package would load PyTorch.
 SCRIPT = f"""
 import os, sys
-sys.path.insert(0, {str(Path(smpconv_models.streams.__file__).parent)!r})
+sys.path.insert(0, {str(Path(smpconv_models.utils.streams.__file__).parent)!r})
 import streams
 streams.keep_writable()
 for _ in range(20000):

@@ -5,23 +5,32 @@ from .description import (
     check_model_kwargs,
     check_preparation,
     describe,
+    get_train_args,
     plain,
     printable,
-    run_arguments,
     shown,
 )
-from .files import check_file, file_sha256, first_line, read_file
-from .release import from_release, is_release
-from .state_dicts import (
-    adapt,
-    check_finite,
-    describe_mismatch,
-    load_into,
-    select_state_dict,
-)
+from .files import check_file, read_file
+from .original_format import convert_original, is_original
+from .state_dicts import adapt, check_finite, describe_mismatch, load_into, select_state_dict
 
 __all__ = [
-    'MAX_INHERITED_SIDE', 'Description', 'adapt', 'check_file', 'check_finite', 'check_model_kwargs',
-    'check_preparation', 'describe', 'describe_mismatch', 'file_sha256', 'first_line', 'from_release', 'is_release',
-    'load_into', 'plain', 'printable', 'read_file', 'run_arguments', 'select_state_dict', 'shown',
+    'MAX_INHERITED_SIDE',
+    'Description',
+    'adapt',
+    'check_file',
+    'check_finite',
+    'check_model_kwargs',
+    'check_preparation',
+    'convert_original',
+    'describe',
+    'describe_mismatch',
+    'get_train_args',
+    'is_original',
+    'load_into',
+    'plain',
+    'printable',
+    'read_file',
+    'select_state_dict',
+    'shown',
 ]

@@ -154,7 +154,7 @@ def _stored_arguments(content: Dict[Any, Any]) -> Any:
     return vars(arguments) if isinstance(arguments, Namespace) else arguments
 
 
-def run_arguments(checkpoint: Any) -> Dict[str, Any]:
+def get_train_args(checkpoint: Any) -> Dict[str, Any]:
     """Return the arguments of the training run: a dictionary in this package's files, a namespace in timm's.
 
     Raises:

@@ -4,7 +4,6 @@ A file is judged by its own description before memory is asked for: a few kiloby
 safetensors, or pickles of plain data, tensors and ``argparse.Namespace``, in a zip archive or, of old, bare.
 """
 import argparse
-import hashlib
 import json
 import os
 import pickle
@@ -17,12 +16,11 @@ from typing import Any, Dict, List, Tuple, Union
 
 import torch
 
+from ..utils.errors import first_line, unreadable_file
 from . import pickles
 
 # The parts of a bare file before its tensors: magic number, version, system, the object, the storages' keys.
 _LEGACY_PICKLES = 5
-
-_MAX_LINE = 2000  # characters of another library's message, which may repeat what is in a file
 
 
 def read_file(path: Union[str, Path], lazy: bool = False) -> Any:
@@ -58,11 +56,7 @@ def check_file(path: Union[str, Path]) -> None:
     try:
         _check_file(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Union[str, Path], error: OSError) -> ValueError:
-    return ValueError(f'{path} cannot be read: {error.strerror or first_line(error)}')
+        raise unreadable_file(path, error) from error
 
 
 def _check_file(path: Union[str, Path]) -> None:
@@ -79,28 +73,6 @@ def _check_file(path: Union[str, Path]) -> None:
         _check_legacy(path)
     else:
         raise ValueError(f'expected a checkpoint, but {path} {_describe(start)}')
-
-
-def file_sha256(path: Union[str, Path]) -> str:
-    """Return the SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, 'rb') as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, bounded and escaped if it cannot be printed, or its type's name."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_LINE]
-    return line if line.isprintable() else line.encode('unicode_escape').decode('ascii')
 
 
 def _is_safetensors(path: Union[str, Path]) -> bool:

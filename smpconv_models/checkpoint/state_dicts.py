@@ -5,7 +5,7 @@ from typing import Any, Iterable, List, Optional, Tuple
 from torch import Tensor, nn
 
 from .description import printable, shown
-from .release import StateDict, from_release, is_release
+from .original_format import StateDict, convert_original, is_original
 
 _logger = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def adapt(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -
     Raises:
         ValueError: It is another model's.
     """
-    if is_release(state_dict):
-        state_dict = from_release(state_dict)
+    if is_original(state_dict):
+        state_dict = convert_original(state_dict)
     mismatch = describe_mismatch(state_dict, model, ignore)
     if mismatch is not None:
         raise ValueError(f'the checkpoint does not fit the model: {mismatch}')

@@ -26,11 +26,13 @@ import torch
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models import checkpoint, figures, streams
-from smpconv_models.training import config, options
-from smpconv_models.training.output import replacing
+from smpconv_models import figures
+from smpconv_models.training import cli, config
+from smpconv_models.utils import streams
+from smpconv_models.utils.atomic_io import atomic_write
+from smpconv_models.utils.errors import first_line
 
-from . import _inputs, animation, cam
+from . import _inputs, animation, grad_cam
 from .receptive_field import SHARES
 
 
@@ -58,13 +60,13 @@ def create_parser() -> argparse.ArgumentParser:
     command = _add(commands, 'heat-map', 'where the features speak for a class (grad-cam package)')
     _add_images(command, 8)
     command.add_argument('--layer', metavar='NAME', help="module whose features to take, else the last stage's")
-    command.add_argument('--class', dest='index', type=options.whole, metavar='N', help='its index, else the predicted')
-    command.add_argument('--method', choices=cam.METHODS, default='GradCAM', help='(default: %(default)s)')
+    command.add_argument('--class', dest='index', type=cli.whole, metavar='N', help='its index, else the predicted')
+    command.add_argument('--method', choices=grad_cam.METHODS, default='GradCAM', help='(default: %(default)s)')
 
     command = _add(commands, 'animation', "layers' points and kernels over several checkpoints", several=True)
     _add_layers(command, 3)
     command.add_argument(
-        '--fps', type=options.number(float, 0.1, 50), default=5., metavar='X',
+        '--fps', type=cli.number(float, 0.1, 50), default=5., metavar='X',
         help='frames in a second (default: %(default)g)')
     return parser
 
@@ -81,20 +83,20 @@ def _add(commands: Any, name: str, what: str, several: bool = False) -> argparse
     command.add_argument('--pretrained', action='store_true', help='with --model: its pretrained weights')
     command.add_argument('--reparam', action='store_true', help='re-parameterize first')
     command.add_argument(
-        '--seed', type=options.number(int, 0, 2 ** 32 - 1), metavar='N',
+        '--seed', type=cli.number(int, 0, 2 ** 32 - 1), metavar='N',
         help="of a network without weights (default: that of the checkpoint's run, else 42)")
-    options.add_model_options(command)
+    cli.add_model_options(command)
     return command
 
 
 def _add_layers(command: argparse.ArgumentParser, most: int = 6) -> None:
     command.add_argument(
         '--layer', nargs='+', metavar='NAME', help='those to show, else --max-layers over the whole depth')
-    command.add_argument('--max-layers', type=options.count, default=most, metavar='N', help='(default: %(default)s)')
+    command.add_argument('--max-layers', type=cli.count, default=most, metavar='N', help='(default: %(default)s)')
     command.add_argument(
-        '--columns', type=options.count, default=6, metavar='N', help='kernels of each (default: %(default)s)')
+        '--columns', type=cli.count, default=6, metavar='N', help='kernels of each (default: %(default)s)')
     command.add_argument(
-        '--filter', type=options.whole, default=0, metavar='N',
+        '--filter', type=cli.whole, default=0, metavar='N',
         help='its number, in networks whose filters have points of their own (default: %(default)s)')
 
 
@@ -108,8 +110,8 @@ def _add_images(command: argparse.ArgumentParser, most: int) -> None:
         '--images', nargs='+', metavar='PATH',
         help="files, folders, or 'digits' (embedded), as is the default for a network trained on them")
     command.add_argument(
-        '--num-images', type=options.count, default=most, metavar='N', help='at most (default: %(default)s)')
-    command.add_argument('--img-size', type=options.count, metavar='N', help="side in pixels, else the network's")
+        '--num-images', type=cli.count, default=most, metavar='N', help='at most (default: %(default)s)')
+    command.add_argument('--img-size', type=cli.count, metavar='N', help="side in pixels, else the network's")
 
 
 def _suffixes(command: str) -> List[str]:
@@ -167,7 +169,7 @@ def draw_heat_maps(args: argparse.Namespace, path: Path) -> None:
     network, = _inputs.networks(args)
     images = _inputs.images(args, network)
     classes = None if args.index is None else [args.index] * len(images.inputs)
-    shares = cam.predict(network.model, images.inputs).softmax(1)
+    shares = grad_cam.predict(network.model, images.inputs).softmax(1)
     maps = figures.heat_maps(network.model, images.inputs, args.layer, classes, args.method)
     shown = shares.argmax(1).tolist() if classes is None else classes
     titles = [
@@ -214,12 +216,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = create_parser()
     args = parser.parse_args(argv)
     try:
-        with replacing(check_output(args)) as temporary:
+        with atomic_write(check_output(args)) as temporary:
             DRAW[args.command](args, temporary)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        parser.error(f'out of memory: {checkpoint.first_line(error)}; a smaller --img-size needs less')
+        parser.error(f'out of memory: {first_line(error)}; a smaller --img-size needs less')
     except (ImportError, OSError, ValueError) as error:
-        parser.error(checkpoint.first_line(error))
+        parser.error(first_line(error))
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted\n')
     print(f'picture: {args.output}')

@@ -13,17 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smpconv_models import checkpoint
 from smpconv_models.checkpoint.description import PREPARATION
 from smpconv_models.training import Digits
-from smpconv_models.training.build import (
+from smpconv_models.training.data_config import data_config
+from smpconv_models.training.image_reading import ReadImage
+from smpconv_models.training.model_factory import (
     choose_model,
     create_for_checkpoint,
     create_model,
     model_arguments,
     select_weights,
 )
-from smpconv_models.training.data import data_config
-from smpconv_models.training.folder import RunFolder
-from smpconv_models.training.images import ReadImage
-from smpconv_models.training.unreadable import ERRORS
+from smpconv_models.training.run_dir import RunDir
+from smpconv_models.training.skipped import ERRORS
+from smpconv_models.utils.errors import first_line
 
 from .kernels import evenly
 
@@ -109,7 +110,7 @@ def settle_norms(model: Any, images: Tensor) -> None:
 
 def best_of(path: str) -> str:
     """The file, or the best checkpoint where it is a run's folder."""
-    return str(RunFolder(Path(path)).best if Path(path).is_dir() else path)
+    return str(RunDir(Path(path)).best if Path(path).is_dir() else path)
 
 
 def snapshots_of(paths: List[str]) -> List[str]:
@@ -247,4 +248,4 @@ def _read(path: Path, read_image: ReadImage) -> Any:
     try:
         return read_image(path)
     except ERRORS as error:
-        raise ValueError(f'--images {path} cannot be read: {checkpoint.first_line(error)}') from error
+        raise ValueError(f'--images {path} cannot be read: {first_line(error)}') from error

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def save_confusion(
+def save_confusion_matrix(
         path: Union[str, Path],
         confusion: Tensor,
         names: Optional[Sequence[str]] = None,

@@ -9,11 +9,11 @@ from torch import nn
 
 from smpconv_models.layers import SMPLayer, smp_layers
 
-from . import plane, timeline
+from . import kernels_1d, kernels_2d
 from .views import View, label_of, view_of
 
 # How kernels of so many dimensions are drawn.
-_OF_DIMENSIONS: Dict[int, Any] = {1: timeline, 2: plane}
+_OF_DIMENSIONS: Dict[int, Any] = {1: kernels_1d, 2: kernels_2d}
 # Inches of a panel: a line needs more room than a square.
 _WIDTHS = {1: 2.2, 2: 1.4}
 
@@ -79,7 +79,7 @@ def draw_points(
 
 def choose_span(views: Sequence[View]) -> Optional[Tuple[int, int]]:
     """The elements that pictures of kernels over time show, the same of all; None over images: they show all."""
-    return timeline.choose_span(views) if views[0].ndim == 1 else None
+    return kernels_1d.choose_span(views) if views[0].ndim == 1 else None
 
 
 def limits_of(view: View, columns: int) -> List[float]:

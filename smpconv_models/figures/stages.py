@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from smpconv_models.layers import CausalConv1d, SameConv2d, SMPLayer
+from smpconv_models.layers import CausalConv1d, FFTConv2d, SMPLayer
 
 from .lags import draw_lags
 from .squares import central_square
@@ -66,7 +66,7 @@ def _is_drawn(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if isinstance(module, (CausalConv1d, SameConv2d)):
+    if isinstance(module, (CausalConv1d, FFTConv2d)):
         return True
     if not isinstance(module, nn.Conv2d) or module.groups != module.in_channels or module.groups == 1:
         return False

@@ -2,8 +2,8 @@
 
 timm reads them: ``timm.create_model('local-dir:FOLDER', pretrained=True)``, or ``'hf-hub:OWNER/NAME'`` when published.
 """
-from .conversion import Converted, convert
-from .loading import load
-from .publication import Publication, publish
+from ._convert import Converted, convert
+from ._load import load
+from ._publish import Publication, publish
 
 __all__ = ['Converted', 'Publication', 'convert', 'load', 'publish']

@@ -1,36 +1,36 @@
 """From points to kernels to blocks."""
 from .accelerate import accelerate_depthwise
-from .conv_norm import ConvNormAct, DepthwiseConv2d
-from .filter_conv import SMPConv1d, SMPConv2d
-from .large_kernel import ConvFFN, LargeKernelBlock, LargeKernelConv
-from .long_conv import CausalConv1d, SameConv2d, causal_conv1d, same_conv2d
-from .parallel import ParallelConv
-from .points import clip_radius, interpolate, sample_kernel, sampling_grid, tents
-from .residual import ResidualBlock
-from .smp_conv import SMPDepthwiseConv2d, SMPLayer, clip_radius_, smp_layers
+from .blocks import ResidualBlock
+from .conv_norm import ConvNormActBlock, DepthwiseConv2d
+from .fft_conv import CausalConv1d, FFTConv2d, causal_conv1d, fft_conv2d
+from .parallel import ReparamConv
+from .points import clip_radius, evaluate_points, sample_kernel, sampling_grid, tent_basis
+from .reparam import ConvFFN, LargeKernelBlock, ReparamLargeKernelConv
+from .smp_conv import SMPConv1d, SMPConv2d
+from .smp_depthwise import SMPDepthwiseConv2d, SMPLayer, clip_radius_, smp_layers
 
 __all__ = [
     'CausalConv1d',
     'ConvFFN',
-    'ConvNormAct',
+    'ConvNormActBlock',
     'DepthwiseConv2d',
+    'FFTConv2d',
     'LargeKernelBlock',
-    'LargeKernelConv',
-    'ParallelConv',
+    'ReparamConv',
+    'ReparamLargeKernelConv',
     'ResidualBlock',
     'SMPConv1d',
     'SMPConv2d',
     'SMPDepthwiseConv2d',
     'SMPLayer',
-    'SameConv2d',
     'accelerate_depthwise',
     'causal_conv1d',
     'clip_radius',
     'clip_radius_',
-    'interpolate',
-    'same_conv2d',
+    'evaluate_points',
+    'fft_conv2d',
     'sample_kernel',
     'sampling_grid',
     'smp_layers',
-    'tents',
+    'tent_basis',
 ]

@@ -6,7 +6,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from smpconv_models.ops import check_options
+from smpconv_models.ops import validate_options
 
 from .conv_norm import DepthwiseConv2d, times, why_not_expressed
 
@@ -88,7 +88,7 @@ def _check_arguments(model: Any, min_kernel_size: Any, backend: str) -> None:
             'replaced in place; give nn.Sequential(conv)')
     if type(min_kernel_size) is not int or min_kernel_size < 1:
         raise ValueError(f'min_kernel_size must be a whole number of at least 1, got {min_kernel_size!r}')
-    check_options(1, backend)
+    validate_options(1, backend)
 
 
 def _named_modules(module: nn.Module, name: str = '') -> Iterator[Tuple[str, nn.Module]]:

@@ -6,7 +6,7 @@ import torch
 from timm.layers import get_act_layer, get_norm_layer, to_2tuple
 from torch import Tensor, nn
 
-from smpconv_models.ops import check_options, depthwise_conv2d
+from smpconv_models.ops import depthwise_conv2d, validate_options
 
 from . import fuse
 from .checks import check_counts
@@ -72,7 +72,7 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
             backend: str = 'auto',
     ) -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
-        check_options(dilation, backend)
+        validate_options(dilation, backend)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype)
@@ -131,7 +131,7 @@ def times(sizes: Tuple[int, ...]) -> str:
     return 'x'.join(map(str, sizes))
 
 
-class ConvNormAct(nn.Module):
+class ConvNormActBlock(nn.Module):
     """``act(norm(conv(x)))``.
 
     Args:

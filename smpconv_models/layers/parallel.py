@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from . import fuse
-from .conv_norm import ConvNormAct, set_weight_bias
+from .conv_norm import ConvNormActBlock, set_weight_bias
 from .effective import plain_conv
 
 
-class ParallelConv(nn.Module):
+class ReparamConv(nn.Module):
     """``large(x) + small(x)``, each with its norm: the re-parameterization trick of section 3.3 of the paper.
 
     Args:
@@ -18,7 +18,7 @@ class ParallelConv(nn.Module):
             for none.
     """
 
-    def __init__(self, large: ConvNormAct, small: Optional[ConvNormAct]) -> None:
+    def __init__(self, large: ConvNormActBlock, small: Optional[ConvNormActBlock]) -> None:
         super().__init__()
         self.large = large
         self.small = small

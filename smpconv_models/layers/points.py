@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.init import trunc_normal_
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import chunks
+from . import chunked
 
 
-def tents(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
+def tent_basis(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
     """Equation 2, cut off at zero: ``relu(1 - |x - p|_1 / r)``.
 
     Args:
@@ -33,7 +33,7 @@ def tents(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
     return (1 - distance / radius.unsqueeze(-1)).relu()
 
 
-def interpolate(
+def evaluate_points(
         query: Tensor,
         coords: Tensor,
         radius: Tensor,
@@ -58,7 +58,7 @@ def interpolate(
         ``(..., C, Q)`` in the dtype of ``weights``. Computed in the widest of the dtypes; under autocast the product
         of weights and tents is in autocast's.
     """
-    g = tents(query, coords, radius)
+    g = tent_basis(query, coords, radius)
     if normalize:
         g = g / ((g > 0).sum(dim=-2, keepdim=True, dtype=g.dtype) + eps)
     return (weights.to(g.dtype) @ g).to(weights.dtype)
@@ -98,7 +98,7 @@ def sample_kernel(
         kernel_size: List[int],
         normalize: bool = True,
 ) -> Tensor:
-    """Draws the kernel: :func:`interpolate` on :func:`sampling_grid`. One leaf for fx.
+    """Draws the kernel: :func:`evaluate_points` on :func:`sampling_grid`. One leaf for fx.
 
     Positions and distances are computed in float32 at least, whatever the parameters' dtype: half precision is
     coarser than the distance between two elements of a large kernel. Where points times elements are many (a kernel of
@@ -110,7 +110,7 @@ def sample_kernel(
         radius: ``(..., P)``.
         weights: ``(..., C, P)``.
         kernel_size: d sizes.
-        normalize: As in :func:`interpolate`.
+        normalize: As in :func:`evaluate_points`.
 
     Returns:
         ``(..., C, *kernel_size)`` in the dtype of ``weights``.
@@ -121,10 +121,10 @@ def sample_kernel(
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
     query = sampling_grid(kernel_size, device=coords.device, dtype=dtype)
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles the second condition of an "and")
-        if chunks.are_many(query, coords):
-            kernel = chunks.interpolate_in_chunks(interpolate, query, coords, radius, weights, normalize)
+        if chunked.are_many(query, coords):
+            kernel = chunked.interpolate_in_chunks(evaluate_points, query, coords, radius, weights, normalize)
             return kernel.unflatten(-1, kernel_size)
-    kernel = interpolate(query, coords, radius, weights, normalize)
+    kernel = evaluate_points(query, coords, radius, weights, normalize)
     return kernel.unflatten(-1, kernel_size)
 
 
@@ -147,7 +147,7 @@ def resample_kernel(
         weights: ``(..., C, P)``, for the kernel of ``base_size``.
         base_size: d sizes.
         kernel_size: d sizes of the kernel to draw.
-        normalize: As in :func:`interpolate`; a point's sum is then that of its tent over |N(x)|.
+        normalize: As in :func:`evaluate_points`; a point's sum is then that of its tent over |N(x)|.
 
     Returns:
         ``(..., C, *kernel_size)`` in the dtype of ``weights``; positions and sums in float32 at least.
@@ -166,7 +166,7 @@ def resample_kernel(
 
 def point_sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
     """Sum of each point's tent over the queries, ``(..., P)``: its share of the function's sum for a weight of 1."""
-    g = tents(query, coords, radius)
+    g = tent_basis(query, coords, radius)
     if normalize:
         g = g / ((g > 0).sum(dim=-2, keepdim=True, dtype=g.dtype) + 1e-6)
     return g.sum(-1)
@@ -174,8 +174,8 @@ def point_sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -
 
 def _sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in sample_kernel)
-        if chunks.are_many(query, coords):
-            return chunks.sum_in_chunks(point_sums, query, coords, radius, normalize)
+        if chunked.are_many(query, coords):
+            return chunked.sum_in_chunks(point_sums, query, coords, radius, normalize)
     return point_sums(query, coords, radius, normalize)
 
 

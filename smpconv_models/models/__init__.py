@@ -1,11 +1,19 @@
 """timm model families; importing them registers their models."""
 from .arguments import check_arguments, check_network
-from .identify import Identity, identify, whose
+from .identify import ArchitectureMatch, architecture_hint, identify
 from .sequence import SMPSequenceNet, create_sequence_model, list_sequence_models
 from .smpconv import SMPConvNet
 from .smpconv_cifar import SMPResNet
 
 __all__ = [
-    'Identity', 'SMPConvNet', 'SMPResNet', 'SMPSequenceNet', 'check_arguments', 'check_network',
-    'create_sequence_model', 'identify', 'list_sequence_models', 'whose',
+    'ArchitectureMatch',
+    'SMPConvNet',
+    'SMPResNet',
+    'SMPSequenceNet',
+    'architecture_hint',
+    'check_arguments',
+    'check_network',
+    'create_sequence_model',
+    'identify',
+    'list_sequence_models',
 ]

@@ -14,7 +14,10 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor
 
-from smpconv_models import checkpoint, download, original
+from smpconv_models import checkpoint
+from smpconv_models.checkpoint import original
+from smpconv_models.utils import hub_download
+from smpconv_models.utils.download import file_sha256
 
 _logger = logging.getLogger(__name__)
 
@@ -123,15 +126,15 @@ def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Pa
         return None, _nothing
     original_path = Path(cache_dir or Path(torch.hub.get_dir(), 'checkpoints'), f'{variant}.pth.tar')
     try:
-        path = download.fetch(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
-        found = _in_background(partial(download.digest, path))
-        return path, lambda: download.check(path, found())  # which removes a damaged file: not while it is read
+        path = hub_download.fetch(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
+        found = _in_background(partial(hub_download.digest, path))
+        return path, lambda: hub_download.check(path, found())  # which removes a damaged file: not while it is read
     except ValueError as error:
-        is_there = isinstance(error, download.NotPublished) or original_path.exists()
+        is_there = isinstance(error, hub_download.RepoNotFoundError) or original_path.exists()
         if not (is_there and _is_of_original(variant, cfg)):
             raise
         _logger.warning('%s; taking the original file', error)
-    return original.download(variant, original_path), _nothing
+    return original.download_original(variant, original_path), _nothing
 
 
 def _is_of_original(variant: str, cfg: PretrainedCfg) -> bool:
@@ -153,7 +156,7 @@ def _check_in_folder(path: Path) -> None:
     config = _read_config(path.parent)
     # transformers copies what it doesn't know of a configuration, beside weights that it writes anew
     expected = None if 'transformers_version' in config else config.get('sha256')
-    if expected is not None and checkpoint.file_sha256(path) != expected:
+    if expected is not None and file_sha256(path) != expected:
         raise ValueError(f'{path} is damaged: its checksum is not the one in config.json, {checkpoint.shown(expected)}')
 
 

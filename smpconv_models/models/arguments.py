@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.modules import module as hooks
 
 from smpconv_models import checkpoint
+from smpconv_models.utils.errors import first_line
 
-from ._configuration import MALFORMED, check_names, check_sampled
+from ._config_validation import MALFORMED, check_names, check_sampled
 from .sequence import SMPSequenceNet, create_sequence_model, list_sequence_models
 
 
@@ -38,8 +39,8 @@ def check_network(name: str, kwargs: Dict[str, Any], state_dict: Dict[str, Tenso
         kwargs: Arguments of its constructor, some of them from a file.
         state_dict: Weights that the network is for, by the original release's names or ours.
     """
-    if checkpoint.is_release(state_dict):
-        state_dict = checkpoint.from_release(state_dict)
+    if checkpoint.is_original(state_dict):
+        state_dict = checkpoint.convert_original(state_dict)
     try:
         with torch.device('meta'), _bounded(state_dict):
             if name in list_sequence_models():
@@ -48,7 +49,7 @@ def check_network(name: str, kwargs: Dict[str, Any], state_dict: Dict[str, Tenso
                 model = timm.create_model(name, **kwargs)
         check_sampled(model)
     except MALFORMED as error:
-        raise ValueError(f'{name} cannot be created: {checkpoint.first_line(error)}') from error
+        raise ValueError(f'{name} cannot be created: {first_line(error)}') from error
     checkpoint.adapt(state_dict, model)
 
 

@@ -13,10 +13,10 @@ from typing import Any, Dict, List, Optional, Set
 import torch
 from torch import Tensor, nn
 
-from smpconv_models.hints import did_you_mean
-from smpconv_models.layers import CausalConv1d, ConvNormAct, ParallelConv, ResidualBlock, SMPConv1d, smp_layers
+from smpconv_models.layers import CausalConv1d, ConvNormActBlock, ReparamConv, ResidualBlock, SMPConv1d, smp_layers
+from smpconv_models.layers.blocks import init_weights_
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_rates, check_small_kernel
-from smpconv_models.layers.residual import init_weights_
+from smpconv_models.utils.errors import suggestion_suffix
 
 __all__ = ['SMPSequenceNet', 'create_sequence_model', 'list_sequence_models']
 
@@ -81,14 +81,14 @@ class SMPSequenceNet(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dim
 
-        def conv(in_channels: int) -> ParallelConv:
+        def conv(in_channels: int) -> ReparamConv:
             large = SMPConv1d(
                 in_channels, dim, kernel_size, num_points, conv_bias, coords_std, init_radius, method=method, **dd)
             small = CausalConv1d(
                 in_channels, dim, small_kernel_size, bias=False, method='direct', **dd) if small_kernel_size else None
-            return ParallelConv(
-                ConvNormAct(large, nn.BatchNorm1d(dim, **dd)),
-                None if small is None else ConvNormAct(small, nn.BatchNorm1d(dim, **dd)))
+            return ReparamConv(
+                ConvNormActBlock(large, nn.BatchNorm1d(dim, **dd)),
+                None if small is None else ConvNormActBlock(small, nn.BatchNorm1d(dim, **dd)))
 
         self.input_drop = nn.Dropout(input_drop_rate)
         widths = [in_chans] + [dim] * depth
@@ -218,5 +218,5 @@ def create_sequence_model(name: str, **kwargs: Any) -> SMPSequenceNet:
     if name not in _VARIANTS:
         raise ValueError(
             f'no network for sequences is named {name!r}, there are {list_sequence_models()}'
-            f'{did_you_mean(name, _VARIANTS)}')
+            f'{suggestion_suffix(name, _VARIANTS)}')
     return SMPSequenceNet(**{**_VARIANTS[name], **kwargs})

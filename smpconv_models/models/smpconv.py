@@ -16,15 +16,15 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import ConvFFN, ConvNormAct, LargeKernelBlock, LargeKernelConv
+from smpconv_models.layers import ConvFFN, ConvNormActBlock, LargeKernelBlock, ReparamLargeKernelConv
 from smpconv_models.layers.checks import check_odd, check_rates
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, create_act, create_norm
-from smpconv_models.layers.large_kernel import pointwise
+from smpconv_models.layers.reparam import pointwise
 
-from ._creation import adapt, create
-from ._kernel_sizes import resampled
+from ._base import StagedBackbone
+from ._builder import adapt, create
+from ._kernel_resize import resampled
 from ._pretrained import HUB_NAMESPACE, LocalWeights
-from ._staged import StagedNet
 
 __all__ = ['SMPConvNet']
 
@@ -39,9 +39,9 @@ def conv3x3(
         act_layer: ActLayer,
         device: Any = None,
         dtype: Any = None,
-) -> ConvNormAct:
+) -> ConvNormActBlock:
     """3x3 convolution, norm, activation."""
-    return ConvNormAct(
+    return ConvNormActBlock(
         nn.Conv2d(
             in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False,
             device=device, dtype=dtype,
@@ -92,7 +92,7 @@ class SMPConvStage(nn.Module):
         return self.blocks(x)
 
 
-class SMPConvNet(StagedNet):
+class SMPConvNet(StagedBackbone):
     """SMPConv network: a convolutional stem, stages of large-kernel blocks, norm, pooling, linear classifier.
 
     Args:
@@ -231,7 +231,7 @@ class SMPConvNet(StagedNet):
         beside the large ones have no other resolution, and stay.
 
         Args:
-            scale: One number for all stages, or one for each; see :meth:`LargeKernelConv.rescale`.
+            scale: One number for all stages, or one for each; see :meth:`ReparamLargeKernelConv.rescale`.
 
         Raises:
             ValueError: Not as many numbers as stages, a kernel would be smaller than the small one beside it, or the
@@ -243,7 +243,7 @@ class SMPConvNet(StagedNet):
             raise ValueError(f'kernel_scale must have one entry for each of {len(stages)} stages, got {scale}')
         layers = [
             (module, factor) for stage, factor in zip(stages, scales) for module in stage.modules()
-            if isinstance(module, LargeKernelConv) and module.is_drawn_from_points()]
+            if isinstance(module, ReparamLargeKernelConv) and module.is_drawn_from_points()]
         if not layers and any(len(stage.blocks) for stage in stages):
             raise ValueError('kernel_scale needs the points, and these kernels are drawn (re-parameterized)')
         for layer, factor in layers:  # all of them before any is changed

@@ -17,14 +17,14 @@ from timm.models import adapt_input_conv, checkpoint_seq, generate_default_cfgs,
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import ConvNormAct, ParallelConv, ResidualBlock, SameConv2d, SMPConv2d, smp_layers
+from smpconv_models.layers import ConvNormActBlock, FFTConv2d, ReparamConv, ResidualBlock, SMPConv2d, smp_layers
+from smpconv_models.layers.blocks import init_weights_
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_odd, check_rates, check_small_kernel
 from smpconv_models.layers.conv_norm import NormLayer, create_norm
-from smpconv_models.layers.residual import init_weights_
 
-from ._creation import adapt, create
+from ._base import StagedBackbone
+from ._builder import adapt, create
 from ._pretrained import HUB_NAMESPACE
-from ._staged import StagedNet
 
 __all__ = ['SMPResNet']
 
@@ -47,7 +47,7 @@ class SMPResStage(nn.Sequential):
         return x
 
 
-class SMPResNet(StagedNet):
+class SMPResNet(StagedBackbone):
     """Residual network at one resolution: stem, stages of blocks of two large-kernel convolutions, pooling, classifier.
 
     Points are per filter, and the kernels divided by |N(x)| (equation 1 of the paper).
@@ -67,7 +67,7 @@ class SMPResNet(StagedNet):
         norm_layer: Normalization; any callable that takes the channels, or timm's name.
         drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout between the two convolutions of a block.
-        method: Of the large convolutions; see :func:`~smpconv_models.layers.same_conv2d`.
+        method: Of the large convolutions; see :func:`~smpconv_models.layers.fft_conv2d`.
 
     Raises:
         ValueError: Lengths that differ, even kernel sizes, a rate or a name that can't be.
@@ -103,15 +103,15 @@ class SMPResNet(StagedNet):
         self.drop_rate = drop_rate
         dd = {'device': device, 'dtype': dtype}
 
-        def conv(in_channels: int, out_channels: int, small_bias: bool = False) -> ParallelConv:
+        def conv(in_channels: int, out_channels: int, small_bias: bool = False) -> ReparamConv:
             large = SMPConv2d(
                 in_channels, out_channels, kernel_size, num_points, False, coords_std, init_radius, method=method, **dd)
-            small = SameConv2d(
+            small = FFTConv2d(
                 in_channels, out_channels, small_kernel_size, bias=small_bias, method='direct', **dd,
             ) if small_kernel_size else None
-            return ParallelConv(
-                ConvNormAct(large, create_norm(norm_layer, out_channels, **dd)),
-                None if small is None else ConvNormAct(small, create_norm(norm_layer, out_channels, **dd)))
+            return ReparamConv(
+                ConvNormActBlock(large, create_norm(norm_layer, out_channels, **dd)),
+                None if small is None else ConvNormActBlock(small, create_norm(norm_layer, out_channels, **dd)))
 
         self.stem = conv(in_chans, dims[0], small_bias=True)
         self.act = nn.ReLU()

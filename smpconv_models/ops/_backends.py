@@ -1,8 +1,7 @@
 """The backends by name, and the order in which ``auto`` asks them.
 
 A backend is a module of this package, imported when it is first asked, with ``forward``, ``weight_grad`` and two
-checks that answer None or a reason, as the end of a sentence: ``why_not(device, dtype)`` where it can't run, and
-``why_slower(call)`` where plain ``conv2d`` is faster, which only ``auto`` asks.
+checks that return None or a reason: ``unsupported_reason(device, dtype)`` if it cannot run, and ``skip_reason(call)`` if plain ``conv2d`` is faster, which only ``auto`` asks.
 """
 import functools
 import importlib
@@ -13,7 +12,7 @@ from typing import Any, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ._call import Call
+from ._problem import Call
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def select(
         input: Tensor,
         kernel_size: Sequence[int],
         dilation: Sequence[int],
-        trains_weight: bool = True,
+        needs_weight_grad: bool = True,
 ) -> ModuleType:
     """The backend to run on ``input``: the one named, or for 'auto' the first that can and is not slower.
 
@@ -53,12 +52,12 @@ def select(
     """
     if name != 'auto':
         backend = load(name)
-        reason = backend.why_not(input.device, input.dtype)
+        reason = backend.unsupported_reason(input.device, input.dtype)
         if reason is not None:
             raise RuntimeError(f'backend {name!r} cannot run here: {reason}')
         return backend
-    call = Call(input.shape, input.dtype, kernel_size, dilation, trains_weight)
-    return next(backend for backend in _runnable(input.device, input.dtype) if backend.why_slower(call) is None)
+    call = Call(input.shape, input.dtype, kernel_size, dilation, needs_weight_grad)
+    return next(backend for backend in _runnable(input.device, input.dtype) if backend.skip_reason(call) is None)
 
 
 @functools.cache  # asked at every call, it would be a tenth of a small layer
@@ -67,7 +66,7 @@ def _runnable(device: torch.device, dtype: torch.dtype) -> Tuple[ModuleType, ...
     found = []
     for name in AUTO_ORDER:
         backend = load(name)
-        reason = backend.why_not(device, dtype)
+        reason = backend.unsupported_reason(device, dtype)
         if reason is None:
             found.append(backend)
         else:
@@ -97,4 +96,4 @@ def _warn_once(message: str) -> None:
 
 def available(device: torch.device) -> Tuple[str, ...]:
     """Names of the backends that can run on ``device``, fastest first."""
-    return tuple(name for name in AUTO_ORDER if load(name).why_not(device) is None)
+    return tuple(name for name in AUTO_ORDER if load(name).unsupported_reason(device) is None)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from . import _phases
-from ._call import Call
+from . import _space_to_batch
+from ._problem import Call
 
 _LARGEST_FAST_NCHW_KERNEL = 13
 
@@ -48,8 +48,8 @@ _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     kh, kw = weight.shape[2:]
     if max(dilation) > 1 and max(kh, kw) > _LARGEST_FAST_DILATED_KERNEL:
-        output = _depthwise(_phases.split(input, dilation), weight, bias, [kh // 2, kw // 2])
-        return _phases.merge(output, dilation, input.shape)
+        output = _depthwise(_space_to_batch.split(input, dilation), weight, bias, [kh // 2, kw // 2])
+        return _space_to_batch.merge(output, dilation, input.shape)
     padding = [dilation[0] * (kh // 2), dilation[1] * (kw // 2)]
     return _depthwise(input, weight, bias, padding, dilation)
 
@@ -70,7 +70,7 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
             groups=channels,
         )
     if max(dilation) > 1:
-        grad, input = _phases.split(grad, dilation), _phases.split(input, dilation)
+        grad, input = _space_to_batch.split(grad, dilation), _space_to_batch.split(input, dilation)
     if input.numel() == 0:
         return input.new_zeros(channels, 1, kh, kw)
     # no pixel is further from another than the map is wide
@@ -141,16 +141,16 @@ def _channels_last(input: Tensor) -> Tensor:
     return input.as_strided(input.shape, (c * h * w, 1, w * c, c))
 
 
-def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
+def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
     return None if device.type == 'cpu' else f'it runs on CPU tensors, got {device}'
 
 
-def why_slower(call: Call) -> Optional[str]:
+def skip_reason(call: Call) -> Optional[str]:
     """Where the work would be conv2d's own anyway, calling it straight saves the operator's overhead."""
     largest = max(call.kernel_size)
     if max(call.dilation) > 1 and largest > _LARGEST_FAST_DILATED_KERNEL:
         return None
-    if largest <= (_LARGEST_FAST_WEIGHT_GRAD_KERNEL if call.trains_weight else _LARGEST_FAST_NCHW_KERNEL):
+    if largest <= (_LARGEST_FAST_WEIGHT_GRAD_KERNEL if call.needs_weight_grad else _LARGEST_FAST_NCHW_KERNEL):
         return 'its kernels are conv2d\'s for so small a kernel'
     return None
 

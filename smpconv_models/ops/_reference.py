@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._call import Call
+from ._problem import Call
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
@@ -31,11 +31,11 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
     )
 
 
-def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
+def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
     """Runs wherever PyTorch does."""
     return None
 
 
-def why_slower(call: Call) -> Optional[str]:
+def skip_reason(call: Call) -> Optional[str]:
     """Nothing comes after it."""
     return None

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _backends, _context, _contract, _reference
+from . import _backends, _context, _custom_op, _reference
 
 
 def depthwise_conv2d(
@@ -52,7 +52,7 @@ def depthwise_conv2d(
         'cpu' in the weight gradient, multiply zeros too: an infinite or NaN element may reach results beyond the
         kernel, of its own map (or, in the weight and in the weight gradient, of its own channel).
     """
-    check_options(dilation, backend)
+    validate_options(dilation, backend)
     return _depthwise_conv2d(input, weight, bias, dilation, backend)
 
 
@@ -80,7 +80,7 @@ def _depthwise_conv2d(
     _check(input, weight, bias)
     if _context.is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed():
         return _reference.forward(input, weight, bias, dilation_list)
-    return _contract.depthwise_conv2d(input, weight, bias, dilation_list, backend)
+    return _custom_op.depthwise_conv2d(input, weight, bias, dilation_list, backend)
 
 
 # TorchScript has no keyword-only arguments; it reads a function's source through __wrapped__, so it gets the one
@@ -89,7 +89,7 @@ depthwise_conv2d.__signature__ = inspect.signature(depthwise_conv2d)  # type: ig
 depthwise_conv2d.__wrapped__ = _depthwise_conv2d  # type: ignore[attr-defined]
 
 
-def check_options(dilation: Union[int, Tuple[int, int]], backend: str) -> None:
+def validate_options(dilation: Union[int, Tuple[int, int]], backend: str) -> None:
     """Checks what :func:`depthwise_conv2d` takes besides tensors; for layers, before any tensor is there.
 
     Raises:

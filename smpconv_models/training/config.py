@@ -6,9 +6,9 @@ from typing import Any, Dict, List, NoReturn, Optional
 import yaml
 
 from smpconv_models import checkpoint
-from smpconv_models.hints import did_you_mean
+from smpconv_models.utils.errors import suggestion_suffix
 
-from .options import Keywords
+from .cli import Keywords
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,7 +70,7 @@ def _typed(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -
     for key, value in values.items():
         dest = key.replace('-', '_') if isinstance(key, str) else ''
         if dest not in actions:
-            raise ValueError(f'{path}: unknown key {checkpoint.shown(key)}{did_you_mean(dest, actions)}')
+            raise ValueError(f'{path}: unknown key {checkpoint.shown(key)}{suggestion_suffix(dest, actions)}')
         try:
             typed[dest] = _convert(actions[dest], value)
             _check_no_remote_source(dest, typed[dest])

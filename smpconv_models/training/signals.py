@@ -18,7 +18,7 @@ def _handle(handler: Any) -> Dict[int, Any]:
         number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
 
-class Stopped(Exception):
+class TrainingInterrupted(Exception):
     """A run was asked to stop, and what it had done is saved.
 
     Args:
@@ -30,14 +30,14 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-class StopRequest:
+class GracefulStop:
     """Notes a signal to stop, within a ``with`` block. A second Ctrl-C doesn't wait for the next step's end."""
 
     def __init__(self) -> None:
         self.number: Optional[int] = None
         self._handlers: Dict[int, Any] = {}
 
-    def __enter__(self) -> 'StopRequest':
+    def __enter__(self) -> 'GracefulStop':
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             self._handlers = _handle(self._note)
         return self

@@ -13,12 +13,14 @@ from torch import nn
 
 from smpconv_models import __version__, checkpoint
 
-from . import output
-from .evaluate import evaluate
-from .report import Report
-from .run import Run
-from .signals import Stopped, StopRequest
-from .step import Outcome
+from ..utils import atomic_io
+from ..utils.atomic_io import atomic_write
+from . import saving
+from .logger import ProgressLogger
+from .metrics import evaluate
+from .signals import GracefulStop, TrainingInterrupted
+from .train_step import Outcome
+from .trainer import Run
 
 _logger = logging.getLogger(__name__)
 
@@ -49,8 +51,8 @@ def train(run: Run) -> Dict[str, Any]:
         run.world.first_does(lambda: _draw(run))
         _check_success(run)
         return {**_results(run), 'seconds': 0.}
-    teller = run.world.first_does(lambda: Report(run.args, run.folder.path, progress, run.images.steps))
-    with StopRequest() as stop:
+    teller = run.world.first_does(lambda: ProgressLogger(run.args, run.folder.path, progress, run.images.steps))
+    with GracefulStop() as stop:
         try:
             while progress.epoch < run.args.epochs:
                 begin = time.perf_counter()
@@ -92,7 +94,7 @@ def _check_best(run: Run) -> None:
             f'{run.folder.last}') from error
 
 
-def _train_epoch(run: Run, teller: Optional[Report], stop: StopRequest) -> None:
+def _train_epoch(run: Run, teller: Optional[ProgressLogger], stop: GracefulStop) -> None:
     """The steps of an epoch that are not done yet."""
     progress, args = run.progress, run.args
     mixup = run.stepper.mixup
@@ -114,7 +116,7 @@ def _train_epoch(run: Run, teller: Optional[Report], stop: StopRequest) -> None:
                 teller.step(progress, outcome.loss, outcome.rate)
             if outcome.stop:
                 _save(run)
-                raise Stopped(stop.number or signal.SIGTERM)  # where only another process was asked
+                raise TrainingInterrupted(stop.number or signal.SIGTERM)  # where only another process was asked
             if run.number % args.recovery_interval == 0 and progress.step < run.images.steps:
                 _save(run)
     finally:
@@ -159,7 +161,7 @@ def _refusal(run: Run, outcome: Outcome) -> str:
         + (f'; images {files}' if names else ''))
 
 
-def _measure(run: Run, stop: StopRequest) -> Dict[str, Any]:
+def _measure(run: Run, stop: GracefulStop) -> Dict[str, Any]:
     """An epoch as a row of the table; the same numbers however often the run was stopped, so none of time."""
     progress = run.progress
     if run.world.size > 1:
@@ -181,12 +183,12 @@ def _measure(run: Run, stop: StopRequest) -> Dict[str, Any]:
     return run.world.share(row)  # of a stream, each process has measured all: on its own, perhaps to other digits
 
 
-def _evaluate(run: Run, model: nn.Module, description: str, stop: StopRequest) -> Dict[str, Any]:
+def _evaluate(run: Run, model: nn.Module, description: str, stop: GracefulStop) -> Dict[str, Any]:
     """Stops in all processes where one was asked to; the run was saved before."""
     metrics = evaluate(model, run.held_out, run.device, run.args, description, stop=stop)
     stops, = run.world.total(torch.tensor(stop.number is not None, device=run.device))
     if stops:
-        raise Stopped(stop.number or signal.SIGTERM)
+        raise TrainingInterrupted(stop.number or signal.SIGTERM)
     return metrics
 
 
@@ -203,10 +205,10 @@ def _save_epoch(run: Run) -> None:
     row, best = progress.rows[-1], progress.best_epoch
     content = {**run.weights(), 'epoch': row['epoch'], 'metric': _score(row)}
     if run.args.snapshot_interval and row['epoch'] % run.args.snapshot_interval == 0:
-        run.world.first_does(lambda: output.save_checkpoint(run.folder.snapshot(row['epoch']), content))
+        run.world.first_does(lambda: saving.save_checkpoint(run.folder.snapshot(row['epoch']), content))
     if best is None or _score(row) > _score(progress.rows[best]):
         progress.best_epoch = row['epoch']
-        run.world.first_does(lambda: output.save_checkpoint(run.folder.best, content))
+        run.world.first_does(lambda: saving.save_checkpoint(run.folder.best, content))
     _save(run)
     run.world.first_does(lambda: _write_results(run))
 
@@ -215,8 +217,8 @@ def _write_results(run: Run) -> None:
     """The table, the summary and the curves, from what the run knows; always the same from the same checkpoint."""
     from smpconv_models import figures  # here, as evaluation does without matplotlib
     folder, rows = run.folder, run.progress.rows
-    output.save_rows(folder.table, rows)
-    output.save_json(folder.summary, {
+    atomic_io.save_rows(folder.table, rows)
+    atomic_io.save_json(folder.summary, {
         'model': run.args.model,
         **_results(run),
         'parameters': sum(parameter.numel() for parameter in run.model.parameters()),
@@ -232,14 +234,14 @@ def _write_results(run: Run) -> None:
             'smpconv_models': __version__, 'torch': torch.__version__, 'timm': timm.__version__,
             'python': platform.python_version()},
     })
-    with output.replacing(folder.curves) as temporary:
+    with atomic_write(folder.curves) as temporary:
         figures.save_curves(temporary, rows)
 
 
 def _draw(run: Run) -> None:
     """The picture of the whole run."""
     from smpconv_models import figures  # here, as evaluation does without matplotlib
-    with output.replacing(run.folder.picture) as temporary:
+    with atomic_write(run.folder.picture) as temporary:
         figures.save_run(temporary, run.progress.rows, run.evaluated)
 
 

@@ -10,11 +10,17 @@ from timm.data import IterableImageDataset
 from timm.utils import reparameterize_model
 from torch import Tensor
 
-from smpconv_models import checkpoint, sequences
+from smpconv_models import checkpoint, data
 from smpconv_models.checkpoint import Description
+from smpconv_models.utils.errors import first_line
 
-from . import data, loaders, output, sequence_data, sources
-from .build import (
+from ..utils import atomic_io
+from ..utils.atomic_io import atomic_write
+from . import data_config, dataset_factory, loader, task_sequence
+from .class_names import shown
+from .distributed import DistributedContext
+from .metrics import EvalLoader, evaluate
+from .model_factory import (
     check_name,
     choose_model,
     create_for_checkpoint,
@@ -24,10 +30,7 @@ from .build import (
     select_device,
     select_weights,
 )
-from .evaluate import HeldOut, evaluate
-from .folder import RunFolder
-from .names import shown
-from .world import World
+from .run_dir import RunDir
 
 
 class Evaluation(NamedTuple):
@@ -68,7 +71,7 @@ def series(args: Namespace) -> List[Namespace]:
         ValueError: There is no such file or model, or the lists don't go together.
     """
     paths: List[Any] = [
-        str(RunFolder(Path(path)).best if Path(path).is_dir() else path) for path in args.checkpoint or []]
+        str(RunDir(Path(path)).best if Path(path).is_dir() else path) for path in args.checkpoint or []]
     names = args.model or []
     if paths and len(names) not in (0, 1, len(paths)):
         raise ValueError(
@@ -109,18 +112,18 @@ def measure(args: Namespace, before: Optional[Namespace] = None, with_confusion:
     args.dataset, args.split = args.dataset or '', args.split or 'validation'
     if before is not None:
         _check_same_images(args, before)
-    sequence_data.check_options(args)
+    task_sequence.validate_options(args)
     model = _load(args, described, state_dict, weights, kwargs)
     model.to(device).to(memory_format=memory_format(args)).eval()
-    config = data.data_config(args, model)
+    config = data_config.data_config(args, model)
     dataset, classes = _open(args, described, model)
-    world = World()
-    images = loaders.held_out(args, dataset, config, device, world)
+    world = DistributedContext()
+    images = loader.held_out(args, dataset, config, device, world)
     try:
         metrics = evaluate(
             model, images, device, args, f'validating {args.model}', model.num_classes if with_confusion else 0)
     except AssertionError as error:  # how timm's models refuse a size
-        raise ValueError(f'{args.model} cannot be evaluated: {checkpoint.first_line(error)}') from error
+        raise ValueError(f'{args.model} cannot be evaluated: {first_line(error)}') from error
     finally:
         world.close_loaders()
     _check_loss(args, metrics['loss'])
@@ -169,12 +172,12 @@ def _load(
 
 def _open(args: Namespace, described: Description, model: Any) -> Tuple[Any, Optional[List[str]]]:
     """The data set, whose classes must be the model's, and their names."""
-    dataset = sources.open_dataset(args, args.split, model.in_chans, is_training=False)
-    if sequence_data.are_meant(args):
-        sequence_data.check_shape(args, dataset, model)
-    classes = data.class_names(dataset)
-    data.check_classes(described.classes, classes)
-    data.check_num_classes(classes, model.num_classes)
+    dataset = dataset_factory.open_dataset(args, args.split, model.in_chans, is_training=False)
+    if task_sequence.are_meant(args):
+        task_sequence.check_shape(args, dataset, model)
+    classes = data_config.class_names(dataset)
+    data_config.check_classes(described.classes, classes)
+    data_config.check_num_classes(classes, model.num_classes)
     return dataset, classes
 
 
@@ -205,7 +208,7 @@ def _check_same_images(args: Namespace, before: Namespace) -> None:
             f'{" ".join(others).strip()}, got {" ".join(own).strip()}; --data-dir and --dataset say which ones for all')
 
 
-def _unreadable(dataset: Any, images: HeldOut, count: int) -> int:
+def _unreadable(dataset: Any, images: EvalLoader, count: int) -> int:
     """How many images were left out. A stream may lack some without a name; its length is rounded to the workers."""
     if isinstance(dataset, IterableImageDataset):
         return max(dataset.reader.num_samples - count, 0)
@@ -236,25 +239,25 @@ def class_rows(confusion: Tensor, names: Optional[Sequence[str]] = None) -> List
     return rows
 
 
-def save_classes(path: str, evaluation: Evaluation) -> None:
+def save_per_class_results(path: str, evaluation: Evaluation) -> None:
     """Writes the rows of :func:`class_rows` as a CSV file."""
-    output.save_rows(Path(path).resolve(), class_rows(evaluation.confusion, evaluation.classes))
+    atomic_io.save_rows(Path(path).resolve(), class_rows(evaluation.confusion, evaluation.classes))
 
 
-def save_confusion(path: str, evaluation: Evaluation) -> None:
+def save_confusion_matrix(path: str, evaluation: Evaluation) -> None:
     """Draws the confusion matrix as a PNG."""
     from smpconv_models import figures  # here, as evaluation does without matplotlib
     classes = evaluation.classes and [shown(name) for name in evaluation.classes]
-    with output.replacing(Path(path).resolve()) as temporary:
-        figures.save_confusion(temporary, evaluation.confusion, classes)
+    with atomic_write(Path(path).resolve()) as temporary:
+        figures.save_confusion_matrix(temporary, evaluation.confusion, classes)
 
 
 def save_results(path: str, results: Union[Dict[str, Any], List[Dict[str, Any]]]) -> None:
     """Writes results, of one model or of several: a CSV file if it is named so, with a row for each, else JSON."""
     if path.endswith('.csv'):
-        output.save_rows(Path(path).resolve(), results if isinstance(results, list) else [results])
+        atomic_io.save_rows(Path(path).resolve(), results if isinstance(results, list) else [results])
     else:
-        output.save_json(Path(path).resolve(), results)
+        atomic_io.save_json(Path(path).resolve(), results)
 
 
 # Options that define the evaluated images: a user who gives one of them means other images than the checkpoint's.
@@ -293,7 +296,7 @@ def inherit(args: Namespace, described: Description) -> Namespace:
             raise ValueError(
                 f'{args.checkpoint} was trained on {trained}, which is neither embedded nor an image folder '
                 'of this machine: --data-dir and --dataset name the images to evaluate')
-    elif dataset and dataset.lower().startswith('seq/') and dataset.lower().removeprefix('seq/') in sequences.NAMES:
+    elif dataset and dataset.lower().startswith('seq/') and dataset.lower().removeprefix('seq/') in data.NAMES:
         # the user has named the folder of its files
         args.dataset = dataset
     split = described.val_split if args.split is None else None

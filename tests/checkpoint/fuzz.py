@@ -45,13 +45,13 @@ import validate  # noqa: E402
 from smpconv_models import checkpoint, hub  # noqa: E402
 from smpconv_models.figures import __main__ as figures  # noqa: E402
 from smpconv_models.figures import _inputs  # noqa: E402
-from smpconv_models.training import build, config, options, set_up  # noqa: E402
-from smpconv_models.training import run as running  # noqa: E402
-from smpconv_models.training.folder import RunFolder  # noqa: E402
+from smpconv_models.training import build_trainer, cli, config, model_factory  # noqa: E402
+from smpconv_models.training import trainer as running  # noqa: E402
+from smpconv_models.training.run_dir import RunDir  # noqa: E402
 from smpconv_models.training.validate import inherit, measure, series  # noqa: E402
 
 TINY = dict(depths=[1], dims=[4], kernel_sizes=[7], num_classes=10, in_chans=1)
-SMALL = dict(depths=[1, 1], dims=[6, 12], num_points=8, kernel_size=9)  # of tests/data/cifar_tiny.safetensors
+SMALL = dict(depths=[1, 1], dims=[6, 12], num_points=8, kernel_size=9)  # of tests/golden/cifar_tiny.safetensors
 KINDS = (
     'zip', 'legacy', 'safetensors', 'values', 'legacy values', 'release values', 'run', 'holder', 'config',
     'config bytes', 'yaml', 'yaml bytes')
@@ -152,7 +152,7 @@ class Cases:
         for index in range(10):
             (home / f'images/val/{index}').mkdir(parents=True)
             Image.new('L', (8, 8), 20 * index).save(home / f'images/val/{index}/0.png')
-        self.run = set_up(parse(
+        self.run = build_trainer(parse(
             train, '--model', 'smpconv_nano', '--dataset', 'digits', '--model-kwargs', 'depths=[1]', 'dims=[4]',
             'kernel_sizes=[7]', '--in-chans', 1, '--img-size', 32, '--mean', 0.3, '--std', 0.4, '--workers', 0,
             '--device', 'cpu', '--model-ema', '--epochs', 3, '--warmup-epochs', 0, '--output', home, '--experiment',
@@ -165,7 +165,7 @@ class Cases:
         self.state = copied(self.run.state())
         del self.state['state_dict_ema']  # change_state adds one
         self.run.close()
-        data = load_file(ROOT / 'tests/data/cifar_tiny.safetensors')
+        data = load_file(ROOT / 'tests/golden/cifar_tiny.safetensors')
         self.release = {
             'args': {'model': 'smpconv_cifar', 'model_kwargs': SMALL, 'num_classes': 10}, 'epoch': 3, 'model': {
                 key.removeprefix('state_dict.'): data[key] for key in data if key.startswith('state_dict.')}}
@@ -234,7 +234,8 @@ class Cases:
                 '--workers', 0, '--device', 'cpu', *argv))),
             'figures': lambda path: _inputs.networks(parse(
                 figures, 'kernels', '--checkpoint', path, '--output', self.home / 'kernels.png', *argv)),
-            'initial': lambda path: build.load_weights(self.networks[name], checkpoint.read_file(path), str(path)),
+            'initial': lambda path: model_factory.load_weights(
+                self.networks[name], checkpoint.read_file(path), str(path)),
             'pretrained': lambda path: timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)}
         if kind != 'safetensors':  # of which only registered sizes are known by their shapes
@@ -256,14 +257,14 @@ class Cases:
 
     def resume(self, path, file=None):
         """Resume the one run in a folder, from its checkpoints or from a file, as train.py does."""
-        self.run.folder, self.run.args.resume = RunFolder(path), file
+        self.run.folder, self.run.args.resume = RunDir(path), file
         self.run.stepper.optimizer.load_state_dict(self.optimizer)
         running._take_folder(self.run, {})
         self.run.close()
 
     def read_holder(self, path):
         """Read which run holds a folder, as a second run does, and release the folder of another run."""
-        held, content = RunFolder(path.parent), path.read_bytes()
+        held, content = RunDir(path.parent), path.read_bytes()
         print(held._described())
         held.hold()
         path.write_bytes(content)
@@ -272,7 +273,7 @@ class Cases:
     def read_options(self, path):
         parser = train.create_parser()
         args = config.parse_args(parser, ['--config', str(path)])
-        list(map(logging.warning, options.without_effect(parser, args)))
+        list(map(logging.warning, cli.without_effect(parser, args)))
 
 
 PLANTED = {  # what must be seen

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from smpconv_models import checkpoint
 from smpconv_models.checkpoint import pickles
+from smpconv_models.utils.errors import first_line
 
 MIB = 1 << 20
 MAGIC = torch.serialization.MAGIC_NUMBER
@@ -628,7 +629,7 @@ def test_averaged_weights_may_be_left_out():
 @pytest.mark.parametrize('message, line', [
     ('', 'ValueError'), ('a\nb', 'a'), ('\x1b[31m', r'\x1b[31m'), ('\ud800', r'\ud800'), ('a' * 5000, 'a' * 2000)])
 def test_messages_of_others_are_one_printable_line(message, line):
-    assert checkpoint.first_line(ValueError(message)) == line
+    assert first_line(ValueError(message)) == line
 
 
 def test_numpy_scalars(tmp_path):

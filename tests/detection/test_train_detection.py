@@ -107,7 +107,7 @@ def test_training_lowers_the_loss(example, data, tmp_path):
 
 def make_run(example, data, tmp_path, *argv):
     args = ['--data-path', str(data), '--output', str(tmp_path / 'run'), *TINY, *argv]
-    return example.Run(example.create_parser().parse_args(args), example.World.from_environment())
+    return example.Run(example.create_parser().parse_args(args), example.DistributedContext.from_environment())
 
 
 def test_radii_are_in_their_range_after_a_step(example, data, tmp_path):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from smpconv_models.training import Stopped
+from smpconv_models.training import TrainingInterrupted
 
 EXPERIMENTS = Path(__file__).parents[2] / 'experiments'
 TINY = [
@@ -148,7 +148,8 @@ def test_mistakes_are_one_line_and_train_nothing(script, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize(('error', 'code', 'told'), [
-    (KeyboardInterrupt(), 130, 'interrupted; what was done is in'), (Stopped(15), 143, 'stopped by SIGTERM; what'),
+    (KeyboardInterrupt(), 130, 'interrupted; what was done is in'),
+    (TrainingInterrupted(15), 143, 'stopped by SIGTERM; what'),
     (FloatingPointError('NaN'), 1, 'error: neither_std0.05_radius0.8_points16_epochs1_seed0: NaN'),
 ])
 def test_a_run_that_ends_early_is_one_line(script, tmp_path, capsys, monkeypatch, error, code, told):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smpconv_models.layers import interpolate, sampling_grid
+from smpconv_models.layers import evaluate_points, sampling_grid
 
 EXPERIMENTS = Path(__file__).parents[2] / 'experiments'
 TINY = ['--steps', '3', '--seeds', '2', '--points', '20']
@@ -90,7 +90,7 @@ def test_both_start_alike_and_on_the_zero_function(script):
 def test_the_last_error_is_of_what_is_returned(script, arm):
     done = fit(script, arm, steps=5)
     assert len(done.errors) == (1 if arm == 'weights alone' else 6)
-    fitted = interpolate(sampling_grid([51, 51]), done.coords, done.radius, done.weights, normalize=True)[0]
+    fitted = evaluate_points(sampling_grid([51, 51]), done.coords, done.radius, done.weights, normalize=True)[0]
     error = (fitted - script.varying(sampling_grid([51, 51]))).square().mean()
     assert done.rmse == pytest.approx(error.sqrt().item(), rel=1e-4)  # least squares are in float64
 

@@ -289,7 +289,7 @@ def test_pictures_of_images_need_a_network_for_images(run, points_per_filter, tm
         'sequence_length=60', 'depth=2', 'dim=6', 'num_points=8', 'conv_bias=True', 'in_chans=2', 'num_classes=5']),
 ])
 def test_small_networks_of_the_original_release(run, tmp_path, name, file, options):
-    data = load_file(Path(__file__).parents[1] / 'data' / f'{file}.safetensors')
+    data = load_file(Path(__file__).parents[1] / 'golden' / f'{file}.safetensors')
     weights = {key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
     torch.save({'model': weights, 'epoch': 5}, tmp_path / 'in.pth')
     argv = '--checkpoint', tmp_path / 'in.pth', '--model', name, '--model-kwargs', *options

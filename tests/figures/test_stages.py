@@ -8,7 +8,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from smpconv_models import SMPConvNet, figures
-from smpconv_models.layers import CausalConv1d, SameConv2d, smp_layers
+from smpconv_models.layers import CausalConv1d, FFTConv2d, smp_layers
 from smpconv_models.models import SMPResNet, create_sequence_model
 
 
@@ -91,7 +91,7 @@ def test_filters_are_summed_by_stage_or_block(network, pattern, tmp_path):
     for merged in (network, reparameterize_model(network)):
         expected, counts = {}, {}
         large = smp_layers(merged).items() or [
-            (name, module) for name, module in merged.named_modules() if isinstance(module, (CausalConv1d, SameConv2d))]
+            (name, module) for name, module in merged.named_modules() if isinstance(module, (CausalConv1d, FFTConv2d))]
         for name, layer in large:
             if name.startswith(pattern):
                 kernels = layer.kernel() if merged is network else layer.weight

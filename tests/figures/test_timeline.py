@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from smpconv_models import figures
-from smpconv_models.figures import animation, timeline
+from smpconv_models.figures import animation, kernels_1d
 from smpconv_models.figures.views import view_of
 from smpconv_models.layers import SMPConv1d
 
@@ -33,8 +33,8 @@ def test_the_line_goes_through_the_points():
     _, line = axes.get_lines()
     steps, values = line.get_data()
     assert steps.tolist() == list(range(-63, 1))
-    tents = [weight * (1 - abs(steps - center) / 5).clip(0) for center, weight in ((-40, 1), (-10, -2))]
-    np.testing.assert_allclose(values, sum(tents), atol=1e-4)
+    tent_basis = [weight * (1 - abs(steps - center) / 5).clip(0) for center, weight in ((-40, 1), (-10, -2))]
+    np.testing.assert_allclose(values, sum(tent_basis), atol=1e-4)
     dots = axes.collections[-1].get_offsets()
     np.testing.assert_allclose(dots, [[-40, 1], [-10, -2]], atol=1e-4)
     bars = [bar.tolist() for bar in axes.collections[-2].get_segments()]
@@ -58,7 +58,7 @@ def test_a_kernel_of_one_step():
 ])
 def test_of_long_kernels_a_stretch_is_shown(size, steps, radius, expected):
     layer = layer_of(size, steps, radius)
-    start, stop = timeline.choose_span([view_of(layer)])
+    start, stop = kernels_1d.choose_span([view_of(layer)])
     if expected is None:
         assert stop - start == 256 and all(start <= size - 1 - step < stop for step in steps[:3])
     else:
@@ -75,14 +75,14 @@ def test_all_points_are_shown_with_the_share_of_the_stretch():
     np.testing.assert_allclose(dots, [[-1500, 1], [-1490, 1], [-1480, 1], [-500, 1]], atol=1e-3)
     assert axes.get_xlim() == (-1999.5, 0.5) and axes.get_xlabel() == 'shaded: 75 % of the kernels'
     shaded, = axes.patches
-    start, stop = timeline.choose_span([view_of(layer)])
+    start, stop = kernels_1d.choose_span([view_of(layer)])
     assert (shaded.get_x(), shaded.get_width()) == (start - 2000 + 0.5, stop - start)
     assert not drawn(figures.draw_points, layer_of(64, [3], 3)).patches
 
 
 def test_a_kernel_of_zeros_is_drawn():
     layer = layer_of(2000, [5.], 3, [0.])
-    assert timeline.choose_span([view_of(layer)]) == (0, 2000)
+    assert kernels_1d.choose_span([view_of(layer)]) == (0, 2000)
     assert drawn(figures.draw_kernel, layer, 0).get_lines()[1].get_ydata().max() == 0
     drawn(figures.draw_points, layer)
 

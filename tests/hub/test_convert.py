@@ -23,8 +23,10 @@ from test_original import Drive
 
 import smpconv_models
 import validate
-from smpconv_models import checkpoint, hub, original
-from smpconv_models.hub import conversion, publication
+from smpconv_models import checkpoint, hub
+from smpconv_models.checkpoint import original
+from smpconv_models.hub import _convert, _publish
+from smpconv_models.utils.download import file_sha256
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7))
@@ -103,7 +105,7 @@ def test_a_release_file_becomes_a_folder_that_timm_loads(tmp_path, file, release
     assert relative_error(load(tmp_path / 'folder')(image), logits) < 1e-5
     assert sorted(os.listdir(tmp_path / 'folder')) == ['README.md', 'config.json', 'model.safetensors']
     config = json.loads((tmp_path / 'folder/config.json').read_text())
-    sha256 = checkpoint.file_sha256(tmp_path / 'folder/model.safetensors')
+    sha256 = file_sha256(tmp_path / 'folder/model.safetensors')
     assert config['architecture'] == 'smpconv_t' and config['source'] == 'somewhere' and config['license'] == 'mit'
     assert config['sha256'] == sha256 and sha256 in told and config['model_args']['depths'] == [1, 1, 2, 1]
     card = (tmp_path / 'folder/README.md').read_text()
@@ -206,7 +208,7 @@ def test_the_originals_file_is_downloaded_first(tmp_path, file, monkeypatch, cap
         asked = len(drive.asked)
         assert run(convert, *argv) == 0 and len(drive.asked) == asked  # it is there
     path = tmp_path / 'files/smpconv_t.pth.tar'
-    told = f'{path}: {file.stat().st_size} bytes, sha256 {checkpoint.file_sha256(file)}'
+    told = f'{path}: {file.stat().st_size} bytes, sha256 {file_sha256(file)}'
     assert capsys.readouterr().out.count(told) == 2
 
 
@@ -284,13 +286,13 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(tmp_path, capsys, cont
 
 def test_outputs_that_differ_are_no_conversion(tmp_path, file, monkeypatch, capsys):
     """What is written is read again."""
-    save_for_hf = conversion.save_for_hf
+    save_for_hf = _convert.save_for_hf
 
     def damaged(network, *args, **kwargs):
         network.norm.weight.data[0] += 1
         save_for_hf(network, *args, **kwargs)
 
-    monkeypatch.setattr(conversion, 'save_for_hf', damaged)
+    monkeypatch.setattr(_convert, 'save_for_hf', damaged)
     assert 'the outputs after the conversion differ' in refused(capsys, convert, file, tmp_path / 'folder')
     assert os.listdir(tmp_path) == ['release.pth.tar']
 
@@ -420,7 +422,7 @@ def other_weights(folder):
     weights['norm.weight'] = weights['norm.weight'] + 1
     save_file(weights, folder / 'model.safetensors')
     config = json.loads((folder / 'config.json').read_text())
-    config['sha256'] = checkpoint.file_sha256(folder / 'model.safetensors')
+    config['sha256'] = file_sha256(folder / 'model.safetensors')
     (folder / 'config.json').write_text(json.dumps(config))
 
 
@@ -438,7 +440,7 @@ def nan_weights(folder):
     weights = load_file(folder / 'model.safetensors')
     weights['norm.weight'][0] = float('nan')
     save_file(weights, folder / 'model.safetensors')
-    change_config(folder, sha256=checkpoint.file_sha256(folder / 'model.safetensors'))
+    change_config(folder, sha256=file_sha256(folder / 'model.safetensors'))
 
 
 def change_config(folder, **changes):
@@ -498,13 +500,13 @@ def test_weights_of_another_kind_are_other_weights(remote, folder, capsys):
 
 def test_somebody_else_is_quicker(remote, folder, capsys, monkeypatch):
     assert run(publish, folder, REPO, '--publish') == 0
-    create_commit = publication.HfApi.create_commit
+    create_commit = _publish.HfApi.create_commit
 
     def late(self, *args, **kwargs):
         remote.commit(REPO, {'model.safetensors': b'theirs'})
         return create_commit(self, *args, **kwargs)
 
-    monkeypatch.setattr(publication.HfApi, 'create_commit', late)
+    monkeypatch.setattr(_publish.HfApi, 'create_commit', late)
     (folder / 'README.md').write_text('another card')
     assert 'status 412' in refused(capsys, publish, folder, REPO, '--publish')
     assert remote.files(REPO)['model.safetensors'].read_bytes() == b'theirs'
@@ -565,7 +567,7 @@ def test_from_the_releases_file_through_the_hub_to_a_model_in_a_fresh_process(tm
         if key.endswith('running_var'):
             value.uniform_(0.5, 1.5)
     state = to_release(model.state_dict())
-    assert checkpoint.from_release(state).keys() == model.state_dict().keys()
+    assert checkpoint.convert_original(state).keys() == model.state_dict().keys()
     parameters = enumerate(model.parameters())
     path = tmp_path / 'release.pth.tar'
     torch.save({
@@ -603,7 +605,7 @@ def test_from_the_releases_file_through_the_hub_to_a_model_in_a_fresh_process(tm
 def test_names_are_the_releases(released):
     """What the whole way is tried on."""
     model = timm.create_model('smpconv_t', num_classes=10, **TINY)
-    model.load_state_dict(checkpoint.from_release(released[0]))
+    model.load_state_dict(checkpoint.convert_original(released[0]))
     made = to_release(model.state_dict())
     theirs = {key: value for key, value in released[0].items() if not key.endswith('kernel_coord')}
     assert made.keys() == theirs.keys()

@@ -17,8 +17,9 @@ from common import relative_error
 from huggingface_hub import close_session, constants
 from loopback import LoopbackHub
 
-from smpconv_models import original, transfer
+from smpconv_models.checkpoint import original
 from smpconv_models.models import _pretrained
+from smpconv_models.utils import download as transfer
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7), num_classes=10)
 FILE_ID = original.FILES['smpconv_t']
@@ -159,7 +160,7 @@ def part(path):
 
 
 def download(path):
-    return original.download('smpconv_t', path)
+    return original.download_original('smpconv_t', path)
 
 
 def fails(path, call=download):
@@ -215,12 +216,12 @@ def test_a_file_that_is_there(drive, path):
 
 def test_each_model_has_its_file(drive, content, tmp_path):
     drive.files[original.FILES['smpconv_b']] = content
-    original.download('smpconv_b', tmp_path / 'b')
+    original.download_original('smpconv_b', tmp_path / 'b')
     assert drive.asked[0][0]['id'] == original.FILES['smpconv_b'] != FILE_ID
 
 
 def test_a_model_that_is_not_in_the_release(drive, path):
-    message = fails(path, lambda path: original.download('smpconv_mobile31', path))
+    message = fails(path, lambda path: original.download_original('smpconv_mobile31', path))
     assert 'smpconv_mobile31' in message and 'smpconv_t' in message and not drive.asked
 
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from smpconv_models.layers import (
     ConvFFN,
-    ConvNormAct,
+    ConvNormActBlock,
     DepthwiseConv2d,
     LargeKernelBlock,
-    LargeKernelConv,
+    ReparamLargeKernelConv,
     SMPDepthwiseConv2d,
 )
 from smpconv_models.layers.conv_norm import create_act, create_norm
-from smpconv_models.layers.large_kernel import pointwise
+from smpconv_models.layers.reparam import pointwise
 
 # of float64: the folded sum is another order of the same terms
 EXACT = 1e-12
@@ -85,7 +85,7 @@ def test_a_stride_that_is_set_afterwards_counts():
 
 def conv_norm(norm):
     conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-    return randomize_(ConvNormAct(conv, norm, nn.ReLU()).double()).eval()
+    return randomize_(ConvNormActBlock(conv, norm, nn.ReLU()).double()).eval()
 
 
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.SyncBatchNorm, lambda c: freeze_batch_norm_2d(nn.BatchNorm2d(c))])
@@ -135,7 +135,7 @@ def test_fuse_draws_the_kernel_once():
 
 def large_kernel(**kwargs):
     arguments = dict(channels=4, kernel_size=7, num_points=9, dtype=torch.float64)
-    return randomize_(LargeKernelConv(**dict(arguments, **kwargs))).eval()
+    return randomize_(ReparamLargeKernelConv(**dict(arguments, **kwargs))).eval()
 
 
 @pytest.mark.parametrize('changes', [
@@ -290,7 +290,8 @@ def test_a_shared_large_kernel_is_folded_once():
 def test_points_are_drawn_wherever_they_stand():
     layer = randomize_(SMPDepthwiseConv2d(4, 5, 6, dtype=torch.float64))
     norm = randomize_(nn.BatchNorm2d(4, dtype=torch.float64))
-    model = nn.Sequential(layer, ConvNormAct(copy.deepcopy(layer), norm), ConvNormAct(layer, nn.Identity())).eval()
+    model = nn.Sequential(
+        layer, ConvNormActBlock(copy.deepcopy(layer), norm), ConvNormActBlock(layer, nn.Identity())).eval()
     plain = reparameterize_model(model)
     assert not any(isinstance(module, SMPDepthwiseConv2d) for module in plain.modules())
     x = image()

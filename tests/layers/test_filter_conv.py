@@ -8,14 +8,14 @@ from torch import nn
 
 from smpconv_models.layers import (
     CausalConv1d,
-    ConvNormAct,
-    ParallelConv,
+    ConvNormActBlock,
+    FFTConv2d,
+    ReparamConv,
     ResidualBlock,
-    SameConv2d,
     SMPConv1d,
     SMPConv2d,
     clip_radius_,
-    interpolate,
+    evaluate_points,
     sampling_grid,
     smp_layers,
 )
@@ -45,7 +45,7 @@ def test_kernels_equal_the_original(golden, name):
 def test_is_its_convolution(kind):
     layer = randomize_(LAYERS[kind](bias=True, method='direct'))
     x = torch.randn(2, 3, *[17] * layer.ndim)
-    kernel = interpolate(
+    kernel = evaluate_points(
         sampling_grid([layer.kernel_size] * layer.ndim), layer.coords, layer.radius, layer.weight,
     ).unflatten(-1, [layer.kernel_size] * layer.ndim)
     if layer.ndim == 1:
@@ -96,7 +96,7 @@ def test_radii_are_clipped_and_found(kind):
 def test_fuses_into_the_same_convolution(kind):
     layer = randomize_(LAYERS[kind](bias=True))
     fused = layer.fuse()
-    assert type(fused) is (CausalConv1d if kind == '1-D' else SameConv2d)
+    assert type(fused) is (CausalConv1d if kind == '1-D' else FFTConv2d)
     x = torch.randn(2, 3, *[17] * layer.ndim)
     assert torch.equal(fused(x), layer(x))
     assert fused.weight.requires_grad
@@ -139,11 +139,11 @@ def test_resized_kernels_respond_alike_to_a_constant(kind):
 
 
 def test_a_resized_long_kernel_is_drawn_in_chunks(monkeypatch):
-    from smpconv_models.layers import chunks
+    from smpconv_models.layers import chunked
     layer = randomize_(SMPConv1d(2, 3, 90, num_points=6))
     layer.resize(170)
     expected = layer.kernel()
-    monkeypatch.setattr(chunks, '_MOST_PAIRS', 400)
+    monkeypatch.setattr(chunked, '_MOST_PAIRS', 400)
     torch.testing.assert_close(layer.kernel(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -188,9 +188,9 @@ def parallel(ndim, channels=4, small_bias=False):
         large, small = SMPConv1d(channels, channels, 30, 6), CausalConv1d(channels, channels, 5, bias=small_bias)
         norm = nn.BatchNorm1d
     else:
-        large, small = SMPConv2d(channels, channels, 9, 6), SameConv2d(channels, channels, 3, bias=small_bias)
+        large, small = SMPConv2d(channels, channels, 9, 6), FFTConv2d(channels, channels, 3, bias=small_bias)
         norm = nn.BatchNorm2d
-    return ParallelConv(ConvNormAct(large, norm(channels)), ConvNormAct(small, norm(channels)))
+    return ReparamConv(ConvNormActBlock(large, norm(channels)), ConvNormActBlock(small, norm(channels)))
 
 
 @pytest.mark.parametrize('small_bias', [False, True])
@@ -200,7 +200,7 @@ def test_parallel_kernels_become_one(ndim, small_bias):
     x = torch.randn(2, 4, *[20] * ndim)
     expected = module(x)
     merged = module.fuse()
-    assert type(merged) is (CausalConv1d if ndim == 1 else SameConv2d)
+    assert type(merged) is (CausalConv1d if ndim == 1 else FFTConv2d)
     assert relative_error(merged(x), expected) < 1e-5
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from smpconv_models.layers import CausalConv1d, SameConv2d, causal_conv1d, long_conv, same_conv2d
+from smpconv_models.layers import CausalConv1d, FFTConv2d, causal_conv1d, fft_conv, fft_conv2d
 
 LENGTHS = [(60, 60), (61, 7), (5, 30), (1, 1), (17, 2), (64, 33)]
 SIZES = [((8, 9), (33, 33)), ((32, 20), (9, 33)), ((12, 7), (3, 3)), ((5, 5), (1, 1)), ((1, 40), (5, 5))]
@@ -50,7 +50,7 @@ def test_causal_by_fft_equals_the_direct_sum(length, k):
 @pytest.mark.parametrize(('size', 'kernel'), SIZES)
 def test_same_by_fft_equals_the_direct_sum(size, kernel):
     x, weight = torch.randn(3, 2, *size, dtype=torch.float64), torch.randn(4, 2, *kernel, dtype=torch.float64)
-    for direct, fft in zip(*both(same_conv2d, x, weight, torch.randn(4, dtype=torch.float64))):
+    for direct, fft in zip(*both(fft_conv2d, x, weight, torch.randn(4, dtype=torch.float64))):
         torch.testing.assert_close(fft, direct, rtol=1e-10, atol=1e-10)
 
 
@@ -67,7 +67,7 @@ def test_the_past_knows_nothing_of_the_future(method):
 
 
 def test_whole_numbers_are_summed_directly(monkeypatch):
-    monkeypatch.setattr(long_conv, '_is_quicker_by_fft', lambda *args: True)
+    monkeypatch.setattr(fft_conv, '_is_quicker_by_fft', lambda *args: True)
     x, weight = torch.randint(-9, 9, (2, 3, 40)), torch.randint(-9, 9, (4, 3, 40))
     assert torch.equal(causal_conv1d(x, weight).double(), loop_causal(x, weight))
     with pytest.raises(ValueError, match=r"'fft' takes floating point numbers, got torch\.int64 and torch\.int64"):
@@ -116,18 +116,18 @@ def test_batch_of_none():
 ])
 def test_auto_takes_what_was_measured(monkeypatch, batch, channels, size, kernel, ratio):
     """How many times as quick the FFT was on a CPU."""
-    monkeypatch.setattr(long_conv, '_fft_conv', lambda x, *rest: 'FFT')
+    monkeypatch.setattr(fft_conv, '_fft_conv', lambda x, *rest: 'FFT')
     x = torch.zeros(batch, channels, *size)
     weight = torch.zeros(channels, channels, *[kernel] * len(size))
     left = [kernel - 1] if len(size) == 1 else [kernel // 2] * 2
-    assert long_conv._takes_fft('auto', x, weight, None, left) == (ratio > 1)
+    assert fft_conv._takes_fft('auto', x, weight, None, left) == (ratio > 1)
 
 
 def test_auto_elsewhere_goes_by_the_original():
     """On the meta device, as on a GPU."""
     def takes(size, kernel):
         x = torch.zeros(64, 30, *size, device='meta')
-        return long_conv._takes_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), None, [0] * len(size))
+        return fft_conv._takes_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), None, [0] * len(size))
 
     assert takes((784,), (784,)) and not takes((182,), (182,)) and not takes((32, 32), (33, 33))
 
@@ -187,7 +187,7 @@ def test_biases_of_other_sizes(method):
 
 def test_even_kernels_have_no_middle():
     with pytest.raises(ValueError, match='odd sizes, got 4x5'):
-        same_conv2d(torch.zeros(1, 1, 9, 9), torch.zeros(1, 1, 4, 5))
+        fft_conv2d(torch.zeros(1, 1, 9, 9), torch.zeros(1, 1, 4, 5))
 
 
 def test_doubles_stay_doubles_under_autocast():
@@ -211,17 +211,17 @@ def test_scripted_and_traced():
         torch.jit.trace(named, x)
 
 
-@pytest.mark.parametrize('module', [CausalConv1d(3, 4, 40, bias=True, method='fft'), SameConv2d(3, 4, 9, method='fft')])
+@pytest.mark.parametrize('module', [CausalConv1d(3, 4, 40, bias=True, method='fft'), FFTConv2d(3, 4, 9, method='fft')])
 def test_modules_are_their_functions(module):
     x = torch.randn(2, 3, *[40] * (module.weight.ndim - 2))
-    function = causal_conv1d if module.weight.ndim == 3 else same_conv2d
+    function = causal_conv1d if module.weight.ndim == 3 else fft_conv2d
     assert torch.equal(module(x), function(x, module.weight, module.bias, 'fft'))
     assert "method='fft'" in repr(module)
 
 
 def test_same_equals_torch():
     conv = torch.nn.Conv2d(3, 4, 5, padding='same')
-    ours = SameConv2d(3, 4, 5)
+    ours = FFTConv2d(3, 4, 5)
     ours.load_state_dict(conv.state_dict())
     x = torch.randn(2, 3, 9, 8)
     torch.testing.assert_close(ours(x), conv(x))
@@ -229,7 +229,7 @@ def test_same_equals_torch():
 
 
 @pytest.mark.parametrize('make', [
-    lambda: CausalConv1d(1, 1, 3, method='quick'), lambda: SameConv2d(1, 1, 3, method='quick'),
+    lambda: CausalConv1d(1, 1, 3, method='quick'), lambda: FFTConv2d(1, 1, 3, method='quick'),
     lambda: causal_conv1d(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), method='quick')])
 def test_unknown_methods(make):
     with pytest.raises(ValueError, match=r"method must be one of .*, got 'quick'"):

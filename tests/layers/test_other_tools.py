@@ -17,12 +17,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from smpconv_models import accelerate_depthwise, clip_radius_
 from smpconv_models.layers import (
     CausalConv1d,
-    ConvNormAct,
+    ConvNormActBlock,
     DepthwiseConv2d,
+    FFTConv2d,
     LargeKernelBlock,
-    LargeKernelConv,
-    ParallelConv,
-    SameConv2d,
+    ReparamConv,
+    ReparamLargeKernelConv,
     SMPConv1d,
     SMPConv2d,
     SMPDepthwiseConv2d,
@@ -76,7 +76,7 @@ def depthwise(kind=DepthwiseConv2d, **changes):
 
 LAYERS = {
     'DepthwiseConv2d': depthwise,
-    'SameConv2d': lambda: SameConv2d(4, 4, 5, dtype=torch.float64),
+    'FFTConv2d': lambda: FFTConv2d(4, 4, 5, dtype=torch.float64),
     'CausalConv1d': lambda: CausalConv1d(4, 4, 5, dtype=torch.float64),
     'SMPDepthwiseConv2d': lambda: SMPDepthwiseConv2d(4, 5, 6, dtype=torch.float64),
     'SMPConv1d': lambda: SMPConv1d(4, 4, 9, 5, dtype=torch.float64),
@@ -133,7 +133,7 @@ def test_layers_are_copied_and_pickled(name):
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
-@pytest.mark.parametrize('name', ['DepthwiseConv2d', 'SameConv2d', 'CausalConv1d'])
+@pytest.mark.parametrize('name', ['DepthwiseConv2d', 'FFTConv2d', 'CausalConv1d'])
 def test_torch_fuses_conv_and_norm(name):
     layer, x = layer_and_input(name)
     norm = randomize_((nn.BatchNorm1d if '1d' in name else nn.BatchNorm2d)(4).double()).eval()
@@ -151,12 +151,12 @@ def test_sync_batch_norm_keeps_the_convolutions(convert):
 
 
 def test_arguments_are_those_of_the_base_class():
-    for kind in (DepthwiseConv2d, SameConv2d, CausalConv1d):
+    for kind in (DepthwiseConv2d, FFTConv2d, CausalConv1d):
         base = list(inspect.signature(kind.__mro__[1]).parameters)
         assert list(inspect.signature(kind).parameters)[:len(base)] == base
 
 
-@pytest.mark.parametrize('kind', [SameConv2d, CausalConv1d])
+@pytest.mark.parametrize('kind', [FFTConv2d, CausalConv1d])
 @pytest.mark.parametrize('changes', [
     dict(stride=2), dict(dilation=(2,)), dict(padding=1), dict(groups=2), dict(padding_mode='circular')], ids=str)
 def test_arguments_with_one_value_refuse_others(kind, changes):
@@ -193,7 +193,7 @@ def test_peft_on_an_accelerated_network(config):
         assert relative_error(got, expected) < EXACT
 
 
-@pytest.mark.parametrize('name', ['SameConv2d', 'CausalConv1d'])
+@pytest.mark.parametrize('name', ['FFTConv2d', 'CausalConv1d'])
 def test_lora_on_the_other_convolutions(name):
     layer, x = layer_and_input(name)
     model = get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=['0'])).double()
@@ -210,7 +210,7 @@ def test_lora_on_the_other_convolutions(name):
 def conv_norm(kind='depthwise'):
     conv = depthwise() if kind == 'depthwise' else LAYERS[kind]()
     norm = (nn.BatchNorm1d if '1d' in kind else nn.BatchNorm2d)(4, dtype=torch.float64)
-    return randomize_(ConvNormAct(conv, norm)).eval()
+    return randomize_(ConvNormActBlock(conv, norm)).eval()
 
 
 def evaluated(model, x):
@@ -294,7 +294,7 @@ def test_ordinary_networks_are_folded_without_a_warning(caplog):
 
 
 def test_a_module_to_save_of_peft_folds():
-    model = nn.Sequential(randomize_(LargeKernelConv(4, 7, 9, dtype=torch.float64)), nn.Conv2d(4, 4, 1).double())
+    model = nn.Sequential(randomize_(ReparamLargeKernelConv(4, 7, 9, dtype=torch.float64)), nn.Conv2d(4, 4, 1).double())
     model = get_peft_model(model, LoraConfig(r=2, target_modules=['1'], modules_to_save=['0'])).double()
     x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
     expected = evaluated(model, x)
@@ -303,7 +303,7 @@ def test_a_module_to_save_of_peft_folds():
 
 def test_parallel_convolutions_of_sequences_fold():
     convs = SMPConv1d(4, 4, 9, 5), CausalConv1d(4, 4, 3)
-    pair = ParallelConv(*(ConvNormAct(conv, nn.BatchNorm1d(4)) for conv in convs))
+    pair = ReparamConv(*(ConvNormActBlock(conv, nn.BatchNorm1d(4)) for conv in convs))
     model = randomize_(nn.Sequential(pair).double())
     for conv in (pair.large.conv, pair.small.conv):
         parametrizations.weight_norm(conv)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from smpconv_models.layers import clip_radius, interpolate, points, sample_kernel, sampling_grid, tents
+from smpconv_models.layers import clip_radius, evaluate_points, points, sample_kernel, sampling_grid, tent_basis
 
 
 def loop_tents(query, coords, radius):
@@ -41,14 +41,14 @@ def make(ndim, num_points=5, num_queries=7, channels=3, leading=()):
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 def test_tents_equal_scalar_loops(ndim):
     query, coords, radius, _ = make(ndim)
-    got = tents(query, coords, radius)
+    got = tent_basis(query, coords, radius)
     assert (got == 0).any() and (got > 0).any()
     torch.testing.assert_close(got, loop_tents(query, coords, radius), rtol=0, atol=1e-14)
 
 
 def test_tent_is_one_on_its_point_and_zero_from_its_radius_on():
     query = torch.tensor([[0.25, 0.], [0.5, 0.], [0.25, 0.25], [0.75, 0.], [1., 1.]])
-    g = tents(query, torch.tensor([[0.25, 0.]]), torch.tensor([0.5]))
+    g = tent_basis(query, torch.tensor([[0.25, 0.]]), torch.tensor([0.5]))
     assert g.tolist() == [[1., 0.5, 0.5, 0., 0.]]
 
 
@@ -56,7 +56,7 @@ def test_tent_is_one_on_its_point_and_zero_from_its_radius_on():
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 def test_interpolate_equals_scalar_loops(ndim, normalize):
     query, coords, radius, weights = make(ndim)
-    got = interpolate(query, coords, radius, weights, normalize=normalize)
+    got = evaluate_points(query, coords, radius, weights, normalize=normalize)
     assert torch.equal(got[:, 0], torch.zeros(3, dtype=torch.float64))  # out of reach
     torch.testing.assert_close(
         got, loop_interpolate(query, coords, radius, weights, normalize), rtol=0, atol=1e-14)
@@ -64,7 +64,7 @@ def test_interpolate_equals_scalar_loops(ndim, normalize):
 
 def test_interpolate_normalizes_unless_told():
     arguments = make(2)
-    assert torch.equal(interpolate(*arguments), interpolate(*arguments, normalize=True))
+    assert torch.equal(evaluate_points(*arguments), evaluate_points(*arguments, normalize=True))
 
 
 @pytest.mark.parametrize('normalize', [False, True])
@@ -73,14 +73,14 @@ def test_gradcheck(ndim, normalize):
     """Every argument has its derivative; the random values lie off the kinks."""
     arguments = [tensor.requires_grad_() for tensor in make(ndim, num_queries=4, num_points=3)]
     assert torch.autograd.gradcheck(
-        lambda *args: interpolate(*args, normalize=normalize), arguments)
+        lambda *args: evaluate_points(*args, normalize=normalize), arguments)
 
 
 def test_leading_dimensions_broadcast():
     """One query grid, several sets of points, each with its own radii and weights."""
     query = make(2)[0]
     _, coords, radius, weights = make(2, leading=(4, 2))
-    got = interpolate(query, coords, radius, weights)
+    got = evaluate_points(query, coords, radius, weights)
     assert got.shape == (4, 2, 3, 7)
     for i in range(4):
         for j in range(2):
@@ -92,9 +92,9 @@ def test_leading_dimensions_broadcast():
 def test_one_set_of_points_broadcasts_to_many_weights():
     query, coords, radius, _ = make(2)
     weights = torch.randn(6, 3, 5, dtype=torch.float64)
-    got = interpolate(query, coords, radius, weights)
+    got = evaluate_points(query, coords, radius, weights)
     for values, kernel in zip(weights, got):
-        torch.testing.assert_close(kernel, interpolate(query, coords, radius, values))
+        torch.testing.assert_close(kernel, evaluate_points(query, coords, radius, values))
 
 
 def test_grid_is_cartesian():

@@ -6,7 +6,7 @@ from common import randomize_
 from timm.utils import reparameterize_model
 
 import smpconv_models
-from smpconv_models.layers import LargeKernelConv, SMPDepthwiseConv2d, points, smp_layers
+from smpconv_models.layers import ReparamLargeKernelConv, SMPDepthwiseConv2d, points, smp_layers
 
 SMALL = dict(depths=(1, 2), dims=(4, 6), kernel_sizes=(15, 9), num_classes=3)
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match='kernel size must be odd and positive, got 6'):
         layer.resize(6)
     with pytest.raises(ValueError, match=r'a kernel of 11 must be scaled to 5 to 4095 elements, got 3 \(scale 0.2\)'):
-        LargeKernelConv(2, 11, 4).rescale(0.2)
+        ReparamLargeKernelConv(2, 11, 4).rescale(0.2)
 
 
 def test_repr_tells_both_sizes():

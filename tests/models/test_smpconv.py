@@ -12,7 +12,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from smpconv_models import SMPConvNet, clip_radius_
-from smpconv_models.layers import LargeKernelConv, SMPDepthwiseConv2d
+from smpconv_models.layers import ReparamLargeKernelConv, SMPDepthwiseConv2d
 from smpconv_models.models.smpconv import checkpoint_filter_fn, default_cfgs
 
 NAMES = timm.list_models('smpconv*', exclude_filters='smpconv_cifar')  # which is another network
@@ -55,7 +55,7 @@ def test_configurations_of_the_paper(name, kernel_sizes, drop_path, divisor):
     model = timm.create_model(name, device='meta')
     for stage, kernel_size in zip(model.stages, kernel_sizes):
         for layer in stage.modules():
-            if isinstance(layer, LargeKernelConv):
+            if isinstance(layer, ReparamLargeKernelConv):
                 assert layer.large.conv.kernel_size == kernel_size
                 assert layer.large.conv.coords.shape == (kernel_size ** 2 // divisor, 2)
                 assert layer.small.conv.kernel_size == (5, 5)
@@ -253,7 +253,7 @@ def test_act_layer(act_layer):
 def test_small_kernel(small_kernel_size):
     model = tiny(small_kernel_size=small_kernel_size)
     for module in model.modules():
-        if isinstance(module, LargeKernelConv):
+        if isinstance(module, ReparamLargeKernelConv):
             assert (module.small is None) == (small_kernel_size == 0)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 

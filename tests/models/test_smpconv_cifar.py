@@ -8,7 +8,7 @@ from common import assert_other_shape_is_one_line, randomize_, relative_error, r
 
 from smpconv_models import checkpoint, hub
 from smpconv_models.layers import smp_layers
-from smpconv_models.models import SMPResNet, _creation, identify
+from smpconv_models.models import SMPResNet, _builder, identify
 
 TINY = dict(depths=(1, 1), dims=(6, 12), kernel_size=9, num_points=8)
 
@@ -123,7 +123,7 @@ def test_blocks_are_divided_into_stages_where_channels_change():
             key = key.replace(f'conv{number}.small.norm', f'norm{number}s')
         state[key] = value
     assert 'blocks.6.cconv2.Kernel.weights' in state and 'cconv1.Kernel.radius' in state
-    assert checkpoint.describe_mismatch(checkpoint.from_release(state), model) is None
+    assert checkpoint.describe_mismatch(checkpoint.convert_original(state), model) is None
 
 
 def test_features():
@@ -253,13 +253,13 @@ def folder_of(data, path, **config):
 ])
 def test_a_configuration_is_looked_at_before_it_takes_memory(golden, tmp_path, monkeypatch, config, message):
     folder = folder_of(golden('cifar_tiny'), tmp_path, **config)
-    build = _creation.build_model_with_cfg
+    build = _builder.build_model_with_cfg
 
     def built(*args, **kwargs):
         assert kwargs['device'] == 'meta'  # whose weights they could be
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(_creation, 'build_model_with_cfg', built)
+    monkeypatch.setattr(_builder, 'build_model_with_cfg', built)
     with pytest.raises(ValueError, match=message):
         timm.create_model(f'local-dir:{folder}', pretrained=True)
 

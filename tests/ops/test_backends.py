@@ -41,7 +41,7 @@ def check(function, dtype, layout, name):
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('dtype', 'layout', 'name'), EVERYWHERE, ids=_id)
 def test_result_and_gradients(dtype, layout, name, backend):
-    if backend == 'triton' and (reason := _triton.why_not(torch.device('cpu'), dtype)):
+    if backend == 'triton' and (reason := _triton.unsupported_reason(torch.device('cpu'), dtype)):
         pytest.skip(reason)
 
     def function(*args, **kwargs):
@@ -159,19 +159,19 @@ def test_auto_takes_the_first_available(monkeypatch):
     assert taken == ['cpu']
 
 
-@pytest.mark.parametrize(('kernel_size', 'dilation', 'trains_weight', 'expected'), [
+@pytest.mark.parametrize(('kernel_size', 'dilation', 'needs_weight_grad', 'expected'), [
     (3, 1, True, 'reference'), (5, 1, True, 'cpu'),
     (13, 1, False, 'reference'), (15, 1, False, 'cpu'), (13, 2, False, 'cpu'),
 ])
-def test_auto_leaves_small_kernels_to_conv2d(kernel_size, dilation, trains_weight, expected):
+def test_auto_leaves_small_kernels_to_conv2d(kernel_size, dilation, needs_weight_grad, expected):
     """Where the CPU backend would call the very same kernels."""
-    chosen = _backends.select('auto', torch.ones(1, 1, 2, 2), [kernel_size] * 2, [dilation] * 2, trains_weight)
+    chosen = _backends.select('auto', torch.ones(1, 1, 2, 2), [kernel_size] * 2, [dilation] * 2, needs_weight_grad)
     assert chosen is _backends.load(expected)
 
 
 def test_auto_passes_over_and_says_why(monkeypatch, caplog):
     """The branch that a machine with every backend never takes."""
-    monkeypatch.setattr(_backends.load('cpu'), 'why_not', lambda device, dtype=None: 'its reason')
+    monkeypatch.setattr(_backends.load('cpu'), 'unsupported_reason', lambda device, dtype=None: 'its reason')
     with caplog.at_level(logging.DEBUG, logger='smpconv_models'):
         y = depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
     assert torch.equal(y, torch.ones(1, 1, 2, 2))

@@ -49,7 +49,7 @@ ALL = {**{name: replace(shape, c=2) for name, shape in SHAPES.items() if shape.d
 @pytest.fixture
 def mode(request, fp32_precision):
     dtype, precision = MODES[request.param]
-    if INTERPRETED and (reason := _triton.why_not(torch.device(DEVICE), dtype)):
+    if INTERPRETED and (reason := _triton.unsupported_reason(torch.device(DEVICE), dtype)):
         pytest.skip(reason)
     fp32_precision(precision)
     return dtype
@@ -144,7 +144,7 @@ class TestKernels:
     def test_a_kernel_that_the_device_cannot_launch(self, monkeypatch, caplog, backend, kernel, error, lack):
         """A name raises with the numbers; auto is plain conv2d, says so once, and is as right as it."""
         monkeypatch.setattr(_backends, 'AUTO_ORDER', ('triton', 'reference'))
-        monkeypatch.setattr(_triton, 'why_slower', lambda call: None)
+        monkeypatch.setattr(_triton, 'skip_reason', lambda call: None)
         monkeypatch.setattr(launch.kernels, kernel, TooLarge(error))
         tensors = make(Shape(2, 2, 9, 18, 5, 5), torch.float32, device=DEVICE)
 
@@ -330,7 +330,7 @@ def broken(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         if probe is not None:
             monkeypatch.setattr(launch, 'probe', probe)
-        return _triton.why_not(torch.device('cuda:0'), torch.float16)
+        return _triton.unsupported_reason(torch.device('cuda:0'), torch.float16)
     _triton._broken_toolchain.cache_clear()
     yield ask
     _triton._broken_toolchain.cache_clear()
@@ -376,7 +376,7 @@ def test_the_probe_itself_fails_without_a_gpu(broken):
 def test_no_device(monkeypatch):
     _triton._broken_toolchain.cache_clear()
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert _triton.why_not(torch.device('cuda'), torch.float16) == 'PyTorch sees 0 CUDA devices'
+    assert _triton.unsupported_reason(torch.device('cuda'), torch.float16) == 'PyTorch sees 0 CUDA devices'
     _triton._broken_toolchain.cache_clear()
 
 
@@ -391,5 +391,5 @@ def test_no_device(monkeypatch):
 ])
 def test_where_auto_leaves_it_to_pytorch(fp32_precision, size, kernel_size, dtype, reason):
     fp32_precision('ieee')
-    said = _triton.why_slower(_backends.Call(size, dtype, kernel_size, (1, 1), trains_weight=True))
+    said = _triton.skip_reason(_backends.Call(size, dtype, kernel_size, (1, 1), needs_weight_grad=True))
     assert (said is None) if reason is None else (reason in said)

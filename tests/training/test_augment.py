@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 from timm.data import create_transform
 
-from smpconv_models.training import augment, draws
+from smpconv_models.training import augment, rng
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_every_severity_of_every_policy_runs(image, policy):
             op(image)
     assert found
     for index in range(20):
-        draws.seed_all(index)
+        rng.seed_all(index)
         assert transform(image).shape == (3, 16, 16)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import train
-from smpconv_models.training import config, options
+from smpconv_models.training import cli, config
 
 RECIPES = sorted((Path(__file__).parents[2] / 'recipes').glob('*.yaml'))
 
@@ -19,7 +19,7 @@ def parser():
     parser.add_argument('--scale', type=float, nargs=2)
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--mode', choices=('a', 'b'))
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=options.Keywords)
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=cli.Keywords)
     return parser
 
 
@@ -110,12 +110,12 @@ def test_options_without_effect_are_told(tmp_path, argv, told):
     parser, path = train.create_parser(), tmp_path / 'options.yaml'
     path.write_text('mixup: 0.8\nmixup_prob: 0.5\n')
     args = config.parse_args(parser, [str(path) if word == 'CONFIG' else word for word in argv])
-    assert options.without_effect(parser, args) == told
+    assert cli.without_effect(parser, args) == told
 
 
 def test_each_option_that_may_be_without_effect_exists():
     known = vars(train.create_parser().parse_args([]))
-    for names, _, has_effect in options._NEEDS:
+    for names, _, has_effect in cli._NEEDS:
         assert set(names) <= set(known)
         has_effect(argparse.Namespace(**known))  # reads only what there is
 

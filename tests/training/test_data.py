@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from smpconv_models import SMPConvNet
-from smpconv_models.training import Digits, data, sources
+from smpconv_models.training import Digits, data_config, dataset_factory
 
 
 def make_folder(root, splits=('train', 'val'), classes=('cat', 'dog'), count=3):
@@ -62,17 +62,18 @@ def test_digits_know_their_splits():
 
 def test_folders_are_read_through_timm(tmp_path):
     args = arguments(data_dir=str(make_folder(tmp_path)))
-    train = sources.open_dataset(args, 'train', 3, is_training=True)
-    validation = sources.open_dataset(args, 'validation', 3, is_training=False)
+    train = dataset_factory.open_dataset(args, 'train', 3, is_training=True)
+    validation = dataset_factory.open_dataset(args, 'validation', 3, is_training=False)
     assert len(train) == len(validation) == 6
-    assert data.class_names(train) == data.class_names(validation) == ['cat', 'dog']
+    assert data_config.class_names(train) == data_config.class_names(validation) == ['cat', 'dog']
     assert train[0][0].mode == 'RGB'
-    assert sources.open_dataset(args, 'train', 1, is_training=True)[0][0].mode == 'L'
+    assert dataset_factory.open_dataset(args, 'train', 1, is_training=True)[0][0].mode == 'L'
 
 
 def test_torchvision_datasets_are_read_through_timm(tmp_path):
     with pytest.raises(ValueError, match=r"split 'train' of torch/cifar10 in .*cannot be opened: .*not found"):
-        sources.open_dataset(arguments(dataset='torch/cifar10', data_dir=str(tmp_path)), 'train', 3, is_training=True)
+        dataset_factory.open_dataset(
+            arguments(dataset='torch/cifar10', data_dir=str(tmp_path)), 'train', 3, is_training=True)
 
 
 @pytest.mark.parametrize('make, told', [
@@ -85,23 +86,23 @@ def test_torchvision_datasets_are_read_through_timm(tmp_path):
 ])
 def test_missing_data_is_told(tmp_path, make, told):
     with pytest.raises(ValueError, match=told):
-        sources.open_dataset(make(tmp_path), 'validation', 3, is_training=False)
+        dataset_factory.open_dataset(make(tmp_path), 'validation', 3, is_training=False)
 
 
 def test_classes_must_agree(tmp_path):
     make_folder(tmp_path, splits=('train',))
     make_folder(tmp_path, splits=('val',), classes=('cat', 'dgo'))
     args = arguments(data_dir=str(tmp_path))
-    train, validation = (sources.open_dataset(args, split, 3, False) for split in ('train', 'val'))
+    train, validation = (dataset_factory.open_dataset(args, split, 3, False) for split in ('train', 'val'))
     with pytest.raises(ValueError, match=r"2 and 2, only in training \['dog'\], only in evaluation \['dgo'\]"):
-        data.check_classes(data.class_names(train), data.class_names(validation))
+        data_config.check_classes(data_config.class_names(train), data_config.class_names(validation))
     with pytest.raises(ValueError, match='the data set has 2 classes, the model 3'):
-        data.check_num_classes(data.class_names(train), 3)
+        data_config.check_num_classes(data_config.class_names(train), 3)
 
 
 def test_unusual_channels_are_told():
     with pytest.raises(ValueError, match='got in_chans 4'):
-        sources.open_dataset(arguments(data_dir='.'), 'train', 4, is_training=True)
+        dataset_factory.open_dataset(arguments(data_dir='.'), 'train', 4, is_training=True)
 
 
 @pytest.mark.parametrize('changes, size, mean', [
@@ -112,7 +113,7 @@ def test_unusual_channels_are_told():
 def test_data_config_follows_the_channels(changes, size, mean):
     model = SMPConvNet(in_chans=1, depths=(1,), dims=(4,), kernel_sizes=(5,))
     model.pretrained_cfg = {'input_size': (3, 20, 20), 'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
-    config = data.data_config(arguments(**changes), model)
+    config = data_config.data_config(arguments(**changes), model)
     assert config['input_size'] == size
     assert len(config['mean']) == len(config['std']) == 1
     assert mean is None or config['mean'] == mean

@@ -9,9 +9,9 @@ import torch
 from launch import EVERYTHING, differences, finish, start, wait_for_step
 from torch import nn
 
-from smpconv_models.training.evaluate import HeldOut, Tally, evaluate
-from smpconv_models.training.unreadable import LeftOutOfEvaluation
-from smpconv_models.training.world import World
+from smpconv_models.training.distributed import DistributedContext
+from smpconv_models.training.metrics import ClassificationMeter, EvalLoader, evaluate
+from smpconv_models.training.skipped import SkippedInEvaluation
 
 COMMAND = [*EVERYTHING, '--batch-size', '64', '--dist-timeout', '60']
 
@@ -125,16 +125,16 @@ def test_sums_over_parts_are_the_whole(parts):
     images, target = torch.randn(50, 1, 4, 4, generator=generator), torch.randint(0, 4, (50,), generator=generator)
     tallies = []
     for part in range(parts):
-        tally = Tally(torch.device('cpu'), 4)
+        tally = ClassificationMeter(torch.device('cpu'), 4)
         for chunk in range(part, 50, parts):
             tally.add(FirstPixels()(images[chunk:chunk + 1]), target[chunk:chunk + 1])
         tallies.append(tally)
-    whole = Tally(torch.device('cpu'), 4)
+    whole = ClassificationMeter(torch.device('cpu'), 4)
     for tally in tallies:
         whole.sums += tally.sums
         whole.count += tally.count
         whole.confusion += tally.confusion
-    result = whole.result(World())
+    result = whole.result(DistributedContext())
     logits = images.flatten(1)[:, :4]
     assert result['count'] == 50
     assert result['top1'] == pytest.approx(100 * (logits.argmax(1) == target).double().mean().item(), abs=1e-9)
@@ -148,6 +148,6 @@ def test_sums_over_parts_are_the_whole(parts):
 
 def test_nothing_to_evaluate_is_told():
     args = Namespace(channels_last=False, amp=False, amp_dtype='float16')
-    held_out = HeldOut([], World(), LeftOutOfEvaluation(Namespace(skip_unreadable=False)))
+    held_out = EvalLoader([], DistributedContext(), SkippedInEvaluation(Namespace(skip_unreadable=False)))
     with pytest.raises(ValueError, match='there were no images to evaluate'):
         evaluate(FirstPixels(), held_out, torch.device('cpu'), args)

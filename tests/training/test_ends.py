@@ -16,11 +16,12 @@ from test_faults import children
 from torch import distributed
 
 import train
-from smpconv_models import checkpoint, streams, training
-from smpconv_models.training import output
-from smpconv_models.training.folder import RunFolder
-from smpconv_models.training.signals import StopRequest
-from smpconv_models.training.step import Stepper
+from smpconv_models import checkpoint, training
+from smpconv_models.training.run_dir import RunDir
+from smpconv_models.training.signals import GracefulStop
+from smpconv_models.training.train_step import TrainStep
+from smpconv_models.utils import atomic_io, streams
+from smpconv_models.utils.download import file_sha256
 
 SMALL = [
     *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--batch-size', 512, '--epochs', 1,
@@ -69,14 +70,14 @@ def test_a_rate_at_which_statistics_overflow_is_named_at_the_step(tmp_path, caps
 
 def test_the_step_that_broke_a_weight_is_named(tmp_path, capsys, monkeypatch):
     """Not the next one, whose learning rate is 3e-3."""
-    apply = Stepper._apply
+    apply = TrainStep._apply
 
     def break_weight(stepper, norm, number):
         apply(stepper, norm, number)
         if number == 2:
             next(stepper.model.parameters()).data.view(-1)[0] = float('nan')
 
-    monkeypatch.setattr(Stepper, '_apply', break_weight)
+    monkeypatch.setattr(TrainStep, '_apply', break_weight)
     command = [*SMALL, '--epochs', 3, '--sched', 'step', '--warmup-epochs', 2, '--warmup-lr', 0, '--lr', 4e-3]
     assert run(*command, '--output', tmp_path) == 1
     line, = capsys.readouterr().err.strip().splitlines()
@@ -100,7 +101,7 @@ def script(monkeypatch):
         def end(*_):
             raise SystemExit(code)
 
-        monkeypatch.setattr(training, 'set_up', end)
+        monkeypatch.setattr(training, 'build_trainer', end)
         monkeypatch.setattr(streams, 'keep_writable', lambda: None)  # pytest's own streams stay
         monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, SMALL)])
         runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
@@ -154,13 +155,13 @@ def test_a_checkpoint_that_may_not_be_read_is_told(tmp_path, unreadable):
     path = tmp_path / 'last.pth.tar'
     torch.save({'a': 1}, path)
     unreadable.add(path)
-    for read in (checkpoint.read_file, checkpoint.check_file, checkpoint.file_sha256):
+    for read in (checkpoint.read_file, checkpoint.check_file, file_sha256):
         with pytest.raises(ValueError, match=f'{path} cannot be read: Permission denied'):
             read(path)
 
 
 def test_in_place_of_a_checkpoint_that_may_not_be_read_the_previous_one_is_taken(tmp_path, unreadable):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     for number in (1, 2):
         folder.save({'state_dict': {}, 'progress': number})
     unreadable.add(folder.last)
@@ -169,7 +170,7 @@ def test_in_place_of_a_checkpoint_that_may_not_be_read_the_previous_one_is_taken
 
 
 def test_names_that_are_not_utf8_can_be_in_a_table(tmp_path):
-    output.save_rows(tmp_path / 'rows.csv', [{'name': os.fsdecode(b'cat\xff')}])
+    atomic_io.save_rows(tmp_path / 'rows.csv', [{'name': os.fsdecode(b'cat\xff')}])
     assert (tmp_path / 'rows.csv').read_bytes() == b'name\r\ncat\\udcff\r\n'
 
 
@@ -179,7 +180,7 @@ def test_names_that_are_not_utf8_can_be_in_a_table(tmp_path):
 @pytest.mark.parametrize('name', ['SIGHUP', 'SIGQUIT', 'SIGTERM', 'SIGUSR1', 'SIGINT'])
 def test_a_signal_asks_the_run_to_stop(name, heard_signals):
     number = getattr(signal, name)
-    with StopRequest() as stop:
+    with GracefulStop() as stop:
         os.kill(os.getpid(), number)
         assert stop.number == number
     assert signal.getsignal(number) == signal.default_int_handler
@@ -189,7 +190,7 @@ def test_a_signal_that_is_ignored_stays_so():
     """As nohup ignores a closed terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest() as stop:
+        with GracefulStop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.number is None
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -205,7 +206,7 @@ def test_a_closed_terminal_saves_the_run(name, code, tmp_path, heard_signals):
     process.send_signal(getattr(signal, name))
     (ended, _, error), = finish([process])
     assert ended == code and error.startswith(f'train.py: stopped by {name}; the same command goes on')
-    assert RunFolder(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 3
+    assert RunDir(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 3
 
 
 # --- whole programs ---
@@ -262,7 +263,7 @@ def shell(script, redirection, *argv):
 def test_train_keeps_on_without_anybody_to_print_for(redirection, tmp_path):
     done = shell(ROOT / 'train.py', redirection, *SMALL, '--output', tmp_path)
     assert (done.returncode, done.stderr) == (0, '')
-    assert RunFolder(tmp_path / 'run').newest()[1]['progress']['epoch'] == 1
+    assert RunDir(tmp_path / 'run').newest()[1]['progress']['epoch'] == 1
 
 
 @pytest.mark.slow  # 6 s each: a process
@@ -275,13 +276,13 @@ def test_validate_keeps_on_without_anybody_to_print_for(redirection, trained):
 @pytest.mark.parametrize('happens', [
     lambda path: path.rename(path.with_name('renamed')), shutil.rmtree], ids=['renamed', 'removed'])
 def test_a_folder_that_is_taken_away_from_its_run_is_one_line(happens, tmp_path, capsys, monkeypatch):
-    save, before = RunFolder.save, set(threading.enumerate())
+    save, before = RunDir.save, set(threading.enumerate())
 
     def take_away(folder, state):
         happens(folder.path)
         save(folder, state)
 
-    monkeypatch.setattr(RunFolder, 'save', take_away)
+    monkeypatch.setattr(RunDir, 'save', take_away)
     assert run(*SMALL, '--output', tmp_path) == 1
     line, = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f'train.py: error: {tmp_path}/run/last.pth.tar cannot be written: ')

@@ -17,9 +17,9 @@ from launch import EVERYTHING, ROOT, TINY, finish, start, wait_for_step
 from test_data import make_folder
 
 import train
-from smpconv_models.training import explain, output
-from smpconv_models.training.folder import RunFolder
-from smpconv_models.training.world import World
+from smpconv_models.training import describe_error, saving
+from smpconv_models.training.distributed import DistributedContext
+from smpconv_models.training.run_dir import RunDir
 
 ARGS = Namespace(batch_size=64, workers=2, global_batch_size=64)
 
@@ -38,7 +38,7 @@ def state(number, megabytes=1):
 def save_forever(path, saved):
     """In a process that will be killed; sets `saved` after the first one."""
     torch.set_num_threads(1)
-    folder = RunFolder(Path(path))
+    folder = RunDir(Path(path))
     number = 0 if folder.newest() is None else folder.newest()[1]['progress']
     while True:
         number += 1
@@ -58,7 +58,7 @@ def kill_while_saving(path, times, draw):
         time.sleep(draw.uniform(0, 0.09))
         process.kill()
         process.join()
-        name, loaded = RunFolder(path).newest()
+        name, loaded = RunDir(path).newest()
         assert name == str(path / 'last.pth.tar')
         assert torch.equal(loaded['state_dict']['w'], state(loaded['progress'])['state_dict']['w'])
         numbers.append(loaded['progress'])
@@ -78,7 +78,7 @@ def test_two_hundred_kills_while_saving(tmp_path):
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     (tmp_path / '.last.pth.tar.abcd').write_bytes(b'half')
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     folder.hold()
     assert not (tmp_path / '.last.pth.tar.abcd').exists()
     folder.release()
@@ -106,8 +106,8 @@ def test_a_disk_without_hard_links_and_a_link_to_another_disk(tmp_path, monkeypa
         raise OSError(errno.EPERM, 'no hard links here')
 
     elsewhere = tmp_path / 'elsewhere.pth.tar'
-    output.save_checkpoint(elsewhere, state(1))
-    folder = RunFolder(tmp_path / 'run')
+    saving.save_checkpoint(elsewhere, state(1))
+    folder = RunDir(tmp_path / 'run')
     folder.path.mkdir()
     folder.last.symlink_to(elsewhere)
     monkeypatch.setattr(os, 'link', refuse)
@@ -117,7 +117,7 @@ def test_a_disk_without_hard_links_and_a_link_to_another_disk(tmp_path, monkeypa
 
 
 def test_the_umask_is_respected(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     old = os.umask(0o027)
     try:
         folder.save(state(1))
@@ -129,7 +129,7 @@ def test_the_umask_is_respected(tmp_path):
 
 @pytest.mark.parametrize('key', ['state_dict', 'state_dict_ema'])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, key):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     folder.save(state(1))
     with pytest.raises(FloatingPointError, match=f'w of the {key} is not finite'):
         folder.save({**state(2), key: {'w': torch.tensor([1., float('nan')])}})
@@ -149,7 +149,7 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
     assert f'another run is in {tmp_path}/run: process {first.pid} on ' in line and '--experiment' in line
     first.kill()
     finish([first])
-    folder = RunFolder(tmp_path / 'run')  # a killed run holds nothing
+    folder = RunDir(tmp_path / 'run')  # a killed run holds nothing
     folder.hold()
     folder.release()
 
@@ -170,7 +170,7 @@ def test_a_dead_process_that_loads(tmp_path):
     assert code == 1
     line = error.strip().splitlines()[-1]
     assert 'a process that loads images is gone: DataLoader worker (pid' in line and 'fewer --workers than 2' in line
-    assert RunFolder(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 2
+    assert RunDir(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 2
 
 
 @pytest.mark.slow  # 11 s of waiting for a loader
@@ -195,7 +195,7 @@ def test_a_signal_to_the_whole_job_saves_it(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     (code, _, error), = finish([process])
     assert code == 143 and error.startswith('train.py: stopped by SIGTERM; the same command goes on')
-    assert RunFolder(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 3
+    assert RunDir(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 3
 
 
 @pytest.mark.slow  # ten seconds of standing still
@@ -231,23 +231,24 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 def test_memory_that_does_not_suffice():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2 ** 60)
-    line = explain(caught.value, ARGS, World())
+    line = describe_error(caught.value, ARGS, DistributedContext())
     assert line.startswith('out of memory with --batch-size 64: ') and '\n' not in line
     assert all(option in line for option in ('--global-batch-size', '--amp', '--grad-checkpointing'))
 
 
 def test_an_evaluation_that_memory_does_not_suffice_for():
-    line = explain(MemoryError(), Namespace(batch_size=64, workers=2), World())
+    line = describe_error(MemoryError(), Namespace(batch_size=64, workers=2), DistributedContext())
     assert 'a smaller --batch-size or --amp needs less' in line
 
 
 def test_a_gpu_out_of_memory():
-    assert '--batch-size 64' in explain(torch.OutOfMemoryError('CUDA out of memory. Tried'), ARGS, World())
+    error = torch.OutOfMemoryError('CUDA out of memory. Tried')
+    assert '--batch-size 64' in describe_error(error, ARGS, DistributedContext())
 
 
 def test_faults_of_the_program_keep_their_traceback():
-    assert explain(RuntimeError('mat1 and mat2 shapes'), ARGS, World()) is None
-    assert explain(AttributeError('x'), ARGS, World()) is None
+    assert describe_error(RuntimeError('mat1 and mat2 shapes'), ARGS, DistributedContext()) is None
+    assert describe_error(AttributeError('x'), ARGS, DistributedContext()) is None
 
 
 def test_a_missing_class_is_told_before_training(tmp_path, capsys):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from smpconv_models.training import folder as folders
-from smpconv_models.training.folder import RunFolder
+from smpconv_models.training import run_dir as folders
+from smpconv_models.training.run_dir import RunDir
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def impatient(monkeypatch):
 
 
 def held(path):
-    folder = RunFolder(path)
+    folder = RunDir(path)
     folder.hold()
     return folder
 
@@ -48,7 +48,7 @@ def test_whoever_takes_a_folder_while_it_is_left_keeps_it(tmp_path, monkeypatch)
     monkeypatch.setattr(first._lock, 'release', take_at_once)
     first.release()
     with pytest.raises(ValueError, match='another run is in'):
-        RunFolder(tmp_path / 'run').hold()
+        RunDir(tmp_path / 'run').hold()
     after[0].release()
 
 
@@ -80,13 +80,13 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path):
     """After this one's was renamed, and another run has begun under its name."""
     first = held(tmp_path / 'run')
     first.path.rename(tmp_path / 'renamed')
-    second = RunFolder(tmp_path / 'run')
+    second = RunDir(tmp_path / 'run')
     second._own['since'] = 'later'  # another process would differ by its number
     second.hold()
     first.release()
     assert json.loads(second._holder.read_text())['since'] == 'later'
     with pytest.raises(ValueError, match='another run is in'):
-        RunFolder(tmp_path / 'run').hold()
+        RunDir(tmp_path / 'run').hold()
     second.release()
 
 

@@ -18,12 +18,12 @@ from test_data import arguments, make_folder
 
 import train
 import validate
-from smpconv_models.training import data, sources
-from smpconv_models.training.folders import FolderReader, timm_scan
-from smpconv_models.training.run import _check_same_data
-from smpconv_models.training.samples import Samples
-from smpconv_models.training.unreadable import Unreadable
-from smpconv_models.training.world import World
+from smpconv_models.training import data_config, dataset_factory
+from smpconv_models.training.class_folders import FolderReader, timm_scan
+from smpconv_models.training.datasets import Samples
+from smpconv_models.training.distributed import DistributedContext
+from smpconv_models.training.skipped import Unreadable
+from smpconv_models.training.trainer import _check_same_data
 
 pytestmark = pytest.mark.usefixtures('logs_of_rank_0')
 
@@ -32,11 +32,11 @@ IN_ORDER = ['01', '1', 'A', 'a', 'B', 'b']
 
 
 def opened(root, split='train', **changes):
-    return sources.open_dataset(arguments(data_dir=str(root), **changes), split, 3, is_training=True)
+    return dataset_factory.open_dataset(arguments(data_dir=str(root), **changes), split, 3, is_training=True)
 
 
 def names_of(root, **changes):
-    return data.class_names(opened(root, **changes))
+    return data_config.class_names(opened(root, **changes))
 
 
 # --- classes in order ---
@@ -62,7 +62,7 @@ def test_classes_of_tar_files_do_not_depend_on_the_hash_seed(tmp_path, monkeypat
         'timm.data.readers.reader_image_in_tar.set',
         lambda values: sorted(dict.fromkeys(values), reverse=reverse), raising=False)
     dataset = opened(tmp_path)
-    assert data.class_names(dataset) == IN_ORDER
+    assert data_config.class_names(dataset) == IN_ORDER
     label_of = {name: label for label, name in enumerate(TIES)}
     samples = Samples(dataset, 0)
     for index in range(len(samples)):
@@ -104,7 +104,7 @@ def test_ranks_with_different_hash_seeds_train_on_the_same_labels(tmp_path, monk
     assert [code for code, _, _ in ends] == [0, 0], ends
 
 
-class OfRankZero(World):
+class OfRankZero(DistributedContext):
     """A world whose rank 0 has found other data."""
 
     def __init__(self, found):
@@ -150,13 +150,13 @@ def test_a_rank_with_other_data_ends_all(tmp_path):
 ])
 def test_lists_that_differ_say_where(trained, evaluated, told):
     with pytest.raises(ValueError, match=told):
-        data.check_classes(trained, evaluated)
+        data_config.check_classes(trained, evaluated)
 
 
 def test_one_class_is_refused():
     for names in (['cat'], None):
         with pytest.raises(ValueError, match='expected 2 classes or more, got 1'):
-            data.check_num_classes(names, 1)
+            data_config.check_num_classes(names, 1)
 
 
 def test_a_run_on_one_class_is_refused(tmp_path, capsys):
@@ -205,7 +205,8 @@ def test_what_is_no_image_is_skipped_in_one_line(tmp_path, caplog, add, dataset)
     make_folder(tmp_path)
     told, example = add(tmp_path)
     found = opened(tmp_path, dataset=dataset)
-    assert data.class_names(found) == ['cat', 'dog'] and len(found) == 6 + (dataset != '' and add is add_formats) * 3
+    assert data_config.class_names(found) == ['cat', 'dog']
+    assert len(found) == 6 + (dataset != '' and add is add_formats) * 3
     line, = caplog.messages
     if not dataset or add is not add_formats:
         assert told in line and f'such as {tmp_path / example}' in line
@@ -310,7 +311,7 @@ def test_tar_files_of_absolute_and_relative_names_are_read(tmp_path, caplog, top
     members = [(f'{tops[label % 2]}{name}/{file}', content) for name, label, file, content in made.samples('train')]
     made.write_tar(tmp_path / 'train.tar', members)
     dataset = opened(tmp_path)
-    assert data.class_names(dataset) == list(made.CLASSES) and not caplog.messages
+    assert data_config.class_names(dataset) == list(made.CLASSES) and not caplog.messages
     samples = Samples(dataset, 0)
     assert all(samples.name(index).startswith(f'{tmp_path}/train.tar/') for index in range(len(samples)))
     assert not any(isinstance(samples[0, index], Unreadable) for index in range(len(samples)))
@@ -322,7 +323,7 @@ def test_tar_files_in_a_tar_file_may_have_absolute_names(tmp_path, caplog):
     made.write_tar(tmp_path / 'train.tar', [
         (f'{"/" if index else ""}{path.name}', path.read_bytes()) for index, path in enumerate(tars)])
     dataset = opened(tmp_path)
-    assert data.class_names(dataset) == list(made.CLASSES) and not caplog.messages
+    assert data_config.class_names(dataset) == list(made.CLASSES) and not caplog.messages
     assert Samples(dataset, 0).name(len(dataset) - 1) == f'{tmp_path}/train.tar/cow.tar/2007.jpg'
 
 
@@ -349,7 +350,7 @@ def test_hidden_members_of_tar_files_are_skipped(tmp_path, caplog):
         '__MACOSX/ant/._0000.jpg', './ant/.ipynb_checkpoints/0.jpg', './ant/._1.jpg')]
     made.write_tar(tmp_path / 'train.tar', members)
     dataset = opened(tmp_path)
-    assert data.class_names(dataset) == list(made.CLASSES) and len(dataset) == len(made.samples('train'))
+    assert data_config.class_names(dataset) == list(made.CLASSES) and len(dataset) == len(made.samples('train'))
     line, = caplog.messages
     assert 'skipped 3 hidden files' in line and f'such as {tmp_path}/train.tar/' in line
 
@@ -359,12 +360,12 @@ def test_lines_are_of_the_level_of_rank_0(tmp_path, caplog, monkeypatch):
     for add in (add_hidden, add_formats, add_loop, add_special):
         add(tmp_path)
     args = arguments(data_dir=str(tmp_path))
-    sources.open_dataset(args, 'train', 3, is_training=True)
+    dataset_factory.open_dataset(args, 'train', 3, is_training=True)
     assert len(caplog.messages) == 4
     caplog.clear()
     caplog.set_level(logging.WARNING, 'smpconv_models')
-    monkeypatch.setattr(sources, '_check_headers', lambda *_: pytest.fail('headers were read for nothing'))
-    sources.open_dataset(args, 'train', 3, is_training=True)
+    monkeypatch.setattr(dataset_factory, '_check_headers', lambda *_: pytest.fail('headers were read for nothing'))
+    dataset_factory.open_dataset(args, 'train', 3, is_training=True)
     assert not caplog.messages
 
 

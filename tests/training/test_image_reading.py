@@ -12,10 +12,10 @@ from test_sources import SOURCES, quick_streams, source  # noqa: F401
 from torch.utils.data import IterableDataset
 
 from smpconv_models.figures import _inputs
-from smpconv_models.training import sources
-from smpconv_models.training.images import ReadImage, orientation, to_8_bits
-from smpconv_models.training.samples import Samples, Stream
-from smpconv_models.training.unreadable import Unreadable
+from smpconv_models.training import dataset_factory
+from smpconv_models.training.datasets import Samples, Stream
+from smpconv_models.training.image_reading import ReadImage, orientation, to_8_bits
+from smpconv_models.training.skipped import Unreadable
 
 pytestmark = pytest.mark.usefixtures('logs_of_rank_0')
 
@@ -88,7 +88,7 @@ def with_image(name, root, content, suffix, monkeypatch):
 
 
 def first(args, in_chans=3):
-    dataset = sources.open_dataset(args, args.val_split, in_chans, is_training=False)
+    dataset = dataset_factory.open_dataset(args, args.val_split, in_chans, is_training=False)
     dataset.transform = lambda image: image
     return next(iter(Stream(dataset)))[0] if isinstance(dataset, IterableDataset) else Samples(dataset, 0)[0, 0][0]
 
@@ -144,7 +144,7 @@ def test_headers_are_looked_at_in_a_bounded_sample(tmp_path, caplog, monkeypatch
     open_image = Image.open
     monkeypatch.setattr(Image, 'open', lambda file: opened.append(file) or open_image(file))
     monkeypatch.setattr('PIL.JpegImagePlugin.JpegImageFile.load', lambda image: pytest.fail('pixels were decoded'))
-    sources.open_dataset(arguments(data_dir=str(tmp_path)), 'train', 3, is_training=True)
+    dataset_factory.open_dataset(arguments(data_dir=str(tmp_path)), 'train', 3, is_training=True)
     assert len(opened) == 64
     line, = caplog.messages
     assert "64 of 64 checked images have an EXIF orientation that is ignored" in line and str(tmp_path) in line
@@ -164,7 +164,7 @@ def test_deep_images_are_reported(tmp_path, caplog):
         (tmp_path / 'val' / name).mkdir(parents=True)
         Image.fromarray(RAMP).save(tmp_path / 'val' / name / '0.png')
     args = arguments(data_dir=str(tmp_path))
-    sources.open_dataset(args, 'val', 3, is_training=False)
+    dataset_factory.open_dataset(args, 'val', 3, is_training=False)
     line, = caplog.messages
     assert '2 of 2 checked images have 16 or 32 bits' in line and str(tmp_path / 'val' / 'a' / '0.png') in line
 
@@ -174,7 +174,7 @@ def test_an_image_out_of_range_is_unreadable(tmp_path):
         (tmp_path / 'val' / name).mkdir(parents=True)
         Image.fromarray(np.full((4, 4), 255, 'float32')).save(tmp_path / 'val' / name / '0.tif')
     args = arguments(data_dir=str(tmp_path), dataset='torch/folder')
-    sample = Samples(sources.open_dataset(args, 'val', 3, is_training=False), 0)[0, 0]
+    sample = Samples(dataset_factory.open_dataset(args, 'val', 3, is_training=False), 0)[0, 0]
     assert isinstance(sample, Unreadable)
     assert sample.name.endswith('a/0.tif') and 'must be from 0 to 1, got 255 to 255' in sample.reason
 
@@ -200,7 +200,7 @@ def test_no_program_is_started_for_postscript_in_an_image_file(tmp_path, monkeyp
     path = next((tmp_path / 'data/train').glob('*/*.png'))
     path.write_bytes(EPS)
     args = arguments(data_dir=str(tmp_path / 'data'), dataset=dataset)
-    samples = Samples(sources.open_dataset(args, 'train', 3, is_training=True), 0)
+    samples = Samples(dataset_factory.open_dataset(args, 'train', 3, is_training=True), 0)
     samples.read_image = ReadImage('RGB')
     unreadable = [sample for index in range(len(samples)) if isinstance(sample := samples[0, index], Unreadable)]
     assert [Path(found.name) for found in unreadable] == [path] and not (tmp_path / 'log').exists()

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from test_data import arguments, make_folder
 
-from smpconv_models.training import Digits, draws, loaders, sources
-from smpconv_models.training.samples import Batches, InOrder, Samples
-from smpconv_models.training.unreadable import LeftOutOfTraining
-from smpconv_models.training.world import World
+from smpconv_models.training import Digits, dataset_factory, loader, rng
+from smpconv_models.training.datasets import Batches, InOrder, Samples
+from smpconv_models.training.distributed import DistributedContext
+from smpconv_models.training.skipped import SkippedInTraining
 
 CPU = torch.device('cpu')
 CONFIG = dict(
@@ -20,8 +20,8 @@ CONFIG = dict(
 
 
 def training(args, dataset, left_out=None):
-    return loaders.train_loader(
-        args, dataset, CONFIG, CPU, World(), left_out or LeftOutOfTraining(args.max_unreadable))
+    return loader.train_loader(
+        args, dataset, CONFIG, CPU, DistributedContext(), left_out or SkippedInTraining(args.max_unreadable))
 
 
 # --- keys ---
@@ -29,13 +29,13 @@ def training(args, dataset, left_out=None):
 
 def test_keys_are_the_same_everywhere():
     """Numbers written down, so that a run goes on under another version of Python too."""
-    assert draws.key(42, 'image', 0, 1) == 5174739598509848351
-    assert draws.permutation(8, 42, 'order', 0).tolist() == [1, 4, 0, 6, 7, 2, 5, 3]
+    assert rng.key(42, 'image', 0, 1) == 5174739598509848351
+    assert rng.permutation(8, 42, 'order', 0).tolist() == [1, 4, 0, 6, 7, 2, 5, 3]
 
 
 def test_a_key_seeds_every_generator():
     def drawn(*key):
-        draws.seed_all(*key)
+        rng.seed_all(*key)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     assert drawn(1, 2) == drawn(1, 2)
@@ -85,7 +85,7 @@ def test_evaluation_has_each_image_in_one_process(length, world_size):
 def test_augmentation_is_a_function_of_epoch_and_index(tmp_path):
     args = arguments(
         data_dir=str(make_folder(tmp_path)), aa='rand-m9-mstd0.5-inc1', reprob=0.5, scale=[0.1, 1.], hflip=0.5)
-    dataset = sources.open_dataset(args, 'train', 3, is_training=True)
+    dataset = dataset_factory.open_dataset(args, 'train', 3, is_training=True)
     samples = training(args, dataset).samples
     first, _ = samples[3, 4]
     random.random(), samples[3, 1]
@@ -107,7 +107,7 @@ def test_batches_do_not_depend_on_who_loads_them(workers):
 
 def test_evaluation_is_in_order():
     args = arguments(batch_size=100)
-    held_out = loaders.held_out(args, Digits('val', 'RGB'), CONFIG, CPU, World())
+    held_out = loader.held_out(args, Digits('val', 'RGB'), CONFIG, CPU, DistributedContext())
     assert torch.cat([target for _, target in held_out.loader]).tolist() == Digits('val').labels
 
 
@@ -152,8 +152,8 @@ def test_an_unreadable_training_image_is_left_out_and_named(tmp_path, caplog, ki
     path = root / 'train' / 'dog' / name
     path.write_bytes(damaged(kind))
     args = arguments(data_dir=str(root), batch_size=7)
-    left_out = LeftOutOfTraining(limit=1)
-    images = training(args, sources.open_dataset(args, 'train', 3, is_training=True), left_out)
+    left_out = SkippedInTraining(limit=1)
+    images = training(args, dataset_factory.open_dataset(args, 'train', 3, is_training=True), left_out)
     for epoch in range(2):
         (batch, targets), = images.start(epoch, 0)
         assert len(batch) == 7 and sorted(targets.tolist())[:3] == [0, 0, 0]  # filled up with a readable one
@@ -166,7 +166,7 @@ def test_too_many_unreadable_images_are_an_error(tmp_path):
     for name in ('x.jpg', 'y.jpg'):
         (root / 'train' / 'dog' / name).write_bytes(b'')
     args = arguments(data_dir=str(root), batch_size=8, max_unreadable=1)
-    images = training(args, sources.open_dataset(args, 'train', 3, is_training=True))
+    images = training(args, dataset_factory.open_dataset(args, 'train', 3, is_training=True))
     with pytest.raises(ValueError, match=r'2 training images cannot be read, --max-unreadable is 1.*dog/[xy]\.jpg'):
         next(images.start(0, 0))
 
@@ -178,8 +178,8 @@ def test_an_unreadable_image_is_never_replaced_in_evaluation(tmp_path, caplog):
     args = arguments(data_dir=str(root))
 
     def targets():
-        dataset = sources.open_dataset(args, 'val', 3, is_training=False)
-        return [int(target) for _, batch in loaders.held_out(args, dataset, CONFIG, CPU, World()).loader
+        dataset = dataset_factory.open_dataset(args, 'val', 3, is_training=False)
+        return [int(target) for _, batch in loader.held_out(args, dataset, CONFIG, CPU, DistributedContext()).loader
                 for target in batch]
 
     with pytest.raises(ValueError, match=r'cat/9\.jpg cannot be read .*--skip-unreadable'):
@@ -190,6 +190,6 @@ def test_an_unreadable_image_is_never_replaced_in_evaluation(tmp_path, caplog):
 
 def test_names_are_the_images_files(tmp_path):
     args = arguments(data_dir=str(make_folder(tmp_path)))
-    dataset = sources.open_dataset(args, 'train', 3, is_training=True)
+    dataset = dataset_factory.open_dataset(args, 'train', 3, is_training=True)
     assert Samples(dataset, 0).name(0) == str(tmp_path / 'train/cat/0.png')
     assert Samples(Digits('train'), 0).name(5) == 'image 5'

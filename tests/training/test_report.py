@@ -12,7 +12,7 @@ import pytest
 from launch import ROOT, TINY
 
 import train
-from smpconv_models.training import report
+from smpconv_models.training import logger
 
 COMMAND = [*TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs', '0']
 
@@ -69,7 +69,7 @@ def test_tensorboard_has_steps_and_epochs_once(tmp_path):
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
 def test_what_is_not_installed_is_told_before_the_run(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(report.importlib.util, 'find_spec', lambda found: None if found == name else object())
+    monkeypatch.setattr(logger.importlib.util, 'find_spec', lambda found: None if found == name else object())
     with pytest.raises(SystemExit, match='2'):
         run(*COMMAND, f'--log-{name}', '--output', tmp_path / 'output')
     assert capsys.readouterr().err == f'train.py: error: --log-{name} needs {name}: pip install {name}\n'

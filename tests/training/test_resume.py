@@ -13,10 +13,10 @@ from launch import EVERYTHING, TINY, differences, finish, start, stop, wait_for_
 from test_data import make_folder
 
 import train
-from smpconv_models.training import resume
-from smpconv_models.training.folder import RunFolder
-from smpconv_models.training.samples import Samples
-from smpconv_models.training.step import Stepper
+from smpconv_models.training import checkpointing
+from smpconv_models.training.datasets import Samples
+from smpconv_models.training.run_dir import RunDir
+from smpconv_models.training.train_step import TrainStep
 
 
 def run(*argv):
@@ -178,13 +178,13 @@ def test_the_scale_of_half_precision_goes_on(tmp_path):
 
 def test_images_are_not_mixed_from_the_epoch_asked_for(tmp_path, monkeypatch):
     seen = []
-    step = Stepper.step
+    step = TrainStep.step
 
     def watched(self, batches, number, stop):
         seen.append(self.mixup.mixup_enabled)
         return step(self, batches, number, stop)
 
-    monkeypatch.setattr(Stepper, 'step', watched)
+    monkeypatch.setattr(TrainStep, 'step', watched)
     command = [
         *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--warmup-epochs', 0, '--batch-size', 512,
         '--mixup', 0.5, '--mixup-off-epoch', 1, '--epochs', 2, '--output', tmp_path]
@@ -253,7 +253,7 @@ def test_a_checkpoint_can_be_named(begun, tmp_path, capsys):
     (lambda content: b'version https://git-lfs.github.com/spec/v1\n', 'is a Git LFS pointer'),
 ])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(half, tmp_path, caplog, damage, told):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     shutil.copy(half / 'last.pth.tar', folder.previous)
     folder.last.write_bytes(damage(folder.previous.read_bytes()))
     name, loaded = folder.newest()
@@ -275,7 +275,7 @@ def test_a_damaged_checkpoint_does_not_displace_the_one_before(begun):
     shutil.copy(folder / 'last.pth.tar', folder / 'previous.pth.tar')
     good = (folder / 'previous.pth.tar').read_bytes()
     (folder / 'last.pth.tar').write_bytes(b'')
-    held = RunFolder(folder)
+    held = RunDir(folder)
     name, loaded = held.newest()
     assert name == str(held.previous) and not held.last.exists()
     held.save(loaded)
@@ -345,7 +345,7 @@ def test_a_flipped_bit_changes_nothing_unseen(straight, tmp_path):
         path.write_bytes(content)
         content[position] ^= bit
         try:
-            _, loaded = RunFolder(tmp_path).newest()
+            _, loaded = RunDir(tmp_path).newest()
         except ValueError:
             refused += 1
         else:
@@ -429,7 +429,7 @@ def test_an_optimizer_of_other_parameters_is_refused(change, told):
     state = optimizer.state_dict()
     change(state)
     with pytest.raises(ValueError, match=told):
-        resume._load_optimizer(optimizer, state)
+        checkpointing._load_optimizer(optimizer, state)
 
 
 def test_arguments_may_be_a_namespace(straight, tmp_path, capsys):

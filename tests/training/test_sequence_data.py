@@ -12,8 +12,8 @@ import train
 import validate
 from smpconv_models.models import create_sequence_model
 from smpconv_models.training import config
-from smpconv_models.training.samples import image_name
-from smpconv_models.training.sources import open_dataset
+from smpconv_models.training.dataset_factory import open_dataset
+from smpconv_models.training.datasets import image_name
 
 TINY = [
     '--model', 'smpconv_sdigits', '--model-kwargs', 'depth=1', 'dim=4', 'num_points=5', '--workers', '0', '--dataset',
@@ -108,15 +108,15 @@ def test_crops_are_drawn_of_the_pixels(tmp_path):
     make_mnist(tmp_path)
     dataset = open_dataset(parse('--dataset', 'seq/mnist', '--data-dir', tmp_path), 'train', 1, is_training=True)
     plain = dataset[3][0]
-    from smpconv_models.training import sequence_data
-    sequence_data.augment(parse('--dataset', 'seq/mnist', '--crop-padding', '4', '--hflip', '0'), dataset)
+    from smpconv_models.training import task_sequence
+    task_sequence.augment(parse('--dataset', 'seq/mnist', '--crop-padding', '4', '--hflip', '0'), dataset)
     torch.manual_seed(0)
     drawn = [dataset[3][0] for _ in range(8)]
     assert all(sequence.shape == plain.shape for sequence in drawn)
     assert len({sequence.sum().item() for sequence in drawn}) > 4
     dataset = open_dataset(parse('--dataset', 'seq/mnist', '--data-dir', tmp_path), 'train', 1, is_training=True)
     for flip, turned in (('0', False), ('1', True)):
-        sequence_data.augment(parse('--dataset', 'seq/mnist', '--crop-padding', '0', '--hflip', flip), dataset)
+        task_sequence.augment(parse('--dataset', 'seq/mnist', '--crop-padding', '0', '--hflip', flip), dataset)
         image = plain.unflatten(-1, (28, 28))
         assert torch.equal(dataset[3][0].unflatten(-1, (28, 28)), image.flip(-1) if turned else image)
     assert image_name(dataset, 3) == dataset.name(3)
@@ -147,7 +147,7 @@ def test_refusals(argv, message, tmp_path, capsys):
 
 def test_a_sequence_that_is_not_finite_is_named(tmp_path, capsys, monkeypatch):
     """Before the first step, with nothing written."""
-    from smpconv_models.sequences import images
+    from smpconv_models.data import images
     original = images.StoredSequences.__init__
 
     def damaged(self, what, classes, data, *rest, **kwargs):

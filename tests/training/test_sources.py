@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 
 import train
 import validate
-from smpconv_models.training import loaders, sources
-from smpconv_models.training.data import class_names
-from smpconv_models.training.samples import Samples, Stream
-from smpconv_models.training.unreadable import LeftOutOfTraining
-from smpconv_models.training.world import World
+from smpconv_models.training import dataset_factory, loader
+from smpconv_models.training.data_config import class_names
+from smpconv_models.training.datasets import Samples, Stream
+from smpconv_models.training.distributed import DistributedContext
+from smpconv_models.training.skipped import SkippedInTraining
 
 TRAIN, VAL = (len(made.CLASSES) * count for count in made.SPLITS.values())
 
@@ -86,22 +86,22 @@ def copied(folder, tmp_path):
 
 
 def opened(args, is_training=False):
-    return sources.open_dataset(args, args.train_split if is_training else args.val_split, 3, is_training)
+    return dataset_factory.open_dataset(args, args.train_split if is_training else args.val_split, 3, is_training)
 
 
 def training(args, world=None, tell=None):
-    tell = tell or LeftOutOfTraining(args.max_unreadable)
-    return loaders.train_loader(args, opened(args, True), CONFIG, CPU, world or World(), tell)
+    tell = tell or SkippedInTraining(args.max_unreadable)
+    return loader.train_loader(args, opened(args, True), CONFIG, CPU, world or DistributedContext(), tell)
 
 
 def evaluated(args, world=None):
     """The targets of all evaluation images."""
-    images = loaders.held_out(args, opened(args), CONFIG, CPU, world or World())
+    images = loader.held_out(args, opened(args), CONFIG, CPU, world or DistributedContext())
     return sorted(int(target) for _, targets in images.loader for target in targets)
 
 
 def world_of(rank, size):
-    world = World()
+    world = DistributedContext()
     world.rank, world.size = rank, size
     return world
 
@@ -132,10 +132,10 @@ def test_the_same_images_come_in_every_form(folders, name):
 @pytest.mark.parametrize('in_chans', [1, 3])
 def test_torchvisions_digits_come_in_the_models_channels(tmp_path, in_chans):
     args = arguments(dataset='torch/mnist', data_dir=str(made.make_mnist(tmp_path)))
-    dataset = sources.open_dataset(args, 'train', in_chans, is_training=True)
+    dataset = dataset_factory.open_dataset(args, 'train', in_chans, is_training=True)
     image, target = Samples(dataset, 0)[0, 3]
     assert image.mode == ('L' if in_chans == 1 else 'RGB') and target == 3
-    assert len(sources.open_dataset(args, 'validation', in_chans, is_training=False)) == 20
+    assert len(dataset_factory.open_dataset(args, 'validation', in_chans, is_training=False)) == 20
 
 
 def test_the_order_of_tar_files_is_not_the_file_systems(folders, monkeypatch):
@@ -235,7 +235,7 @@ NAMED = {
 @pytest.mark.parametrize('name', SOURCES)
 def test_unreadable_training_images_are_left_out_and_named(tmp_path, caplog, name):
     folder = with_bad_images(name, tmp_path / 'made', 'train')
-    left_out = LeftOutOfTraining(limit=2)
+    left_out = SkippedInTraining(limit=2)
     images = training(source(name, folder, batch_size=13), tell=left_out)
     for epoch in range(2):
         assert [len(targets) for _, targets in images.start(epoch, 0)] == [13, 13]
@@ -366,15 +366,15 @@ def test_a_split_is_never_replaced_by_another(folders, name, told):
     args = source(name, folders(name))
     for is_training in (False, True):
         with pytest.raises(ValueError, match=told):
-            sources.open_dataset(args, 'nope', 3, is_training)
+            dataset_factory.open_dataset(args, 'nope', 3, is_training)
     with pytest.raises(ValueError, match='the name of a split must not be empty'):
-        sources.open_dataset(args, '', 3, is_training=False)
+        dataset_factory.open_dataset(args, '', 3, is_training=False)
 
 
 def test_torchvisions_test_images_are_not_every_other_split(tmp_path):
     args = arguments(dataset='torch/mnist', data_dir=str(made.make_mnist(tmp_path)))
     with pytest.raises(ValueError, match=r"split of torch/mnist must be one of .*, got 'trian'"):
-        sources.open_dataset(args, 'trian', 3, is_training=True)
+        dataset_factory.open_dataset(args, 'trian', 3, is_training=True)
 
 
 @pytest.mark.parametrize('dataset, data_dir, told', [
@@ -392,7 +392,7 @@ def test_missing_sources_are_told(tmp_path, dataset, data_dir, told):
     made.write_tar(tmp_path / 'made.tar', [])
     args = arguments(dataset=dataset, data_dir=data_dir and str(tmp_path / data_dir))
     with pytest.raises(ValueError, match=told) as error:
-        sources.open_dataset(args, 'train', 3, is_training=True)
+        dataset_factory.open_dataset(args, 'train', 3, is_training=True)
     assert '\n' not in str(error.value)
 
 
@@ -401,7 +401,7 @@ def test_missing_sources_are_told(tmp_path, dataset, data_dir, told):
 def test_missing_packages_are_named(monkeypatch, tmp_path, dataset, package):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(ValueError, match=rf'--dataset {dataset} needs \w+: pip install {package}$'):
-        sources.open_dataset(arguments(dataset=dataset, data_dir=str(tmp_path)), 'train', 3, is_training=True)
+        dataset_factory.open_dataset(arguments(dataset=dataset, data_dir=str(tmp_path)), 'train', 3, is_training=True)
 
 
 @pytest.mark.parametrize('splits, told', [
@@ -455,13 +455,13 @@ def test_hugging_faces_labels_are_looked_at_first(tmp_path, labels, kind, told):
     images = [dict(bytes=made.jpeg(index, 0), path=None) for index in range(3)]
     args = parquet(tmp_path, dict(image=images, label=labels), dict(image=datasets.Image(), label=kind(datasets)))
     with pytest.raises(ValueError, match=told):
-        sources.open_dataset(args, 'validation', 3, is_training=False)
+        dataset_factory.open_dataset(args, 'validation', 3, is_training=False)
 
 
 def test_hugging_faces_columns_are_named(tmp_path):
     args = parquet(tmp_path, dict(picture=['x'], kind=[0]), None)
     with pytest.raises(ValueError, match=r"expected columns image and label, found \['kind', 'picture'\]"):
-        sources.open_dataset(args, 'train', 3, is_training=True)
+        dataset_factory.open_dataset(args, 'train', 3, is_training=True)
 
 
 @pytest.mark.usefixtures('logs_of_rank_0')
@@ -471,9 +471,9 @@ def test_classes_without_training_images_are_told(tmp_path, caplog):
     images = [dict(bytes=made.jpeg(index, 0), path=None) for index in range(3)]
     features = dict(image=datasets.Image(), label=datasets.ClassLabel(names=['a', 'b', 'c']))
     args = parquet(tmp_path, dict(image=images, label=[0, 2, 0]), features)
-    sources.open_dataset(args, 'validation', 3, is_training=False)
+    dataset_factory.open_dataset(args, 'validation', 3, is_training=False)
     assert not caplog.messages
-    sources.open_dataset(args, 'train', 3, is_training=True)
+    dataset_factory.open_dataset(args, 'train', 3, is_training=True)
     assert "has no image of 1 of 3 classes: ['b']" in caplog.text
 
 
@@ -483,9 +483,9 @@ def test_a_download_is_one_processs(tmp_path, monkeypatch):
             FileLock(tmp_path / 'new' / '.download.lock').acquire(timeout=0)
         return SimpleNamespace()
 
-    monkeypatch.setattr(sources, 'create_dataset', create)
+    monkeypatch.setattr(dataset_factory, 'create_dataset', create)
     args = arguments(dataset='torch/mnist', data_dir=str(tmp_path / 'new'), dataset_download=True)
-    sources.open_dataset(args, 'train', 3, is_training=True)
+    dataset_factory.open_dataset(args, 'train', 3, is_training=True)
 
 
 # --- as a user calls it ---

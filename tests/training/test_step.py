@@ -8,8 +8,8 @@ from torch import nn
 
 from smpconv_models import SMPConvNet
 from smpconv_models.training import param_groups
-from smpconv_models.training.step import Stepper
-from smpconv_models.training.world import World
+from smpconv_models.training.distributed import DistributedContext
+from smpconv_models.training.train_step import TrainStep
 
 CPU = torch.device('cpu')
 
@@ -33,9 +33,9 @@ def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, **changes):
         channels_last=False, amp=False, amp_dtype='float16', grad_accum_steps=1, grad_checkpointing=False,
         clip_grad=None, seed=1), **changes})
     optimizer = torch.optim.SGD(param_groups(model, 0.05), lr=0.1)
-    return Stepper(
+    return TrainStep(
         args, model, model, ModelEmaV3(model, decay=ema), optimizer, Rates(),
-        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, World()), model
+        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, DistributedContext()), model
 
 
 def group_norm(channels):

@@ -20,7 +20,7 @@ import train
 import validate
 from smpconv_models import checkpoint
 from smpconv_models.training import validate as validate_one
-from smpconv_models.training.evaluate import Tally
+from smpconv_models.training.metrics import ClassificationMeter
 from smpconv_models.training.validate import class_rows, inherit, series
 
 LIBRARY = importlib.import_module('smpconv_models.training.validate')  # its package has a function of this name
@@ -250,7 +250,7 @@ def test_every_kind_of_checkpoint_in_a_series(tmp_path, golden, capsys, options)
     """The same weights as we, timm's script and the original release save them; the averaged ones are others."""
     images = make_folder(tmp_path / 'images', classes=list('0123456789'), count=1)
     released = {key[11:]: value for key, value in golden('imagenet_tiny').items() if key.startswith('state_dict.')}
-    plain = checkpoint.from_release(released)
+    plain = checkpoint.convert_original(released)
     averaged = {key: value * 0.5 if value.is_floating_point() else value for key, value in plain.items()}
     made = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7), num_classes=10)
     timms = argparse.Namespace(model='smpconv_t', **{**made, 'num_classes': 10, 'model_kwargs': dict(made)}, lr=0.1)
@@ -417,7 +417,7 @@ def test_validate_returns_the_result_and_leaves_its_arguments(files):
 
 
 def test_the_row_is_the_class_and_the_column_the_prediction():
-    tally = Tally(torch.device('cpu'), 3)
+    tally = ClassificationMeter(torch.device('cpu'), 3)
     tally.add(torch.tensor([[0., 1., 0.], [0., 1., 0.], [5., 1., 2.]]), torch.tensor([2, 1, 0]))
     assert tally.confusion.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
@@ -425,7 +425,7 @@ def test_the_row_is_the_class_and_the_column_the_prediction():
 def test_ties_count_alike_everywhere():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(3, (500, 10), generator=generator).float()
-    tally = Tally(torch.device('cpu'), 10)
+    tally = ClassificationMeter(torch.device('cpu'), 10)
     tally.add(logits, torch.randint(10, (500,), generator=generator))
     assert tally.confusion.trace() == tally.sums[1] and 0 < tally.sums[1] < 500
 

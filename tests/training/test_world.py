@@ -2,7 +2,7 @@
 import pytest
 
 import train
-from smpconv_models.training.world import World
+from smpconv_models.training.distributed import DistributedContext
 
 
 @pytest.mark.parametrize(('name', 'value', 'rest'), [
@@ -34,17 +34,17 @@ def test_a_rank_that_cannot_be_is_refused(environment, numbers, monkeypatch):
     for key, text in environment.items():
         monkeypatch.setenv(key, text)
     with pytest.raises(ValueError, match=numbers):
-        World.from_environment()
+        DistributedContext.from_environment()
 
 
 def test_a_process_alone_does_not_ask_the_environment(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', 'x')
-    world = World()
+    world = DistributedContext()
     assert (world.size, world.rank, world.local_rank) == (1, 0, 0) and world.is_first
 
 
 def test_what_torchrun_and_slurm_set_is_read(monkeypatch):
     for key, text in {'WORLD_SIZE': '4', 'RANK': '3', 'LOCAL_RANK': '1', 'SLURM_NTASKS': 'x'}.items():
         monkeypatch.setenv(key, text)
-    world = World.from_environment()
+    world = DistributedContext.from_environment()
     assert (world.size, world.rank, world.local_rank) == (4, 3, 1)

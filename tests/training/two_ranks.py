@@ -8,8 +8,8 @@ from test_step import batches, group_norm, make_stepper, same, state
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from smpconv_models.training.evaluate import Tally
-from smpconv_models.training.world import World
+from smpconv_models.training.distributed import DistributedContext
+from smpconv_models.training.metrics import ClassificationMeter
 
 
 def everywhere_the_same(stepper):
@@ -36,11 +36,11 @@ def check_a_step_is_that_of_one_process(world):
 
 def check_sums_are_those_of_one_process(world):
     images, target = next(batches(1, size=7))
-    whole, part = Tally(torch.device('cpu'), 4), Tally(torch.device('cpu'), 4)
+    whole, part = ClassificationMeter(torch.device('cpu'), 4), ClassificationMeter(torch.device('cpu'), 4)
     logits = images.flatten(1)[:, :4]
     whole.add(logits, target)
     part.add(logits[world.rank::world.size], target[world.rank::world.size])
-    expected, got = whole.result(World()), part.result(world)
+    expected, got = whole.result(DistributedContext()), part.result(world)
     assert torch.equal(got.pop('confusion'), expected.pop('confusion'))
     torch.testing.assert_close(got, expected)
 
@@ -56,7 +56,7 @@ def check_an_error_of_the_first_is_everybodys(world):
 
 
 def main():
-    world = World.from_environment()
+    world = DistributedContext.from_environment()
     world.connect(torch.device('cpu'), timeout=60)
     check_a_step_is_that_of_one_process(world)
     check_sums_are_those_of_one_process(world)

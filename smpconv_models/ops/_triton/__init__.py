@@ -10,8 +10,8 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-from .. import _phases
-from .._call import Call
+from .. import _space_to_batch
+from .._problem import Call
 
 _logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ _LEAST_PRODUCTS = 2 ** 26
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     if max(dilation) > 1:
-        phases = forward(_phases.split(input, dilation), weight, bias, [1, 1])
-        return _phases.merge(phases, dilation, input.shape)
+        phases = forward(_space_to_batch.split(input, dilation), weight, bias, [1, 1])
+        return _space_to_batch.merge(phases, dilation, input.shape)
     if input.numel() == 0:
         return torch.empty_like(input)
     from . import launch
@@ -36,12 +36,12 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
     if max(dilation) > 1:
-        grad, input = _phases.split(grad, dilation), _phases.split(input, dilation)
+        grad, input = _space_to_batch.split(grad, dilation), _space_to_batch.split(input, dilation)
     from . import launch
     return launch.weight_grad(launch.rows_first(grad), launch.rows_first(input), kernel_size)
 
 
-def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
+def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
     if dtype not in (None, *_DTYPES):
         return f'it computes float16, bfloat16 and float32, got {dtype}'
     if device.type == 'cpu' and _is_interpreted():
@@ -56,7 +56,7 @@ def why_not(device: torch.device, dtype: Optional[torch.dtype] = None) -> Option
     return _broken_toolchain(device)
 
 
-def why_slower(call: Call) -> Optional[str]:
+def skip_reason(call: Call) -> Optional[str]:
     if max(call.kernel_size) < _LEAST_KERNEL:
         return f'the kernel is smaller than {_LEAST_KERNEL}'
     if math.prod(call.size) * math.prod(call.kernel_size) < _LEAST_PRODUCTS:

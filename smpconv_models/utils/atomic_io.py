@@ -1,0 +1,75 @@
+"""Files that are complete at every instant: written under a temporary name, then renamed."""
+import csv
+import glob
+import io
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path``, which takes its name at the end of the block, on the disk by then.
+
+    Args:
+        path: What to replace; a link is replaced, not what it points to.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_temporaries(paths: Sequence[Path]) -> None:
+    """Removes what a killed process was writing for these files."""
+    for path in paths:
+        for temporary in path.parent.glob(f'.{glob.escape(path.name)}.*'):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == 'nt':  # a folder can't be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    """Write a CSV file with one header; a column that a row lacks is empty there.
+
+    Bytes of names that are not UTF-8 are written as ``\\udcXX``, as Python and ``save_json`` escape them.
+    """
+    text = io.StringIO()
+    names: List[str] = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(text.getvalue().encode(errors='backslashreplace'))  # names that are not UTF-8
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Writes JSON for people and programs."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + '\n')

@@ -1,0 +1,23 @@
+"""Error messages in one line."""
+import difflib
+from pathlib import Path
+from typing import Iterable, Union
+
+_MAX_LINE = 2000  # characters of another library's message, which may repeat the content of a file
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, bounded and escaped if it cannot be printed, or its type's name."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_LINE]
+    return line if line.isprintable() else line.encode('unicode_escape').decode('ascii')
+
+
+def unreadable_file(path: Union[str, Path], error: OSError) -> ValueError:
+    """Return a ValueError that names a file and the system's reason why the file cannot be read."""
+    return ValueError(f'{path} cannot be read: {error.strerror or first_line(error)}')
+
+
+def suggestion_suffix(name: str, known: Iterable[str]) -> str:
+    """Return a suffix for an error message with the known name closest to `name`; '' if no name is close."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f'; did you mean {near[0]}?' if near else ''
