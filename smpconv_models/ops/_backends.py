@@ -1,7 +1,8 @@
 """The backends by name, and the order in which ``auto`` asks them.
 
-A backend is a module of this package, imported when it is first asked, with ``forward``, ``weight_grad`` and two
-checks that return None or a reason: ``unsupported_reason(device, dtype)`` if it cannot run, and ``skip_reason(call)`` if plain ``conv2d`` is faster, which only ``auto`` asks.
+A backend is a module of this package, imported at its first use, with ``forward``, ``weight_grad`` and two checks that
+return None or a reason: ``unsupported_reason(device, dtype)`` if it cannot run, and ``skip_reason(call)``, which only
+``auto`` asks, if plain ``conv2d`` is faster.
 """
 import functools
 import importlib

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from smpconv_models.data import audio, create_sequence_dataset, mfcc, speech
-from smpconv_models.utils import download, tensor_cache
+from smpconv_models.data import audio, cache, create_sequence_dataset, mfcc, speech
+from smpconv_models.utils import download, locks
 
 NAMES = ('speech', 'speech-mfcc')
 
@@ -413,7 +413,7 @@ KEPT = {'a': torch.arange(6.).reshape(2, 3), 'b': torch.tensor(2.)}
 
 
 def kept(path, make=lambda: dict(KEPT), key='1'):
-    found = tensor_cache.cached(path, key, make)
+    found = cache.cached(path, key, make)
     assert found.keys() == KEPT.keys() and all(torch.equal(found[name], KEPT[name]) for name in KEPT)
     return path
 
@@ -473,7 +473,7 @@ def test_a_failure_leaves_no_cache(tmp_path):
         raise ValueError('no')
 
     with pytest.raises(ValueError, match='no'):
-        tensor_cache.cached(tmp_path / 'kept.safetensors', '1', fail)
+        cache.cached(tmp_path / 'kept.safetensors', '1', fail)
     assert below(tmp_path) == []
 
 
@@ -485,7 +485,7 @@ def test_without_a_place_to_keep_them_they_are_made_each_time(tmp_path, monkeypa
     if where == 'write':
         monkeypatch.setattr(os, 'replace', full)
     else:
-        monkeypatch.setattr(download.FileLock, 'acquire', full)
+        monkeypatch.setattr(locks.FileLock, 'acquire', full)
         monkeypatch.setattr(os, 'replace', full)
     kept(tmp_path / 'kept.safetensors')
     assert 'cannot be kept, and will be made each time: No space left on device' in caplog.text
