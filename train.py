@@ -69,14 +69,14 @@ def main(argv=None) -> int:
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stdout, force=True)
-    if world.is_first:
+    if world.is_primary:
         logging.getLogger('smpconv_models').setLevel(logging.INFO)
     try:
         args = config.parse_args(parser, argv)
     except ValueError as error:
         parser.error(str(error))
     cli.show_causes(args)
-    if world.is_first:
+    if world.is_primary:
         for useless in cli.without_effect(parser, args):
             logging.warning(useless)
     try:
@@ -93,7 +93,7 @@ def main(argv=None) -> int:
         parser.exit(1, f'{parser.prog}: error: {line}{_of(world)}\n')
     try:
         result = train(run)
-        run.world.disconnect()  # not after a failure: it may wait for processes that are gone
+        run.world.destroy()  # not after a failure: it may wait for processes that are gone
     except TrainingInterrupted as stopped:
         return _leave(parser, run, f'{stopped}; the same command goes on', stopped.exit_code)
     except KeyboardInterrupt:
@@ -105,7 +105,7 @@ def main(argv=None) -> int:
         return _leave(parser, run, f'error: {line}', 1)
     finally:
         run.close()
-    if world.is_first:
+    if world.is_primary:
         _tell(result, args)
     return 0
 
@@ -141,7 +141,7 @@ if __name__ == '__main__':
     try:
         sys.exit(main())
     except SystemExit as end:
-        if not DistributedContext.is_connected():
+        if not DistributedContext.is_initialized():
             raise
         code = end.code
         if code is not None and not isinstance(code, int):  # as Python does

@@ -116,7 +116,7 @@ def open_data(args: argparse.Namespace, world: DistributedContext) -> Tuple[Coco
     """The training and the held-out images."""
     folder = args.data_path or Path(args.output) / 'digits'
     if args.data_path is None:
-        world.first_does(lambda: digit_scenes.make(folder))
+        world.run_on_primary(lambda: digit_scenes.make(folder))
     augment = v2.Compose([
         v2.ToImage(), v2.RandomHorizontalFlip(args.hflip), v2.ColorJitter(brightness=0.2, contrast=0.2)])
     train = CocoFolder(folder, args.train_split, args.skip_empty_boxes, augment)
@@ -163,7 +163,7 @@ class Run:
         self.device = _device(args.device)
         if self.device.type == 'cuda' and world.size > 1:
             self.device = torch.device('cuda', world.local_rank)
-        world.connect(self.device, args.dist_timeout)
+        world.init(self.device, args.dist_timeout)
         self.train_data, self.val_data = open_data(args, world)
         torch.manual_seed(args.seed)
         self.model = create_model(args, 1 + len(self.train_data.categories)).to(self.device)
@@ -180,7 +180,7 @@ class Run:
             warmup_epochs=args.warmup_epochs, warmup_lr=args.lr / 1000, step_on_epochs=False,
             updates_per_epoch=len(self.loader))
         self.rows: List[Dict[str, Any]] = []
-        world.first_does(partial(args.output.mkdir, parents=True, exist_ok=True))
+        world.run_on_primary(partial(args.output.mkdir, parents=True, exist_ok=True))
         if args.resume:
             self._load()
         self.wrapped: Any = self.model
@@ -207,7 +207,7 @@ class Run:
     def _loader(self, data: Any, **kwargs: Any) -> DataLoader:
         return DataLoader(
             data, self.args.batch_size, num_workers=self.args.workers, collate_fn=as_lists,
-            pin_memory=self.device.type == 'cuda', worker_init_fn=self.world.shield, **kwargs)
+            pin_memory=self.device.type == 'cuda', worker_init_fn=self.world.worker_init_fn, **kwargs)
 
     def _settings(self) -> Dict[str, Any]:
         return {**{name: getattr(self.args, name) for name in FIXED}, 'categories': self.train_data.categories}
@@ -243,13 +243,13 @@ class Run:
         torch.manual_seed(hash((self.args.seed, epoch, self.world.rank)))  # so that it doesn't matter what was before
         self.wrapped.train()
         sum_of_losses = torch.zeros((), device=self.device)
-        bar = tqdm(self.loader, desc=f'epoch {epoch + 1}', leave=False, disable=None if self.world.is_first else True)
+        bar = tqdm(self.loader, desc=f'epoch {epoch + 1}', leave=False, disable=None if self.world.is_primary else True)
         for step, (images, targets) in enumerate(bar, epoch * len(self.loader)):
             self.scheduler.step_update(step)
             sum_of_losses += self.train_step(images, targets)
         if self.world.size > 1:
             distribute_bn(self.model, self.world.size, reduce=True)  # else each would evaluate by its own statistics
-        return self.world.total(sum_of_losses)[0] / len(self.loader) / self.world.size
+        return self.world.sum(sum_of_losses)[0] / len(self.loader) / self.world.size
 
     def train_step(self, images: List[torch.Tensor], targets: List[Dict[str, Any]]) -> torch.Tensor:
         """One optimizer step; returns its loss.
@@ -261,7 +261,7 @@ class Run:
             losses = self.wrapped([image.to(self.device) for image in images], [
                 {name: target[name].to(self.device) for name in ('boxes', 'labels')} for target in targets])
         loss = sum(value.float() for value in losses.values())
-        if not torch.tensor(self.world.total(loss)).isfinite():
+        if not torch.tensor(self.world.sum(loss)).isfinite():
             own = f'{loss.item():g} for images {[target["image_id"] for target in targets]}'
             raise FloatingPointError(f'the loss is not finite: {own}; a lower --lr may help')
         self.optimizer.zero_grad()
@@ -282,7 +282,7 @@ class Run:
         """Each image with its target and detections, in float32."""
         self.model.eval()
         for images, targets in tqdm(
-                self._loader(data), desc=desc, leave=False, disable=None if self.world.is_first else True):
+                self._loader(data), desc=desc, leave=False, disable=None if self.world.is_primary else True):
             yield from zip(images, targets, self.model([image.to(self.device) for image in images]))
 
     def evaluate(self) -> Dict[str, float]:
@@ -339,7 +339,7 @@ def replace(path: Path, write: Any) -> None:
 
 def train(run: Run) -> Dict[str, float]:
     """Trains what is left of the epochs; returns the last figures."""
-    args, is_first = run.args, run.world.is_first
+    args, is_first = run.args, run.world.is_primary
     if is_first:
         print(f'{len(run.train_data)} images to train on, {len(run.val_data)} held out, '
               f'{len(run.train_data.categories)} classes, {len(run.loader)} steps an epoch')
@@ -353,7 +353,7 @@ def train(run: Run) -> Dict[str, float]:
             row.update(run.evaluate())
         row['seconds'] = time.perf_counter() - start
         run.rows.append(row)
-        run.world.first_does(run.save)
+        run.world.run_on_primary(run.save)
         if is_first:
             figures = '  '.join(f'{row[name]:7.3f}' if name in row else f'{"":7}' for name in ('AP', 'AP50'))
             print(f'{row["epoch"]:5}  {row["loss"]:7.4f}  {figures}  {row["seconds"]:8.1f}', flush=True)
@@ -369,8 +369,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         run = Run(args, world)
         figures = train(run)
-        picture = world.first_does(run.save_picture)
-        world.disconnect()
+        picture = world.run_on_primary(run.save_picture)
+        world.destroy()
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted; --resume goes on from the last epoch that was saved\n')
     except Exception as error:
@@ -382,8 +382,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         is_wrong = run is None and isinstance(error, (OSError, ValueError))
         parser.exit(2 if is_wrong else 1, f'{parser.prog}: error: {line}\n')
     finally:
-        world.shield.lower()
-    if world.is_first:
+        world.worker_init_fn.lower()
+    if world.is_primary:
         print('\nheld-out images, by pycocotools')
         for name, value in figures.items():
             print(f'  {name:10} {value:6.3f}')

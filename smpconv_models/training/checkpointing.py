@@ -158,7 +158,7 @@ def restore(run: 'Run', path: str, loaded: Any) -> None:
         raise ValueError(
             f'{path} is of another run: {"; ".join(refused)}; name this one with --experiment, or go on anyway with '
             '--force-resume')
-    if run.world.is_first:
+    if run.world.is_primary:
         for text in changed + refused:
             _logger.warning('changed since %s: %s', path, text)
         if is_finished:

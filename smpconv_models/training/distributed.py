@@ -12,7 +12,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader
 
 from .bounded import BoundedLoader
-from .signals import Shield
+from .signals import WorkerSignalGuard
 
 # Seconds in which the processes that wait in vain find out one after another.
 _ROLL_CALL = 5.
@@ -34,7 +34,7 @@ class DistributedContext:
 
     def __init__(self, local_rank: int = 0, rank: int = 0, size: int = 1) -> None:
         self.local_rank, self.rank, self.size = local_rank, rank, size
-        self.shield = Shield()
+        self.worker_init_fn = WorkerSignalGuard()
         self._loaders: List[BoundedLoader] = []
         self._store: Any = None
 
@@ -48,11 +48,11 @@ class DistributedContext:
         return cls(*_from_environment())
 
     @property
-    def is_first(self) -> bool:
+    def is_primary(self) -> bool:
         """Whether this process writes the files and tells of the run."""
         return self.rank == 0
 
-    def connect(self, device: torch.device, timeout: float) -> None:
+    def init(self, device: torch.device, timeout: float) -> None:
         """Meets the other processes.
 
         Args:
@@ -77,39 +77,39 @@ class DistributedContext:
                 f'process {self.rank} of {self.size} cannot meet the others at '
                 f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}: {error}{_restart_hint()}') from error
 
-    def bounded(self, loader: DataLoader, seconds: float) -> BoundedLoader:
+    def bounded_loader(self, loader: DataLoader, seconds: float) -> BoundedLoader:
         """Bound each wait for a loader's workers, which end with :meth:`close_loaders`."""
         self._loaders.append(BoundedLoader(loader, seconds))
         return self._loaders[-1]
 
     def close_loaders(self) -> None:
         """End the DataLoader workers of this process."""
-        self.shield.lower()
+        self.worker_init_fn.release()
         while self._loaders:
             self._loaders.pop().close()
 
     @staticmethod
-    def is_connected() -> bool:
+    def is_initialized() -> bool:
         """Return whether this process is in a process group."""
         return dist.is_available() and dist.is_initialized()
 
-    def disconnect(self) -> None:
+    def destroy(self) -> None:
         """Leaves the others, who must be leaving too."""
-        if self.is_connected():
+        if self.is_initialized():
             dist.destroy_process_group()
 
-    def total(self, *values: Tensor) -> List[float]:
+    def sum(self, *values: Tensor) -> List[float]:
         """The sum of each scalar over the processes, in float32."""
         tensor = torch.stack([value.detach().float() for value in values])
-        return self.total_exact(tensor).tolist()
+        return self.all_reduce_(tensor).tolist()
 
-    def total_exact(self, values: Tensor) -> Tensor:
+    def all_reduce_(self, values: Tensor) -> Tensor:
         """The sums of a tensor's values over the processes, in its own type; in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The first process's value, which may be anything that pickles, in all of them."""
         if self.size == 1:
             return value
@@ -117,24 +117,24 @@ class DistributedContext:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def first_does(self, work: Callable[[], Result]) -> Optional[Result]:
+    def run_on_primary(self, work: Callable[[], Result]) -> Optional[Result]:
         """The first process does something; the others wait, lest their end be its end too, and fail if it does.
 
         Returns:
             What it came to in the first process; None in the others.
         """
         result, problem = None, None
-        if self.is_first:
+        if self.is_primary:
             try:
                 result = work()
             except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
                 problem = error
-        problem = self.share(problem)
+        problem = self.broadcast_object(problem)
         if problem is not None:
             raise problem
         return result
 
-    def missing(self) -> str:
+    def unresponsive_ranks(self) -> str:
         """Who of the others hasn't failed as this process has, in words: these are dead or hang."""
         try:
             self._store.set(f'failed/{self.rank}', '')

@@ -39,7 +39,7 @@ def describe_error(error: Exception, args: Namespace, world: DistributedContext)
             f'try fewer --workers than {args.workers}')
     if world.size > 1 and isinstance(error, (dist.DistError, RuntimeError)) and any(sign in text for sign in _NO_PEER):
         cause = re.sub(r'^\[\S+\] ', '', line).split('. ')[0]  # without the library's file and its advice
-        return f'process {world.rank} waited for the others in vain ({world.missing()}): {cause}'
+        return f'process {world.rank} waited for the others in vain ({world.unresponsive_ranks()}): {cause}'
     if isinstance(error, (FloatingPointError, OSError, ValueError)):
         return line
     return None

@@ -24,7 +24,7 @@ def synchronized(args: Namespace, model: nn.Module, world: DistributedContext, d
     if not args.sync_bn or world.size == 1:
         return model
     if device.type == 'cpu':
-        if world.is_first:
+        if world.is_primary:
             _logger.warning(
                 '--sync-bn: PyTorch has it on GPUs only; here each process normalizes over its own %d images',
                 args.batch_size)

@@ -255,13 +255,13 @@ def _loader(
         collate: Collate,
         **batching: Any,
 ) -> BoundedLoader:
-    return world.bounded(DataLoader(
+    return world.bounded_loader(DataLoader(
         dataset,
         collate_fn=collate,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         pin_memory=args.pin_mem and device.type == 'cuda',
-        worker_init_fn=world.shield,
+        worker_init_fn=world.worker_init_fn,
         **batching,
     ), args.dist_timeout)
 

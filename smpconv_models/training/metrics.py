@@ -59,7 +59,7 @@ class ClassificationMeter:
             ValueError: There were no images, and may not be none.
         """
         for tensor in (self.sums, self.count, self.confusion):
-            world.total_exact(tensor)
+            world.all_reduce_(tensor)
         count = int(self.count)
         if count == 0 and not may_be_empty:
             raise ValueError('there were no images to evaluate')

@@ -57,13 +57,13 @@ class GracefulStop:
         self.number = number
 
 
-class Shield:
+class WorkerSignalGuard:
     """For processes that load images: a signal to all processes of a job must not end them before their parent."""
 
     def __init__(self) -> None:
         self._is_down = multiprocessing.RawValue('b', 0)  # shared
 
-    def lower(self) -> None:
+    def release(self) -> None:
         """The parent is about to end: from now on, they end by signals."""
         self._is_down.value = 1
 

@@ -47,11 +47,11 @@ def train(run: Run) -> Dict[str, Any]:
     start = time.perf_counter()
     progress = run.progress
     if progress.epoch >= run.args.epochs:
-        run.world.first_does(lambda: _write_results(run))  # it may have ended before it wrote them
-        run.world.first_does(lambda: _draw(run))
+        run.world.run_on_primary(lambda: _write_results(run))  # it may have ended before it wrote them
+        run.world.run_on_primary(lambda: _draw(run))
         _check_success(run)
         return {**_results(run), 'seconds': 0.}
-    teller = run.world.first_does(lambda: ProgressLogger(run.args, run.folder.path, progress, run.images.steps))
+    teller = run.world.run_on_primary(lambda: ProgressLogger(run.args, run.folder.path, progress, run.images.steps))
     with GracefulStop() as stop:
         try:
             while progress.epoch < run.args.epochs:
@@ -66,7 +66,7 @@ def train(run: Run) -> Dict[str, Any]:
         finally:
             if teller is not None:
                 teller.close()
-    run.world.first_does(lambda: _draw(run))
+    run.world.run_on_primary(lambda: _draw(run))
     _check_success(run)
     return {**_results(run), 'seconds': time.perf_counter() - start}
 
@@ -82,7 +82,7 @@ def _check_success(run: Run) -> None:
     if _results(run)['best_top1'] < 0:
         raise FloatingPointError(f'the validation loss was finite in none of the {len(rows)} epochs; {advice}')
     if run.folder.best.exists():
-        run.world.first_does(lambda: _check_best(run))
+        run.world.run_on_primary(lambda: _check_best(run))
 
 
 def _check_best(run: Run) -> None:
@@ -180,13 +180,13 @@ def _measure(run: Run, stop: GracefulStop) -> Dict[str, Any]:
         averaged = _evaluate(run, run.evaluated, 'validating the average', stop)
         row.update(ema_loss=averaged['loss'], ema_top1=averaged['top1'], ema_top5=averaged['top5'])
     row.update(lr=max(group['lr'] for group in run.stepper.optimizer.param_groups))
-    return run.world.share(row)  # of a stream, each process has measured all: on its own, perhaps to other digits
+    return run.world.broadcast_object(row)  # of a stream, each process has measured all: on its own, perhaps to other digits
 
 
 def _evaluate(run: Run, model: nn.Module, description: str, stop: GracefulStop) -> Dict[str, Any]:
     """Stops in all processes where one was asked to; the run was saved before."""
     metrics = evaluate(model, run.held_out, run.device, run.args, description, stop=stop)
-    stops, = run.world.total(torch.tensor(stop.number is not None, device=run.device))
+    stops, = run.world.sum(torch.tensor(stop.number is not None, device=run.device))
     if stops:
         raise TrainingInterrupted(stop.number or signal.SIGTERM)
     return metrics
@@ -194,9 +194,9 @@ def _evaluate(run: Run, model: nn.Module, description: str, stop: GracefulStop) 
 
 def _save(run: Run) -> None:
     """Saves where the run is."""
-    run.progress.unreadable += int(run.world.total_exact(torch.tensor(run.left_out.count, device=run.device)))
+    run.progress.unreadable += int(run.world.all_reduce_(torch.tensor(run.left_out.count, device=run.device)))
     run.left_out.count = 0
-    run.world.first_does(lambda: run.folder.save(run.state()))
+    run.world.run_on_primary(lambda: run.folder.save(run.state()))
 
 
 def _save_epoch(run: Run) -> None:
@@ -205,12 +205,12 @@ def _save_epoch(run: Run) -> None:
     row, best = progress.rows[-1], progress.best_epoch
     content = {**run.weights(), 'epoch': row['epoch'], 'metric': _score(row)}
     if run.args.snapshot_interval and row['epoch'] % run.args.snapshot_interval == 0:
-        run.world.first_does(lambda: saving.save_checkpoint(run.folder.snapshot(row['epoch']), content))
+        run.world.run_on_primary(lambda: saving.save_checkpoint(run.folder.snapshot(row['epoch']), content))
     if best is None or _score(row) > _score(progress.rows[best]):
         progress.best_epoch = row['epoch']
-        run.world.first_does(lambda: saving.save_checkpoint(run.folder.best, content))
+        run.world.run_on_primary(lambda: saving.save_checkpoint(run.folder.best, content))
     _save(run)
-    run.world.first_does(lambda: _write_results(run))
+    run.world.run_on_primary(lambda: _write_results(run))
 
 
 def _write_results(run: Run) -> None:

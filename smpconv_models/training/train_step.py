@@ -99,12 +99,12 @@ class TrainStep:
         norm, *others = (
             nn.utils.get_total_norm(tensors).to(loss) for tensors in (self._gradients(), self.finite, self.parameters))
         is_bad = ~torch.isfinite(torch.stack([loss, norm, *others]))
-        totals = self.world.total(
+        totals = self.world.sum(
             loss / self.world.size, *is_bad, torch.tensor(is_asked_to_stop, device=self.device))
         mean, bad_losses, bad_norms, bad_statistics, bad_weights, stops = totals
         if bad_statistics or bad_weights:  # perhaps: the squares of finite values may be infinite
             is_bad[2], is_bad[3] = _has_bad(self.finite), _has_bad(self.parameters)
-            bad_statistics, bad_weights = self.world.total(*is_bad[2:])
+            bad_statistics, bad_weights = self.world.sum(*is_bad[2:])
         if bad_weights:
             raise FloatingPointError('a weight is not finite')
         applied = not (bad_losses or bad_norms or bad_statistics)
@@ -120,7 +120,7 @@ class TrainStep:
         if bad_losses:
             problem, is_mine = f'the loss is {mean}', bool(is_bad[0])
         elif bad_norms:
-            problem, is_mine = 'the gradient is not finite', self.world.is_first
+            problem, is_mine = 'the gradient is not finite', self.world.is_primary
         elif bad_statistics:
             problem, is_mine = 'running statistics of the batch norms are not finite', bool(is_bad[2])
         self.optimizer.zero_grad()

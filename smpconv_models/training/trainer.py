@@ -90,7 +90,7 @@ class Run:
         try:
             self.world.close_loaders()
         finally:
-            if self.world.is_first:
+            if self.world.is_primary:
                 self.folder.release()
 
 
@@ -152,7 +152,7 @@ def _open(args: Namespace, world: DistributedContext, device: torch.device) -> T
     """
     in_chans = _channels(args)
     val_set = dataset_factory.open_dataset(args, args.val_split, in_chans, is_training=False)
-    world.connect(device, args.dist_timeout)
+    world.init(device, args.dist_timeout)
     train_set = dataset_factory.open_dataset(args, args.train_split, in_chans, is_training=True)
     _check_same_data(world, device, train_set, val_set)
     return train_set, val_set
@@ -161,8 +161,8 @@ def _open(args: Namespace, world: DistributedContext, device: torch.device) -> T
 def _check_same_data(world: DistributedContext, device: torch.device, *datasets: Any) -> None:
     """Raise ValueError on every rank unless all ranks have found the classes, and as many images, of rank 0."""
     own = [(data_config.class_names(dataset), _length(dataset)) for dataset in datasets]
-    first = world.share(own)
-    differs = world.total_exact(torch.tensor(int(own != first), device=device))
+    first = world.broadcast_object(own)
+    differs = world.all_reduce_(torch.tensor(int(own != first), device=device))
     if own != first:
         for (classes, count), (expected, expected_count) in zip(own, first):
             data_config.check_classes(expected, classes, 'rank 0', f'rank {world.rank}')
@@ -295,11 +295,11 @@ def _divide(args: Namespace, world: DistributedContext) -> None:
 def _take_folder(run: Run, given: Dict[str, Any]) -> None:
     """The first process takes the folder and reads the checkpoint, for all."""
     try:
-        found = run.world.share(run.world.first_does(lambda: _find(run)))
+        found = run.world.broadcast_object(run.world.run_on_primary(lambda: _find(run)))
         if found is not None:
             checkpointing.restore(run, *found)
         if run.progress.epoch < run.args.epochs:
-            run.world.first_does(lambda: saving.save_arguments(run.folder.arguments, given))
+            run.world.run_on_primary(lambda: saving.save_arguments(run.folder.arguments, given))
     except (OSError, RuntimeError, ValueError):
         run.close()
         raise

@@ -40,7 +40,7 @@ def test_a_rank_that_cannot_be_is_refused(environment, numbers, monkeypatch):
 def test_a_process_alone_does_not_ask_the_environment(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', 'x')
     world = DistributedContext()
-    assert (world.size, world.rank, world.local_rank) == (1, 0, 0) and world.is_first
+    assert (world.size, world.rank, world.local_rank) == (1, 0, 0) and world.is_primary
 
 
 def test_what_torchrun_and_slurm_set_is_read(monkeypatch):

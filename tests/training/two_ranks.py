@@ -51,13 +51,13 @@ def check_an_error_of_the_first_is_everybodys(world):
             raise kind('of the first')
 
         with pytest.raises(kind, match='of the first'):
-            world.first_does(fail)
-    assert world.first_does(lambda: world.rank) == (0 if world.is_first else None)
+            world.run_on_primary(fail)
+    assert world.run_on_primary(lambda: world.rank) == (0 if world.is_primary else None)
 
 
 def main():
     world = DistributedContext.from_environment()
-    world.connect(torch.device('cpu'), timeout=60)
+    world.init(torch.device('cpu'), timeout=60)
     check_a_step_is_that_of_one_process(world)
     check_sums_are_those_of_one_process(world)
     check_an_error_of_the_first_is_everybodys(world)
@@ -78,7 +78,7 @@ def main():
 
     outcome = stepper.step(batches(2, seed=world.rank), 2, False)
     assert outcome.applied and not outcome.stop and everywhere_the_same(stepper) and not same(state(stepper), before)
-    world.disconnect()
+    world.destroy()
     return 0
 
 
