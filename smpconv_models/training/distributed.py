@@ -1,8 +1,12 @@
-"""The processes of a run: which of them this is, what they sum up, and who is missing."""
+"""Ranks of a run: process group, collectives, DataLoader workers, and signals that ask the run to stop."""
+import multiprocessing
 import os
+import signal
+import threading
 import time
 from datetime import timedelta
-from typing import Any, Callable, List, Optional, Sequence, Tuple, TypeVar
+from types import FrameType
+from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar
 
 import torch
 from timm.utils import world_info_from_env
@@ -12,16 +16,15 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader
 
 from .bounded import BoundedLoader
-from .signals import WorkerSignalGuard
 
-# Seconds in which the processes that wait in vain find out one after another.
-_ROLL_CALL = 5.
+# Seconds within which ranks that time out notice it, one after another.
+_FAILURE_GRACE_S = 5.
 
 Result = TypeVar('Result')
 
 
 class DistributedContext:
-    """Processes of a run, of which this is one.
+    """World of a run, of which this process is one rank. Without arguments: a single process.
 
     Args:
         local_rank: Rank of this process on its machine.
@@ -29,7 +32,7 @@ class DistributedContext:
         size: World size.
 
     Attributes:
-        shield: Signal handling of this process's DataLoader workers.
+        worker_init_fn: ``worker_init_fn`` of this rank's DataLoaders.
     """
 
     def __init__(self, local_rank: int = 0, rank: int = 0, size: int = 1) -> None:
@@ -40,27 +43,27 @@ class DistributedContext:
 
     @classmethod
     def from_environment(cls) -> 'DistributedContext':
-        """Return the world that torchrun or Slurm has started; one process without them.
+        """Return the world that torchrun or Slurm has started; a single process without them.
 
         Raises:
-            ValueError: If a variable is not a whole number, or the numbers do not go together.
+            ValueError: If a variable is not a whole number, or the numbers contradict each other.
         """
-        return cls(*_from_environment())
+        return cls(*_ranks_from_environment())
 
     @property
     def is_primary(self) -> bool:
-        """Whether this process writes the files and tells of the run."""
+        """Whether this rank writes the files and logs."""
         return self.rank == 0
 
     def init(self, device: torch.device, timeout: float) -> None:
-        """Meets the other processes.
+        """Initialize the process group.
 
         Args:
-            device: Where the collectives' tensors are.
-            timeout: Seconds after which a process that waits for another one gives up.
+            device: Device of the tensors in collectives.
+            timeout: Seconds after which a rank stops waiting for another one.
 
         Raises:
-            ValueError: The environment doesn't say where to meet, or nobody came.
+            ValueError: If the environment has no address, or the other ranks do not answer.
         """
         if self.size == 1:
             return
@@ -73,20 +76,13 @@ class DistributedContext:
                 'nccl' if device.type == 'cuda' else 'gloo', store=self._store, rank=self.rank, world_size=self.size,
                 timeout=limit)
         except (RuntimeError, ValueError) as error:
+            hint = ''
+            if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0:
+                # a store that torchrun shares still has the addresses from before the restart (PyTorch 2.10 to 2.15)
+                hint = '; restarts by torchrun need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment'
             raise ValueError(
-                f'process {self.rank} of {self.size} cannot meet the others at '
-                f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}: {error}{_restart_hint()}') from error
-
-    def bounded_loader(self, loader: DataLoader, seconds: float) -> BoundedLoader:
-        """Bound each wait for a loader's workers, which end with :meth:`close_loaders`."""
-        self._loaders.append(BoundedLoader(loader, seconds))
-        return self._loaders[-1]
-
-    def close_loaders(self) -> None:
-        """End the DataLoader workers of this process."""
-        self.worker_init_fn.release()
-        while self._loaders:
-            self._loaders.pop().close()
+                f'rank {self.rank} of {self.size} cannot meet the other ranks at '
+                f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}: {error}{hint}') from error
 
     @staticmethod
     def is_initialized() -> bool:
@@ -94,23 +90,33 @@ class DistributedContext:
         return dist.is_available() and dist.is_initialized()
 
     def destroy(self) -> None:
-        """Leaves the others, who must be leaving too."""
+        """Destroy the process group, together with the other ranks."""
         if self.is_initialized():
             dist.destroy_process_group()
 
+    def bounded_loader(self, loader: DataLoader, seconds: float) -> BoundedLoader:
+        """Bound each wait for a loader's workers, which end with :meth:`close_loaders`."""
+        self._loaders.append(BoundedLoader(loader, seconds))
+        return self._loaders[-1]
+
+    def close_loaders(self) -> None:
+        """End the DataLoader workers of this rank."""
+        self.worker_init_fn.release()
+        while self._loaders:
+            self._loaders.pop().close()
+
     def sum(self, *values: Tensor) -> List[float]:
-        """The sum of each scalar over the processes, in float32."""
-        tensor = torch.stack([value.detach().float() for value in values])
-        return self.all_reduce_(tensor).tolist()
+        """Return the sum of each scalar over the ranks, in float32."""
+        return self.all_reduce_(torch.stack([value.detach().float() for value in values])).tolist()
 
     def all_reduce_(self, values: Tensor) -> Tensor:
-        """The sums of a tensor's values over the processes, in its own type; in place."""
+        """Sum a tensor over the ranks, in its own type and in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
-        """The first process's value, which may be anything that pickles, in all of them."""
+        """Return rank 0's value, which may be anything that can be pickled, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -118,10 +124,10 @@ class DistributedContext:
         return values[0]
 
     def run_on_primary(self, work: Callable[[], Result]) -> Optional[Result]:
-        """The first process does something; the others wait, lest their end be its end too, and fail if it does.
+        """Run ``work`` on rank 0 while the other ranks wait; an error is re-raised on every rank.
 
         Returns:
-            What it came to in the first process; None in the others.
+            The result on rank 0, None elsewhere.
         """
         result, problem = None, None
         if self.is_primary:
@@ -135,17 +141,18 @@ class DistributedContext:
         return result
 
     def unresponsive_ranks(self) -> str:
-        """Who of the others hasn't failed as this process has, in words: these are dead or hang."""
+        """Describe which ranks have not failed as this one has: these are dead or hang."""
         try:
             self._store.set(f'failed/{self.rank}', '')
-            time.sleep(_ROLL_CALL)
+            time.sleep(_FAILURE_GRACE_S)
             gone = [rank for rank in range(self.size) if not self._store.check([f'failed/{rank}'])]
-        except RuntimeError:  # it is kept by torchrun or by the first process
-            return 'where they met, nobody answers'
-        return f'no sign of {_named(gone)}' if gone else f'all {self.size} are there'
+        except RuntimeError:  # torchrun or rank 0 keeps the store
+            return 'no response from the store of the process group'
+        ranks = f'rank {gone[0]}' if len(gone) == 1 else f'ranks {", ".join(map(str, gone))}'
+        return f'no response from {ranks}' if gone else f'all {self.size} ranks responded'
 
 
-# Variables of torchrun, and what timm reads in their absence.
+# Variables of torchrun, and those that timm reads in their absence.
 _VARIABLES = {
     'WORLD_SIZE': ('WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'),
     'RANK': ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
@@ -153,12 +160,8 @@ _VARIABLES = {
 }
 
 
-def _from_environment() -> Tuple[int, int, int]:
-    """Local rank, rank and world size.
-
-    Raises:
-        ValueError: If a variable is not a whole number, or the numbers do not go together.
-    """
+def _ranks_from_environment() -> Tuple[int, int, int]:
+    """Return local rank, rank and world size."""
     found = {kind: next((name for name in names if name in os.environ), '') for kind, names in _VARIABLES.items()}
     names = [name for name in found.values() if name]
     if found['WORLD_SIZE'] == 'WORLD_SIZE':
@@ -175,11 +178,68 @@ def _from_environment() -> Tuple[int, int, int]:
     return local_rank, rank, size
 
 
-def _restart_hint() -> str:
-    """With a store that torchrun shares they find the addresses from before (PyTorch 2.10 to 2.15)."""
-    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-    return '; restarts by torchrun need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment' if restarted else ''
+# --- signals ---
+
+# SIGUSR1 is what Slurm sends ahead of the time limit if it is asked to (sbatch --signal=USR1@120); SIGHUP is sent when
+# a terminal is closed.
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP', 'SIGQUIT') if hasattr(signal, name))
 
 
-def _named(ranks: Sequence[int]) -> str:
-    return f'rank {ranks[0]}' if len(ranks) == 1 else f'ranks {", ".join(map(str, ranks))}'
+def _set_handlers(handler: Any) -> Dict[int, Any]:
+    """Set the handler of all signals that are not ignored, as nohup ignores SIGHUP; return the previous handlers."""
+    return {
+        number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+
+
+class TrainingInterrupted(Exception):
+    """A run was asked to stop, and has saved a checkpoint.
+
+    Args:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f'stopped by {signal.Signals(number).name}')
+        self.exit_code = 128 + number
+
+
+class GracefulStop:
+    """Context manager that records a signal to stop. A second Ctrl-C stops without waiting for the end of a step."""
+
+    def __init__(self) -> None:
+        self.number: Optional[int] = None
+        self._handlers: Dict[int, Any] = {}
+
+    def __enter__(self) -> 'GracefulStop':
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            self._handlers = _set_handlers(self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Optional[FrameType]) -> None:
+        if number == signal.SIGINT and self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+class WorkerSignalGuard:
+    """``worker_init_fn`` that keeps a signal to all processes of a job from ending workers before their parent."""
+
+    def __init__(self) -> None:
+        self._is_released = multiprocessing.RawValue('b', 0)  # shared with the workers
+
+    def release(self) -> None:
+        """Let signals end the workers from now on, as the parent is about to end."""
+        self._is_released.value = 1
+
+    def __call__(self, worker: int) -> None:
+        """Set the handlers in a worker."""
+        _set_handlers(self._end_if_released)
+
+    def _end_if_released(self, number: int, frame: Optional[FrameType]) -> None:
+        if self._is_released.value:
+            os._exit(128 + number)

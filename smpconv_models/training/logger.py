@@ -124,7 +124,7 @@ class _WandB:
         try:
             self.run = wandb.init(
                 project=args.wandb_project, name=folder.name, dir=str(folder), config=vars(args), resume='allow',
-                id=f'{rng.key(str(folder.resolve())):x}')  # the folder's, so that it goes on
+                id=f'{rng.derive_seed(str(folder.resolve())):x}')  # the folder's, so that it goes on
         except wandb.Error as error:
             raise ValueError(f'--log-wandb: {error}; WANDB_MODE=offline needs no network') from error
 

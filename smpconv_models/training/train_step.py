@@ -143,7 +143,7 @@ class TrainStep:
             images, target = next(batches)
             images = images.to(self.device, memory_format=memory_format(self.args), non_blocking=True)
             target = target.to(self.device, non_blocking=True)
-            rng.seed_all(self.args.seed, 'step', number, part, self.world.rank)
+            rng.seed_everything(self.args.seed, 'step', number, part, self.world.rank)
             if self.mixup is not None:
                 images, target = self.mixup(images, target)
             with nullcontext() if is_last else self._alone():

@@ -35,7 +35,7 @@ def test_every_severity_of_every_policy_runs(image, policy):
             op(image)
     assert found
     for index in range(20):
-        rng.seed_all(index)
+        rng.seed_everything(index)
         assert transform(image).shape == (3, 16, 16)
 
 

@@ -29,13 +29,13 @@ def training(args, dataset, left_out=None):
 
 def test_keys_are_the_same_everywhere():
     """Numbers written down, so that a run goes on under another version of Python too."""
-    assert rng.key(42, 'image', 0, 1) == 5174739598509848351
-    assert rng.permutation(8, 42, 'order', 0).tolist() == [1, 4, 0, 6, 7, 2, 5, 3]
+    assert rng.derive_seed(42, 'image', 0, 1) == 5174739598509848351
+    assert rng.seeded_permutation(8, 42, 'order', 0).tolist() == [1, 4, 0, 6, 7, 2, 5, 3]
 
 
 def test_a_key_seeds_every_generator():
     def drawn(*key):
-        rng.seed_all(*key)
+        rng.seed_everything(*key)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     assert drawn(1, 2) == drawn(1, 2)
