@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Evaluates checkpoints, or models with their pretrained weights, on the images of one split.
+"""Evaluate checkpoints, or models with their pretrained weights, on the images of one split.
 
-    python validate.py --checkpoint output/digits                     a run's best, of its own model, on its own data
+    python validate.py --checkpoint output/digits                     best checkpoint of a run, on its own data
     python validate.py --checkpoint SMPConv_T.pth --model smpconv_t --data-dir IMAGENET
     python validate.py --checkpoint a.pth.tar b.pth.tar c.pth.tar --data-dir IMAGENET --results-file results.csv
     python validate.py --model resnet18 resnet50 --data-dir IMAGENET           timm's pretrained weights
-    python validate.py --checkpoint output/digits --class-results classes.csv --confusion confusion.png
+    python validate.py --checkpoint output/digits --per-class-results classes.csv --confusion-matrix confusion.png
 
-A checkpoint of train.py describes its model and how images are prepared; options come before that. Of its data it may
-name an embedded data set or an image folder of this machine; everything else is given by options. The averaged weights
-are taken where there are any, unless --no-use-ema. Prints the accuracy, then all figures as one line of JSON; of
-several models, each accuracy when it is there, then a table and a list. A file that is no checkpoint is told before the
-first evaluation; what fails later is told too, and the others go on.
+A checkpoint of train.py describes its model and how images are prepared; options override the description. Of its data
+it may name an embedded data set or an image folder of this machine; everything else is given by options. EMA weights
+are preferred, unless --no-use-ema. The accuracy is printed, then all figures as one line of JSON; for several models,
+each accuracy as soon as it is known, then a table and a list. All files are checked before the first evaluation; an
+evaluation that fails is reported, and the others continue.
 
-Exit codes: 0 done, 2 wrong arguments, checkpoint or data (of a single model: nothing is written), 130 interrupted.
+Exit codes: 0 finished, 2 wrong arguments, checkpoint or data (of a single model: nothing is written), 130 interrupted.
 """
 import argparse
 import importlib.util
@@ -26,27 +26,32 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+if __name__ == '__main__':  # Ctrl-C while PyTorch is imported ends without a traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'validate.py: interrupted\n'), os._exit(130)))
 
-# Before torch loads OpenMP, whose threads would else spin while the processes that load images want the cores.
+# Set before torch loads OpenMP, whose threads spin otherwise on the cores that DataLoader workers need.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models.training import (
+    DataOptions,
+    DebugOptions,
+    DeviceOptions,
     DistributedContext,
+    EvalOptions,
+    ModelOptions,
     cli,
-    config,
     describe_error,
-    measure,
+    evaluate_model,
+    expand_model_list,
+    ineffective_options,
     save_confusion_matrix,
     save_per_class_results,
     save_results,
-    series,
 )
 from smpconv_models.utils import streams
 
-# What the table of several models shows: heading, key, format.
+# Columns of the table of several models: heading, key, format.
 COLUMNS = (
     ('model', 'model', ''), ('top-1 %', 'top1', '.2f'), ('top-5 %', 'top5', '.2f'), ('loss', 'loss', '.4f'),
     ('images', 'images', 'd'), ('unreadable', 'unreadable', 'd'), ('size', 'img_size', 'd'),
@@ -55,35 +60,34 @@ COLUMNS = (
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = config.Parser(
+    parser = cli.Parser(
         prog='validate.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, conflict_handler='resolve')
     parser.add_argument(
-        '--checkpoint', metavar='FILE', nargs='+',
-        help="train.py's, timm's or the original release's; the folder of a run means its best")
+        '--checkpoint', metavar='FILE', nargs='+', default=[],
+        help="checkpoint of train.py, timm or the original release, or a run's folder for its best checkpoint")
     parser.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the averaged weights')
+        '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the EMA weights')
     parser.add_argument('--reparam', action='store_true', help='re-parameterize the model first')
-    parser.add_argument('--split', metavar='NAME', help="split to evaluate, else the checkpoint's, else validation")
     parser.add_argument(
-        '--results-file', metavar='FILE', help='also write a table here if it ends in .csv, else JSON')
+        '--split', metavar='NAME', help="split to evaluate (default: the checkpoint's, otherwise validation)")
     parser.add_argument(
-        '--class-results', metavar='FILE.csv', help='write the accuracy of each class, and what it is mistaken for')
-    parser.add_argument('--confusion', metavar='FILE.png', help='draw how often each class is taken for which')
-    cli.add_data_options(parser)
-    cli.add_model_options(parser)
-    cli.add_device_options(parser)
-    cli.add_debug_option(parser)
-    parser.add_argument(  # instead of the single one
-        '--model', metavar='NAME', nargs='+',
-        help="of this package or of timm's: one for all checkpoints or one for each, else their own")
+        '--results-file', metavar='FILE', help='also write the results, as a table if FILE ends in .csv, else as JSON')
+    parser.add_argument(
+        '--per-class-results', metavar='FILE.csv',
+        help='write the accuracy of each class, and the class it is most mistaken for')
+    parser.add_argument('--confusion-matrix', metavar='FILE.png', help='draw the confusion matrix')
+    cli.add_options(parser, DataOptions, ModelOptions, DeviceOptions, DebugOptions)
+    parser.add_argument(  # replaces the option of a single model
+        '--model', metavar='NAME', nargs='+', default=[],
+        help='models of this package or of timm: one for all checkpoints or one for each (default: their own)')
     return parser
 
 
 def check_outputs(args: argparse.Namespace, checkpoints: List[str], count: int) -> None:
-    """Raises ValueError now rather than an error after the evaluation; leaves nothing behind."""
+    """Raise ValueError before the evaluation if a file cannot be written; leave nothing behind."""
     used = {Path(path).resolve(): '--checkpoint' for path in checkpoints}
-    for option, suffix in (('--results-file', ''), ('--class-results', '.csv'), ('--confusion', '.png')):
+    for option, suffix in (('--results-file', ''), ('--per-class-results', '.csv'), ('--confusion-matrix', '.png')):
         path = getattr(args, option[2:].replace('-', '_'))
         if not path:
             continue
@@ -95,49 +99,44 @@ def check_outputs(args: argparse.Namespace, checkpoints: List[str], count: int) 
         if file in used:
             raise ValueError(f'{option} {path} is the file of {used[file]} too')
         used[file] = option
-        check_writable(option, file)
-    if args.confusion and importlib.util.find_spec('matplotlib') is None:
-        raise ValueError('--confusion needs matplotlib: pip install matplotlib')
-
-
-def check_writable(option: str, path: Path) -> None:
-    """Raises ValueError unless a file of this name can be written."""
-    if path.exists() and not path.is_file():  # a folder; a device, which must not be replaced
-        raise ValueError(f'{option} {path} is not a file')
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f'{option} {path} cannot be written: {error.strerror}') from error
+        if file.exists() and not file.is_file():  # a folder; a device, which must not be replaced
+            raise ValueError(f'{option} {file} is not a file')
+        try:
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+        except OSError as error:
+            raise ValueError(f'{option} {file} cannot be written: {error.strerror}') from error
+    if args.confusion_matrix and importlib.util.find_spec('matplotlib') is None:
+        raise ValueError('--confusion-matrix needs matplotlib: pip install matplotlib')
 
 
 def evaluate_all(
-        parser: argparse.ArgumentParser, args: argparse.Namespace, each: List[argparse.Namespace],
-) -> List[Dict[str, Any]]:
-    """The results of those that could be evaluated; told and written one by one."""
+        parser: argparse.ArgumentParser, args: argparse.Namespace, each: List[EvalOptions]) -> List[Dict[str, Any]]:
+    """Evaluate models one by one; print and write each result, and return those that could be evaluated."""
     results: List[Dict[str, Any]] = []
     before = None
-    for own in each:
-        name = own.checkpoint or own.model
+    for options in each:
         try:
-            evaluation = measure(own, before, with_confusion=bool(args.class_results or args.confusion))
+            evaluation = evaluate_model(
+                options, before, with_confusion=bool(args.per_class_results or args.confusion_matrix))
         except Exception as error:
-            line = describe_error(error, own, DistributedContext())
+            line = describe_error(error, options.data, DistributedContext())
             if line is None:
                 raise
             if len(each) == 1:
                 parser.error(line)
+            name = options.name
             sys.stderr.write(f'{parser.prog}: error: {line if name in line else f"{name}: {line}"}\n')
             continue
-        before = evaluation.args
+        before = evaluation.options
         results.append(evaluation.result)
-        print((f'{name}: ' if len(each) > 1 else '') + sentence(evaluation.result), flush=True)
+        print((f'{options.name}: ' if len(each) > 1 else '') + sentence(evaluation.result), flush=True)
         if args.results_file:
             save_results(args.results_file, results if len(each) > 1 else results[0])
-        if args.class_results:
-            save_per_class_results(args.class_results, evaluation)
-        if args.confusion:
-            save_confusion_matrix(args.confusion, evaluation)
+        if args.per_class_results:
+            save_per_class_results(args.per_class_results, evaluation)
+        if args.confusion_matrix:
+            save_confusion_matrix(args.confusion_matrix, evaluation)
     return results
 
 
@@ -163,11 +162,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     logging.getLogger('smpconv_models').setLevel(logging.INFO)
     parser = create_parser()
     args = parser.parse_args(argv)
-    cli.show_causes(args)
-    for line in cli.without_effect(parser, args):
+    checkpoints, models, args.model = args.checkpoint, args.model, None
+    options = EvalOptions(
+        *(cli.read_options(args, group) for group in (DataOptions, ModelOptions, DeviceOptions)),
+        use_ema=args.use_ema, reparam=args.reparam, split=args.split)
+    cli.set_debug_logging(args.debug)
+    for line in ineffective_options(parser, args):
         logging.warning(line)
     try:
-        each = series(args)
+        each = expand_model_list(options, checkpoints, models)
         check_outputs(args, [own.checkpoint for own in each if own.checkpoint], len(each))
         results = evaluate_all(parser, args, each)
     except (OSError, ValueError) as error:

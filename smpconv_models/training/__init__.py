@@ -1,32 +1,25 @@
-"""Training on timm's parts, and what they lack: radii at their own rate and in their range, exact resume."""
+"""Training on timm's parts, with what they lack: a learning rate and a range of the radii, and exact resuming."""
+from ..data.digits import Digits
 from ..utils.atomic_io import atomic_write
-from . import cli, config
-from .data_config import Digits
-from .distributed import DistributedContext
-from .errors import describe_error
+from . import cli
+from .config import DataOptions, DebugOptions, DeviceOptions, ModelOptions, TrainOptions, ineffective_options
+from .distributed import DistributedContext, TrainingInterrupted
+from .factory import param_groups
+from .logger import describe_error
 from .metrics import evaluate
-from .optim import param_groups
-from .signals import TrainingInterrupted
-from .train import train
-from .trainer import build_trainer
-from .validate import measure, save_confusion_matrix, save_per_class_results, save_results, series, validate
+from .trainer import Trainer, build_trainer
+from .validate import (
+    EvalOptions,
+    evaluate_model,
+    expand_model_list,
+    save_confusion_matrix,
+    save_per_class_results,
+    save_results,
+)
 
 __all__ = [
-    'Digits',
-    'DistributedContext',
-    'TrainingInterrupted',
-    'atomic_write',
-    'build_trainer',
-    'cli',
-    'config',
-    'describe_error',
-    'evaluate',
-    'measure',
-    'param_groups',
-    'save_confusion_matrix',
-    'save_per_class_results',
-    'save_results',
-    'series',
-    'train',
-    'validate',
+    'DataOptions', 'DebugOptions', 'DeviceOptions', 'Digits', 'DistributedContext', 'EvalOptions', 'ModelOptions',
+    'TrainOptions', 'Trainer', 'TrainingInterrupted', 'atomic_write', 'build_trainer', 'cli', 'describe_error',
+    'evaluate', 'evaluate_model', 'expand_model_list', 'ineffective_options', 'param_groups', 'save_confusion_matrix',
+    'save_per_class_results', 'save_results',
 ]

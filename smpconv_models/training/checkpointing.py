@@ -1,8 +1,11 @@
-"""What must not change when a run goes on, and how it does."""
-import logging
+"""Checkpoints of a run: how far it is, what a checkpoint must hold, how it is saved, and what may change on resuming."""
+import errno
 import math
-from argparse import Namespace
-from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -10,91 +13,204 @@ from torch import Tensor
 from smpconv_models import checkpoint
 from smpconv_models.checkpoint import description
 
-from . import data_config
-from .train_state import Progress
-
-if TYPE_CHECKING:
-    from .trainer import Run
-
-_logger = logging.getLogger(__name__)
-
-# What decides where a run is, what its images are or what its weights mean.
-_FIXED = (
-    'model', 'model_kwargs', 'num_classes', 'in_chans', 'dataset', 'train_split', 'opt', 'layer_decay', 'seed',
-    'global_batch_size', 'model_ema',
-)
-
-# What a run's results don't depend on, or only by rounding.
-_FREE = (
-    'config', 'output', 'experiment', 'workers', 'pin_mem', 'device', 'validation_batch_size',
-    'recovery_interval', 'snapshot_interval', 'log_interval', 'resume', 'force_resume', 'log_tensorboard', 'log_wandb',
-    'wandb_project', 'dist_timeout', 'debug', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
-    'patience_nonfinite',
-)
-
-# Keys of a checkpoint that a run resumes from.
-_CONTENT = {'progress', 'args', 'classes', 'images', 'amp_scaler', 'state_dict', 'optimizer'}
-
-# Numbers in the optimizer's groups that the arguments decide, as they decide flags; other numbers are state.
-_OPTIONS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps')
+from ..utils.atomic_io import atomic_write
 
 
-def differences(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], List[str]]:
-    """What of a run's arguments has changed, in words: what may, and what may not.
+@dataclass
+class TrainState:
+    """Progress of a run, in plain data.
+
+    Attributes:
+        epoch: Number of finished epochs, their evaluation included.
+        step: Number of finished steps of the current epoch.
+        loss_sum: Sum of the losses of the steps that were applied in the current epoch.
+        loss_count: Number of those steps.
+        refused: Number of consecutive steps, up to now, that were skipped because a number was not finite.
+        unreadable: Number of unreadable images that were skipped, over all ranks.
+        best_epoch: Epoch of the best accuracy.
+        rows: Measurements of each epoch.
+    """
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.
+    loss_count: int = 0
+    refused: int = 0
+    unreadable: int = 0
+    best_epoch: Optional[int] = None
+    rows: List[Dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def from_state_dict(cls, state: Any) -> 'TrainState':
+        """Return the progress that :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: If a field is missing or has another type.
+        """
+        if not isinstance(state, dict) or set(state) != {item.name for item in fields(cls)}:
+            raise ValueError('it has no progress of a run; --initial-checkpoint takes its weights')
+        for name in ('epoch', 'step', 'loss_count', 'refused', 'unreadable'):
+            description.number(f'progress.{name}', state[name], 0, 1 << 62, whole=True)
+        description.number('progress.loss_sum', state['loss_sum'], -math.inf, math.inf)
+        rows = state['rows']
+        if not isinstance(rows, list) or len(rows) != state['epoch'] or not all(map(_is_row, rows)):
+            raise ValueError(f'progress.rows must be a row of numbers for each of {state["epoch"]} epochs')
+        if state['best_epoch'] is not None:
+            description.number('progress.best_epoch', state['best_epoch'], 0, len(rows) - 1, whole=True)
+        return cls(**state)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the progress for a checkpoint."""
+        return asdict(self)
+
+    def finish_epoch(self, row: Dict[str, Any]) -> None:
+        """Add the measurements of the current epoch, and begin the next one."""
+        self.rows.append(row)
+        self.epoch += 1
+        self.step, self.loss_sum, self.loss_count = 0, 0., 0
+
+
+# Columns of every row, as Trainer measures them.
+_COLUMNS = {'epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'}
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and row.keys() >= _COLUMNS and all(
+        isinstance(key, str) and isinstance(value, (int, float)) for key, value in row.items())
+
+
+# --- saving ---
+
+# Errors of a full disk, a quota, a limit of a file's size.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] = None) -> None:
+    """Write a checkpoint, and validate the file before it takes its name.
 
     Args:
-        then: Of the checkpoint.
-        now: Of this command.
+        path: Path of the checkpoint.
+        state: Tensors and plain data, which load with ``weights_only=True``.
+        previous: Path to which the replaced file is renamed.
+
+    Raises:
+        FloatingPointError: If a weight is not finite.
+        OSError: If there is no space, or the folder cannot be written to.
+        ValueError: If the written file is damaged.
     """
-    changed = {
-        key: f'{checkpoint.printable(key)} {checkpoint.shown(then.get(key))} -> {checkpoint.shown(now.get(key))}'
-        for key in sorted(set(then) | set(now)) if key not in _FREE and _listed(then.get(key)) != _listed(now.get(key))
-    }
-    return (
-        [text for key, text in changed.items() if key not in _FIXED],
-        [text for key, text in changed.items() if key in _FIXED],
-    )
+    for key in ('state_dict', 'state_dict_ema'):
+        for name, value in state.get(key, {}).items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise FloatingPointError(
+                    f'{name} of the {key} is not finite, so it is not saved; a lower --lr may help')
+    try:
+        with atomic_write(path) as temporary:
+            with open(temporary, 'wb') as file:
+                _write(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            checkpoint.check_file(temporary)
+            if previous is not None and path.exists():
+                _link_or_copy(path, previous)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise OSError(f'{path} cannot be written: {error}') from error
+        needed, free = (f'{size / 2 ** 20:.1f} MiB' for size in (_size(state), shutil.disk_usage(path.parent).free))
+        less = '' if error.errno == errno.ENOSPC else ', a quota or limit (ulimit -f) has less'
+        raise OSError(
+            f'no space: a checkpoint needs {needed}, the disk has {free}{less}, at {path} ({error.strerror})'
+        ) from error
 
 
-def _listed(value: Any) -> Any:
-    """As YAML has it, which knows no tuples."""
+def _write(state: Dict[str, Any], file: BinaryIO) -> None:
+    """Save to a file; raises the system's error, which torch's writer hides in one of its own."""
+    sink: Any = _ErrorCapturingFile(file)
+    try:
+        torch.save(state, sink)
+    except RuntimeError as error:
+        if sink.error is None:
+            raise
+        raise sink.error from error
+
+
+class _ErrorCapturingFile:
+    """File that keeps the error of a failed write."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: Optional[OSError] = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _link_or_copy(path: Path, previous: Path) -> None:
+    """Give a file a second name if the file system has hard links, otherwise copy it."""
+    with atomic_write(previous) as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy(path, temporary)
+    temporary.unlink(missing_ok=True)  # renaming has no effect if both names are of one file already
+
+
+def _size(value: Any) -> int:
+    """Return the bytes of the tensors in nested containers, with their entries in the file."""
+    if isinstance(value, Tensor):
+        return value.nbytes + 400
     if isinstance(value, dict):
-        return {key: _listed(item) for key, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+        value = list(value.values())
+    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def plain(args: Namespace) -> Dict[str, Any]:
-    """The arguments as another run's ``--config`` takes them."""
-    return {key: value for key, value in vars(args).items() if key not in ('config', 'resume', 'force_resume')}
+# --- content ---
+
+# Keys of a checkpoint from which a run can be resumed.
+_KEYS = {'progress', 'args', 'classes', 'images', 'amp_scaler', 'state_dict', 'optimizer'}
 
 
-def check_content(loaded: Any) -> None:
+def is_resumable(loaded: Any) -> bool:
+    """Return whether a checkpoint has all that a run resumes from."""
+    return isinstance(loaded, dict) and loaded.keys() >= _KEYS
+
+
+def check_content(loaded: Any, path: Any) -> None:
     """Check the types of everything that a run resumes from, before any of it is used.
 
     Args:
         loaded: Content of a checkpoint; one that is not of a training run passes.
+        path: Path of the file, for messages.
 
     Raises:
-        ValueError: If a value has another type than its field; the line names the field.
+        ValueError: If a value has another type than its field; the line names the file and the field.
     """
-    if not isinstance(loaded, dict) or not loaded.keys() >= _CONTENT:
+    if not is_resumable(loaded):
         return
-    if loaded['classes'] is not None:
-        description.texts('classes', loaded['classes'])
-    Progress.read(loaded['progress'])
-    arguments = checkpoint.get_train_args(loaded)
-    description.number('args.global_batch_size', arguments.get('global_batch_size'), 1, 10 ** 9, whole=True)
-    if loaded['images'] is not None:
-        description.number('images', loaded['images'], 0, 1 << 62, whole=True)
-    for key in ('state_dict', 'state_dict_ema'):
-        _check_state_dict(key, loaded.get(key, {}))
-        checkpoint.check_finite(loaded.get(key, {}))
-    _check_optimizer(loaded['optimizer'])
-    scaler = loaded['amp_scaler']
-    if not isinstance(scaler, dict):
-        raise ValueError(f'amp_scaler must be a dictionary, got {description.shown(scaler)}')
-    for key, value in scaler.items():
-        description.number(f'amp_scaler.{key}'[:100], value, 0, 1e38)
+    try:
+        if loaded['classes'] is not None:
+            description.texts('classes', loaded['classes'])
+        TrainState.from_state_dict(loaded['progress'])
+        global_batch_size = checkpoint.get_train_args(loaded).get('global_batch_size')
+        description.number('args.global_batch_size', global_batch_size, 1, 10 ** 9, whole=True)
+        if loaded['images'] is not None:
+            description.number('images', loaded['images'], 0, 1 << 62, whole=True)
+        for key in ('state_dict', 'state_dict_ema'):
+            _check_state_dict(key, loaded.get(key, {}))
+        _check_optimizer(loaded['optimizer'])
+        scaler = loaded['amp_scaler']
+        if not isinstance(scaler, dict):
+            raise ValueError(f'amp_scaler must be a dictionary, got {description.shown(scaler)}')
+        for key, value in scaler.items():
+            description.number(f'amp_scaler.{key}'[:100], value, 0, 1e38)
+    except ValueError as error:
+        raise ValueError(f'{path} cannot be resumed from: {error}') from error
 
 
 def _check_state_dict(name: str, state_dict: Any) -> None:
@@ -103,6 +219,7 @@ def _check_state_dict(name: str, state_dict: Any) -> None:
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f'{name} must be a dictionary of tensors, got {description.shown(value)} as {key!r:.80}')
+    checkpoint.check_finite(state_dict)
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -128,92 +245,73 @@ def _check_values(name: str, values: Dict[Any, Any]) -> None:
                 description.plain(f'{name}.{key}', item)
 
 
-def restore(run: 'Run', path: str, loaded: Any) -> None:
-    """Puts a run where a checkpoint's was.
+# --- resuming ---
+
+# Options that decide how far a run is, what its images are or what its weights mean.
+_IMMUTABLE_ARGS = (
+    'model', 'model_kwargs', 'num_classes', 'in_chans', 'dataset', 'train_split', 'opt', 'layer_decay', 'seed',
+    'global_batch_size', 'model_ema',
+)
+
+# Options that do not change a run's results, except for rounding.
+_IGNORED_ARGS = (
+    'config', 'output', 'experiment', 'workers', 'pin_mem', 'device', 'validation_batch_size',
+    'recovery_interval', 'save_interval', 'log_interval', 'resume', 'force_resume', 'log_tensorboard', 'log_wandb',
+    'wandb_project', 'dist_timeout', 'debug', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
+    'max_nonfinite_steps',
+)
+
+# Names of options in older checkpoints.
+_RENAMED_ARGS = {
+    'crop_padding': 'random_crop_pad', 'patience_nonfinite': 'max_nonfinite_steps', 'snapshot_interval': 'save_interval',
+}
+
+
+def diff_args(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], List[str]]:
+    """Describe the options that changed since a checkpoint.
 
     Args:
-        run: To change.
-        path: For messages.
-        loaded: Content of the file, after :func:`check_content`.
+        then: Options in the checkpoint.
+        now: Options of this command.
 
-    Raises:
-        ValueError: It is another run's, or none to go on from.
+    Returns:
+        Lines for options that may change, and lines for those that must not.
     """
-    if not isinstance(loaded, dict) or not loaded.keys() >= _CONTENT:
-        raise ValueError(f'{path} has no run to go on with; --initial-checkpoint takes its weights')
-    progress = Progress.read(loaded['progress'])
-    is_finished = progress.epoch >= run.args.epochs
-    arguments = checkpoint.get_train_args(loaded)
-    changed, refused = differences(arguments, plain(run.args))
-    refused += _other_data(run, loaded)
-    if is_finished and (changed or refused):
-        raise ValueError(
-            f'the run in {path} is finished, and this is another one: {"; ".join(refused + changed)}; name it with '
-            '--experiment')
-    # the global batch size may have changed, and under --force-resume the number of images
-    step = progress.step * arguments['global_batch_size'] // run.args.global_batch_size
-    if step > run.images.steps and not refused:
-        raise ValueError(f'{path}: progress.step must be at most {run.images.steps}, got {progress.step}')
-    if refused and not run.args.force_resume:
-        raise ValueError(
-            f'{path} is of another run: {"; ".join(refused)}; name this one with --experiment, or go on anyway with '
-            '--force-resume')
-    if run.world.is_primary:
-        for text in changed + refused:
-            _logger.warning('changed since %s: %s', path, text)
-        if is_finished:
-            _logger.info('%s: the run was finished already', path)
-        else:
-            _logger.info('going on from %s: epoch %d, step %d', path, progress.epoch, progress.step)
-    _load(run, path, loaded, arguments)
-    progress.step = min(step, run.images.steps)
-    run.progress = progress
-    run.stepper.scheduler.step_update(run.number)
+    then = {_RENAMED_ARGS.get(key, key): value for key, value in then.items()}
+    changed = {
+        key: f'{checkpoint.printable(key)} {checkpoint.shown(then.get(key))} -> {checkpoint.shown(now.get(key))}'
+        for key in sorted(set(then) | set(now))
+        if key not in _IGNORED_ARGS and _without_tuples(then.get(key)) != _without_tuples(now.get(key))
+    }
+    return (
+        [text for key, text in changed.items() if key not in _IMMUTABLE_ARGS],
+        [text for key, text in changed.items() if key in _IMMUTABLE_ARGS],
+    )
 
 
-def _other_data(run: 'Run', loaded: Dict[str, Any]) -> List[str]:
-    found = []
-    try:
-        data_config.check_classes(loaded['classes'], run.classes, 'the checkpoint', 'the data set')
-    except ValueError as error:
-        found.append(str(error))
-    if loaded['images'] != run.num_images:
-        found.append(f'training images {loaded["images"]} -> {run.num_images}')
-    return found
+def _without_tuples(value: Any) -> Any:
+    """Return a value as YAML, which has no tuples, would give it back."""
+    if isinstance(value, dict):
+        return {key: _without_tuples(item) for key, item in value.items()}
+    return [_without_tuples(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _load(run: 'Run', path: str, loaded: Dict[str, Any], arguments: Dict[str, Any]) -> None:
-    optimizer, ema, scaler = run.stepper.optimizer, run.stepper.ema, run.stepper.scaler
-    try:
-        run.model.load_state_dict(checkpoint.adapt(loaded['state_dict'], run.model))
-        if ema is not None:
-            # an average that is asked for now starts from the weights
-            ema.module.load_state_dict(checkpoint.adapt(loaded.get('state_dict_ema', loaded['state_dict']), ema.module))
-        # --force-resume may have changed the optimizer, which then starts with a fresh state
-        if all(arguments.get(key) == getattr(run.args, key) for key in ('opt', 'layer_decay')):
-            _load_optimizer(optimizer, loaded['optimizer'])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f'{path} does not fit this run: {error}') from error
-    if scaler.is_enabled() and loaded['amp_scaler']:
-        expected = set(scaler.state_dict())
-        if set(loaded['amp_scaler']) != expected:
-            raise ValueError(f'{path}: amp_scaler must have {sorted(expected)}, got {sorted(loaded["amp_scaler"])[:8]}')
-        scaler.load_state_dict(loaded['amp_scaler'])
-
+# Hyperparameters of a parameter group that the command decides, as it decides flags; other numbers are state.
+_GROUP_HPARAMS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps')
 
 # State of an optimizer that is a tensor: as large as its parameter, or reduced over dimensions.
 _MOMENTS = ('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer', 'square_avg', 'grad_avg')
 
 
-def _load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
+def load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
     """Load an optimizer's state after a comparison with its parameters.
 
     Args:
-        optimizer: Optimizer to load into; options that the checkpoint lacks keep their values.
+        optimizer: Optimizer to load into; hyperparameters that the checkpoint lacks keep their values.
         state: State dict of an optimizer of the same class.
 
     Raises:
-        ValueError: If parameter groups, types of options or shapes differ.
+        ValueError: If parameter groups, types of hyperparameters or shapes differ.
     """
     own = optimizer.state_dict()['param_groups']
     given = state['param_groups']
@@ -222,7 +320,7 @@ def _load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
         raise ValueError(f'the parameter groups of the optimizer must have {expected} parameters, got {got}')
     for ours, theirs in zip(own, given):
         for key, value in theirs.items():
-            if not (_is_count(value) if key == 'step' else _alike(ours.get(key), value)):
+            if not (_is_count(value) if key == 'step' else _have_same_type(ours.get(key), value)):
                 raise ValueError(
                     f'option {key} of the optimizer must be a value like {description.shown(ours.get(key, 0))}, got '
                     f'{description.shown(value)}')
@@ -239,17 +337,14 @@ def _load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
             if key == 'step' and not _is_count(value):
                 raise ValueError(
                     f'step of parameter {index} of the optimizer must be a count, got {description.shown(value)}')
-    groups = [{**ours, **theirs, **_of_command(ours)} for ours, theirs in zip(own, given)]
+    groups = [{**ours, **theirs, **{
+        key: value for key, value in ours.items() if key in _GROUP_HPARAMS or isinstance(value, (bool, str, type(None)))
+    }} for ours, theirs in zip(own, given)]
     optimizer.load_state_dict({**state, 'param_groups': groups})
 
 
-def _of_command(group: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the options of a parameter group that the arguments of this command decide: the learning rate, flags."""
-    return {key: value for key, value in group.items() if key in _OPTIONS or isinstance(value, (bool, str, type(None)))}
-
-
-def _alike(ours: Any, theirs: Any) -> bool:
-    """Whether two values of an option have the same type; whole numbers are numbers, and None leaves options open."""
+def _have_same_type(ours: Any, theirs: Any) -> bool:
+    """Return whether two hyperparameters have the same type; whole numbers are numbers, and None fits any type."""
     kinds = [(int, float) if isinstance(value, (int, float)) and not isinstance(value, bool) else
              (list, tuple) if isinstance(value, (list, tuple)) else type(value) for value in (ours, theirs)]
     return kinds[0] == kinds[1] or ours is None or theirs is None

@@ -50,7 +50,7 @@ class Samples(Dataset):
 
     def __getitem__(self, position: Position) -> Union[Tuple[Any, int], Unreadable]:
         epoch, index = position
-        rng.seed_everything(self.seed, 'image', epoch, index)
+        rng.seed_all(self.seed, 'image', epoch, index)
         try:
             image, target = self._read(index)
         except ERRORS as error:
@@ -134,7 +134,7 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Union[Tuple[Any, Any], Unreadable]]:
         worker = get_worker_info()
-        rng.seed_everything('stream', *self.keys, self.pass_number.value, 0 if worker is None else worker.id)
+        rng.seed_all('stream', *self.keys, self.pass_number.value, 0 if worker is None else worker.id)
         if is_webdataset(self.reader) and self.reader.ds is None:
             _name_undecodable(self.reader, self.read_image)
         for image, target in self._items():
@@ -256,7 +256,7 @@ class Batches(Sampler):
         """What to iterate over next: this epoch, from this step."""
         self.epoch = epoch
         self.first = step
-        self._order = rng.seeded_permutation(self.length, self.seed, 'order', epoch)
+        self._order = rng.permutation(self.length, self.seed, 'order', epoch)
 
     def batch(self, step: int, part: int) -> List[Position]:
         """The images of one batch, ``part`` in [0, accumulation), of the present epoch."""

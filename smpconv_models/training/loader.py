@@ -48,7 +48,7 @@ class Images(NamedTuple):
         if self.batches is not None:
             self.batches.start(epoch, step)
         elif self.stream is not None:
-            self.stream.start(rng.derive_seed(epoch, step) % 2 ** 31 if step else epoch)
+            self.stream.start(rng.key(epoch, step) % 2 ** 31 if step else epoch)
         return self._exactly((self.steps - step) * self.accumulation)
 
     def _exactly(self, count: int) -> Iterator[Tuple[Tensor, Tensor]]:

@@ -1,103 +1,110 @@
-"""What a run tells while it runs: a bar on a terminal, lines elsewhere; TensorBoard and Weights & Biases if asked."""
+"""Progress of a run: a bar on a terminal, log lines elsewhere; TensorBoard and Weights & Biases on request."""
 import importlib.util
 import logging
+import re
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
+import torch
+from torch import distributed as dist
 from tqdm import tqdm
 
+from smpconv_models.utils.errors import first_line
+
 from . import rng
-from .train_state import Progress
+from .checkpointing import TrainState
+from .config import DataOptions, LoggingOptions, TrainOptions
+from .distributed import DistributedContext
 
 _logger = logging.getLogger(__name__)
 
 
-def check(args: Namespace) -> None:
-    """Raises ValueError where the arguments ask for what isn't installed."""
-    asked = {'tensorboard': args.log_tensorboard, 'wandb': args.log_wandb, 'matplotlib': True}
-    for name, is_asked in asked.items():
-        if is_asked and importlib.util.find_spec(name) is None:
-            why = 'the picture of the run' if name == 'matplotlib' else f'--log-{name}'
-            raise ValueError(f'{why} needs {name}: pip install {name}')
+def check_logging_dependencies(options: LoggingOptions) -> None:
+    """Raise ValueError if the options need a package that is not installed."""
+    needed = {'tensorboard': options.log_tensorboard, 'wandb': options.log_wandb, 'matplotlib': True}
+    for name, is_needed in needed.items():
+        if is_needed and importlib.util.find_spec(name) is None:
+            purpose = 'the picture of the run' if name == 'matplotlib' else f'--log-{name}'
+            raise ValueError(f'{purpose} needs {name}: pip install {name}')
 
 
 class ProgressLogger:
-    """Tells of steps and epochs.
+    """Logger of steps and epochs.
 
     Args:
-        args: The intervals, and where to tell.
-        folder: Of the run.
-        progress: Where the run goes on.
-        steps: Of an epoch.
+        options: Options of the run.
+        folder: Folder of the run.
+        state: Progress at which the run begins or resumes.
+        steps: Number of steps of an epoch.
     """
 
-    def __init__(self, args: Namespace, folder: Path, progress: Progress, steps: int) -> None:
-        self.args = args
+    def __init__(self, options: TrainOptions, folder: Path, state: TrainState, steps: int) -> None:
+        self.options = options
         self.steps = steps
         self.bar: Optional[tqdm] = None
         self.writers: List[Any] = []
-        if args.log_tensorboard:
-            self.writers.append(_TensorBoard(folder, progress.epoch * steps + progress.step + 1))
-        if args.log_wandb:
-            self.writers.append(_WandB(args, folder))
+        if options.logging.log_tensorboard:
+            self.writers.append(_TensorBoard(folder, state.epoch * steps + state.step + 1))
+        if options.logging.log_wandb:
+            self.writers.append(_WandB(options, folder))
         _logger.info('epoch  train loss  val loss   top-1  EMA top-1  learning rate  seconds')
 
-    def start_epoch(self, progress: Progress) -> None:
-        """An epoch begins, or goes on."""
+    def start_epoch(self, state: TrainState) -> None:
+        """Show the bar of an epoch that begins or resumes."""
         self.begin = time.perf_counter()
         self.done = 0
         self.bar = tqdm(
-            total=self.steps, initial=progress.step, desc=f'epoch {progress.epoch}', unit='step', leave=False,
+            total=self.steps, initial=state.step, desc=f'epoch {state.epoch}', unit='step', leave=False,
             disable=None, bar_format='{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]')
 
-    def step(self, progress: Progress, loss: float, rate: float) -> None:
-        """A step is done; the loss is its own, the rate the largest."""
+    def step(self, state: TrainState, loss: float, lr: float) -> None:
+        """Log a finished step with its loss and the largest learning rate."""
         assert self.bar is not None
         self.done += 1
         seconds = (time.perf_counter() - self.begin) / self.done
-        left = (self.args.epochs - progress.epoch) * self.steps - progress.step
-        speed = self.args.global_batch_size / seconds
-        told = f'loss {loss:.3f}, rate {rate:.2e}, {speed:.0f} images/s'
-        self.bar.set_postfix_str(f'{told}, run {_clock(left * seconds)}', refresh=False)
+        left = (self.options.run.epochs - state.epoch) * self.steps - state.step
+        assert self.options.run.global_batch_size is not None
+        speed = self.options.run.global_batch_size / seconds
+        line = f'loss {loss:.3f}, lr {lr:.2e}, {speed:.0f} images/s'
+        self.bar.set_postfix_str(f'{line}, run {_clock(left * seconds)}', refresh=False)
         self.bar.update()
-        if self.done % self.args.log_interval == 0:
+        if self.done % self.options.logging.log_interval == 0:
             if self.bar.disable:
                 _logger.info(
-                    'epoch %d  step %d/%d  %s, %s left', progress.epoch, progress.step, self.steps, told,
+                    'epoch %d  step %d/%d  %s, %s left', state.epoch, state.step, self.steps, line,
                     _clock(left * seconds))
-            values = {'train/loss': loss, 'train/rate': rate, 'train/images_per_second': speed}
-            self._write(values, progress.epoch * self.steps + progress.step)
+            values = {'train/loss': loss, 'train/lr': lr, 'train/images_per_second': speed}
+            self._write(values, state.epoch * self.steps + state.step)
 
     def end_epoch(self) -> None:
-        """The bar goes, whether or not the epoch came to its end."""
+        """Close the bar of an epoch, finished or not."""
         if self.bar is not None:
             self.bar.close()
 
-    def row(self, row: Dict[str, Any], seconds: float) -> None:
-        """An epoch is done, measured and saved."""
-        average = f'{row["ema_top1"]:9.2f}' if 'ema_top1' in row else ' ' * 9
+    def log_epoch(self, row: Dict[str, Any], seconds: float) -> None:
+        """Log the measurements of a finished epoch."""
+        ema = f'{row["ema_top1"]:9.2f}' if 'ema_top1' in row else ' ' * 9
         _logger.info(
             f'{row["epoch"]:5d}  {row["train_loss"]:10.4f}  {row["eval_loss"]:8.4f}  {row["eval_top1"]:6.2f}  '
-            f'{average}  {row["lr"]:13.2e}  {seconds:7.1f}')
+            f'{ema}  {row["lr"]:13.2e}  {seconds:7.1f}')
         values = {f'epoch/{name}': value for name, value in row.items() if name != 'epoch'}
         self._write(values, (row['epoch'] + 1) * self.steps)
 
     def close(self) -> None:
-        """The run ends, however."""
+        """Close all writers at the end of the run, however it ends."""
         self._each(lambda writer: writer.close())
 
     def _write(self, values: Dict[str, float], step: int) -> None:
         self._each(lambda writer: writer.write(values, step))
 
-    def _each(self, do: Callable[[Any], None]) -> None:
-        """A log that can't be written any more is no reason to end the run."""
+    def _each(self, act: Callable[[Any], None]) -> None:
+        """Call a function for each writer; a writer that fails is dropped, and the run continues."""
         for writer in list(self.writers):
             try:
-                do(writer)
+                act(writer)
             except (OSError, RuntimeError, ValueError) as error:
-                _logger.warning('%s is not told any more: %s', writer.name, error)
+                _logger.warning('logging to %s ends: %s', writer.name, error)
                 self.writers.remove(writer)
 
 
@@ -106,7 +113,7 @@ class _TensorBoard:
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step)  # what comes again is not kept twice
+        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step)  # repeated steps replace the first
 
     def write(self, values: Dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -119,12 +126,12 @@ class _TensorBoard:
 class _WandB:
     name = 'Weights & Biases'
 
-    def __init__(self, args: Namespace, folder: Path) -> None:
+    def __init__(self, options: TrainOptions, folder: Path) -> None:
         import wandb
         try:
             self.run = wandb.init(
-                project=args.wandb_project, name=folder.name, dir=str(folder), config=vars(args), resume='allow',
-                id=f'{rng.derive_seed(str(folder.resolve())):x}')  # the folder's, so that it goes on
+                project=options.logging.wandb_project, name=folder.name, dir=str(folder), config=options.as_dict(),
+                resume='allow', id=f'{rng.derive_seed(str(folder.resolve())):x}')  # one id a folder, to resume it
         except wandb.Error as error:
             raise ValueError(f'--log-wandb: {error}; WANDB_MODE=offline needs no network') from error
 
@@ -139,3 +146,35 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{seconds:02d}'
+
+
+_NO_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory", 'bad allocation', 'std::bad_alloc')
+_NO_WORKER = ('dataloader worker (pid', 'dataloader timed out', 'shared memory', 'file </torch', 'bus error')
+_NO_PEER = ('gloo', 'nccl', 'connection closed', 'connection reset', 'timed out', 'broken pipe')
+
+
+def describe_error(
+        error: Exception, data: DataOptions, world: DistributedContext, is_training: bool = False) -> Optional[str]:
+    """Return a line for an error of the environment or the data; None for a fault of the program.
+
+    Args:
+        error: Error that ended the run.
+        data: Options of the run.
+        world: Ranks of the run, which may be the cause.
+        is_training: Whether the run trains, for the advice.
+    """
+    _logger.debug('the run has failed', exc_info=error)
+    text, line = str(error).lower(), first_line(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in _NO_MEMORY):
+        advice = 'a smaller --batch-size or --amp'
+        if is_training:
+            advice = 'a smaller --batch-size with --global-batch-size kept, --amp or --grad-checkpointing'
+        return f'out of memory with --batch-size {data.batch_size}: {line}; {advice} needs less'
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _NO_WORKER):
+        return (
+            f'a DataLoader worker died: {line}; memory or shared memory (/dev/shm) may be full: '
+            f'try fewer --workers than {data.workers}')
+    if world.size > 1 and isinstance(error, (dist.DistError, RuntimeError)) and any(sign in text for sign in _NO_PEER):
+        cause = re.sub(r'^\[\S+\] ', '', line).split('. ')[0]  # without the library's file and its advice
+        return f'rank {world.rank} timed out waiting for other ranks ({world.unresponsive_ranks()}): {cause}'
+    return line if isinstance(error, (FloatingPointError, OSError, ValueError)) else None

@@ -1,30 +1,31 @@
-"""The folder of a run, which one run at a time may hold."""
+"""Folder of a run, which one run at a time may hold."""
 import json
 import logging
 import os
 import socket
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
+import yaml
 from filelock import FileLock, Timeout
 
 from smpconv_models import checkpoint
 
 from ..utils import atomic_io
-from . import saving
+from .checkpointing import check_content, save_checkpoint
 
 _logger = logging.getLogger(__name__)
 
-# Seconds for what a killed run leaves: the processes that load for it hold the lock until they notice, after five.
-_PATIENCE = 6.
+# Seconds to wait for a killed run: its DataLoader workers hold the lock until they notice, after five.
+_LOCK_TIMEOUT_S = 6.
 
 
 class RunDir:
-    """What a run leaves behind.
+    """Files of a run.
 
     Args:
-        path: The folder; it need not exist.
+        path: Path of the folder, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,86 +34,88 @@ class RunDir:
         self.last = path / 'last.pth.tar'
         self.previous = path / 'previous.pth.tar'
         self.best = path / 'model_best.pth.tar'
-        self.table = path / 'summary.csv'
-        self.summary = path / 'summary.json'
+        self.summary_csv = path / 'summary.csv'
+        self.summary_json = path / 'summary.json'
         self.curves = path / 'curves.png'
-        self.picture = path / 'summary.png'
-        self._holder = path / '.run.json'
+        self.summary_png = path / 'summary.png'
+        self._owner_file = path / '.run.json'
         self._lock = FileLock(path / '.run.lock')
-        self._own = {
+        self._owner = {
             'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')}
 
-    def hold(self) -> None:
-        """Makes the folder if there is none, and takes it for this process until it ends.
+    @staticmethod
+    def best_checkpoint(path: str) -> str:
+        """Return the path of a file, or of the best checkpoint if the path is a run's folder."""
+        return str(RunDir(Path(path)).best if Path(path).is_dir() else path)
+
+    def acquire(self) -> None:
+        """Create the folder if there is none, and lock it until :meth:`release` or the end of the process.
 
         Raises:
-            ValueError: It can't be written to, or another run holds it.
+            ValueError: If it cannot be written to, or another run holds it.
         """
         try:
-            self._acquire()
-            atomic_io.save_json(self._holder, self._own)
+            self._acquire_lock()
+            atomic_io.save_json(self._owner_file, self._owner)
         except Timeout as error:
             raise ValueError(
-                f'another run is in {self.path}: {self._described()}; wait for it, or name this one with '
+                f'another run is in {self.path}: {self._describe_owner()}; wait for its end, or choose another '
                 '--experiment') from error
         except OSError as error:
             raise ValueError(f'--output {self.path} cannot be written to: {error}') from error
         atomic_io.remove_temporaries([
-            self.arguments, self.last, self.previous, self.best, self.table, self.summary, self.curves, self.picture,
-            self._holder])
-        for temporary in self.path.glob('.checkpoint-*.pth.tar.*'):  # of snapshots, of whichever epochs
+            self.arguments, self.last, self.previous, self.best, self.summary_csv, self.summary_json, self.curves,
+            self.summary_png, self._owner_file])
+        for temporary in self.path.glob('.checkpoint-*.pth.tar.*'):  # of snapshots of any epoch
             temporary.unlink(missing_ok=True)
 
-    def _acquire(self) -> None:
+    def _acquire_lock(self) -> None:
         while True:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except FileExistsError:
-                if os.path.lexists(self.path) and not os.path.isdir(self.path):  # a file, a link to nothing
+                if os.path.lexists(self.path) and not os.path.isdir(self.path):  # a file, or a broken link
                     raise
-                continue  # a run that was refused has removed the folder in between, as below
+                continue  # another run has removed the folder in between, see release()
             try:
-                self._lock.acquire(timeout=_PATIENCE)
+                self._lock.acquire(timeout=_LOCK_TIMEOUT_S)
                 return
             except FileNotFoundError:
                 continue
 
     def release(self) -> None:
-        """Leave the folder to the next run, if this run holds it."""
+        """Unlock the folder, if this run holds it; remove it if nothing was written."""
         if not self._lock.is_locked:
             return
         try:
-            if json.loads(self._holder.read_text()) != self._own:
+            if json.loads(self._owner_file.read_text()) != self._owner:
                 return  # the folder was renamed, and another run is in a new one of its name
-            self._holder.unlink()
+            self._owner_file.unlink()
             lock = Path(self._lock.lock_file)
-            if [path.name for path in self.path.iterdir()] == [lock.name]:  # of a run that was refused
-                lock.unlink()  # while it is held: whoever waits for it notices, and opens the next one
+            if [path.name for path in self.path.iterdir()] == [lock.name]:
+                lock.unlink()  # while it is held: a waiting process notices, and opens the next one
                 self.path.rmdir()
         except (OSError, ValueError, RecursionError) as error:  # renamed, removed, read-only, or the next run's
             _logger.debug('%s is left as it is: %s', self.path, error)
         finally:
             self._lock.release()
 
-    def _described(self) -> str:
+    def _describe_owner(self) -> str:
         try:
-            holder = json.loads(self._holder.read_text())
-            return checkpoint.printable(f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}')
+            owner = json.loads(self._owner_file.read_text())
+            return checkpoint.printable(f'process {owner["pid"]} on {owner["host"]} since {owner["since"]}')
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not written yet, or not by this package
-            return 'it has not said who it is'
+            return 'an unknown process'
 
     def has_checkpoint(self) -> bool:
-        """Whether there is any, whole or not."""
+        """Return whether there is a checkpoint, valid or not."""
         return self.last.exists() or self.previous.exists()
 
-    def newest(self, check: Callable[[Any], None] = lambda loaded: None) -> Optional[Tuple[str, Any]]:
-        """The newest checkpoint that is whole; None where there is none at all.
-
-        Args:
-            check: Raises ValueError for content that no run resumes from.
+    def load_latest(self) -> Optional[Tuple[str, Any]]:
+        """Return path and content of the newest valid checkpoint; None if there is no checkpoint.
 
         Raises:
-            ValueError: There are some, none of them whole.
+            ValueError: If there are checkpoints, but no valid one.
         """
         problems: List[str] = []
         for path in (self.last, self.previous):
@@ -120,30 +123,27 @@ class RunDir:
                 continue
             try:
                 loaded = checkpoint.read_file(path)
-                check_named(check, loaded, path)
+                check_content(loaded, path)
             except ValueError as error:
                 problems.append(str(error))
                 _logger.warning('%s; looking for an older one', error)
                 continue
-            if problems:  # out of the way, or the next save would keep it in place of this one
+            if problems:  # otherwise the next save would keep the refused file as the previous checkpoint
                 os.replace(self.last, self.last.with_name('refused.pth.tar'))
             return str(path), loaded
         if problems:
-            raise ValueError('; '.join(problems) + '; remove them to start anew')
+            raise ValueError('; '.join(problems) + '; remove them to start from the beginning')
         return None
 
     def snapshot(self, epoch: int) -> Path:
-        """Where the weights of an epoch are kept, by timm's name."""
+        """Return the path of the weights of an epoch, by timm's name."""
         return self.path / f'checkpoint-{epoch}.pth.tar'
 
     def save(self, state: Dict[str, Any]) -> None:
-        """Makes this the last checkpoint, and the one that was the last the previous one."""
-        saving.save_checkpoint(self.last, state, self.previous)
+        """Save the last checkpoint, and keep the one before it."""
+        save_checkpoint(self.last, state, self.previous)
 
-
-def check_named(check: Callable[[Any], None], loaded: Any, path: Any) -> None:
-    """Call `check` on a checkpoint's content; name the file in its ValueError."""
-    try:
-        check(loaded)
-    except ValueError as error:
-        raise ValueError(f'{path} cannot be resumed from: {error}') from error
+    def save_arguments(self, arguments: Dict[str, Any]) -> None:
+        """Write options as YAML, as ``--config`` reads them."""
+        with atomic_io.atomic_write(self.arguments) as temporary:
+            temporary.write_text(yaml.safe_dump(arguments, sort_keys=True))

@@ -1,329 +1,636 @@
-"""A training run made ready: its parts, its folder, and where it goes on."""
-from argparse import Namespace
+"""Training run: set-up, the loop over steps and epochs, resuming, and the files of the run's folder."""
+import logging
+import math
+import platform
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import timm
 import torch
-from timm.utils import random_seed
+from timm.utils import distribute_bn, random_seed
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from smpconv_models import checkpoint
+from smpconv_models import __version__, checkpoint
 from smpconv_models.utils.errors import first_line
 
-from . import checkpointing, data_config, dataset_factory, factory, loader, logger, saving, task_sequence
-from .distributed import DistributedContext
-from .metrics import EvalLoader
+from ..utils import atomic_io
+from ..utils.atomic_io import atomic_write
+from . import factory
+from .checkpointing import TrainState, check_content, diff_args, is_resumable, load_optimizer, save_checkpoint
+from .config import TrainOptions
+from .datasets import SkippedSamples
+from .distributed import DistributedContext, GracefulStop, TrainingInterrupted
+from .loader import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
+from .logger import ProgressLogger, check_logging_dependencies
+from .metrics import evaluate
 from .model_factory import (
-    check_options_agree,
+    check_no_conflict,
     create_model,
     load_weights,
-    memory_format,
     model_arguments,
-    parse_name,
+    parse_model_name,
     select_device,
+    select_weights,
 )
-from .run_dir import RunDir, check_named
-from .skipped import SkippedInTraining
-from .train_state import Progress
-from .train_step import TrainStep
+from .run_dir import RunDir
+from .tasks import check_class_count, check_same_classes, class_names, create_task
+from .train_step import StepResult, TrainStep
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Run:
-    """What a training run works with."""
-    args: Namespace
+class Trainer:
+    """Training run that is ready to begin or to resume; see :func:`build_trainer`.
+
+    Attributes:
+        options: Options of the run, completed.
+        world: Ranks of the run.
+        device: Device of this rank.
+        run_dir: Folder of the run.
+        state: Progress of the run.
+        skipped: Training images that this rank could not read.
+        model: Unwrapped model.
+        model_kwargs: Arguments of the model's constructor.
+        train_step: Optimizer steps.
+        train_loader: Training images.
+        val_loader: Validation images.
+        classes: Names of the classes by index, None if they are not known.
+        logger: Logger on rank 0 while the run trains, otherwise None.
+    """
+    options: TrainOptions
     world: DistributedContext
     device: torch.device
-    folder: RunDir
-    progress: Progress
-    left_out: SkippedInTraining
+    run_dir: RunDir
+    state: TrainState
+    skipped: SkippedSamples
     model: nn.Module
     model_kwargs: Dict[str, Any]
-    stepper: TrainStep
-    images: loader.Images
-    held_out: EvalLoader
+    train_step: TrainStep
+    train_loader: TrainLoader
+    val_loader: EvalLoader
     classes: Optional[List[str]]
+    logger: Optional[ProgressLogger] = None
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The model whose accuracy counts."""
-        return self.model if self.stepper.ema is None else self.stepper.ema.module
+    def eval_model(self) -> nn.Module:
+        """Model whose accuracy counts: the EMA if there is one."""
+        return self.model if self.train_step.ema is None else self.train_step.ema.module
 
     @property
-    def number(self) -> int:
-        """Steps that are done, over all epochs."""
-        return self.progress.epoch * self.images.steps + self.progress.step
+    def global_step(self) -> int:
+        """Number of finished steps, over all epochs."""
+        return self.state.epoch * self.train_loader.steps + self.state.step
 
-    @property
-    def num_images(self) -> Optional[int]:
-        """Training images; None for a stream."""
-        return None if self.images.samples is None else len(self.images.samples)
+    def train(self) -> Dict[str, Any]:
+        """Train to the last epoch, from the current progress, and evaluate after each epoch.
 
-    def weights(self) -> Dict[str, Any]:
-        """A checkpoint to use, under the keys that timm's scripts read."""
-        state = {
-            'arch': self.args.model,
-            'model_kwargs': self.model_kwargs,
-            'state_dict': self.model.state_dict(),
-            'classes': self.classes,
-            'args': checkpointing.plain(self.args),
-        }
-        if self.stepper.ema is not None:
-            state['state_dict_ema'] = self.stepper.ema.module.state_dict()
-        return state
+        Rank 0 writes the files of the run's folder: ``last.pth.tar`` to resume from, each epoch and every
+        ``--recovery-interval`` steps, the one before it as ``previous.pth.tar``, the best weights as
+        ``model_best.pth.tar``, those of every ``--save-interval`` epochs as ``checkpoint-EPOCH.pth.tar``,
+        ``summary.csv`` with a row for each epoch, ``summary.json``, ``curves.png`` and, at the end, ``summary.png``
+        with the learned kernels.
 
-    def state(self) -> Dict[str, Any]:
-        """A checkpoint to go on from."""
-        return {
-            **self.weights(),
-            'optimizer': self.stepper.optimizer.state_dict(),
-            'amp_scaler': self.stepper.scaler.state_dict(),
-            'images': self.num_images,
-            'epoch': self.progress.epoch - 1,  # as timm counts, the last that is done
-            'progress': self.progress.plain(),
-        }
+        Returns:
+            ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, both of the EMA weights if there are any,
+            ``checkpoint`` and ``picture`` as paths, and the ``seconds`` it took: 0 if the run was finished before.
+
+        Raises:
+            FloatingPointError: If too many consecutive steps, or all steps of the run, had NaN or infinity.
+            OSError: If a file cannot be written.
+            TrainingInterrupted: If a signal stopped the run, after a checkpoint was saved.
+            ValueError: If images cannot be read, or the file of the best checkpoint is damaged.
+        """
+        start = time.perf_counter()
+        state = self.state
+        is_finished = state.epoch >= self.options.run.epochs
+        if is_finished:
+            self.world.run_on_primary(self._write_results)  # the run may have ended before it wrote them
+        else:
+            self.logger = self.world.run_on_primary(
+                lambda: ProgressLogger(self.options, self.run_dir.path, state, self.train_loader.steps))
+        with GracefulStop() as stop:
+            try:
+                while state.epoch < self.options.run.epochs:
+                    begin = time.perf_counter()
+                    if state.step < self.train_loader.steps:
+                        self._train_epoch(stop)
+                        self._save()  # an evaluation may be stopped at any time
+                    state.finish_epoch(self._evaluate_epoch(stop))
+                    self._save_epoch()
+                    if self.logger is not None:
+                        self.logger.log_epoch(state.rows[-1], time.perf_counter() - begin)
+            finally:
+                if self.logger is not None:
+                    self.logger.close()
+        self.world.run_on_primary(self._draw)
+        self._check_success()
+        return {**self._results(), 'seconds': 0. if is_finished else time.perf_counter() - start}
 
     def close(self) -> None:
-        """End the DataLoader workers, and leave the folder to another run."""
+        """End the DataLoader workers, and release the run's folder."""
         try:
             self.world.close_loaders()
         finally:
             if self.world.is_primary:
-                self.folder.release()
+                self.run_dir.release()
+
+    # --- an epoch ---
+
+    def _train_epoch(self, stop: GracefulStop) -> None:
+        """Do the remaining steps of an epoch."""
+        state = self.state
+        mixup, mixup_off_epoch = self.train_step.mixup, self.options.augmentation.mixup_off_epoch
+        if mixup is not None:
+            mixup.mixup_enabled = not mixup_off_epoch or state.epoch < mixup_off_epoch
+        self.model.train()
+        batches = self.train_loader.start(state.epoch, state.step)
+        if self.logger is not None:
+            self.logger.start_epoch(state)
+        try:
+            while state.step < self.train_loader.steps:
+                try:
+                    result = self.train_step.step(batches, self.global_step, stop.number is not None)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f'{error} {self._last_applied()}; {self._advice()}') from error
+                self._count_step(result)
+                if self.logger is not None:
+                    self.logger.step(state, result.loss, result.lr)
+                if result.stop_requested:
+                    self._save()
+                    raise TrainingInterrupted(stop.number or signal.SIGTERM)  # if only another rank was asked
+                if (self.global_step % self.options.checkpointing.recovery_interval == 0
+                        and state.step < self.train_loader.steps):
+                    self._save()
+        finally:
+            if self.logger is not None:
+                self.logger.end_epoch()
+
+    def _count_step(self, result: StepResult) -> None:
+        """Count a step; report a skipped one, and stop the run after too many of them."""
+        state = self.state
+        if result.applied:
+            state.loss_sum += result.loss
+            state.loss_count += 1
+            state.refused = 0
+        elif not result.scale_overflow:
+            state.refused += 1
+            names = self.train_loader.names(state.step)
+            files = ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
+            line = (
+                f'epoch {state.epoch}, step {state.step}: {result.problem}, at learning rate {result.lr:.2e}, so the '
+                'step is not applied' + (f'; images {files}' if names else ''))
+            if result.report_here:
+                _logger.warning('%s', line)
+            if state.refused >= self.options.checkpointing.max_nonfinite_steps:
+                raise FloatingPointError(
+                    f'{state.refused} consecutive steps had NaN or infinity; the last: {line}; {self._advice()}')
+        state.step += 1
+
+    def _last_applied(self) -> str:
+        """Name the last step that changed the weights."""
+        if self.train_step.last_applied is None:
+            return 'before the first step of this command'
+        number, lr = self.train_step.last_applied
+        epoch, step = divmod(number, self.train_loader.steps)
+        return f'after epoch {epoch}, step {step}, at learning rate {lr:.2e}'
+
+    def _advice(self) -> str:
+        return f'a lower --lr than {self.options.optimizer.lr:g} or --clip-grad may help'
+
+    def _evaluate_epoch(self, stop: GracefulStop) -> Dict[str, Any]:
+        """Return the row of an epoch, without times: the same numbers however often the run was resumed."""
+        state, ema = self.state, self.train_step.ema
+        if self.world.size > 1:
+            for model in dict.fromkeys((self.model, self.eval_model)):  # in the same order on every rank
+                distribute_bn(model, self.world.size)  # rank 0's: without SyncBN each rank has its own
+        self.model.eval()
+        metrics = self._evaluate(self.model, 'validating', stop)
+        row = {
+            'epoch': state.epoch,
+            'train_loss': state.loss_sum / state.loss_count if state.loss_count else math.nan,
+            'eval_loss': metrics['loss'],
+            'eval_top1': metrics['top1'],
+            'eval_top5': metrics['top5'],
+        }
+        if ema is not None:
+            metrics = self._evaluate(ema.module, 'validating the EMA weights', stop)
+            row.update(ema_loss=metrics['loss'], ema_top1=metrics['top1'], ema_top5=metrics['top5'])
+        row.update(lr=max(group['lr'] for group in self.train_step.optimizer.param_groups))
+        return self.world.broadcast_object(row)  # of a stream, each rank has measured all, perhaps to other digits
+
+    def _evaluate(self, model: nn.Module, description: str, stop: GracefulStop) -> Dict[str, Any]:
+        """Evaluate a model; stop on all ranks if one was asked to, as the run was saved before."""
+        metrics = evaluate(model, self.val_loader, self.device, self.options.device, description, stop=stop)
+        stops, = self.world.sum(torch.tensor(stop.number is not None, device=self.device))
+        if stops:
+            raise TrainingInterrupted(stop.number or signal.SIGTERM)
+        return metrics
+
+    # --- files ---
+
+    def _weights(self) -> Dict[str, Any]:
+        """Return a checkpoint for evaluation, under the keys that timm's scripts read."""
+        content = {
+            'arch': self.options.model.model,
+            'model_kwargs': self.model_kwargs,
+            'state_dict': self.model.state_dict(),
+            'classes': self.classes,
+            'args': {**self.options.as_dict(), 'world_size': self.world.size},
+        }
+        if self.train_step.ema is not None:
+            content['state_dict_ema'] = self.train_step.ema.module.state_dict()
+        return content
+
+    def _save(self) -> None:
+        """Save a checkpoint to resume from."""
+        skipped = torch.tensor(self.skipped.count, device=self.device)
+        self.state.unreadable += int(self.world.all_reduce_(skipped))
+        self.skipped.count = 0
+        self.world.run_on_primary(lambda: self.run_dir.save({
+            **self._weights(),
+            'optimizer': self.train_step.optimizer.state_dict(),
+            'amp_scaler': self.train_step.scaler.state_dict(),
+            'images': self.train_loader.num_images,
+            'epoch': self.state.epoch - 1,  # the last finished one, as timm counts
+            'progress': self.state.state_dict(),
+        }))
+
+    def _save_epoch(self) -> None:
+        """Save what is kept of an epoch, then the progress: a run that ends in between repeats the evaluation."""
+        state = self.state
+        row, best = state.rows[-1], state.best_epoch
+        content = {**self._weights(), 'epoch': row['epoch'], 'metric': _score(row)}
+        interval = self.options.checkpointing.save_interval
+        if interval and row['epoch'] % interval == 0:
+            self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.snapshot(row['epoch']), content))
+        if best is None or _score(row) > _score(state.rows[best]):
+            state.best_epoch = row['epoch']
+            self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.best, content))
+        self._save()
+        self.world.run_on_primary(self._write_results)
+
+    def _write_results(self) -> None:
+        """Write table, summary and curves: always the same from the same checkpoint."""
+        from smpconv_models import figures  # imported here, as evaluation does not need matplotlib
+        rows = self.state.rows
+        atomic_io.save_rows(self.run_dir.summary_csv, rows)
+        atomic_io.save_json(self.run_dir.summary_json, {
+            'model': self.options.model.model,
+            **self._results(),
+            'parameters': sum(parameter.numel() for parameter in self.model.parameters()),
+            'epochs': self.options.run.epochs,
+            'epochs_done': self.state.epoch,
+            'images': self.train_loader.num_images,
+            'images_unreadable': self.state.unreadable,
+            'classes': self.classes,
+            'processes': self.world.size,
+            'global_batch_size': self.options.run.global_batch_size,
+            'device': str(self.device),
+            'versions': {
+                'smpconv_models': __version__, 'torch': torch.__version__, 'timm': timm.__version__,
+                'python': platform.python_version()},
+        })
+        with atomic_write(self.run_dir.curves) as temporary:
+            figures.save_curves(temporary, rows)
+
+    def _draw(self) -> None:
+        """Draw the picture of the run."""
+        from smpconv_models import figures  # imported here, as evaluation does not need matplotlib
+        with atomic_write(self.run_dir.summary_png) as temporary:
+            figures.save_run(temporary, self.state.rows, self.eval_model)
+
+    def _results(self) -> Dict[str, Any]:
+        rows, best = self.state.rows, self.state.best_epoch
+        assert best is not None
+        return {
+            'top1': _score(rows[-1]),
+            'best_top1': _score(rows[best]),
+            'best_epoch': best,
+            'checkpoint': str(self.run_dir.best),
+            'picture': str(self.run_dir.summary_png),
+        }
+
+    def _check_success(self) -> None:
+        """Raise FloatingPointError if the run has learned nothing, ValueError if its best checkpoint is damaged."""
+        rows = self.state.rows
+        if all(math.isnan(row['train_loss']) for row in rows):
+            raise FloatingPointError(
+                f'no step of epochs 0 to {len(rows) - 1} was applied, from step 0 on: each had NaN or infinity; '
+                f'{self._advice()}')
+        if self._results()['best_top1'] < 0:
+            raise FloatingPointError(
+                f'the validation loss was finite in none of the {len(rows)} epochs; {self._advice()}')
+        if self.run_dir.best.exists():
+            self.world.run_on_primary(self._check_best)
+
+    def _check_best(self) -> None:
+        try:
+            checkpoint.check_file(self.run_dir.best)
+        except ValueError as error:
+            raise ValueError(
+                f'the run is finished, but its best checkpoint is damaged: {error}; the weights of the last epoch are '
+                f'in {self.run_dir.last}') from error
+
+    # --- resuming ---
+
+    def _acquire_run_dir(self, given: Dict[str, Any]) -> None:
+        """Lock the folder and read the checkpoint on rank 0, and resume from it on every rank."""
+        try:
+            found = self.world.broadcast_object(self.world.run_on_primary(self._find_resume_checkpoint))
+            if found is not None:
+                self._load_checkpoint(*found)
+            if self.state.epoch < self.options.run.epochs:
+                self.world.run_on_primary(lambda: self.run_dir.save_arguments(given))
+        except (OSError, RuntimeError, ValueError):
+            self.close()
+            raise
+
+    def _find_resume_checkpoint(self) -> Optional[Tuple[str, Any]]:
+        """Lock the folder; return path and content of the checkpoint to resume from, if any."""
+        given = None
+        resume = self.options.checkpointing.resume
+        if resume and not self.run_dir.has_checkpoint():  # otherwise that is of this command, which was stopped
+            given = resume, checkpoint.read_file(resume)
+            check_content(given[1], resume)
+        self.run_dir.acquire()
+        found = self.run_dir.load_latest() or given
+        if found is None and self.run_dir.summary_csv.exists():
+            raise ValueError(
+                f'{self.run_dir.path} has the results of a run but no last.pth.tar to resume from; choose another '
+                '--experiment')
+        if found is not None and is_resumable(found[1]) and not self.run_dir.best.exists():
+            progress = found[1]['progress']
+            if progress['epoch'] < self.options.run.epochs:
+                progress['best_epoch'] = None  # resumed in another folder, or the best weights were removed
+        return found
+
+    def _load_checkpoint(self, path: str, loaded: Any) -> None:
+        """Resume from the content of a checkpoint, after :func:`check_content`.
+
+        Raises:
+            ValueError: If it is another run's, or has no progress to resume from.
+        """
+        if not is_resumable(loaded):
+            raise ValueError(f'{path} has no run to resume; --initial-checkpoint takes its weights')
+        state = TrainState.from_state_dict(loaded['progress'])
+        is_finished = state.epoch >= self.options.run.epochs
+        arguments = checkpoint.get_train_args(loaded)
+        changed, refused = diff_args(arguments, {**self.options.as_dict(), 'world_size': self.world.size})
+        try:
+            check_same_classes(loaded['classes'], self.classes, 'the checkpoint', 'the data set')
+        except ValueError as error:
+            refused.append(str(error))
+        if loaded['images'] != self.train_loader.num_images:
+            refused.append(f'training images {loaded["images"]} -> {self.train_loader.num_images}')
+        if is_finished and (changed or refused):
+            raise ValueError(
+                f'the run in {path} is finished, and this is another one: {"; ".join(refused + changed)}; choose '
+                'another --experiment')
+        # the global batch size may have changed, and under --force-resume the number of images
+        assert self.options.run.global_batch_size is not None
+        step = state.step * arguments['global_batch_size'] // self.options.run.global_batch_size
+        if step > self.train_loader.steps and not refused:
+            raise ValueError(f'{path}: progress.step must be at most {self.train_loader.steps}, got {state.step}')
+        if refused and not self.options.checkpointing.force_resume:
+            raise ValueError(
+                f'{path} is of another run: {"; ".join(refused)}; choose another --experiment, or resume anyway with '
+                '--force-resume')
+        if self.world.is_primary:
+            for text in changed + refused:
+                _logger.warning('changed since %s: %s', path, text)
+            if is_finished:
+                _logger.info('%s: the run is finished already', path)
+            else:
+                _logger.info('resuming from %s: epoch %d, step %d', path, state.epoch, state.step)
+        self._load_weights(path, loaded, arguments)
+        state.step = min(step, self.train_loader.steps)
+        self.state = state
+        self.train_step.scheduler.step_update(self.global_step)
+
+    def _load_weights(self, path: str, loaded: Dict[str, Any], arguments: Dict[str, Any]) -> None:
+        ema, scaler = self.train_step.ema, self.train_step.scaler
+        try:
+            self.model.load_state_dict(checkpoint.adapt(loaded['state_dict'], self.model))
+            if ema is not None:
+                # an EMA that is asked for only now starts from the weights
+                weights = loaded.get('state_dict_ema', loaded['state_dict'])
+                ema.module.load_state_dict(checkpoint.adapt(weights, ema.module))
+            # --force-resume may have changed the optimizer, which then starts with a fresh state
+            optimizer = self.options.optimizer
+            if (arguments.get('opt'), arguments.get('layer_decay')) == (optimizer.opt, optimizer.layer_decay):
+                load_optimizer(self.train_step.optimizer, loaded['optimizer'])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f'{path} does not fit this run: {error}') from error
+        if scaler.is_enabled() and loaded['amp_scaler']:
+            expected, given = sorted(scaler.state_dict()), sorted(loaded['amp_scaler'])
+            if given != expected:
+                raise ValueError(f'{path}: amp_scaler must have {expected}, got {given[:8]}')
+            scaler.load_state_dict(loaded['amp_scaler'])
 
 
-def build_trainer(args: Namespace, world: Optional[DistributedContext] = None) -> Run:
-    """Builds everything that a run needs, takes its folder, and loads the checkpoint that it goes on from.
+def _score(row: Dict[str, Any]) -> float:
+    """Return top-1 of the weights that count, -1 if their loss is not finite."""
+    loss = row.get('ema_loss', row['eval_loss'])
+    return row.get('ema_top1', row['eval_top1']) if math.isfinite(loss) else -1.
+
+
+def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = None) -> Trainer:
+    """Build all parts of a run, lock its folder, and load the checkpoint that it resumes from.
 
     Args:
-        args: Of ``train.py``; completed in place.
-        world: The processes of the run, which meet here; None for those of the environment.
+        options: Options of the run.
+        world: Ranks of the run, whose process group is initialized here; by default those of the environment.
 
     Raises:
-        ValueError: Arguments that don't fit each other, the data set, the device, or the run that is in the folder.
+        ValueError: If options contradict each other, or do not fit the data set, the device, or the run in the folder.
     """
-    _check(args)
-    logger.check(args)
-    given = checkpointing.plain(args)
-    args.dataset = args.dataset or ''
-    if args.data_dir and '://' not in args.data_dir:
-        args.data_dir = str(Path(args.data_dir).resolve())  # for a later evaluation from elsewhere
+    task = create_task(options.data)
+    task.check_options(options.as_dict())
+    _check_options(options)
+    check_logging_dependencies(options.logging)
+    given = options.as_dict()
+    if options.data.data_dir and '://' not in options.data.data_dir:
+        # absolute, for a later evaluation from another folder
+        options = options.with_values('data', data_dir=str(Path(options.data.data_dir).resolve()))
+    options = options.with_values('data', dataset=options.data.dataset or '')
     world = world or DistributedContext.from_environment()
-    device = select_device(args.device, world.local_rank if world.size > 1 else None)
-    _divide(args, world)
-    train_set, val_set = _open(args, world, device)
-    classes = data_config.class_names(train_set)
-    data_config.check_classes(classes, data_config.class_names(val_set))
-    model, model_kwargs = _build(args, classes)
-    model = factory.synchronized(args, model, world, device)
-    model.to(device).to(memory_format=memory_format(args))
-    config = data_config.data_config(args, model)
-    if task_sequence.are_meant(args):
-        task_sequence.check_shape(args, train_set, model)
-        task_sequence.augment(args, train_set)
-    _check_size(args, model, config['input_size'], device)
-    left_out = SkippedInTraining(args.max_unreadable)
-    images = loader.train_loader(args, train_set, config, device, world, left_out)
-    stepper = _create_stepper(args, model, images.steps, device, world)
-    run = Run(
-        args=args,
+    device = select_device(options.device.device, world.local_rank if world.size > 1 else None)
+    options = _resolve_grad_accum(options, world)
+    task = create_task(options.data)
+    in_chans = _model_arguments(options, {'in_chans': 3})['in_chans']
+    # of a stream each rank reads all validation images, but only its part of the training images: they are divided
+    # among the ranks of the process group
+    val_set = task.create_dataset(options.run.val_split, in_chans, is_training=False)
+    world.init(device, options.device.dist_timeout)
+    train_set = task.create_dataset(options.run.train_split, in_chans, is_training=True)
+    _check_same_data(world, device, train_set, val_set)
+    classes = class_names(train_set)
+    check_same_classes(classes, class_names(val_set))
+    model, model_kwargs = _build_model(options, classes)
+    task.check_model(str(options.model.model), model, train_set, in_chans)
+    if options.run.sync_bn:
+        model = factory.convert_sync_bn(model, world, device)
+    model.to(device).to(memory_format=options.device.memory_format)
+    data_config = task.resolve_data_config(model)
+    _check_size(model, str(options.model.model), data_config['input_size'], device)
+    skipped = SkippedSamples(limit=options.run.max_unreadable)
+    assert options.run.grad_accum_steps is not None
+    train_loader = create_train_loader(
+        task, train_set, data_config, options.augmentation, device, world, skipped,
+        grad_accum_steps=options.run.grad_accum_steps, dist_timeout=options.device.dist_timeout,
+        train_split=options.run.train_split)
+    trainer = Trainer(
+        options=options,
         world=world,
         device=device,
-        folder=RunDir(Path(args.output) / (args.experiment or Path(parse_name(args.model)[1]).name)),
-        progress=Progress(),
-        left_out=left_out,
+        run_dir=RunDir(Path(options.run.output) / (
+            options.run.experiment or Path(parse_model_name(str(options.model.model))[1]).name)),
+        state=TrainState(),
+        skipped=skipped,
         model=model,
         model_kwargs=model_kwargs,
-        stepper=stepper,
-        images=images,
-        held_out=loader.held_out(args, val_set, config, device, world),
+        train_step=_create_train_step(options, model, train_loader.steps, device, world),
+        train_loader=train_loader,
+        val_loader=create_eval_loader(
+            task, val_set, data_config, device, world, dist_timeout=options.device.dist_timeout),
         classes=classes,
     )
-    _take_folder(run, given)
-    return run
+    trainer._acquire_run_dir(given)
+    return trainer
 
 
-def _open(args: Namespace, world: DistributedContext, device: torch.device) -> Tuple[Any, Any]:
-    """The training and the validation images; meets the other processes in between.
+def _check_options(options: TrainOptions) -> None:
+    """Raise ValueError for options that contradict each other."""
+    run, augmentation, lr = options.run, options.augmentation, options.optimizer.lr
+    if run.experiment is not None and (Path(run.experiment).name != run.experiment or run.experiment in ('', '..')):
+        raise ValueError(f'--experiment must be the name of a folder, got {run.experiment}')
+    for name, (low, high) in (('scale', augmentation.scale), ('ratio', augmentation.ratio)):
+        if low > high:
+            raise ValueError(f'--{name} takes the smaller value first, got {[low, high]}')
+    if options.schedule.warmup_epochs > run.epochs:
+        raise ValueError(
+            f'--warmup-epochs must not exceed the {run.epochs} epochs, got {options.schedule.warmup_epochs}')
+    for name in ('min_lr', 'warmup_lr'):
+        value = getattr(options.schedule, name)
+        if value > lr:
+            raise ValueError(f'--{name.replace("_", "-")} must not exceed --lr {lr}, got {value}')
+    if options.data.batch_size % 2 and (augmentation.mixup > 0 or augmentation.cutmix > 0):
+        raise ValueError(f'--batch-size must be even with Mixup or CutMix, got {options.data.batch_size}')
+    if run.torchcompile is not None and run.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(f'--torchcompile must be one of {torch.compiler.list_backends()}, got {run.torchcompile}')
+    if run.pretrained and run.initial_checkpoint:
+        raise ValueError('--pretrained and --initial-checkpoint contradict each other: both name the first weights')
 
-    Streams divide themselves among the processes that have met: of the validation images each process sees all.
-    """
-    in_chans = _channels(args)
-    val_set = dataset_factory.open_dataset(args, args.val_split, in_chans, is_training=False)
-    world.init(device, args.dist_timeout)
-    train_set = dataset_factory.open_dataset(args, args.train_split, in_chans, is_training=True)
-    _check_same_data(world, device, train_set, val_set)
-    return train_set, val_set
+
+def _resolve_grad_accum(options: TrainOptions, world: DistributedContext) -> TrainOptions:
+    """Return the options with both --grad-accum-steps and --global-batch-size."""
+    batch_size, global_batch_size = options.data.batch_size, options.run.global_batch_size
+    grad_accum_steps = options.run.grad_accum_steps
+    if global_batch_size is None:
+        grad_accum_steps = grad_accum_steps or 1
+        global_batch_size = batch_size * world.size * grad_accum_steps
+    else:
+        quotient, rest = divmod(global_batch_size, batch_size * world.size)
+        if rest or quotient == 0:
+            raise ValueError(
+                f'--global-batch-size must be a multiple of --batch-size {batch_size} x {world.size} processes, '
+                f'got {global_batch_size}')
+        if grad_accum_steps not in (None, quotient):
+            raise ValueError(
+                f'--grad-accum-steps {grad_accum_steps} contradicts --global-batch-size {global_batch_size}, '
+                f'which takes {quotient}')
+        grad_accum_steps = quotient
+    return options.with_values('run', global_batch_size=global_batch_size, grad_accum_steps=grad_accum_steps)
 
 
 def _check_same_data(world: DistributedContext, device: torch.device, *datasets: Any) -> None:
     """Raise ValueError on every rank unless all ranks have found the classes, and as many images, of rank 0."""
-    own = [(data_config.class_names(dataset), _length(dataset)) for dataset in datasets]
+    own = [  # the length of a stream depends on the DataLoader workers of its rank
+        (class_names(dataset), None if isinstance(dataset, IterableDataset) else len(dataset)) for dataset in datasets]
     first = world.broadcast_object(own)
     differs = world.all_reduce_(torch.tensor(int(own != first), device=device))
     if own != first:
         for (classes, count), (expected, expected_count) in zip(own, first):
-            data_config.check_classes(expected, classes, 'rank 0', f'rank {world.rank}')
+            check_same_classes(expected, classes, 'rank 0', f'rank {world.rank}')
             if count != expected_count:
                 raise ValueError(f'rank {world.rank} has found {count} images, rank 0 {expected_count}')
     if differs:
         raise ValueError('another rank has found other classes or images than rank 0')
 
 
-def _length(dataset: Any) -> Optional[int]:
-    """Return the number of images, None for a stream, which counts by its own DataLoader workers."""
-    return None if isinstance(dataset, IterableDataset) else len(dataset)
+def _model_arguments(options: TrainOptions, defaults: Dict[str, Any]) -> Dict[str, Any]:
+    return model_arguments(options.model, options.data.img_size, options.data.input_size, defaults)
 
 
-def _channels(args: Namespace) -> int:
-    """Of the images, which are opened before the model is made."""
-    return model_arguments(args, {'in_chans': 3})['in_chans']
-
-
-def _build(args: Namespace, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
-    """The model, and the arguments that make it again."""
-    model_kwargs = model_arguments(args, {} if classes is None else {'num_classes': len(classes)})
-    rates = factory.given(args, drop_rate='drop', drop_path_rate='drop_path')
-    check_options_agree(model_kwargs, rates)
+def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
+    """Return the model, and the arguments that create it again."""
+    name, run = options.model.model, options.run
+    model_kwargs = _model_arguments(options, {} if classes is None else {'num_classes': len(classes)})
+    rates = {key: value for key, value in (
+        ('drop_rate', options.augmentation.drop), ('drop_path_rate', options.augmentation.drop_path))
+        if value is not None}
+    check_no_conflict(model_kwargs, rates)
     model_kwargs.update(rates)
-    random_seed(args.seed, 0)
-    model = create_model(args.model, pretrained=args.pretrained, **model_kwargs)
-    if args.pretrained:
-        _check_repeats(args, model, model_kwargs)
-    data_config.check_num_classes(classes, model.num_classes)
-    is_of_images = not task_sequence.are_meant(args)
-    if is_of_images and model.in_chans != _channels(args):  # by the configuration of its repository or folder
-        raise ValueError(f'{args.model} takes images of {model.in_chans} channels: --in-chans {model.in_chans}')
-    if args.initial_checkpoint:
-        load_weights(model, checkpoint.read_file(args.initial_checkpoint), args.initial_checkpoint)
+    random_seed(options.data.seed, 0)
+    model = create_model(name, pretrained=run.pretrained, **model_kwargs)
+    if run.pretrained:
+        again = create_model(name, **model_kwargs, device='meta')
+        shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, again)]
+        if shapes[0] != shapes[1]:  # no later command could load this run's weights
+            raise ValueError(
+                f'{name} with {model_kwargs} is another model without --pretrained; for kernels of other sizes than '
+                'the weights were trained with, take kernel_scale')
+    check_class_count(classes, model.num_classes)
+    if run.initial_checkpoint:
+        state_dict, _ = select_weights(checkpoint.read_file(run.initial_checkpoint), run.initial_checkpoint)
+        load_weights(model, state_dict, run.initial_checkpoint)
         try:
             checkpoint.check_finite(model.state_dict())
         except ValueError as error:
-            raise ValueError(f'{args.initial_checkpoint}: {error}') from error
-    if args.grad_checkpointing:
+            raise ValueError(f'{run.initial_checkpoint}: {error}') from error
+    if run.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
-            raise ValueError(f'{args.model} has no --grad-checkpointing') from error
+            raise ValueError(f'{name} has no --grad-checkpointing') from error
     return model, {**model_kwargs, 'num_classes': model.num_classes}
 
 
-def _check_repeats(args: Namespace, model: Any, model_kwargs: Dict[str, Any]) -> None:
-    """Raises ValueError where the arguments make another model without pretrained weights: who would load its own?"""
-    again = create_model(args.model, **model_kwargs, device='meta')
-    shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, again)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f'{args.model} with {model_kwargs} is another model without --pretrained; for kernels of other sizes than '
-            'the weights were trained with, take kernel_scale')
-
-
 @torch.no_grad()
-def _check_size(args: Namespace, model: Any, input_size: Tuple[int, int, int], device: torch.device) -> None:
-    """Raises ValueError where the model can't take such images: of a fixed size, or too small for its strides."""
+def _check_size(model: Any, name: str, input_size: Tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError if the model is made for images of another size, or they are too small for its strides."""
     try:
         model.eval()(torch.zeros(1, *input_size, device=device))
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
-        reason = first_line(error)
-        raise ValueError(f'{args.model} cannot take images of {input_size}: {reason}; see --img-size') from error
+        raise ValueError(f'{name} cannot take images of {input_size}: {first_line(error)}; see --img-size') from error
 
 
-def _create_stepper(
-        args: Namespace, model: Any, steps: int, device: torch.device, world: DistributedContext) -> TrainStep:
-    mixup = factory.create_mixup(args, model.num_classes)
-    optimizer = factory.create_optimizer(args, model)
+def _create_train_step(
+        options: TrainOptions, model: Any, steps: int, device: torch.device, world: DistributedContext) -> TrainStep:
+    mixup = factory.create_mixup(options.augmentation, model.num_classes)
+    optimizer = factory.create_optimizer(options.optimizer, model)
+    assert options.run.grad_accum_steps is not None
     return TrainStep(
-        args=args,
         model=model,
-        wrapped=factory.wrapped(args, model, world, device),
-        ema=factory.create_ema(args, model),
+        wrapped=factory.wrap_model(model, options.run.torchcompile, world, device),
+        ema=factory.create_ema(options.ema, model),
         optimizer=optimizer,
-        scheduler=factory.create_scheduler(args, optimizer, steps),
-        scaler=torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == 'float16'),
-        loss_fn=factory.create_loss(args, mixup),
+        scheduler=factory.create_scheduler(options.schedule, optimizer, options.run.epochs, steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=options.device.amp and options.device.amp_dtype == 'float16'),
+        loss_fn=factory.create_loss(mixup, options.augmentation.smoothing),
         mixup=mixup,
         device=device,
         world=world,
+        device_options=options.device,
+        seed=options.data.seed,
+        grad_accum_steps=options.run.grad_accum_steps,
+        clip_grad=options.optimizer.clip_grad,
+        recomputes=options.run.grad_checkpointing,
     )
-
-
-def _check(args: Namespace) -> None:
-    task_sequence.validate_options(args)
-    if args.experiment is not None and (
-            Path(args.experiment).name != args.experiment or args.experiment in ('', '..')):
-        raise ValueError(f'--experiment must be the name of a folder, got {args.experiment}')
-    if args.scale[0] > args.scale[1] or args.ratio[0] > args.ratio[1]:
-        raise ValueError(f'--scale and --ratio take the smaller value first, got {args.scale} and {args.ratio}')
-    if args.warmup_epochs > args.epochs:
-        raise ValueError(f'--warmup-epochs must not exceed the {args.epochs} epochs, got {args.warmup_epochs}')
-    for name in ('min_lr', 'warmup_lr'):
-        if getattr(args, name) > args.lr:
-            raise ValueError(f'--{name.replace("_", "-")} must not exceed --lr {args.lr}, got {getattr(args, name)}')
-    if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0):
-        raise ValueError(f'--batch-size must be even with Mixup or CutMix, got {args.batch_size}')
-    if args.torchcompile is not None and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
-        raise ValueError(
-            f'--torchcompile must be one of {torch.compiler.list_backends()}, got {args.torchcompile}')
-    if args.pretrained and args.initial_checkpoint:
-        raise ValueError('--pretrained and --initial-checkpoint both say which weights to start from')
-
-
-def _divide(args: Namespace, world: DistributedContext) -> None:
-    """How many batches a process adds up, for the images of a step; in place."""
-    args.world_size = world.size
-    at_once = args.batch_size * world.size
-    if args.global_batch_size is None:
-        args.grad_accum_steps = args.grad_accum_steps or 1
-        args.global_batch_size = at_once * args.grad_accum_steps
-        return
-    accumulation, rest = divmod(args.global_batch_size, at_once)
-    if rest or accumulation == 0:
-        raise ValueError(
-            f'--global-batch-size must be a multiple of --batch-size {args.batch_size} x {world.size} processes, '
-            f'got {args.global_batch_size}')
-    if args.grad_accum_steps not in (None, accumulation):
-        raise ValueError(
-            f'--grad-accum-steps {args.grad_accum_steps} contradicts --global-batch-size {args.global_batch_size}, '
-            f'which takes {accumulation}')
-    args.grad_accum_steps = accumulation
-
-
-def _take_folder(run: Run, given: Dict[str, Any]) -> None:
-    """The first process takes the folder and reads the checkpoint, for all."""
-    try:
-        found = run.world.broadcast_object(run.world.run_on_primary(lambda: _find(run)))
-        if found is not None:
-            checkpointing.restore(run, *found)
-        if run.progress.epoch < run.args.epochs:
-            run.world.run_on_primary(lambda: saving.save_arguments(run.folder.arguments, given))
-    except (OSError, RuntimeError, ValueError):
-        run.close()
-        raise
-
-
-def _find(run: Run) -> Optional[Tuple[str, Any]]:
-    """Takes the folder; the checkpoint that the run goes on from, and its path."""
-    given = None
-    if run.args.resume and not run.folder.has_checkpoint():  # else it is of this command, which was stopped
-        given = run.args.resume, checkpoint.read_file(run.args.resume)
-        check_named(checkpointing.check_content, given[1], run.args.resume)
-    run.folder.hold()
-    found = run.folder.newest(checkpointing.check_content) or given
-    if found is None and run.folder.table.exists():
-        raise ValueError(
-            f'{run.folder.path} has the results of a run but not its last.pth.tar to go on from; name this one with '
-            '--experiment')
-    if found is not None:
-        _forget_lost_best(run, found[1])
-    return found
-
-
-def _forget_lost_best(run: Run, loaded: Any) -> None:
-    """A run that goes on in another folder, or whose best weights were removed, has none yet."""
-    progress = loaded.get('progress') if isinstance(loaded, dict) else None
-    if isinstance(progress, dict) and progress.get('epoch', 0) < run.args.epochs and not run.folder.best.exists():
-        progress['best_epoch'] = None
