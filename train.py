@@ -29,8 +29,8 @@ from typing import Any, Dict
 if __name__ == '__main__':  # Ctrl-C while PyTorch is imported ends without a traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'train.py: interrupted\n'), os._exit(130)))
 
-# Set before torch loads OpenMP, whose threads spin otherwise: on cores that other processes (DataLoader workers) need as
-# well, every small loop then waits for a time slice.
+# Set before torch loads OpenMP, whose threads spin otherwise: on cores that other processes (DataLoader workers) need
+# as well, every small loop then waits for a time slice.
 # smpconv_nano on 2 busy cores: 1.4 to 6 s a step with spinning threads, 0.1 s without.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a lost rank is reported in a line, without pages of C++ frames

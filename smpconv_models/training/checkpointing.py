@@ -1,4 +1,4 @@
-"""Checkpoints of a run: how far it is, what a checkpoint must hold, how it is saved, and what may change on resuming."""
+"""Checkpoints of a run: progress, saving, validation of the content, and options that may change on resuming."""
 import errno
 import math
 import os
@@ -263,7 +263,8 @@ _IGNORED_ARGS = (
 
 # Names of options in older checkpoints.
 _RENAMED_ARGS = {
-    'crop_padding': 'random_crop_pad', 'patience_nonfinite': 'max_nonfinite_steps', 'snapshot_interval': 'save_interval',
+    'crop_padding': 'random_crop_pad', 'patience_nonfinite': 'max_nonfinite_steps',
+    'snapshot_interval': 'save_interval',
 }
 
 

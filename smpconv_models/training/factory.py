@@ -29,7 +29,7 @@ def param_groups(
     """Return timm's parameter groups, with the radii of the points in groups of their own at a lower learning rate.
 
     No weight decay is applied to 1-D parameters, biases, coordinates, radii, and the parameters that the model's
-    ``no_weight_decay()`` lists. The relative learning rate of a group is its ``lr_scale``, as timm's schedulers read it.
+    ``no_weight_decay()`` lists. Learning rates are relative, under ``lr_scale``, by which timm's schedulers multiply.
 
     Args:
         model: Any model; without SMP layers the groups are timm's.

@@ -57,7 +57,7 @@ def evaluate(
         model: nn.Module,
         loader: EvalLoader,
         device: torch.device,
-        options: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
+        options: DeviceOptions = DeviceOptions(),
         description: str = 'validating',
         num_classes: int = 0,
         stop: Optional[GracefulStop] = None,

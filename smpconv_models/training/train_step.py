@@ -26,8 +26,8 @@ class StepResult(NamedTuple):
         applied: Whether the weights were updated.
         scale_overflow: Whether the step was skipped because float16's loss scale was too large; the scale is lower now.
         problem: What was not finite in a step that was skipped; '' otherwise.
-        report_here: Whether this rank reports the skipped step: the one with the loss or statistics at fault, rank 0 for
-            the gradient, which all ranks share.
+        report_here: Whether this rank reports the skipped step: the rank with the loss or statistics at fault, rank 0
+            for the gradient, which all ranks share.
         stop_requested: Whether any rank was asked to stop.
     """
     loss: float

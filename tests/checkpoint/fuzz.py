@@ -265,8 +265,8 @@ class Cases:
     def read_holder(self, path):
         """Read which run holds a folder, as a second run does, and release the folder of another run."""
         held, content = RunDir(path.parent), path.read_bytes()
-        print(held._described())
-        held.hold()
+        print(held._describe_owner())
+        held.acquire()
         path.write_bytes(content)
         held.release()
 

@@ -1,18 +1,16 @@
 """train.py, where the second process measures less of the second epoch than the first one: streams may differ so."""
-import importlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
-from smpconv_models.training import DistributedContext
+from smpconv_models.training import DistributedContext, trainer
 
-loop = importlib.import_module('smpconv_models.training.train')  # its package has a function of this name
-evaluate = loop.evaluate
+evaluate = trainer.evaluate
 
 
-def worse(model, images, device, args, description, **options):
-    metrics = evaluate(model, images, device, args, description, **options)
+def worse(*args, **options):
+    metrics = evaluate(*args, **options)
     worse.calls += 1
     if DistributedContext.from_environment().rank == 1 and worse.calls > 2:  # twice an epoch
         metrics['top1'] = 0.
@@ -22,7 +20,7 @@ def worse(model, images, device, args, description, **options):
 
 
 worse.calls = 0
-loop.evaluate = worse
+trainer.evaluate = worse
 
 if __name__ == '__main__':
     sys.exit(train.main())

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import train
-from smpconv_models.training import cli, config
+from smpconv_models.training import cli, ineffective_options
+from smpconv_models.training.config import _PRECONDITIONS
 
 RECIPES = sorted((Path(__file__).parents[2] / 'recipes').glob('*.yaml'))
 
@@ -19,7 +20,7 @@ def parser():
     parser.add_argument('--scale', type=float, nargs=2)
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--mode', choices=('a', 'b'))
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=cli.Keywords)
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=cli.ParseKwargs)
     return parser
 
 
@@ -28,7 +29,7 @@ def parse(parser, tmp_path):
     def parse(text, *argv):
         path = tmp_path / 'options.yaml'
         path.write_text(text)
-        return config.parse_args(parser, ['--config', str(path), *argv])
+        return cli.parse_args(parser, ['--config', str(path), *argv])
     return parse
 
 
@@ -47,7 +48,7 @@ def test_an_option_whose_value_may_be_left_out_is_a_switch_too(tmp_path):
     for text, expected in ('true', 'inductor'), ('false', None), ('eager', 'eager'):
         path = tmp_path / 'options.yaml'
         path.write_text(f'torchcompile: {text}')
-        assert config.parse_args(train.create_parser(), ['--config', str(path)]).torchcompile == expected
+        assert cli.parse_args(train.create_parser(), ['--config', str(path)]).torchcompile == expected
 
 
 def test_null_leaves_an_option_open(parse):
@@ -92,7 +93,7 @@ def test_mistakes_are_told_in_one_line(parse, text, told):
 
 def test_a_missing_file_is_told(parser):
     with pytest.raises(ValueError, match=r'--config nowhere\.yaml cannot be read'):
-        config.parse_args(parser, ['--config', 'nowhere.yaml'])
+        cli.parse_args(parser, ['--config', 'nowhere.yaml'])
 
 
 @pytest.mark.parametrize('argv, told', [
@@ -109,20 +110,20 @@ def test_a_missing_file_is_told(parser):
 def test_options_without_effect_are_told(tmp_path, argv, told):
     parser, path = train.create_parser(), tmp_path / 'options.yaml'
     path.write_text('mixup: 0.8\nmixup_prob: 0.5\n')
-    args = config.parse_args(parser, [str(path) if word == 'CONFIG' else word for word in argv])
-    assert cli.without_effect(parser, args) == told
+    args = cli.parse_args(parser, [str(path) if word == 'CONFIG' else word for word in argv])
+    assert ineffective_options(parser, args) == told
 
 
 def test_each_option_that_may_be_without_effect_exists():
     known = vars(train.create_parser().parse_args([]))
-    for names, _, has_effect in cli._NEEDS:
+    for names, _, has_effect in _PRECONDITIONS:
         assert set(names) <= set(known)
         has_effect(argparse.Namespace(**known))  # reads only what there is
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid(path):
-    args = config.parse_args(train.create_parser(), ['--config', str(path)])
+    args = cli.parse_args(train.create_parser(), ['--config', str(path)])
     assert args.model.startswith('smpconv')
 
 
@@ -135,7 +136,7 @@ def test_a_file_does_not_say_what_is_fetched_or_run(tmp_path, text):
     path.write_text(text)
     option, value = text.split(': ', 1)
     with pytest.raises(ValueError, match=f'expected --{option} on the command line for what is fetched or run'):
-        config.parse_args(train.create_parser(), ['--config', str(path)])
+        cli.parse_args(train.create_parser(), ['--config', str(path)])
     if option != 'model':
-        given = config.parse_args(train.create_parser(), [f'--{option}', value.strip("'")])
+        given = cli.parse_args(train.create_parser(), [f'--{option}', value.strip("'")])
         assert getattr(given, option.replace('-', '_')) == value.strip("'")

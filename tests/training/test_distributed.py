@@ -1,7 +1,6 @@
 """Two processes, over gloo on the CPU."""
 import resource
 import signal
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from torch import nn
 
 from smpconv_models.training.distributed import DistributedContext
 from smpconv_models.training.metrics import ClassificationMeter, EvalLoader, evaluate
-from smpconv_models.training.skipped import SkippedInEvaluation
 
 COMMAND = [*EVERYTHING, '--batch-size', '64', '--dist-timeout', '60']
 
@@ -50,10 +48,10 @@ def test_a_dead_process_ends_the_others_and_the_same_command_goes_on_to_the_same
     (code, _, error), _ = finish([first, second])
     assert code == 1
     line = error.strip().splitlines()[-1]
-    assert line.startswith('train.py: error: process 0 waited for the others in vain')
-    assert '(no sign of rank 1)' in line
+    assert line.startswith('train.py: error: rank 0 timed out waiting for other ranks')
+    assert '(no response from rank 1)' in line
     printed = run(*command)
-    assert f'going on from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in printed
+    assert f'resuming from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in printed
     assert differences(straight, tmp_path / 'run') == []
 
 
@@ -74,7 +72,7 @@ def test_a_process_that_hangs_is_named_in_time(tmp_path):
     (code, _, error), = finish([first])
     second.kill()
     second.communicate()
-    assert code == 1 and '(no sign of rank 1): Timed out waiting 4000ms' in error
+    assert code == 1 and '(no response from rank 1): Timed out waiting 4000ms' in error
 
 
 @pytest.mark.slow  # two pairs of processes; a lost one is in the default suite
@@ -85,7 +83,7 @@ def test_both_processes_stop_at_the_same_step_when_one_is_asked(straight, tmp_pa
     second.terminate()
     ends = finish([first, second])
     assert [code for code, _, _ in ends] == [143, 143], ends
-    assert all('stopped by SIGTERM; the same command goes on' in error for _, _, error in ends)
+    assert all('stopped by SIGTERM; the same command resumes the run' in error for _, _, error in ends)
     assert torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']['step'] >= 5
     run(*command)
     assert differences(straight, tmp_path / 'run') == []
@@ -98,7 +96,7 @@ def test_an_error_of_one_process_is_told(tmp_path):
     first, second = start(argv, ranks=2, more={1: ['--device', 'cuda']})
     ends = finish([second, first])
     assert [code for code, _, _ in ends] == [2, 2]
-    assert '--device cuda' in ends[0][2] and '(process 1)' in ends[0][2]
+    assert '--device cuda' in ends[0][2] and '(rank 1)' in ends[0][2]
 
 
 @pytest.mark.slow  # 8 s: two processes
@@ -147,7 +145,6 @@ def test_sums_over_parts_are_the_whole(parts):
 
 
 def test_nothing_to_evaluate_is_told():
-    args = Namespace(channels_last=False, amp=False, amp_dtype='float16')
-    held_out = EvalLoader([], DistributedContext(), SkippedInEvaluation(Namespace(skip_unreadable=False)))
+    loader = EvalLoader([], DistributedContext(), SkippedSamples(strict=True))
     with pytest.raises(ValueError, match='there were no images to evaluate'):
-        evaluate(FirstPixels(), held_out, torch.device('cpu'), args)
+        evaluate(FirstPixels(), loader, torch.device('cpu'))

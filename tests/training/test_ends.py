@@ -17,8 +17,8 @@ from torch import distributed
 
 import train
 from smpconv_models import checkpoint, training
+from smpconv_models.training.distributed import GracefulStop
 from smpconv_models.training.run_dir import RunDir
-from smpconv_models.training.signals import GracefulStop
 from smpconv_models.training.train_step import TrainStep
 from smpconv_models.utils import atomic_io, streams
 from smpconv_models.utils.download import file_sha256
@@ -61,10 +61,10 @@ def test_a_finished_run_whose_best_weights_are_damaged_has_failed(tmp_path, caps
 
 
 def test_a_rate_at_which_statistics_overflow_is_named_at_the_step(tmp_path, capsys):
-    command = [*SMALL, '--lr', 1e6, '--epochs', 10, '--patience-nonfinite', 2, '--output', tmp_path]
+    command = [*SMALL, '--lr', 1e6, '--epochs', 10, '--max-nonfinite-steps', 2, '--output', tmp_path]
     assert run(*command) == 1
     line, = capsys.readouterr().err.strip().splitlines()
-    assert '2 steps in a row came to NaN or infinity; the last: epoch ' in line
+    assert '2 consecutive steps had NaN or infinity; the last: epoch ' in line
     assert 'a lower --lr than 1e+06' in line
 
 
@@ -165,7 +165,7 @@ def test_in_place_of_a_checkpoint_that_may_not_be_read_the_previous_one_is_taken
     for number in (1, 2):
         folder.save({'state_dict': {}, 'progress': number})
     unreadable.add(folder.last)
-    path, loaded = folder.newest()
+    path, loaded = folder.load_latest()
     assert path == str(folder.previous) and loaded['progress'] == 1
 
 
@@ -205,8 +205,8 @@ def test_a_closed_terminal_saves_the_run(name, code, tmp_path, heard_signals):
     wait_for_step(process, 0, 3)
     process.send_signal(getattr(signal, name))
     (ended, _, error), = finish([process])
-    assert ended == code and error.startswith(f'train.py: stopped by {name}; the same command goes on')
-    assert RunDir(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 3
+    assert ended == code and error.startswith(f'train.py: stopped by {name}; the same command resumes the run')
+    assert RunDir(tmp_path / 'smpconv_nano').load_latest()[1]['progress']['step'] >= 3
 
 
 # --- whole programs ---
@@ -263,7 +263,7 @@ def shell(script, redirection, *argv):
 def test_train_keeps_on_without_anybody_to_print_for(redirection, tmp_path):
     done = shell(ROOT / 'train.py', redirection, *SMALL, '--output', tmp_path)
     assert (done.returncode, done.stderr) == (0, '')
-    assert RunDir(tmp_path / 'run').newest()[1]['progress']['epoch'] == 1
+    assert RunDir(tmp_path / 'run').load_latest()[1]['progress']['epoch'] == 1
 
 
 @pytest.mark.slow  # 6 s each: a process

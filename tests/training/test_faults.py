@@ -8,7 +8,6 @@ import resource
 import signal
 import stat
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,11 @@ from launch import EVERYTHING, ROOT, TINY, finish, start, wait_for_step
 from test_data import make_folder
 
 import train
-from smpconv_models.training import describe_error, saving
+from smpconv_models.training import DataOptions, checkpointing, describe_error
 from smpconv_models.training.distributed import DistributedContext
 from smpconv_models.training.run_dir import RunDir
 
-ARGS = Namespace(batch_size=64, workers=2, global_batch_size=64)
+DATA = DataOptions(batch_size=64, workers=2)
 
 
 def run(*argv):
@@ -39,7 +38,7 @@ def save_forever(path, saved):
     """In a process that will be killed; sets `saved` after the first one."""
     torch.set_num_threads(1)
     folder = RunDir(Path(path))
-    number = 0 if folder.newest() is None else folder.newest()[1]['progress']
+    number = 0 if folder.load_latest() is None else folder.load_latest()[1]['progress']
     while True:
         number += 1
         folder.save(state(number))
@@ -58,7 +57,7 @@ def kill_while_saving(path, times, draw):
         time.sleep(draw.uniform(0, 0.09))
         process.kill()
         process.join()
-        name, loaded = RunDir(path).newest()
+        name, loaded = RunDir(path).load_latest()
         assert name == str(path / 'last.pth.tar')
         assert torch.equal(loaded['state_dict']['w'], state(loaded['progress'])['state_dict']['w'])
         numbers.append(loaded['progress'])
@@ -79,7 +78,7 @@ def test_two_hundred_kills_while_saving(tmp_path):
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     (tmp_path / '.last.pth.tar.abcd').write_bytes(b'half')
     folder = RunDir(tmp_path)
-    folder.hold()
+    folder.acquire()
     assert not (tmp_path / '.last.pth.tar.abcd').exists()
     folder.release()
 
@@ -106,7 +105,7 @@ def test_a_disk_without_hard_links_and_a_link_to_another_disk(tmp_path, monkeypa
         raise OSError(errno.EPERM, 'no hard links here')
 
     elsewhere = tmp_path / 'elsewhere.pth.tar'
-    saving.save_checkpoint(elsewhere, state(1))
+    checkpointing.save_checkpoint(elsewhere, state(1))
     folder = RunDir(tmp_path / 'run')
     folder.path.mkdir()
     folder.last.symlink_to(elsewhere)
@@ -133,7 +132,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, key):
     folder.save(state(1))
     with pytest.raises(FloatingPointError, match=f'w of the {key} is not finite'):
         folder.save({**state(2), key: {'w': torch.tensor([1., float('nan')])}})
-    assert folder.newest()[1]['progress'] == 1
+    assert folder.load_latest()[1]['progress'] == 1
 
 
 # --- another run in the folder ---
@@ -150,7 +149,7 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
     first.kill()
     finish([first])
     folder = RunDir(tmp_path / 'run')  # a killed run holds nothing
-    folder.hold()
+    folder.acquire()
     folder.release()
 
 
@@ -169,8 +168,8 @@ def test_a_dead_process_that_loads(tmp_path):
     (code, _, error), = finish([process])
     assert code == 1
     line = error.strip().splitlines()[-1]
-    assert 'a process that loads images is gone: DataLoader worker (pid' in line and 'fewer --workers than 2' in line
-    assert RunDir(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 2
+    assert 'a DataLoader worker died: DataLoader worker (pid' in line and 'fewer --workers than 2' in line
+    assert RunDir(tmp_path / 'smpconv_nano').load_latest()[1]['progress']['step'] >= 2
 
 
 @pytest.mark.slow  # 11 s of waiting for a loader
@@ -194,8 +193,8 @@ def test_a_signal_to_the_whole_job_saves_it(tmp_path):
     wait_for_step(process, 0, 3)
     os.killpg(process.pid, signal.SIGTERM)
     (code, _, error), = finish([process])
-    assert code == 143 and error.startswith('train.py: stopped by SIGTERM; the same command goes on')
-    assert RunDir(tmp_path / 'smpconv_nano').newest()[1]['progress']['step'] >= 3
+    assert code == 143 and error.startswith('train.py: stopped by SIGTERM; the same command resumes the run')
+    assert RunDir(tmp_path / 'smpconv_nano').load_latest()[1]['progress']['step'] >= 3
 
 
 @pytest.mark.slow  # ten seconds of standing still
@@ -222,7 +221,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
     time.sleep(0.5)
     os.kill(loads, signal.SIGCONT)
     (code, _, error), = finish([process])
-    assert code == 130 and 'interrupted; the same command goes on from the last checkpoint' in error
+    assert code == 130 and 'interrupted; the same command resumes the run from its last checkpoint' in error
 
 
 # --- what is told ---
@@ -231,24 +230,24 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 def test_memory_that_does_not_suffice():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2 ** 60)
-    line = describe_error(caught.value, ARGS, DistributedContext())
+    line = describe_error(caught.value, DATA, DistributedContext())
     assert line.startswith('out of memory with --batch-size 64: ') and '\n' not in line
     assert all(option in line for option in ('--global-batch-size', '--amp', '--grad-checkpointing'))
 
 
 def test_an_evaluation_that_memory_does_not_suffice_for():
-    line = describe_error(MemoryError(), Namespace(batch_size=64, workers=2), DistributedContext())
+    line = describe_error(MemoryError(), DATA, DistributedContext())
     assert 'a smaller --batch-size or --amp needs less' in line
 
 
 def test_a_gpu_out_of_memory():
     error = torch.OutOfMemoryError('CUDA out of memory. Tried')
-    assert '--batch-size 64' in describe_error(error, ARGS, DistributedContext())
+    assert '--batch-size 64' in describe_error(error, DATA, DistributedContext())
 
 
 def test_faults_of_the_program_keep_their_traceback():
-    assert describe_error(RuntimeError('mat1 and mat2 shapes'), ARGS, DistributedContext()) is None
-    assert describe_error(AttributeError('x'), ARGS, DistributedContext()) is None
+    assert describe_error(RuntimeError('mat1 and mat2 shapes'), DATA, DistributedContext()) is None
+    assert describe_error(AttributeError('x'), DATA, DistributedContext()) is None
 
 
 def test_a_missing_class_is_told_before_training(tmp_path, capsys):
@@ -270,4 +269,4 @@ def test_an_unreadable_validation_image_ends_the_run_and_saves_it(tmp_path, caps
     line, = capsys.readouterr().err.strip().splitlines()
     assert f'{folder}/val/cat/0.png cannot be read' in line and '--skip-unreadable' in line
     assert run(*command, '--skip-unreadable') == 0  # the steps are not done again
-    assert 'going on from' in capsys.readouterr().out
+    assert 'resuming from' in capsys.readouterr().out

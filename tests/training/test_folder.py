@@ -18,7 +18,7 @@ def impatient(monkeypatch):
 
 def held(path):
     folder = RunDir(path)
-    folder.hold()
+    folder.acquire()
     return folder
 
 
@@ -29,11 +29,11 @@ def test_a_refused_run_leaves_nothing(tmp_path):
 
 def test_a_run_leaves_its_files_and_the_next_one_takes_them(tmp_path):
     folder = held(tmp_path / 'run')
-    folder.table.write_text('epoch\n')
+    folder.summary_csv.write_text('epoch\n')
     folder.release()
     assert sorted(path.name for path in folder.path.iterdir()) == ['.run.lock', 'summary.csv']
     held(tmp_path / 'run').release()
-    assert folder.table.exists()
+    assert folder.summary_csv.exists()
 
 
 def test_whoever_takes_a_folder_while_it_is_left_keeps_it(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_whoever_takes_a_folder_while_it_is_left_keeps_it(tmp_path, monkeypatch)
     monkeypatch.setattr(first._lock, 'release', take_at_once)
     first.release()
     with pytest.raises(ValueError, match='another run is in'):
-        RunDir(tmp_path / 'run').hold()
+        RunDir(tmp_path / 'run').acquire()
     after[0].release()
 
 
@@ -82,17 +82,17 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path):
     first.path.rename(tmp_path / 'renamed')
     second = RunDir(tmp_path / 'run')
     second._own['since'] = 'later'  # another process would differ by its number
-    second.hold()
+    second.acquire()
     first.release()
-    assert json.loads(second._holder.read_text())['since'] == 'later'
+    assert json.loads(second._owner_file.read_text())['since'] == 'later'
     with pytest.raises(ValueError, match='another run is in'):
-        RunDir(tmp_path / 'run').hold()
+        RunDir(tmp_path / 'run').acquire()
     second.release()
 
 
 def take_and_leave(path, times, marker, doubles, takes):
     """In a process of its own: the marker can be made by one holder at a time."""
-    folders._PATIENCE = 60.
+    folders._LOCK_TIMEOUT_S = 60.
     for _ in range(times):
         folder = held(path)
         try:
@@ -132,13 +132,13 @@ def test_many_processes_that_take_and_leave_a_folder_never_share_it(tmp_path):
 @pytest.mark.parametrize('content', ['[1]', '5', '"x"', 'null', '[' * 100_000, '{"pid": 1}', '\0'])
 def test_a_marker_of_another_form_is_passed_over(tmp_path, content):
     folder = held(tmp_path / 'run')
-    folder._holder.write_text(content)
-    assert folder._described() == 'it has not said who it is'
+    folder._owner_file.write_text(content)
+    assert folder._describe_owner() == 'an unknown process'
     folder.release()
     assert not folder._lock.is_locked
 
 
 def test_a_marker_that_cannot_be_printed_is_escaped(tmp_path):
     folder = held(tmp_path / 'run')
-    folder._holder.write_text(json.dumps({'pid': 1, 'host': 'a\n\x1b[31m', 'since': '\ud800' + 'b' * 5000}))
-    assert folder._described().startswith(r'process 1 on a\n\x1b[31m since \ud800b') and len(folder._described()) < 500
+    folder._owner_file.write_text(json.dumps({'pid': 1, 'host': 'a\n\x1b[31m', 'since': '\ud800' + 'b' * 5000}))
+    assert folder._describe_owner().startswith(r'process 1 on a\n\x1b[31m since \ud800b') and len(folder._describe_owner()) < 500

@@ -70,7 +70,7 @@ def test_two_processes_learn_as_one_and_survive_kills(tmp_path):
     broken = [*DIGITS, '--batch-size', 32, '--output', tmp_path, '--experiment', 'broken']
     for step in sorted(random.Random(0).sample(range(40 * STEPS - 1), 5)):
         run_to(step, 2, *broken)
-    assert 'going on from' in run(2, *broken)
+    assert 'resuming from' in run(2, *broken)
     assert differences(tmp_path / 'two', tmp_path / 'broken') == []
 
 
@@ -114,7 +114,7 @@ def test_torchrun_restarts_what_died(tmp_path):
         if 'RANK=1' in environment and parent == str(process.pid):
             os.kill(int(path.parent.name), signal.SIGKILL)
     printed, _ = process.communicate()
-    assert process.returncode == 0 and f'going on from {tmp_path}/smpconv_nano/last.pth.tar: epoch 1' in printed
+    assert process.returncode == 0 and f'resuming from {tmp_path}/smpconv_nano/last.pth.tar: epoch 1' in printed
 
 
 @pytest.mark.slow  # minutes each

@@ -40,7 +40,7 @@ def test_the_next_step_after_loading_has_the_same_bits(name, tmp_path):
     other, loaded = make(name)
     other.load_state_dict(saved['model'])
     checkpointing._check_optimizer(saved['optimizer'])
-    checkpointing._load_optimizer(loaded, saved['optimizer'])
+    checkpointing.load_optimizer(loaded, saved['optimizer'])
     for each in ((model, optimizer), (other, loaded)):
         step(*each, number=3)
     for key, value in model.state_dict().items():
@@ -59,7 +59,7 @@ def test_values_that_no_optimizer_has_are_refused(name, change, told):
     state = optimizer.state_dict()
     change(state)
     with pytest.raises(ValueError, match=told):
-        checkpointing._load_optimizer(make(name)[1], state)
+        checkpointing.load_optimizer(make(name)[1], state)
 
 
 def test_options_that_a_checkpoint_lacks_keep_their_values():
@@ -69,7 +69,7 @@ def test_options_that_a_checkpoint_lacks_keep_their_values():
     state = optimizer.state_dict()
     del state['param_groups'][0]['maximize']
     loaded = make('adamw')[1]
-    checkpointing._load_optimizer(loaded, state)
+    checkpointing.load_optimizer(loaded, state)
     assert loaded.param_groups[0]['maximize'] is False
 
 
@@ -80,5 +80,5 @@ def test_flags_and_rates_of_the_command_stay():
     state = optimizer.state_dict()
     state['param_groups'][0].update(maximize=True, lr=7.)
     loaded = make('adamw')[1]
-    checkpointing._load_optimizer(loaded, state)
+    checkpointing.load_optimizer(loaded, state)
     assert loaded.param_groups[0]['maximize'] is False and loaded.param_groups[0]['lr'] == 1e-3

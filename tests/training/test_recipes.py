@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import train
-from smpconv_models.training import config
+from smpconv_models.training import cli
 
 RECIPES = Path(__file__).parents[2] / 'recipes'
 
@@ -25,7 +25,7 @@ COMMON = dict(
     ('imagenet_mobile51', 'smpconv_mobile51', 120, 0.),
 ])
 def test_recipes_are_the_papers(name, model, epochs, drop_path):
-    args = config.parse_args(train.create_parser(), ['--config', str(RECIPES / f'{name}.yaml')])
+    args = cli.parse_args(train.create_parser(), ['--config', str(RECIPES / f'{name}.yaml')])
     expected = dict(COMMON, model=model, epochs=epochs, drop_path=drop_path, experiment=name)
     assert {key: getattr(args, key) for key in expected} == expected
     assert args.global_batch_size % args.batch_size == 0
@@ -56,8 +56,8 @@ SMALL_RECIPES = [
 
 @pytest.mark.parametrize('name, model, dataset, split, lr, epochs, warmup, batch_size', SMALL_RECIPES)
 def test_small_recipes_are_the_papers(name, model, dataset, split, lr, epochs, warmup, batch_size):
-    args = config.parse_args(train.create_parser(), ['--config', str(RECIPES / f'{name}.yaml')])
+    args = cli.parse_args(train.create_parser(), ['--config', str(RECIPES / f'{name}.yaml')])
     expected = dict(
         SMALL, model=model, dataset=dataset, val_split=split, lr=lr, epochs=epochs, warmup_epochs=warmup,
-        batch_size=batch_size, experiment=name, crop_padding=4 if 'cifar10' in name else None)
+        batch_size=batch_size, experiment=name, random_crop_pad=4 if 'cifar10' in name else None)
     assert {key: getattr(args, key) for key in expected} == expected

@@ -26,7 +26,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     lines = [line.split() for line in told if line.startswith('epoch ') and line.endswith(' left')]
     assert [(line[1], line[3]) for line in lines] == [('0', '4/11'), ('0', '8/11'), ('1', '4/11'), ('1', '8/11')]
-    assert all(line[4] == 'loss' and line[6] == 'rate' and line[9] == 'images/s,' for line in lines)
+    assert all(line[4] == 'loss' and line[6] == 'lr' and line[9] == 'images/s,' for line in lines)
     assert float(lines[0][7].rstrip(',')) > float(lines[-1][7].rstrip(','))
 
 
@@ -48,7 +48,7 @@ def test_a_bar_on_a_terminal(tmp_path):
         os.close(other_end)
         shown = b''.join(written_to(terminal))
         out = process.stdout.read()
-    told = rb'epoch 0: +\d+%\|.*\| \d+/11 \[.*, loss 2\.\d+, rate \S+, \d+ images/s, run 0:00:\d\d\]'
+    told = rb'epoch 0: +\d+%\|.*\| \d+/11 \[.*, loss 2\.\d+, lr \S+, \d+ images/s, run 0:00:\d\d\]'
     assert re.search(told, shown), shown
     assert b'validating' in shown
     assert process.returncode == 0 and 'images/s' not in out
@@ -63,7 +63,7 @@ def test_tensorboard_has_steps_and_epochs_once(tmp_path):
     events = EventAccumulator(str(tmp_path / 'smpconv_nano' / 'tensorboard')).Reload()
     assert [event.step for event in events.Scalars('epoch/eval_top1')] == [11, 22]
     assert [event.step for event in events.Scalars('train/loss')] == [2, 4, 6, 8, 10, 13, 15, 17, 19, 21]
-    assert {'train/rate', 'train/images_per_second', 'epoch/train_loss'} <= set(events.Tags()['scalars'])
+    assert {'train/lr', 'train/images_per_second', 'epoch/train_loss'} <= set(events.Tags()['scalars'])
 
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])

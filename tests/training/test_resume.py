@@ -1,5 +1,6 @@
 """Runs that were stopped and go on."""
 import argparse
+import json
 import math
 import os
 import random
@@ -13,6 +14,7 @@ from launch import EVERYTHING, TINY, differences, finish, start, stop, wait_for_
 from test_data import make_folder
 
 import train
+import validate
 from smpconv_models.training import checkpointing
 from smpconv_models.training.datasets import Samples
 from smpconv_models.training.run_dir import RunDir
@@ -48,8 +50,23 @@ def signal_at(monkeypatch, heard_signals):
     return arm
 
 
+def test_a_run_of_before_the_options_were_renamed_is_resumed_and_evaluated(tmp_path, capsys):
+    """A checkpoint of an older version, stopped in its second epoch."""
+    (tmp_path / 'run').mkdir()
+    path = shutil.copy(Path(__file__).parents[1] / 'golden/stopped_run.pth.tar', tmp_path / 'run/last.pth.tar')
+    assert validate.main(['--checkpoint', str(path), '--workers', '0']) == 0
+    evaluated = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (evaluated['images'], evaluated['weights'], evaluated['img_size']) == (360, 'state_dict_ema', 8)
+    command = [*EVERYTHING, '--img-size', 8, '--random-crop-pad', 2, '--save-interval', 5, '--max-nonfinite-steps', 7]
+    assert run(*command, '--output', tmp_path, '--experiment', 'run') == 0
+    printed = capsys.readouterr().out
+    assert f'resuming from {path}: epoch 1, step 6' in printed and 'changed since' not in printed
+    state = torch.load(path, weights_only=True)
+    assert state['progress']['epoch'] == 2 and state['args']['random_crop_pad'] == 2
+
+
 def resumed(path, capsys):
-    return f'going on from {path / "last.pth.tar"}' in capsys.readouterr().out
+    return f'resuming from {path / "last.pth.tar"}' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('number, code, workers', [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 2)])
@@ -60,7 +77,7 @@ def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, caplog,
     assert run(*command) == code
     told = capsys.readouterr().err
     assert told == (
-        f'train.py: stopped by {signal.Signals(number).name}; the same command goes on; what was done is in '
+        f'train.py: stopped by {signal.Signals(number).name}; the same command resumes the run; its files are in '
         f'{tmp_path}/run\n')
     progress = torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']
     assert progress['epoch'] == 1 and 0 < progress['step'] < 11
@@ -84,7 +101,7 @@ def test_a_finished_run_is_left_as_it_is(straight, capsys):
     before = {path.name: path.read_bytes() for path in straight.iterdir()}
     assert run(*EVERYTHING, '--output', straight.parent, '--experiment', 'run') == 0
     told = capsys.readouterr().out
-    assert 'the run was finished already' in told and 'best checkpoint' in told
+    assert 'the run is finished already' in told and 'best checkpoint' in told
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
 
 
@@ -233,13 +250,13 @@ def test_a_checkpoint_can_be_named(begun, tmp_path, capsys):
     command, folder = begun
     moved = shutil.copy(folder / 'last.pth.tar', tmp_path / 'elsewhere.pth.tar')
     assert run(*command, '--experiment', 'other', '--resume', moved) == 0
-    assert f'going on from {moved}: epoch 1, step 0' in capsys.readouterr().out
+    assert f'resuming from {moved}: epoch 1, step 0' in capsys.readouterr().out
     Path(moved).unlink()
     assert run(*command, '--experiment', 'other', '--resume', moved) == 0  # the same command: not from there again
-    assert 'other/last.pth.tar: the run was finished already' in capsys.readouterr().out
+    assert 'other/last.pth.tar: the run is finished already' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='2'):
         run(*command, '--experiment', 'third', '--resume', folder / 'model_best.pth.tar')
-    assert 'has no run to go on with; --initial-checkpoint takes its weights' in capsys.readouterr().err
+    assert 'has no run to resume; --initial-checkpoint takes its weights' in capsys.readouterr().err
     assert not (folder.parent / 'third').exists()
 
 
@@ -256,7 +273,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(half, tmp_path, caplog
     folder = RunDir(tmp_path)
     shutil.copy(half / 'last.pth.tar', folder.previous)
     folder.last.write_bytes(damage(folder.previous.read_bytes()))
-    name, loaded = folder.newest()
+    name, loaded = folder.load_latest()
     assert name == str(folder.previous) and loaded['progress']['epoch'] == 1
     assert told in caplog.text and 'looking for an older one' in caplog.text
 
@@ -266,7 +283,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(begun, capsys):
     shutil.copy(folder / 'last.pth.tar', folder / 'previous.pth.tar')
     (folder / 'last.pth.tar').write_bytes(b'')
     assert run(*command) == 0
-    assert f'going on from {folder / "previous.pth.tar"}: epoch 1, step 0' in capsys.readouterr().out
+    assert f'resuming from {folder / "previous.pth.tar"}: epoch 1, step 0' in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_does_not_displace_the_one_before(begun):
@@ -276,7 +293,7 @@ def test_a_damaged_checkpoint_does_not_displace_the_one_before(begun):
     good = (folder / 'previous.pth.tar').read_bytes()
     (folder / 'last.pth.tar').write_bytes(b'')
     held = RunDir(folder)
-    name, loaded = held.newest()
+    name, loaded = held.load_latest()
     assert name == str(held.previous) and not held.last.exists()
     held.save(loaded)
     assert held.previous.read_bytes() == good and held.last.exists()
@@ -289,7 +306,7 @@ def test_results_without_a_checkpoint_are_not_overwritten(begun, capsys):
     before = (folder / 'model_best.pth.tar').read_bytes()
     with pytest.raises(SystemExit, match='2'):
         run(*command)
-    assert 'has the results of a run but not its last.pth.tar to go on from' in capsys.readouterr().err
+    assert 'has the results of a run but no last.pth.tar to resume from' in capsys.readouterr().err
     assert (folder / 'model_best.pth.tar').read_bytes() == before
 
 
@@ -298,9 +315,9 @@ def test_a_finished_run_says_that_its_best_weights_are_lost(begun, capsys):
     command, folder = begun
     assert run(*command) == 0
     (folder / 'model_best.pth.tar').unlink()
-    assert 'not there any more' not in capsys.readouterr().out
+    assert 'which was removed' not in capsys.readouterr().out
     assert run(*command) == 0
-    assert f'best checkpoint: {folder / "model_best.pth.tar"}, which is not there any more' in capsys.readouterr().out
+    assert f'best checkpoint: {folder / "model_best.pth.tar"}, which was removed' in capsys.readouterr().out
 
 
 def test_the_best_weights_that_are_lost_are_made_again(begun):
@@ -328,7 +345,7 @@ def test_without_a_whole_checkpoint_nothing_is_lost(begun, capsys):
     with pytest.raises(SystemExit, match='2'):
         run(*command)
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert 'last.pth.tar' in line and 'previous.pth.tar' in line and 'remove them to start anew' in line
+    assert 'last.pth.tar' in line and 'previous.pth.tar' in line and 'remove them to start from the beginning' in line
     assert (folder / 'summary.csv').exists()
 
 
@@ -345,7 +362,7 @@ def test_a_flipped_bit_changes_nothing_unseen(straight, tmp_path):
         path.write_bytes(content)
         content[position] ^= bit
         try:
-            _, loaded = RunDir(tmp_path).newest()
+            _, loaded = RunDir(tmp_path).load_latest()
         except ValueError:
             refused += 1
         else:
@@ -367,7 +384,7 @@ def test_a_killed_run_ends_in_the_same_bits(straight, tmp_path):
     assert code == -signal.SIGKILL
     (code, out, error), = finish(start([*command, '--workers', 1]))
     assert code == 0, error
-    assert f'going on from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in out
+    assert f'resuming from {tmp_path / "run/last.pth.tar"}: epoch 1, step' in out
     assert differences(straight, tmp_path / 'run') == []
 
 
@@ -429,7 +446,7 @@ def test_an_optimizer_of_other_parameters_is_refused(change, told):
     state = optimizer.state_dict()
     change(state)
     with pytest.raises(ValueError, match=told):
-        checkpointing._load_optimizer(optimizer, state)
+        checkpointing.load_optimizer(optimizer, state)
 
 
 def test_arguments_may_be_a_namespace(straight, tmp_path, capsys):
@@ -439,4 +456,4 @@ def test_arguments_may_be_a_namespace(straight, tmp_path, capsys):
     state['args'] = argparse.Namespace(**state['args'])
     torch.save(state, tmp_path / 'run/last.pth.tar')
     assert run(*EVERYTHING, '--output', tmp_path, '--experiment', 'run') == 0
-    assert 'the run was finished already' in capsys.readouterr().out
+    assert 'the run is finished already' in capsys.readouterr().out

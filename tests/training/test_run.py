@@ -59,7 +59,7 @@ def test_a_run_leaves_its_results(digits):
     assert [row['epoch'] for row in rows] == ['0', '1']
     lines = printed.splitlines()
     assert lines[0].split()[0] == 'epoch' and lines[1].split()[0] == '0' and lines[2].split()[0] == '1'
-    assert f'held-out top-1: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
+    assert f'validation top-1: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
     best = max(float(row['ema_top1']) for row in rows)
     assert lines[4].startswith(f'best checkpoint: {folder / "model_best.pth.tar"} (top-1 {best:.2f} %, epoch ')
     assert lines[5] == f'picture: {folder / "summary.png"}'
@@ -134,7 +134,7 @@ def test_a_model_of_a_fixed_size_is_made_for_the_images(tmp_path, capsys):
 def test_an_option_that_the_optimizer_lacks_is_told(tmp_path, capsys):
     run(train.main, *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--epochs', 1, '--warmup-epochs',
         0, '--opt', 'sgd', '--opt-betas', 0.9, 0.99, '--output', tmp_path / 'output')
-    assert '--opt sgd has no betas: --opt-betas [0.9, 0.99] is left out' in capsys.readouterr().out
+    assert '--opt sgd has no betas: --opt-betas [0.9, 0.99] is ignored' in capsys.readouterr().out
 
 
 def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
         train.main, *TINY, '--data-dir', folder, '--batch-size', 4, '--epochs', 50, '--warmup-epochs', 0, '--img-size',
         16, '--opt', 'sgd', '--lr', 1e6, '--output', tmp_path / 'output') == 1
     told = capsys.readouterr().err
-    assert '10 steps in a row came to NaN or infinity' in told
+    assert '10 consecutive steps had NaN or infinity' in told
     assert re.search(r'(the loss is nan|not finite), at learning rate', told)  # which one depends on rounding
     assert '.png' in told  # the images' names
 
@@ -152,8 +152,8 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([], '--model is needed'),
     (['--model', 'smpconv_x'], "no model is named 'smpconv_x'; this package has ['smpconv_b'"),
     (['--model', 'smpconv_bb'], 'for sequences; did you mean smpconv_b?'),
-    ([*TINY[:2], '--crop-padding', '2'], '--crop-padding takes images of the input size, 32x32, got 8x8'),
-    ([*TINY[:2], '--num-classes', '10', '--model-kwargs', 'num_classes=20'], 'num_classes=20 contradicts 10'),
+    ([*TINY[:2], '--random-crop-pad', '2'], '--random-crop-pad takes images of the input size, 32x32, got 8x8'),
+    ([*TINY[:2], '--num-classes', '10', '--model-kwargs', 'num_classes=20'], 'num_classes=20 contradicts the 10 that another option gives'),
     ([*TINY[:2], '--model-kwargs', 'nothing=1'], "unexpected keyword argument 'nothing'"),
     ([*TINY[:2], '--model-kwargs', 'kernel_sizes=(4,4,4,4)'], 'kernel size must be odd and positive, got 4'),
     ([*TINY[:2], '--model-kwargs', 'points_divisor=500'], 'points_divisor must leave at least one point'),
@@ -182,7 +182,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--min-lr', '1'], '--min-lr must not exceed --lr 0.001, got 1.0'),
     ([*TINY, '--warmup-lr', '1'], '--warmup-lr must not exceed --lr 0.001, got 1.0'),
     ([*TINY, '--epochs', '9' * 400], 'argument --epochs: must be at least 1 and at most 1e+09, got 999'),
-    ([*TINY, '--drop-path', '0.1', '--model-kwargs', 'drop_path_rate=0.2'], 'drop_path_rate=0.2 contradicts 0.1'),
+    ([*TINY, '--drop-path', '0.1', '--model-kwargs', 'drop_path_rate=0.2'], 'drop_path_rate=0.2 contradicts the 0.1 that another option gives'),
     ([*TINY, '--input-size', '1', '16', '16', '--img-size', '32'], '--img-size 32 contradicts --input-size [1, 16,'),
     (['--model', 'test_vit3', '--model-kwargs', 'img_size=160', '--img-size', '32'],
      "test_vit3 cannot take images of (1, 32, 32): Input height (32) doesn't match model (160).; see --img-size"),
@@ -191,7 +191,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY[:2], '--model-kwargs', 'depths'], 'argument --model-kwargs: expected KEY=VALUE, got depths'),
     ([*TINY, '--mean', '1', '2'], '--mean takes 1 value, got [1.0, 2.0]'),
     ([*TINY, '--input-size', '3', '16', '16'], '--in-chans 1 contradicts --input-size [3, 16, 16]'),
-    ([*TINY, '--scale', '1', '0.1'], '--scale and --ratio take the smaller value first'),
+    ([*TINY, '--scale', '1', '0.1'], '--scale takes the smaller value first'),
     ([*TINY, '--model-kwargs', 'num_classes=5'], 'the data set has 10 classes, the model 5'),
     ([*TINY, '--dataset', 'cifar10'], "--dataset must be 'digits' or begin with one of"),
     ([*TINY, '--device', 'meta'], '--device meta cannot be used'),
@@ -297,7 +297,7 @@ def test_an_interrupted_run_keeps_what_it_did(tmp_path):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error.strip() == f'train.py: stopped by SIGINT; the same command goes on; what was done is in {tmp_path}/run'
+    assert error.strip() == f'train.py: stopped by SIGINT; the same command resumes the run; its files are in {tmp_path}/run'
     assert (tmp_path / 'run' / 'curves.png').exists() and (tmp_path / 'run' / 'last.pth.tar').exists()
 
 

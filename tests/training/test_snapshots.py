@@ -15,7 +15,7 @@ def test_each_nth_epoch_is_kept(tmp_path):
     (folder / '.checkpoint-7.pth.tar.left').write_text('by a run that was killed')
     argv = [
         *TINY, '--data-dir', tmp_path / 'images', '--img-size', '16', '--batch-size', '8', '--warmup-epochs', '0',
-        '--output', tmp_path, '--experiment', 'run', '--epochs', '3', '--snapshot-interval', '2', '--model-ema']
+        '--output', tmp_path, '--experiment', 'run', '--epochs', '3', '--save-interval', '2', '--model-ema']
     assert train.main(list(map(str, argv))) == 0
     assert {path.name for path in folder.glob('*checkpoint-*')} == {'checkpoint-0.pth.tar', 'checkpoint-2.pth.tar'}
     first, kept, last = (

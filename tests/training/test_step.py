@@ -1,21 +1,19 @@
 """Single optimizer steps: accumulation, order, and what isn't finite."""
-from argparse import Namespace
-
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from smpconv_models import SMPConvNet
-from smpconv_models.training import param_groups
+from smpconv_models.training import DeviceOptions, param_groups
 from smpconv_models.training.distributed import DistributedContext
 from smpconv_models.training.train_step import TrainStep
 
 CPU = torch.device('cpu')
 
 
-class Rates:
-    """A scheduler that leaves the rates alone and remembers what it was told."""
+class ConstantSchedule:
+    """Scheduler that keeps the learning rates and records its updates."""
 
     def __init__(self):
         self.updates = []
@@ -24,18 +22,15 @@ class Rates:
         self.updates.append(number)
 
 
-def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, **changes):
+def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, device_options=DeviceOptions(), **changes):
     torch.manual_seed(seed)
     model = SMPConvNet(
         in_chans=1, num_classes=4, depths=(1,), dims=(4,), kernel_sizes=(5,), small_kernel_size=3,
         **({} if norm_layer is None else {'norm_layer': norm_layer}))
-    args = Namespace(**{**dict(
-        channels_last=False, amp=False, amp_dtype='float16', grad_accum_steps=1, grad_checkpointing=False,
-        clip_grad=None, seed=1), **changes})
     optimizer = torch.optim.SGD(param_groups(model, 0.05), lr=0.1)
     return TrainStep(
-        args, model, model, ModelEmaV3(model, decay=ema), optimizer, Rates(),
-        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, DistributedContext()), model
+        model, model, ModelEmaV3(model, decay=ema), optimizer, ConstantSchedule(), torch.amp.GradScaler('cpu', enabled=scaler),
+        nn.CrossEntropyLoss(), None, CPU, DistributedContext(), device_options, seed=1, **changes), model
 
 
 def group_norm(channels):
@@ -62,7 +57,7 @@ def test_a_step_lowers_the_loss_and_tells_of_it():
     stepper, _ = make_stepper()
     (batch,) = batches(1)
     losses = [stepper.step(iter([batch]), number, False) for number in range(8)]
-    assert all(outcome.applied and not outcome.stop and outcome.rate == 0.1 for outcome in losses)
+    assert all(outcome.applied and not outcome.stop_requested and outcome.lr == 0.1 for outcome in losses)
     assert losses[-1].loss < losses[0].loss
     assert stepper.scheduler.updates == list(range(1, 9))
 
@@ -81,7 +76,7 @@ def test_accumulated_batches_make_the_step_of_their_union():
 
 def test_recomputing_leaves_the_running_statistics_alone():
     plain, model = make_stepper(grad_accum_steps=2)
-    recomputing, other = make_stepper(grad_accum_steps=2, grad_checkpointing=True)
+    recomputing, other = make_stepper(grad_accum_steps=2, recomputes=True)
     other.set_grad_checkpointing(True)
     for stepper in (plain, recomputing):
         stepper.step(batches(2), 0, False)
@@ -90,7 +85,7 @@ def test_recomputing_leaves_the_running_statistics_alone():
 
 
 def test_the_loss_is_not_in_half_precision():
-    stepper, _ = make_stepper(amp=True, amp_dtype='bfloat16')
+    stepper, _ = make_stepper(device_options=DeviceOptions(amp=True, amp_dtype='bfloat16'))
     seen, loss_fn = [], stepper.loss_fn
     stepper.loss_fn = lambda logits, target: seen.append(logits.dtype) or loss_fn(logits, target)
     stepper.step(batches(1), 0, False)
@@ -131,7 +126,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(value):
     images = bad[0].clone()
     images[2, 0, 3, 3] = value
     outcome = stepper.step(iter([(images, bad[1])]), 1, False)
-    assert not outcome.applied and outcome.is_mine and not outcome.is_overflow
+    assert not outcome.applied and outcome.report_here and not outcome.scale_overflow
     assert not torch.isfinite(torch.tensor(outcome.loss))
     assert same(state(stepper), before)  # the running statistics of the batch norms too
     assert stepper.step(iter([good]), 2, False).applied and not same(state(stepper), before)
@@ -143,7 +138,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     stepper.loss_fn = lambda logits, target: (logits.sum() * 0).sqrt()
     before = state(stepper)
     outcome = stepper.step(batches(1), 0, False)
-    assert outcome.loss == 0 and not outcome.applied and outcome.is_mine
+    assert outcome.loss == 0 and not outcome.applied and outcome.report_here
     assert same(state(stepper), before)
 
 
@@ -153,8 +148,8 @@ def test_statistics_that_overflow_are_not_applied():
     before = state(stepper)
     images, target = next(batches(1))
     outcome = stepper.step(iter([(images * 1e25, target)]), 0, False)
-    assert torch.isfinite(torch.tensor(outcome.loss)) and not outcome.applied and not outcome.is_overflow
-    assert outcome.is_mine and outcome.problem == 'running statistics of the batch norms are not finite'
+    assert torch.isfinite(torch.tensor(outcome.loss)) and not outcome.applied and not outcome.scale_overflow
+    assert outcome.report_here and outcome.problem == 'running statistics of the batch norms are not finite'
     assert same(state(stepper), before)
     assert stepper.step(batches(1), 1, False).applied
 
@@ -164,7 +159,7 @@ def test_statistics_that_overflow_are_no_matter_of_the_loss_scale():
     stepper.scaler = torch.amp.GradScaler('cpu', init_scale=4.)
     images, target = next(batches(1))
     outcome = stepper.step(iter([(images * 1e25, target)]), 0, False)
-    assert not outcome.applied and not outcome.is_overflow and outcome.is_mine
+    assert not outcome.applied and not outcome.scale_overflow and outcome.report_here
 
 
 def test_a_buffer_that_is_infinite_from_the_start_refuses_no_step():
@@ -198,20 +193,20 @@ def test_a_weight_that_is_not_finite_ends_the_run_at_the_next_step():
 
 
 def test_a_loss_scale_that_is_too_large_is_lowered_not_counted():
-    stepper, _ = make_stepper(scaler=True, amp=True)
+    stepper, _ = make_stepper(scaler=True, device_options=DeviceOptions(amp=True))
     stepper.scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 40)
     before, outcomes = state(stepper), []
     while not outcomes or not outcomes[-1].applied:
         assert same(state(stepper), before)
         outcomes.append(stepper.step(batches(1), len(outcomes), False))
         assert len(outcomes) < 45
-    assert len(outcomes) > 5 and all(outcome.is_overflow for outcome in outcomes[:-1])
+    assert len(outcomes) > 5 and all(outcome.scale_overflow for outcome in outcomes[:-1])
     assert not same(state(stepper), before)
 
 
 def test_a_request_to_stop_is_passed_on():
     stepper, _ = make_stepper()
-    assert stepper.step(batches(1), 0, True).stop
+    assert stepper.step(batches(1), 0, True).stop_requested
 
 
 def test_draws_depend_on_the_step_alone():

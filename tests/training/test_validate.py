@@ -1,10 +1,10 @@
 """Evaluations: several models in one call, each as alone; tables of classes; what is no result."""
 import argparse
 import csv
-import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ from timm.data import IterableImageDataset
 import train
 import validate
 from smpconv_models import checkpoint
-from smpconv_models.training import validate as validate_one
+from smpconv_models.training import DataOptions, DeviceOptions, EvalOptions, ModelOptions
+from smpconv_models.training import validate as library
 from smpconv_models.training.metrics import ClassificationMeter
-from smpconv_models.training.validate import class_rows, inherit, series
+from smpconv_models.training.validate import expand_model_list, fill_from_checkpoint, per_class_results
 
-LIBRARY = importlib.import_module('smpconv_models.training.validate')  # its package has a function of this name
+OPTIONS = EvalOptions(DataOptions(), ModelOptions(), DeviceOptions())
 KWARGS = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5))
 ON = ('--workers', 0, '--batch-size', 4)
 
@@ -111,21 +112,18 @@ def test_each_of_several_models_is_evaluated_as_alone(files, images, capsys, tmp
 
 
 def test_options_come_before_the_description(tmp_path):
-    given = argparse.Namespace(
-        checkpoint='a.pth', model=None, img_size=None, input_size=None, mean=None, std=None, interpolation=None,
-        crop_pct=0.5, exif_orientation=None, dataset=None, data_dir=None, split=None)
+    given = replace(OPTIONS, checkpoint='a.pth', data=DataOptions(crop_pct=0.5))
     described = checkpoint.describe({'args': {
         'img_size': 16, 'crop_pct': 1., 'data_dir': str(tmp_path), 'val_split': 'test'}})
-    filled = inherit(given, described)
-    assert (filled.img_size, filled.crop_pct, filled.data_dir, filled.split) == (16, 0.5, str(tmp_path), 'test')
-    assert given.img_size is None and given.data_dir is None
-    for key in ('img_size', 'mean', 'data_dir', 'dataset', 'split'):
-        assert getattr(inherit(given, checkpoint.describe({})), key) is None
+    filled = fill_from_checkpoint(given, described)
+    assert (filled.data.img_size, filled.data.crop_pct, filled.data.data_dir) == (16, 0.5, str(tmp_path))
+    assert filled.split == 'test'
+    assert fill_from_checkpoint(given, checkpoint.describe({})) == given
     larger = checkpoint.describe({'args': {'img_size': 2048}})  # as its run was asked to
     with pytest.raises(ValueError, match=r'args\.img_size must be'):
-        inherit(given, larger)
-    given.img_size = 2048
-    assert inherit(given, larger).img_size == 2048
+        fill_from_checkpoint(given, larger)
+    given = replace(given, data=DataOptions(img_size=2048))
+    assert fill_from_checkpoint(given, larger).data.img_size == 2048
 
 
 @pytest.mark.parametrize('args, option', [
@@ -186,13 +184,14 @@ def test_models_go_with_checkpoints(tmp_path, monkeypatch, checkpoints, models, 
     monkeypatch.chdir(tmp_path)
     for name in checkpoints:
         torch.save({}, name)
-    args = argparse.Namespace(checkpoint=list(checkpoints) or None, model=models or None, seed=3)
+    options = replace(OPTIONS, data=DataOptions(seed=3))
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            series(args)
+            expand_model_list(options, checkpoints, models)
     else:
-        each = series(args)
-        assert [(own.checkpoint, own.model) for own in each] == expected and all(own.seed == 3 for own in each)
+        each = expand_model_list(options, checkpoints, models)
+        assert [(own.checkpoint, own.model.model) for own in each] == expected
+        assert all(own.data.seed == 3 for own in each)
 
 
 def test_a_runs_folder_means_its_best(images, capsys, tmp_path):
@@ -292,7 +291,7 @@ def test_what_fails_is_told_and_the_others_go_on(files, images, capsys, tmp_path
     infinite.head.fc.bias.data[1] = float('inf')
     other = timm.create_model('smpconv_mobile31', num_classes=7)
     failing = {
-        save(tmp_path / 'nan.pth', nan): 'has weights that are not numbers: head.fc.bias',
+        save(tmp_path / 'nan.pth', nan): 'has weights that are NaN: head.fc.bias',
         save(tmp_path / 'infinite.pth', infinite): 'are not finite: the loss is ',
         save(tmp_path / 'other.pth', other, model_kwargs={}): 'it is of smpconv_mobile31 with 7 classes and 3 input',
         save(tmp_path / 'cats.pth', create(6), classes=['cat', 'eagle']): "only in training ['eagle']",
@@ -324,10 +323,10 @@ def test_results_are_written_after_each_model(files, capsys, tmp_path, monkeypat
     def interrupted(*args, **kwargs):
         if results.exists():
             raise KeyboardInterrupt
-        return measure(*args, **kwargs)
+        return evaluate_model(*args, **kwargs)
 
-    results, measure = tmp_path / 'r.csv', validate.measure
-    monkeypatch.setattr(validate, 'measure', interrupted)
+    results, evaluate_model = tmp_path / 'r.csv', validate.evaluate_model
+    monkeypatch.setattr(validate, 'evaluate_model', interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(validate.main, '--checkpoint', *files[:2], *ON, '--results-file', results)
     assert stopped.value.code == 130 and capsys.readouterr().err == 'validate.py: interrupted\n'
@@ -353,13 +352,14 @@ def test_a_size_that_the_model_refuses_is_told(images, capsys, tmp_path):
     (KeyError('a fault of the program'), None),
 ])
 def test_errors_of_the_machine_are_one_line(files, capsys, monkeypatch, error, expected):
-    def fail_first(model, images, device, args, *rest):
-        if args.checkpoint == str(files[0]):
-            raise error
-        return evaluate(model, images, device, args, *rest)
+    def fail_first(*args):
+        errors, calls[:] = calls[:1], calls[1:]
+        for first in errors:
+            raise first
+        return evaluate(*args)
 
-    evaluate = LIBRARY.evaluate
-    monkeypatch.setattr(LIBRARY, 'evaluate', fail_first)
+    calls, evaluate = [error], library.evaluate
+    monkeypatch.setattr(library, 'evaluate', fail_first)
     argv = ('--checkpoint', *files[:2], *ON)
     if expected is None:
         with pytest.raises(KeyError):
@@ -377,7 +377,7 @@ def test_models_of_other_images_are_not_compared(files, capsys, tmp_path):
     path = save(tmp_path / 'd.pth.tar', create(), args=trained)
     assert run(validate.main, '--checkpoint', files[0], path, *ON) == 2
     error = capsys.readouterr().err
-    assert f'{path} is of other images than the models before it: expected {tmp_path}/images, got {other};' in error
+    assert f'{path} is evaluated on other images than the models before it: expected {tmp_path}/images, got {other};' in error
     assert run(validate.main, '--checkpoint', files[0], path, '--data-dir', other, *ON) == 0
 
 
@@ -385,32 +385,29 @@ def test_models_of_other_images_are_not_compared(files, capsys, tmp_path):
     (['a.pth.tar', 'b.pth.tar', 'typo.pth'], 'expected a checkpoint file, found nothing at typo.pth'),
     (['a.pth.tar', 'images'], 'found nothing at images/model_best.pth.tar'),
     (['a.pth.tar', 'b.pth.tar', '--model', 'smpconv_x'], "no model is named 'smpconv_x'"),
-    (['a.pth.tar', 'b.pth.tar', '--class-results', 'c.csv'], '--class-results is of a single model, got 2'),
-    (['a.pth.tar', 'b.pth.tar', '--confusion', 'c.png'], '--confusion is of a single model, got 2'),
-    (['a.pth.tar', '--confusion', 'c.pdf'], '--confusion takes the name of a .png file, got c.pdf'),
-    (['a.pth.tar', '--class-results', 'c.txt'], '--class-results takes the name of a .csv file, got c.txt'),
-    (['a.pth.tar', '--class-results', 'c.csv', '--results-file', './c.csv'],
-     '--class-results c.csv is the file of --results-file too'),
+    (['a.pth.tar', 'b.pth.tar', '--per-class-results', 'c.csv'], '--per-class-results is of a single model, got 2'),
+    (['a.pth.tar', 'b.pth.tar', '--confusion-matrix', 'c.png'], '--confusion-matrix is of a single model, got 2'),
+    (['a.pth.tar', '--confusion-matrix', 'c.pdf'], '--confusion-matrix takes the name of a .png file, got c.pdf'),
+    (['a.pth.tar', '--per-class-results', 'c.txt'], '--per-class-results takes the name of a .csv file, got c.txt'),
+    (['a.pth.tar', '--per-class-results', 'c.csv', '--results-file', './c.csv'],
+     '--per-class-results c.csv is the file of --results-file too'),
     (['a.pth.tar', '--results-file', 'a.pth.tar'], '--results-file a.pth.tar is the file of --checkpoint too'),
     (['a.pth.tar', '--results-file', 'images'], '/images is not a file'),
     (['a.pth.tar', '--results-file', '/dev/null'], '--results-file /dev/null is not a file'),
-    (['a.pth.tar', '--confusion', 'nowhere/c.png'], 'nowhere/c.png cannot be written: No such file'),
+    (['a.pth.tar', '--confusion-matrix', 'nowhere/c.png'], 'nowhere/c.png cannot be written: No such file'),
 ])
 def test_mistakes_are_told_before_the_work(files, capsys, tmp_path, monkeypatch, argv, expected):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(validate, 'measure', None)
+    monkeypatch.setattr(validate, 'evaluate_model', None)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     line = refused(validate.main, capsys, '--checkpoint', *argv)
     assert line.startswith('validate.py: error: ') and expected in line
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_validate_returns_the_result_and_leaves_its_arguments(files):
-    args = validate.create_parser().parse_args(['--workers', '0'])
-    args.checkpoint = str(files[0])
-    before = dict(vars(args))
-    result = validate_one(args)
-    assert result['images'] == 6 and result['model'] == 'smpconv_nano' and vars(args) == before
+def test_a_model_is_evaluated_from_python(files):
+    evaluation = library.evaluate_model(replace(OPTIONS, checkpoint=str(files[0]), data=DataOptions(workers=0)))
+    assert evaluation.result['images'] == 6 and evaluation.result['model'] == 'smpconv_nano'
 
 
 # --- classes ---
@@ -437,17 +434,17 @@ def test_rows_of_classes():
         (1, 'dog', 0, 0, '', '', 0),
         (2, 'eel', 4, 1, 25., 'dog', 3),
     ]
-    rows = class_rows(confusion, ['cat', 'dog', 'eel'])
+    rows = per_class_results(confusion, ['cat', 'dog', 'eel'])
     assert list(rows[0]) == ['index', 'name', 'images', 'correct', 'top1', 'mistaken_for', 'times']
     assert [tuple(row.values()) for row in rows] == expected
-    unnamed = class_rows(confusion)
+    unnamed = per_class_results(confusion)
     assert 'name' not in unnamed[0] and [row['mistaken_for'] for row in unnamed] == [1, '', 1]
     assert confusion.tolist() == [[2, 1, 1], [0, 0, 0], [0, 3, 1]]
 
 
 def test_tables_and_picture_of_classes(files, capsys, tmp_path):
     table, picture = tmp_path / 'classes.csv', tmp_path / 'confusion.png'
-    assert run(validate.main, '--checkpoint', files[0], *ON, '--class-results', table, '--confusion', picture,
+    assert run(validate.main, '--checkpoint', files[0], *ON, '--per-class-results', table, '--confusion-matrix', picture,
                '--results-file', tmp_path / 'r.csv') == 0
     result = told(capsys)[1]
     rows = read_csv(table)
@@ -494,7 +491,7 @@ class Stream:
 ])
 def test_streams_must_be_whole(files, capsys, monkeypatch, said, labels, options, expected):
     dataset = IterableImageDataset('', reader=Stream(said, labels))
-    monkeypatch.setattr(LIBRARY.sources, 'open_dataset', lambda *args, **kwargs: dataset)
+    monkeypatch.setattr(library.sources, 'open_dataset', lambda *args, **kwargs: dataset)
     argv = ('--checkpoint', files[0], *ON, *options)
     if isinstance(expected, str):
         assert expected in refused(validate.main, capsys, *argv)
