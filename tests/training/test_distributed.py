@@ -8,8 +8,10 @@ import torch
 from launch import EVERYTHING, differences, finish, start, wait_for_step
 from torch import nn
 
+from smpconv_models.training.datasets import SkippedSamples
 from smpconv_models.training.distributed import DistributedContext
-from smpconv_models.training.metrics import ClassificationMeter, EvalLoader, evaluate
+from smpconv_models.training.loader import EvalLoader
+from smpconv_models.training.metrics import ClassificationMeter, evaluate
 
 COMMAND = [*EVERYTHING, '--batch-size', '64', '--dist-timeout', '60']
 

@@ -141,4 +141,5 @@ def test_a_marker_of_another_form_is_passed_over(tmp_path, content):
 def test_a_marker_that_cannot_be_printed_is_escaped(tmp_path):
     folder = held(tmp_path / 'run')
     folder._owner_file.write_text(json.dumps({'pid': 1, 'host': 'a\n\x1b[31m', 'since': '\ud800' + 'b' * 5000}))
-    assert folder._describe_owner().startswith(r'process 1 on a\n\x1b[31m since \ud800b') and len(folder._describe_owner()) < 500
+    owner = folder._describe_owner()
+    assert owner.startswith(r'process 1 on a\n\x1b[31m since \ud800b') and len(owner) < 500

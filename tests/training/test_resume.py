@@ -60,7 +60,7 @@ def test_a_run_of_before_the_options_were_renamed_is_resumed_and_evaluated(tmp_p
     command = [*EVERYTHING, '--img-size', 8, '--random-crop-pad', 2, '--save-interval', 5, '--max-nonfinite-steps', 7]
     assert run(*command, '--output', tmp_path, '--experiment', 'run') == 0
     printed = capsys.readouterr().out
-    assert f'resuming from {path}: epoch 1, step 6' in printed and 'changed since' not in printed
+    assert f'resuming from {path}: epoch 1, step 5' in printed and 'changed since' not in printed
     state = torch.load(path, weights_only=True)
     assert state['progress']['epoch'] == 2 and state['args']['random_crop_pad'] == 2
 

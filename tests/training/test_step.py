@@ -10,6 +10,7 @@ from smpconv_models.training.distributed import DistributedContext
 from smpconv_models.training.train_step import TrainStep
 
 CPU = torch.device('cpu')
+FLOAT32 = DeviceOptions()
 
 
 class ConstantSchedule:
@@ -22,15 +23,16 @@ class ConstantSchedule:
         self.updates.append(number)
 
 
-def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, device_options=DeviceOptions(), **changes):
+def make_stepper(seed=0, scaler=False, norm_layer=None, ema=0.5, device_options=FLOAT32, **changes):
     torch.manual_seed(seed)
     model = SMPConvNet(
         in_chans=1, num_classes=4, depths=(1,), dims=(4,), kernel_sizes=(5,), small_kernel_size=3,
         **({} if norm_layer is None else {'norm_layer': norm_layer}))
     optimizer = torch.optim.SGD(param_groups(model, 0.05), lr=0.1)
     return TrainStep(
-        model, model, ModelEmaV3(model, decay=ema), optimizer, ConstantSchedule(), torch.amp.GradScaler('cpu', enabled=scaler),
-        nn.CrossEntropyLoss(), None, CPU, DistributedContext(), device_options, seed=1, **changes), model
+        model, model, ModelEmaV3(model, decay=ema), optimizer, ConstantSchedule(),
+        torch.amp.GradScaler('cpu', enabled=scaler), nn.CrossEntropyLoss(), None, CPU, DistributedContext(),
+        device_options, seed=1, **changes), model
 
 
 def group_norm(channels):

@@ -377,7 +377,8 @@ def test_models_of_other_images_are_not_compared(files, capsys, tmp_path):
     path = save(tmp_path / 'd.pth.tar', create(), args=trained)
     assert run(validate.main, '--checkpoint', files[0], path, *ON) == 2
     error = capsys.readouterr().err
-    assert f'{path} is evaluated on other images than the models before it: expected {tmp_path}/images, got {other};' in error
+    assert f'{path} is evaluated on other images than the models before it' in error
+    assert f'expected {tmp_path}/images, got {other};' in error
     assert run(validate.main, '--checkpoint', files[0], path, '--data-dir', other, *ON) == 0
 
 
@@ -444,8 +445,8 @@ def test_rows_of_classes():
 
 def test_tables_and_picture_of_classes(files, capsys, tmp_path):
     table, picture = tmp_path / 'classes.csv', tmp_path / 'confusion.png'
-    assert run(validate.main, '--checkpoint', files[0], *ON, '--per-class-results', table, '--confusion-matrix', picture,
-               '--results-file', tmp_path / 'r.csv') == 0
+    assert run(validate.main, '--checkpoint', files[0], *ON, '--per-class-results', table,
+               '--confusion-matrix', picture, '--results-file', tmp_path / 'r.csv') == 0
     result = told(capsys)[1]
     rows = read_csv(table)
     assert [row['name'] for row in rows] == ['cat', 'dog'] and [row['images'] for row in rows] == ['3', '3']
