@@ -24,7 +24,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 if __name__ == '__main__':  # Ctrl-C while PyTorch is imported ends without a traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'train.py: interrupted\n'), os._exit(130)))
@@ -78,6 +78,10 @@ def main(argv=None) -> int:
     if world.is_primary:
         for line in ineffective_options(parser, args):
             logging.warning(line)
+
+    def explain(error: Exception) -> Optional[str]:
+        return describe_error(error, world, options.data.batch_size, options.data.workers, is_training=True)
+
     try:
         trainer = build_trainer(options, world)
     except ValueError as error:
@@ -86,7 +90,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted before the run began\n')
     except Exception as error:
-        line = describe_error(error, options.data, world, is_training=True)
+        line = explain(error)
         if line is None:
             raise
         parser.exit(1, f'{parser.prog}: error: {line}{_rank(world)}\n')
@@ -99,7 +103,7 @@ def main(argv=None) -> int:
         return _leave(
             parser, trainer, 'interrupted; the same command resumes the run from its last checkpoint', 130)
     except Exception as error:
-        line = describe_error(error, options.data, world, is_training=True)
+        line = explain(error)
         if line is None:
             raise
         return _leave(parser, trainer, f'error: {line}', 1)

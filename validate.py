@@ -120,7 +120,8 @@ def evaluate_all(
             evaluation = evaluate_model(
                 options, before, with_confusion=bool(args.per_class_results or args.confusion_matrix))
         except Exception as error:
-            line = describe_error(error, options.data, DistributedContext())
+            line = describe_error(
+                error, DistributedContext(), options.data.batch_size, options.data.workers)
             if line is None:
                 raise
             if len(each) == 1:

@@ -14,7 +14,7 @@ from smpconv_models.utils.errors import first_line
 
 from . import rng
 from .checkpointing import TrainState
-from .config import DataOptions, LoggingOptions, TrainOptions
+from .config import LoggingOptions, TrainOptions
 from .distributed import DistributedContext
 
 _logger = logging.getLogger(__name__)
@@ -154,13 +154,15 @@ _NO_PEER = ('gloo', 'nccl', 'connection closed', 'connection reset', 'timed out'
 
 
 def describe_error(
-        error: Exception, data: DataOptions, world: DistributedContext, is_training: bool = False) -> Optional[str]:
+        error: Exception, world: DistributedContext, batch_size: int, workers: int, is_training: bool = False,
+) -> Optional[str]:
     """Return a line for an error of the environment or the data; None for a fault of the program.
 
     Args:
         error: Error that ended the run.
-        data: Options of the run.
         world: Ranks of the run, which may be the cause.
+        batch_size: Batch size of each rank, for the advice.
+        workers: Number of DataLoader workers, for the advice.
         is_training: Whether the run trains, for the advice.
     """
     _logger.debug('the run has failed', exc_info=error)
@@ -169,11 +171,11 @@ def describe_error(
         advice = 'a smaller --batch-size or --amp'
         if is_training:
             advice = 'a smaller --batch-size with --global-batch-size kept, --amp or --grad-checkpointing'
-        return f'out of memory with --batch-size {data.batch_size}: {line}; {advice} needs less'
+        return f'out of memory with --batch-size {batch_size}: {line}; {advice} needs less'
     if isinstance(error, RuntimeError) and any(sign in text for sign in _NO_WORKER):
         return (
             f'a DataLoader worker died: {line}; memory or shared memory (/dev/shm) may be full: '
-            f'try fewer --workers than {data.workers}')
+            f'try fewer --workers than {workers}')
     if world.size > 1 and isinstance(error, (dist.DistError, RuntimeError)) and any(sign in text for sign in _NO_PEER):
         cause = re.sub(r'^\[\S+\] ', '', line).split('. ')[0]  # without the library's file and its advice
         return f'rank {world.rank} timed out waiting for other ranks ({world.unresponsive_ranks()}): {cause}'

@@ -16,11 +16,14 @@ from launch import EVERYTHING, ROOT, TINY, finish, start, wait_for_step
 from test_data import make_folder
 
 import train
-from smpconv_models.training import DataOptions, checkpointing, describe_error
+from smpconv_models.training import checkpointing, describe_error
 from smpconv_models.training.distributed import DistributedContext
 from smpconv_models.training.run_dir import RunDir
 
-DATA = DataOptions(batch_size=64, workers=2)
+
+def describe(error, is_training=False):
+    return describe_error(error, DistributedContext(), batch_size=64, workers=2, is_training=is_training)
+
 
 
 def run(*argv):
@@ -230,24 +233,24 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 def test_memory_that_does_not_suffice():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2 ** 60)
-    line = describe_error(caught.value, DATA, DistributedContext())
+    line = describe(caught.value, is_training=True)
     assert line.startswith('out of memory with --batch-size 64: ') and '\n' not in line
     assert all(option in line for option in ('--global-batch-size', '--amp', '--grad-checkpointing'))
 
 
 def test_an_evaluation_that_memory_does_not_suffice_for():
-    line = describe_error(MemoryError(), DATA, DistributedContext())
+    line = describe(MemoryError())
     assert 'a smaller --batch-size or --amp needs less' in line
 
 
 def test_a_gpu_out_of_memory():
     error = torch.OutOfMemoryError('CUDA out of memory. Tried')
-    assert '--batch-size 64' in describe_error(error, DATA, DistributedContext())
+    assert '--batch-size 64' in describe(error)
 
 
 def test_faults_of_the_program_keep_their_traceback():
-    assert describe_error(RuntimeError('mat1 and mat2 shapes'), DATA, DistributedContext()) is None
-    assert describe_error(AttributeError('x'), DATA, DistributedContext()) is None
+    assert describe(RuntimeError('mat1 and mat2 shapes')) is None
+    assert describe(AttributeError('x')) is None
 
 
 def test_a_missing_class_is_told_before_training(tmp_path, capsys):
