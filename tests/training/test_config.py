@@ -1,11 +1,13 @@
 """YAML files under a command line."""
 import argparse
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import train
-from smpconv_models.training import cli, ineffective_options
+from smpconv_models.training import TrainOptions, cli, ineffective_options
 from smpconv_models.training.config import _PRECONDITIONS
 
 RECIPES = sorted((Path(__file__).parents[2] / 'recipes').glob('*.yaml'))
@@ -119,6 +121,15 @@ def test_each_option_that_may_be_without_effect_exists():
     for names, _, has_effect in _PRECONDITIONS:
         assert set(names) <= set(known)
         has_effect(argparse.Namespace(**known))  # reads only what there is
+
+
+def test_help_and_page_list_the_defaults_that_differ_from_timms():
+    page = (Path(__file__).parents[2] / 'docs/training.md').read_text()
+    listed = set(re.findall(r'^\| `--([\w-]+)` \|.*\|.*\|$', page, re.M))
+    described = {
+        item.name.replace('_', '-') for group in TrainOptions.groups().values() for item in fields(group)
+        if 'timm: ' in item.metadata['argument']['help']}
+    assert described == listed and len(listed) == 10
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
