@@ -7,6 +7,8 @@ from typing import Tuple
 
 import numpy as np
 
+from ..utils.download import DownloadNeededError
+
 # The published files, unpacked: torchvision knows the checksums of the packed ones alone, and one whose unpacking broke
 # off is there as far as it can tell. Size in bytes -> MD5.
 _PUBLISHED = {
@@ -49,5 +51,5 @@ def read_idx(path: Path, item: Tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
 
 
-def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f'{path} is damaged: {reason}; remove it and pass download=True')
+def _damaged(path: Path, reason: str) -> DownloadNeededError:
+    return DownloadNeededError(f'{path} is damaged: {reason}; remove it and')

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smpconv_models.data.digits import Digits
 
-from ..utils.download import missing
+from ..utils.download import DownloadNeededError, missing
 from ..utils.locks import locked
 from .idx import read_idx
 from .permutations import permutation
@@ -51,9 +51,9 @@ def open_mnist(root: Path, split: str, download: bool, permuted: bool) -> Stored
         _fetch_mnist(root, {**files['train'], **files['t10k']}, absent[0], download)
     pixels, labels = (read_idx(path, item) for path, item in own.items())
     if len(pixels) != len(labels) or labels.max(initial=0) > 9:
-        raise ValueError(
+        raise DownloadNeededError(
             f'{folder}: expected a label from 0 to 9 for each of {len(pixels)} images of split {split!r}, '
-            f'found {len(labels)} from 0 to {labels.max(initial=0)}; remove both files and pass download=True')
+            f'found {len(labels)} from 0 to {labels.max(initial=0)}; remove both files and')
     return StoredSequences(
         f'split {split!r} of MNIST in {root}', tuple('0123456789'), torch.tensor(pixels).reshape(-1, 1, 784),
         labels.tolist(), _MNIST_MEAN, _MNIST_STD, _order('permuted-mnist', 784, permuted), (28, 28))
@@ -82,9 +82,9 @@ def open_cifar10(root: Path, split: str, download: bool) -> StoredSequences:
             CIFAR10(str(root), is_training, download=True)
     absent = _cifar10_lacks(root)
     if absent:
-        raise ValueError(
-            f'{root / CIFAR10.base_folder} lacks {absent[0]}, or it is damaged ({len(absent)} such files): pass '
-            f'download=True, or unpack {CIFAR10.url} in {root} by hand')
+        raise DownloadNeededError(
+            f'{root / CIFAR10.base_folder} lacks {absent[0]}, or it is damaged ({len(absent)} such files):',
+            f', or unpack {CIFAR10.url} in {root} by hand')
     found = CIFAR10(str(root), is_training)
     pixels = torch.from_numpy(found.data.transpose(0, 3, 1, 2).reshape(-1, 3, 1024).copy())
     return StoredSequences(

@@ -42,6 +42,7 @@ _SOURCES = {
     'speech': _Source(speech.open_waves, _THREE),
 }
 NAMES = tuple(_SOURCES)
+EMBEDDED = tuple(name for name, source in _SOURCES.items() if not source.needs_folder)
 
 
 def create_sequence_dataset(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from smpconv_models.utils.errors import first_line
 
-from ..utils.download import check_sha256, extract_tar, fetch, missing
+from ..utils.download import DownloadNeededError, check_sha256, extract_tar, fetch, missing
 from ..utils.locks import locked
 from .audio import RATE, read_wave
 from .cache import Tensors, cached
@@ -134,9 +134,9 @@ def _members(folder: Path) -> Dict[str, List[str]]:
     there = {f'{word}/{path.name}' for word in WORDS for path in (folder / word).glob('*.wav')}
     empty = sorted(set(WORDS) - {name.partition('/')[0] for name in there})
     if empty:
-        raise ValueError(
+        raise DownloadNeededError(
             f'{folder}: expected a folder of wav files for each of {WORDS}, found none for {empty}; remove {folder} '
-            f'and pass download=True')
+            'and')
     lists = {part: _listed(folder / name) for part, name in _LISTS.items()}
     twice = sorted(lists['validation'] & lists['test'])
     if twice:
@@ -147,8 +147,8 @@ def _members(folder: Path) -> Dict[str, List[str]]:
     splits = {'train': there - lists['validation'] - lists['test'], **lists}
     counts = {split: len(names) for split, names in splits.items()}
     if counts != CLIPS:  # of a folder that others have unpacked, or lost files of
-        raise ValueError(
-            f'{folder}: expected the clips {CLIPS}, found {counts}; remove {folder} and pass download=True')
+        raise DownloadNeededError(
+            f'{folder}: expected the clips {CLIPS}, found {counts}; remove {folder} and')
     return {split: sorted(names) for split, names in splits.items()}
 
 

@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smpconv_models import checkpoint
 from smpconv_models.checkpoint.description import PREPARATION
-from smpconv_models.training import Digits
-from smpconv_models.training.data_config import data_config
-from smpconv_models.training.image_reading import ReadImage
+from smpconv_models.data.digits import Digits
+from smpconv_models.training.config import DataOptions
+from smpconv_models.training.datasets import DECODE_ERRORS, ReadImage
 from smpconv_models.training.model_factory import (
     choose_model,
     create_for_checkpoint,
@@ -23,7 +23,7 @@ from smpconv_models.training.model_factory import (
     select_weights,
 )
 from smpconv_models.training.run_dir import RunDir
-from smpconv_models.training.skipped import ERRORS
+from smpconv_models.training.tasks import ImageTask
 from smpconv_models.utils.errors import first_line
 
 from .kernels import evenly
@@ -203,7 +203,7 @@ def images(args: Namespace, network: Network) -> Images:
     options = {**dict.fromkeys(PREPARATION), **given}
     if args.img_size is not None:
         options['img_size'] = args.img_size
-    config = data_config(Namespace(dataset=None, **options), model)
+    config = ImageTask(DataOptions(**options)).resolve_data_config(model)
     transform = create_transform(
         config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
@@ -247,5 +247,5 @@ def _files(paths: List[str]) -> List[Path]:
 def _read(path: Path, read_image: ReadImage) -> Any:
     try:
         return read_image(path)
-    except ERRORS as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f'--images {path} cannot be read: {first_line(error)}') from error

@@ -1,61 +1,61 @@
-"""Opening data sets: everything that timm reads, and what is wrong with it told in one line."""
+"""Image data sets by name: everything that timm reads, with errors in one line."""
 import importlib.util
 import json
 import logging
 import os
 import sys
-import tarfile
-from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Dict, Iterable, Optional, Set, Tuple, Type
+from typing import Any, Iterable, List, Optional, Tuple, Type, Union
 
-import numpy as np
+import timm.data
 from filelock import FileLock
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data import get_img_extensions
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from smpconv_models.data.digits import SPLIT_SYNONYMS, Digits
 from smpconv_models.utils.errors import first_line
 
-from . import task_sequence
-from .class_folders import FolderReader, TorchFolder, is_hidden, nesting_notes, timm_scan, torch_scan
-from .class_names import in_order, listed, shown
-from .data_config import SPLIT_SYNONYMS, Digits, class_names
-from .datasets import image_name
-from .image_reading import DEEP_MODES, ReadImage, orientation
-from .skipped import ERRORS
+from .class_folders import READER_ERRORS, ClassFolders, ClassTars, Scan, listed, log_nesting, shown
+from .config import DataOptions
+from .datasets import (
+    DECODE_ERRORS,
+    DEEP_MODES,
+    HuggingFaceStream,
+    ReadImage,
+    SeededDataset,
+    SeededIterableDataset,
+    WebDatasetStream,
+    names_by_index,
+    orientation,
+)
 
 _logger = logging.getLogger(__name__)
 
-# Of the names under which timm reads other data sets than folders, and the packages that it takes for that.
+# Prefixes of the names under which timm reads other data sets than folders, and the packages that they need.
 _PREFIXES = {
     'torch': 'torchvision', 'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets', 'wds': 'webdataset'}
 
-# torchvision's data sets of two parts: any other split's name, however mistyped, is the test images to timm.
-_TWO_PARTS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
-
-# What timm and the packages that it reads with raise where there is no such data, or it is damaged.
-_ERRORS: Tuple[Type[Exception], ...] = (
-    AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-    UnpicklingError, tarfile.TarError)
+# torchvision's data sets with two splits: timm takes any other split's name, however mistyped, for the test images.
+_TRAIN_TEST_ONLY = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 
 # Number of images of a split whose headers are checked before the first step.
-_HEADERS = 64
+_NUM_HEADERS = 64
 
 
-def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) -> Any:
-    """Open the data set that the arguments name: 'digits', ``seq/NAME``, or any of ``timm.data.create_dataset``.
+def create_dataset(
+        data: DataOptions, split: str, in_chans: int, is_training: bool) -> Union[SeededDataset, SeededIterableDataset]:
+    """Create the image data set that the options name: 'digits', or any of ``timm.data.create_dataset``.
 
-    Without a name ``--data-dir`` holds, for each split, a folder of class folders (``train/CLASS/IMAGE``), a folder of
+    Without a name, ``data_dir`` holds for each split a folder of class folders (``train/CLASS/IMAGE``), a folder of
     tar files of a class each (``train/CLASS.tar``), or a tar file of either (``train.tar``).
 
     Skipped files, and properties of the data that the user may not expect, are logged at level INFO, which train.py
     enables on rank 0.
 
     Args:
-        args: Names of the data set and its folder, and how images are read.
+        data: Names of the data set and its folder, and how images are read.
         split: Name of the split.
         in_chans: Channels of the images, 1 or 3.
         is_training: Whether to train on the split.
@@ -66,35 +66,32 @@ def open_dataset(args: Namespace, split: str, in_chans: int, is_training: bool) 
     """
     if not split:
         raise ValueError('the name of a split must not be empty')
-    if task_sequence.are_meant(args):
-        return task_sequence.open_dataset(args, split)
     if in_chans not in (1, 3):
         raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {in_chans}')
-    mode = 'L' if in_chans == 1 else 'RGB'
-    if args.dataset == 'digits':
-        return Digits(split, mode)
-    dataset = _open_images(args, split, mode, is_training)
-    dataset.read_image = ReadImage(mode, bool(args.exif_orientation))
-    if _logger.isEnabledFor(logging.INFO):
-        _check_headers(args, split, dataset)
-    return dataset
-
-
-def _open_images(args: Namespace, split: str, mode: str, is_training: bool) -> Any:
-    if not args.dataset:
-        return _open_folder(args, split, mode)
-    prefix, name = _parse(args.dataset)
-    if prefix == 'torch':
-        return _open_torchvision(args, name.lower(), split, mode)
+    read_image = ReadImage('L' if in_chans == 1 else 'RGB', bool(data.exif_orientation))
+    if data.dataset == 'digits':
+        return SeededDataset(_MapStyleImages(Digits(split, read_image.mode)), data.seed, is_training=is_training)
+    prefix, name = _parse_name(data.dataset) if data.dataset else ('', '')
     if prefix == 'wds':
-        return _open_shards(args, split, mode, is_training)
-    if prefix in ('hfds', 'hfids'):
-        return _open_hugging_face(args, prefix, split, mode, is_training)
-    return _create(args, split, mode, is_training)
+        return _create_webdataset(data, split, read_image, is_training)
+    if prefix == 'hfids':
+        return _create_hugging_face_stream(data, name, split, read_image, is_training)
+    if prefix == 'tfds':
+        dataset = _create_with_timm(data, split, is_training, read_image.mode)
+        return SeededIterableDataset(dataset, data.seed, read_image.convert)
+    if prefix == 'hfds':
+        source: Any = _create_hugging_face(data, split, is_training)
+    elif prefix == 'torch':
+        source = _create_torchvision(data, name.lower(), split)
+    else:
+        source = _create_folder(_find_split(data.data_dir, split))
+    if _logger.isEnabledFor(logging.INFO):
+        _check_headers(data, split, source)
+    return SeededDataset(source, data.seed, read_image.convert, is_training)
 
 
-def _parse(dataset: str) -> Tuple[str, str]:
-    """The prefix of the data set's name, whose package is there, and the rest."""
+def _parse_name(dataset: str) -> Tuple[str, str]:
+    """Return the prefix of the data set's name, whose package is installed, and the rest."""
     prefix, _, name = dataset.partition('/')
     prefix = prefix.lower()
     if prefix not in _PREFIXES or not name:
@@ -107,70 +104,73 @@ def _parse(dataset: str) -> Tuple[str, str]:
     return prefix, name
 
 
-def _create(args: Namespace, split: str, mode: str, is_training: bool, **options: Any) -> Any:
-    """``timm.data.create_dataset``, with users' mistakes as one line."""
-    options = {'root': args.data_dir, 'download': args.dataset_download, **options}
+def _create_with_timm(data: DataOptions, split: str, is_training: bool, mode: str = 'RGB', **options: Any) -> Any:
+    """Return ``timm.data.create_dataset``, with errors as one line."""
     try:
-        return create_dataset(
-            args.dataset, split=split, is_training=is_training, batch_size=args.batch_size, seed=args.seed,
-            input_img_mode=mode, **options)
-    except _errors(args) as error:
-        raise ValueError(f'{_described(args, split)} cannot be opened: {_reason(error)}') from error
+        return timm.data.create_dataset(
+            data.dataset or '', root=data.data_dir, split=split, is_training=is_training, batch_size=data.batch_size,
+            seed=data.seed, input_img_mode=mode, download=data.dataset_download, **options)
+    except _reader_errors(data) as error:
+        raise _open_error(data, split, error) from error
 
 
-def _errors(args: Namespace) -> Tuple[Type[Exception], ...]:
-    if not args.dataset.lower().startswith(('hfds/', 'hfids/')):
-        return _ERRORS
+def _reader_errors(data: DataOptions) -> Tuple[Type[Exception], ...]:
+    if not (data.dataset or '').lower().startswith(('hfds/', 'hfids/')):
+        return READER_ERRORS
     from datasets.exceptions import DatasetsError
-    return (*_ERRORS, DatasetsError)
+    return (*READER_ERRORS, DatasetsError)
 
 
-def _reason(error: BaseException) -> str:
-    """One line; of the cause where Hugging Face's library says no more than that there was one."""
+def _open_error(data: DataOptions, split: str, error: BaseException) -> ValueError:
+    """Return the error for a split that cannot be opened."""
+    # Hugging Face's errors may only report that there was another error
     while error.__cause__ is not None and type(error).__module__.startswith('datasets.'):
         error = error.__cause__
-    return first_line(error).replace('download=True', '--dataset-download')
+    may_be_missing = isinstance(error, RuntimeError) and (data.dataset or '').lower().startswith('torch/')
+    hint = '; --dataset-download downloads missing files' if may_be_missing and not data.dataset_download else ''
+    return ValueError(f'{_label(data, split)} cannot be opened: {first_line(error)}{hint}')
 
 
-def _described(args: Namespace, split: str) -> str:
-    place = f' in {args.data_dir}' if args.data_dir else ''
-    return f'split {split!r} of {args.dataset or "the images"}{place}'
+def _label(data: DataOptions, split: str) -> str:
+    place = f' in {data.data_dir}' if data.data_dir else ''
+    return f'split {split!r} of {data.dataset or "the images"}{place}'
 
 
 # --- folders and tar files ---
 
 
-def _open_folder(args: Namespace, split: str, mode: str) -> ImageDataset:
-    path = _find_split(args.data_dir, split)
-    if path.is_file() or _holds_tars(path):
-        dataset = _open_tars(path, mode)
+def _create_folder(path: Path) -> Union[ClassFolders, ClassTars]:
+    has_folders = path.is_dir() and any(item.is_dir() and not item.name.startswith('.') for item in path.iterdir())
+    if path.is_file() or (not has_folders and any(path.glob('*.tar'))):
+        source: Union[ClassFolders, ClassTars] = ClassTars(path)
     else:
-        dataset = _open_class_folders(path, mode)
-    _check_class_folders(path, dataset)
-    return dataset
+        scan = _scan(path, get_img_extensions(as_set=True))
+        if not scan.images:
+            raise ValueError(f'{shown(str(path))} has no images ({", ".join(sorted(scan.extensions))})')
+        log_nesting(str(path), {os.path.relpath(folder, path) for folder in {folder for _, folder in scan.images}})
+        source = ClassFolders(scan)
+    # timm makes a class of the images that are in no folder
+    stray = {index for index, name in enumerate(source.classes) if name in ('', '.')}
+    if stray:
+        index = next(index for index, target in enumerate(source.targets) if target in stray)
+        raise ValueError(f'{path} has images that are in no class folder, such as {shown(source.name(index))}')
+    return source
 
 
-def _log(lines: Iterable[str]) -> None:
-    for line in lines:
-        _logger.info('%s', line)
-
-
-def _open_class_folders(path: Path, mode: str) -> ImageDataset:
-    scan = timm_scan(str(path))
+def _scan(path: Path, extensions: Iterable[str]) -> Scan:
+    scan = Scan(str(path), set(extensions)).walk()
     scan.check_no_empty_folder()
-    if not scan.images:
-        raise ValueError(f'{shown(str(path))} has no images ({", ".join(sorted(scan.extensions))})')
-    _log(scan.notes())
-    _log(nesting_notes(str(path), {os.path.relpath(folder, path) for folder in {folder for _, folder in scan.images}}))
-    return ImageDataset(str(path), reader=FolderReader(scan), input_img_mode=mode)
+    for line in scan.notes():
+        _logger.info('%s', line)
+    return scan
 
 
 def _find_split(data_dir: Optional[str], split: str) -> Path:
-    """The split's folder or tar file.
+    """Return the path to the split's folder or tar file.
 
-    timm falls back to the root where there is none, and would validate on the training images.
+    timm would fall back to the root if there is none, and evaluate on the training images.
     """
-    root = _root(data_dir, 'the folder that holds the training and validation images')
+    root = _check_root(data_dir, 'the folder that holds the training and validation images')
     names = next((names for names in SPLIT_SYNONYMS if split in names), (split,))
     for choice in ((split,), names):
         for suffix in ('', '.tar'):
@@ -183,10 +183,10 @@ def _find_split(data_dir: Optional[str], split: str) -> Path:
                 return paths[0]
     raise ValueError(
         f'--data-dir {data_dir}: expected a folder named {" or ".join(names)}, or such a tar file '
-        f'({split}.tar), found {_listed(root)}')
+        f'({split}.tar), found {_list_folder(root)}')
 
 
-def _root(data_dir: Optional[str], what: str) -> Path:
+def _check_root(data_dir: Optional[str], what: str) -> Path:
     if not data_dir:  # the working folder has to be named, as "."
         raise ValueError(f'--data-dir is needed: {what}')
     root = Path(data_dir)
@@ -198,187 +198,90 @@ def _root(data_dir: Optional[str], what: str) -> Path:
     return root
 
 
-def _listed(root: Path) -> str:
+def _list_folder(root: Path) -> str:
     return listed((path.name for path in root.iterdir()), 8)
 
 
-def _holds_tars(folder: Path) -> bool:
-    return any(folder.glob('*.tar')) and not _folders(folder)
-
-
-def _folders(folder: Path) -> Set[str]:
-    return {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
-
-
-def _open_tars(path: Path, mode: str) -> ImageDataset:
-    reader = _read_tars(path)
-    _skip_hidden(path, reader)
-    _sort_classes(reader)
-    folders = {_folder_of(sample) for sample in reader.samples}
-    common = os.path.commonpath(folders) if len(folders) > 1 else ''  # of a whole folder that was packed
-    _log(nesting_notes(str(path), {os.path.relpath(folder, common) if common else folder for folder in folders}))
-    dataset = ImageDataset(str(path), reader=reader, input_img_mode=mode)
-    if path.is_dir():
-        empty = sorted({tar.name for tar in path.glob('*.tar')} - {name for _, name, _ in reader.samples})
-        if empty:
-            raise ValueError(f'{path} has tar files without images: {listed(empty, 8)}')
-        # timm's order is the file system's, where images of several tar files have the same name
-        order = sorted(range(len(reader)), key=lambda index: image_name(dataset, index))
-        reader.samples, reader.targets = reader.samples[order], reader.targets[order]
-    return dataset
-
-
-def _folder_of(sample: Any) -> str:
-    """Return the folder of an image of timm's tar reader, relative to the split; its last part names the class."""
-    member, tar, inner = sample
-    tars = [os.path.splitext(name)[0] for name in (tar, inner and inner.name) if name]
-    parts = (part.lstrip('/') for part in (*tars, os.path.dirname(member.path)))  # names in a tar file may be absolute
-    return os.path.normpath(os.path.join(*parts))
-
-
-def _skip_hidden(path: Path, reader: ReaderImageInTar) -> None:
-    """Remove the images that are hidden, or in hidden folders, from the reader."""
-    hidden = np.array([any(map(is_hidden, member.path.split('/'))) for member, _, _ in reader.samples])
-    if not hidden.any():
-        return
-    example = image_name(ImageDataset(str(path), reader=reader), int(hidden.argmax()))
-    if hidden.all():
-        raise ValueError(f'{path} has no images, except hidden ones such as {shown(example)}')
-    _logger.info(
-        '%s: skipped %d hidden files (names or folders that begin with a dot, __MACOSX), such as %s',
-        path, hidden.sum(), shown(example))
-    reader.samples, reader.targets = reader.samples[~hidden], reader.targets[~hidden]
-
-
-def _sort_classes(reader: ReaderImageInTar) -> None:
-    """Index the classes that have images, in sorted order.
-
-    timm's indices differ from process to process if names of classes differ by case alone.
-    """
-    names = {index: name for name, index in reader.class_name_to_idx.items()}
-    kept = in_order(names[index] for index in set(reader.targets.tolist()))
-    reader.class_name_to_idx = {name: index for index, name in enumerate(kept)}
-    reader.class_idx_to_name = dict(enumerate(kept))
-    reader.targets = np.array([reader.class_name_to_idx[names[index]] for index in reader.targets.tolist()])
-
-
-class _TarReader(ReaderImageInTar):
-    """timm's tar reader, except that each process opens the files itself.
-
-    DataLoader workers that inherit an open file share one position in the file, and read wrong bytes.
-    With timm's reader and 4 workers, 706 of 2400 images were unreadable.
-    """
-    process = 0
-
-    def __getitem__(self, index: int) -> Any:
-        if self.process != os.getpid():
-            self._reopen()
-            self.process = os.getpid()
-        return super().__getitem__(index)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        self._reopen()
-        return self.__dict__
-
-    def _reopen(self) -> None:
-        tars = [self.tar_state] if self.root_is_tar else list(self.tar_state.values())
-        for tar in tars:
-            for state in (tar, *tar.children.values()):
-                state.reset()
-
-
-def _read_tars(path: Path) -> _TarReader:
-    """The list of the images, which timm keeps beside large tar files if it can."""
-    is_writable = os.access(path if path.is_dir() else path.parent, os.W_OK)
-    try:
-        return _TarReader(str(path), cache_tarinfo=None if is_writable else False)
-    except _ERRORS as error:
-        if path.is_dir():
-            for tar in sorted(path.glob('*.tar')):
-                _read_tars(tar)  # which of them it is
-        is_empty = 'not enough values to unpack' in str(error)  # timm's list of none
-        raise ValueError(
-            f'{path} ' + ('has no images' if is_empty else f'cannot be opened as a tar file: {_reason(error)}')
-        ) from error
-
-
-def _check_class_folders(path: Path, dataset: Any) -> None:
-    """timm makes a class of the images that are in no folder."""
-    names = class_names(dataset) or []
-    stray = [names.index(name) for name in ('', '.') if name in names]
-    if stray:
-        reader = dataset.reader
-        targets = reader.targets if isinstance(reader, ReaderImageInTar) else [target for _, target in reader.samples]
-        index = next(index for index, target in enumerate(targets) if target in stray)
-        raise ValueError(f'{path} has images that are in no class folder, such as {shown(image_name(dataset, index))}')
-
-
-# --- headers ---
-
-
-def _check_headers(args: Namespace, split: str, dataset: Any) -> None:
+def _check_headers(data: DataOptions, split: str, source: Any) -> None:
     """Log how many images have an EXIF orientation that is ignored, or more than 8 bits per value.
 
-    The headers of at most 64 images, evenly spaced in the data set, are read. Pixels are not decoded. Streams are not
-    checked.
+    The headers of at most 64 images, evenly spaced in the data set, are read. Pixels are not decoded.
     """
-    files = getattr(dataset, 'samples', None)  # torchvision's
-    if not isinstance(dataset, ImageDataset) and files is None:
-        return
-    count = len(dataset)
-    indices = range(count) if count <= _HEADERS else [index * count // _HEADERS for index in range(_HEADERS)]
-    turned, deep = [], []
+    count = len(source)
+    indices = range(count) if count <= _NUM_HEADERS else [
+        index * count // _NUM_HEADERS for index in range(_NUM_HEADERS)]
+    turned: List[int] = []
+    deep: List[int] = []
     for index in indices:
         try:
-            with Image.open(dataset.reader[index][0] if files is None else files[index][0]) as image:
-                if orientation(image) != 1:
+            with source[index][0] as image:
+                if not data.exif_orientation and orientation(image) != 1:
                     turned.append(index)
                 if image.mode in DEEP_MODES:
                     deep.append(index)
-        except ERRORS as error:  # reported as an unreadable image when it is loaded
+        except DECODE_ERRORS as error:  # reported as an unreadable image when it is loaded
             _logger.debug('the header of image %d cannot be read: %s', index, error)
     for found, what in (
-        ([] if args.exif_orientation else turned,
-         'have an EXIF orientation that is ignored (--exif-orientation applies it)'),
+        (turned, 'have an EXIF orientation that is ignored (--exif-orientation applies it)'),
         (deep, 'have 16 or 32 bits per value (black is 0, white is 65535 for integers and 1 for floats)'),
     ):
         if found:
             _logger.info(
-                '%s: %d of %d checked images %s, such as %s', _described(args, split), len(found), len(indices), what,
-                shown(image_name(dataset, found[0])))
+                '%s: %d of %d checked images %s, such as %s', _label(data, split), len(found), len(indices), what,
+                shown(source.name(found[0])))
 
 
 # --- torchvision ---
 
 
-def _open_torchvision(args: Namespace, name: str, split: str, mode: str) -> Any:
+class _MapStyleImages:
+    """Source of the images of a map-style data set such as torchvision's.
+
+    Args:
+        dataset: Data set of (image, target).
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        # torchvision's ImageNet has a tuple of synonyms for each class
+        self.classes = [
+            name if isinstance(name, str) else ', '.join(name) for name in dataset.classes
+        ] if getattr(dataset, 'classes', None) is not None else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        return self.dataset[index]
+
+    def name(self, index: int) -> str:
+        """Return the path of an image, or its index if it has no path of its own."""
+        files = getattr(self.dataset, 'samples', None)
+        return f'image {index}' if files is None else str(files[index][0])
+
+
+def _create_torchvision(data: DataOptions, name: str, split: str) -> Union[ClassFolders, _MapStyleImages]:
     if name in ('folder', 'image_folder'):
-        return _open_torch_folder(str(_find_split(args.data_dir, split)))
-    root = args.data_dir
-    if root is None:
-        raise ValueError(f'--data-dir is needed: the folder of {args.dataset}')
+        path = _find_split(data.data_dir, split)
+        scan = _scan(path, IMG_EXTENSIONS)
+        if not scan.top_level:
+            raise ValueError(f'{shown(str(path))} has no class folders with images')
+        return ClassFolders(scan, by_top_level=True)
+    if data.data_dir is None:
+        raise ValueError(f'--data-dir is needed: the folder of {data.dataset}')
     known = (*SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1], 'test')
-    if name in _TWO_PARTS and split not in known:
-        raise ValueError(f'split of {args.dataset} must be one of {known}, got {split!r}')
-    with _download_lock(args, root):
-        dataset = _create(args, split, mode, False, root=root, search_split=False)
+    if name in _TRAIN_TEST_ONLY and split not in known:
+        raise ValueError(f'split of {data.dataset} must be one of {known}, got {split!r}')
+    with _download_lock(data, data.data_dir):
+        dataset = _create_with_timm(data, split, False, search_split=False)
     if hasattr(dataset, 'loader'):
-        dataset.loader = Image.open  # read_image converts the images
-    return dataset
+        dataset.loader = Image.open  # ReadImage converts the images
+    return _MapStyleImages(dataset)
 
 
-def _open_torch_folder(root: str) -> TorchFolder:
-    scan = torch_scan(root)
-    scan.check_no_empty_folder()
-    if not scan.top_level:
-        raise ValueError(f'{shown(root)} has no class folders with images')
-    _log(scan.notes())
-    return TorchFolder(scan, Image.open)
-
-
-def _download_lock(args: Namespace, root: str) -> AbstractContextManager:
-    """The first process of a machine downloads, the others find it there."""
-    if not args.dataset_download:
+def _download_lock(data: DataOptions, root: str) -> AbstractContextManager:
+    """Return a lock under which the first process of a machine downloads, and the others find the files."""
+    if not data.dataset_download:
         return nullcontext()
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
@@ -390,23 +293,22 @@ def _download_lock(args: Namespace, root: str) -> AbstractContextManager:
 # --- WebDataset ---
 
 
-def _open_shards(args: Namespace, split: str, mode: str, is_training: bool) -> Any:
-    """timm passes over shards that are missing, with a line in the log."""
-    is_remote = '://' in (args.data_dir or '')
+def _create_webdataset(data: DataOptions, split: str, read_image: ReadImage, is_training: bool) -> WebDatasetStream:
+    """Create a stream of shards; missing ones, which timm would pass over with a line in the log, are an error."""
+    is_remote = '://' in (data.data_dir or '')
     is_pattern = 'tar' in split or '..' in split  # to timm
     if not is_remote:
-        root = _root(args.data_dir, f'the folder of the shards of {args.dataset}')
+        root = _check_root(data.data_dir, f'the folder of the shards of {data.dataset}')
         if not is_pattern:
             _check_info(root, split)
-    dataset = _create(args, split, mode, is_training)
+    dataset = _create_with_timm(data, split, is_training)
     if not dataset.reader.num_samples:
         raise ValueError(f'split {split!r} must say how many images it has: {split}|IMAGES')
     names = dataset.reader.split_info.filenames
     missing = [] if is_remote else [name for name in names if '://' not in name and not (root / name).is_file()]
     if missing:
-        raise ValueError(
-            f'{_described(args, split)} lacks {len(missing)} of {len(names)} shards: {sorted(missing)[:4]}')
-    return dataset
+        raise ValueError(f'{_label(data, split)} lacks {len(missing)} of {len(names)} shards: {sorted(missing)[:4]}')
+    return WebDatasetStream(dataset, data.seed, read_image.convert)
 
 
 def _check_info(root: Path, split: str) -> None:
@@ -414,7 +316,7 @@ def _check_info(root: Path, split: str) -> None:
     if path is None:
         raise ValueError(
             f'--data-dir {root}: expected _info.json, or a split such as {split}-{{0000..0003}}.tar|IMAGES, '
-            f'found {_listed(root)}')
+            f'found {_list_folder(root)}')
     try:
         splits = dict(json.loads(path.read_text())['splits'])
     except (KeyError, OSError, TypeError, ValueError) as error:
@@ -426,67 +328,93 @@ def _check_info(root: Path, split: str) -> None:
 # --- Hugging Face ---
 
 
-def _open_hugging_face(args: Namespace, prefix: str, split: str, mode: str, is_training: bool) -> Any:
-    _quieten()
-    if prefix == 'hfids':
-        _check_stream(args, split)
-    dataset = _create(args, split, mode, is_training)
-    if prefix == 'hfds':
-        reader = dataset.reader
-        # timm adds a column of images where there is none
-        images = reader.dataset.data.column(reader.image_key)
-        found = set(reader.dataset.column_names) - ({reader.image_key} if images.null_count == len(images) else set())
-        _check_columns(args, found)
-        _check_labels(args, split, dataset, is_training)
-    return dataset
+class _HuggingFaceImages:
+    """Source of the images of a Hugging Face data set, by timm's reader."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.classes = names_by_index(reader.class_to_idx)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> Tuple[Image.Image, Any]:
+        file, target = self.reader[index]
+        return Image.open(file), target
+
+    def name(self, index: int) -> str:
+        """Return the path of an image if it is absolute, otherwise the index of the image."""
+        try:
+            path = self.reader.filename(index, absolute=True) or ''
+        except DECODE_ERRORS:
+            path = ''
+        if os.path.isabs(path):
+            return path
+        return f'image {index}' + (f' ({path})' if path else '')
 
 
-def _quieten() -> None:
-    """Hugging Face's progress bars are for terminals, as ours are; its log goes where ours does."""
+def _create_hugging_face(data: DataOptions, split: str, is_training: bool) -> _HuggingFaceImages:
+    _configure_hugging_face()
+    reader = _create_with_timm(data, split, is_training).reader
+    # timm adds a column of images if there is none
+    images = reader.dataset.data.column(reader.image_key)
+    found = set(reader.dataset.column_names) - ({reader.image_key} if images.null_count == len(images) else set())
+    _check_columns(data, found)
+    source = _HuggingFaceImages(reader)
+    _check_labels(data, split, source, is_training)
+    return source
+
+
+def _create_hugging_face_stream(
+        data: DataOptions, name: str, split: str, read_image: ReadImage, is_training: bool) -> HuggingFaceStream:
+    """Create a stream whose length and columns are known; timm would fail at them with other words."""
+    import datasets
+    _configure_hugging_face()
+    try:
+        builder = datasets.load_dataset_builder(name, cache_dir=data.data_dir)
+    except _reader_errors(data) as error:
+        raise _open_error(data, split, error) from error
+    splits = list(builder.info.splits or builder.config.data_files or ())
+    if splits and split not in splits:
+        raise ValueError(f'split of {data.dataset} must be one of {splits}, got {split!r}')
+    if builder.info.features is not None:
+        _check_columns(data, builder.info.features)
+    if not builder.info.splits and not data.dataset_download:
+        raise ValueError(
+            f'{data.dataset} does not state its number of images, which the schedule needs: --dataset-download '
+            'counts them')
+    dataset = _create_with_timm(data, split, is_training, read_image.mode)
+    return HuggingFaceStream(dataset, data.seed, read_image.convert)
+
+
+def _configure_hugging_face() -> None:
+    """Show Hugging Face's progress bars on terminals only, and propagate its log to ours."""
     import datasets
     logging.getLogger('datasets').handlers.clear()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
 
-def _check_stream(args: Namespace, split: str) -> None:
-    """What is known of a stream before it is opened; timm would ask for its length."""
-    import datasets
-    _, name = _parse(args.dataset)
-    try:
-        builder = datasets.load_dataset_builder(name, cache_dir=args.data_dir)
-    except _errors(args) as error:
-        raise ValueError(f'{_described(args, split)} cannot be opened: {_reason(error)}') from error
-    splits = list(builder.info.splits or builder.config.data_files or ())
-    if splits and split not in splits:
-        raise ValueError(f'split of {args.dataset} must be one of {splits}, got {split!r}')
-    if builder.info.features is not None:
-        _check_columns(args, builder.info.features)
-    if not builder.info.splits and not args.dataset_download:
-        raise ValueError(
-            f'{args.dataset} does not say how many images it has, for the schedule: --dataset-download finds out')
-
-
-def _check_columns(args: Namespace, found: Iterable[str]) -> None:
+def _check_columns(data: DataOptions, found: Iterable[str]) -> None:
     missing = [name for name in ('image', 'label') if name not in found]
     if missing:
-        raise ValueError(f'{args.dataset}: expected columns image and label, found {sorted(found)}')
+        raise ValueError(f'{data.dataset}: expected columns image and label, found {sorted(found)}')
 
 
-def _check_labels(args: Namespace, split: str, dataset: Any, is_training: bool) -> None:
+def _check_labels(data: DataOptions, split: str, source: _HuggingFaceImages, is_training: bool) -> None:
     """Check that labels are class indices, and that the split has images of each class of the data set."""
-    reader, names = dataset.reader, class_names(dataset)
+    reader, names = source.reader, source.classes
     kind = getattr(reader.dataset.features[reader.label_key], 'dtype', 'a list')
     if 'int' not in kind:
-        raise ValueError(f'labels of {_described(args, split)} must be whole numbers, got {kind}')
+        raise ValueError(f'labels of {_label(data, split)} must be whole numbers, got {kind}')
     if names is None:
         return
     labels = set(reader.dataset.unique(reader.label_key))
     outside = sorted(labels - set(range(len(names))), key=repr)
     if outside:
-        raise ValueError(f'labels of {_described(args, split)} must be below {len(names)}, got {outside[:4]}')
+        raise ValueError(f'labels of {_label(data, split)} must be below {len(names)}, got {outside[:4]}')
     absent = [name for label, name in enumerate(names) if label not in labels]
-    missing = f'{_described(args, split)} has no image of {len(absent)} of {len(names)} classes: {absent[:8]}'
+    missing = f'{_label(data, split)} has no image of {len(absent)} of {len(names)} classes: {absent[:8]}'
     if absent and reader.dataset.info.builder_name == 'imagefolder' and '[' not in split:
         raise ValueError(missing)  # the splits' folders differ
     if absent and is_training:

@@ -1,242 +1,273 @@
-"""Single images, and in which order and batches they come."""
-import hashlib
-import os
-from dataclasses import replace
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+"""Samples, their order, and batches.
 
-from PIL import Image
-from timm.data import ImageDataset, IterableImageDataset
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+An image passes these places from its file to the model in training:
+
+1. :class:`ResumableBatchSampler` lists the samples of each batch as pairs (epoch, index).
+2. In a DataLoader worker, :class:`SeededDataset` seeds the random generators by (seed, epoch, index), reads the image
+   from its source, converts it with :class:`ReadImage`, and applies the transform that the task has set.
+3. :class:`CollateReadable` stacks the readable samples to a batch, and lists the unreadable ones.
+4. In the main process, :class:`~.bounded.BoundedLoader` bounds the wait for the batch, :class:`CheckedLoader` reports
+   the unreadable samples and checks the class indices.
+5. On a GPU, timm's ``PrefetchLoader`` copies the batch to the device and normalizes it there.
+
+:class:`SeededIterableDataset` takes the place of 1 and 2 for a stream. Evaluation differs in the sampler and the
+transform alone. A source is a map-style data set of (image, target) with two more attributes: ``classes``, the names
+of the classes by index or None, and ``name(index)``, the name of an image in messages.
+"""
+import hashlib
+import logging
+from dataclasses import replace
+from itertools import repeat
+from struct import error as StructError
+from subprocess import SubprocessError
+from tarfile import TarError
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+from zlib import error as ZlibError
+
+import numpy as np
+from PIL import EpsImagePlugin, Image, ImageOps
+from timm.data import IterableImageDataset
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from smpconv_models.data import SequenceDataset
-
 from . import rng
 from .bounded import BoundedLoader
-from .class_names import shown
-from .image_reading import ReadImage
-from .skipped import ERRORS, Unreadable
+from .class_folders import shown
 
-Position = Tuple[int, int]  # epoch and index
+_logger = logging.getLogger(__name__)
 
-# Images that are looked at for one that can be read.
-_MOST_TO_FILL = 1000
+# Errors of Pillow's decoders and timm's readers for damaged images. AVIF's decoder raises RuntimeError; timm asserts
+# that an image of a Hugging Face data set has either bytes or a path.
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, RuntimeError,
+    AssertionError, StructError, SubprocessError, TarError, ZlibError, Image.DecompressionBombError,
+)
+
+SampleKey = Tuple[int, int]  # epoch and index
+
+# Number of samples that are tried in search of a readable one.
+_MAX_REPLACEMENT_TRIES = 1000
 
 
-class Samples(Dataset):
-    """A map-style data set by (epoch, index), augmented by draws that this key alone decides.
+# --- single images ---
 
-    Items are (image, target), or :class:`Unreadable` for an image file that can't be decoded; timm's own data set would
-    give the next image in its place.
+# Pillow goes by the content of a file, whatever its name, and decodes PostScript by a program, Ghostscript. Without the
+# program such a file is unreadable. Set for the process, as libraries of data sets call Pillow as well.
+EpsImagePlugin.gs_binary = False
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+# Pillow's modes with more than 8 bits for each value; Pillow's own conversion clips their values to 255.
+DEEP_MODES = ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N', 'F')
+
+
+class ReadImage(NamedTuple):
+    """Function that reads image files and converts them to one mode.
+
+    Attributes:
+        mode: Mode of the result, ``'L'`` or ``'RGB'``.
+        exif_orientation: Whether to apply the EXIF orientation tag.
+    """
+    mode: str
+    exif_orientation: bool = False
+
+    def __call__(self, file: Any) -> Image.Image:
+        """Return the converted image of a path or an open file."""
+        with Image.open(file) as image:
+            return self.convert(image)
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """Convert an opened image.
+
+        Raises:
+            ValueError: If the values of a 32-bit image are out of the range of :func:`to_8_bits`.
+        """
+        if self.exif_orientation:
+            image = ImageOps.exif_transpose(image)
+        return (to_8_bits(image) if image.mode in DEEP_MODES else image).convert(self.mode)
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert a gray image with 16 or 32 bits per value to 8 bits.
+
+    The scale depends on the mode of an image alone, never on its values. Integers range from 0 (black) to 65535
+    (white); the upper byte is kept, as in Pillow's 16-bit RGB images. Floats range from 0. (black) to 1. (white).
 
     Args:
-        dataset: timm's, or any map-style data set, with its transform, which is taken from it.
-        seed: Of the augmentation.
-        fills: Where no image of a batch can be read, the next one that can be comes after them.
+        image: Image in one of :data:`DEEP_MODES`.
+
+    Raises:
+        ValueError: If a value is outside of 0 to 65535, or of 0. to 1. for floats.
+    """
+    pixels = np.asarray(image)
+    highest = 1. if image.mode == 'F' else 65535
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= highest):  # also true of NaN
+        kind = 'float' if image.mode == 'F' else 'integer'
+        raise ValueError(f'gray values of a 32-bit {kind} image must be from 0 to {highest:g}, got {low:g} to {high:g}')
+    scaled = (pixels * 255).round() if image.mode == 'F' else pixels.astype('int32') >> 8
+    return Image.fromarray(scaled.astype('uint8'))
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image, 1 if it has none, without decoding the pixels."""
+    # not image.getexif(), which decodes a PNG image to find a tag at the end of the file
+    return Image.Image.getexif(image).get(_ORIENTATION, 1)
+
+
+# --- unreadable samples ---
+
+
+class Unreadable(NamedTuple):
+    """Name of a sample that cannot be read, and the reason, in the place of the sample."""
+    name: str
+    reason: str
+
+    @classmethod
+    def from_error(cls, name: str, error: Exception) -> 'Unreadable':
+        """Return the unreadable sample for an error of its reader."""
+        return cls(name, f'{type(error).__name__}: {error}')
+
+
+class Failure(NamedTuple):
+    """Message of an error in a DataLoader worker, in the place of a sample; PyTorch would add a traceback to it."""
+    message: str
+
+
+OnUnreadable = Callable[[List[Unreadable]], None]
+
+
+class SkippedSamples:
+    """Unreadable samples of this rank, each of which is logged once.
+
+    Args:
+        limit: Number of samples that may be skipped; None for any number.
+        strict: Whether a single one is an error, as in evaluation.
+
+    Attributes:
+        count: Number of times that a sample was skipped.
+        seen: Names of the skipped samples.
     """
 
-    def __init__(self, dataset: Any, seed: int, fills: bool = False) -> None:
-        self.dataset = dataset
+    def __init__(self, *, limit: Optional[int] = None, strict: bool = False) -> None:
+        self.limit = limit
+        self.strict = strict
+        self.count = 0
+        self.seen: Set[str] = set()
+
+    def __call__(self, unreadable: List[Unreadable]) -> None:
+        """Log and count samples that are skipped.
+
+        Raises:
+            ValueError: If no sample, or no more samples, may be skipped.
+        """
+        self.count += len(unreadable)
+        for name, reason in unreadable:
+            if self.strict:
+                raise ValueError(f'{name} cannot be read ({reason}); --skip-unreadable evaluates without such images')
+            if name not in self.seen:
+                self.seen.add(name)
+                _logger.warning('skipped, as it cannot be read: %s (%s)', name, reason)
+            if self.limit is not None and len(self.seen) > self.limit:
+                raise ValueError(
+                    f'{len(self.seen)} training images cannot be read, --max-unreadable is {self.limit}; the last is '
+                    f'{name} ({reason})')
+
+
+# --- map-style data sets ---
+
+
+class SeededDataset(Dataset):
+    """Map-style data set whose items are a function of (seed, epoch, index).
+
+    Items are (image, target), or :class:`Unreadable` if the image cannot be decoded.
+
+    Args:
+        source: Source of the images, as described at the top of this module.
+        seed: Seed of the augmentation.
+        convert: Conversion of the source's images; None leaves them as they are.
+        is_training: Whether a batch without any readable image is filled with the next readable one.
+
+    Attributes:
+        transform: Transform of the images; the task sets it.
+        classes: Names of the classes by index; None if they are not known.
+    """
+    is_stream = False
+
+    def __init__(
+            self,
+            source: Any,
+            seed: int,
+            convert: Optional[Callable[[Any], Any]] = None,
+            is_training: bool = False,
+    ) -> None:
+        self.source = source
         self.seed = seed
-        self.fills = fills
-        self.transform = getattr(dataset, 'transform', None)
-        dataset.transform = None  # an image that can't be read is told from a fault of the transform
-        self.read_image: Optional[ReadImage] = getattr(dataset, 'read_image', None)
+        self.convert = convert
+        self.is_training = is_training
+        self.transform: Any = None
+        self.classes: Optional[List[str]] = None if source.classes is None else list(source.classes)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    @property
+    def num_samples(self) -> int:
+        """Number of images in the split."""
+        return len(self)
 
-    def __getitem__(self, position: Position) -> Union[Tuple[Any, int], Unreadable]:
-        epoch, index = position
-        rng.seed_all(self.seed, 'image', epoch, index)
-        try:
-            image, target = self._read(index)
-        except ERRORS as error:
-            return _unreadable(self.name(index), error)
-        return (image if self.transform is None else self.transform(image)), -1 if target is None else target
-
-    def __getitems__(self, positions: List[Position]) -> List[Union[Tuple[Any, int], Unreadable]]:
-        """A batch, for the loader."""
-        samples = [self[position] for position in positions]
-        if self.fills:
-            epoch, index = positions[-1]
-            for other in range(index + 1, index + _MOST_TO_FILL):
-                if not all(isinstance(sample, Unreadable) for sample in samples):
-                    break
-                samples.append(self[epoch, other % len(self)])
-        return samples
-
-    def _read(self, index: int) -> Tuple[Any, Any]:
-        if isinstance(self.dataset, ImageDataset):
-            file, target, *_ = self.dataset.reader[index]
-            image = Image.open(file)
-        else:
-            image, target = self.dataset[index]
-        return (image if self.read_image is None else self.read_image.convert(image)), target
+    num_images = num_samples
 
     def name(self, index: int) -> str:
         """Return the path of an image for messages, or the index of an image that has no path."""
-        return shown(image_name(self.dataset, index))
-
-
-def image_name(dataset: Any, index: int) -> str:
-    """Return the path of an image in a map-style data set, or its index if the image has no path of its own."""
-    if isinstance(dataset, SequenceDataset):
-        return dataset.name(index)
-    if not isinstance(dataset, ImageDataset):
-        files = getattr(dataset, 'samples', None)  # torchvision's
-        return f'image {index}' if files is None else str(files[index][0])
-    reader = dataset.reader
-    if isinstance(reader, ReaderImageInTar):
-        member, tar, inner = reader.samples[index]
-        names = (tar, inner and inner.name, member.name)
-        return os.path.join(reader.root, *(name.lstrip('/') for name in names if name))
-    try:
-        path = dataset.filename(index, absolute=True)
-    except ERRORS:
-        path = None
-    if path and os.path.isabs(path):
-        return path
-    return f'image {index}' + (f' ({path})' if path else '')
-
-
-class Stream(IterableDataset):
-    """timm's stream, where :class:`Unreadable` comes in the place of an image that can't be decoded.
-
-    timm drops such samples of WebDataset's shards with a line in the log, and ends at those of Hugging Face's streams.
-
-    Args:
-        dataset: timm's, with its transform.
-        keys: Of the augmentation: the seed, the process.
-    """
-
-    def __init__(self, dataset: IterableImageDataset, *keys: int) -> None:
-        self.dataset = dataset
-        self.keys = keys
-        self.pass_number = SharedCount()  # with the processes that load
-        self.reader: Any = dataset.reader
-        self.read_image: Optional[ReadImage] = getattr(dataset, 'read_image', None)
-        self.feature: Any = None
-        if is_hugging_face(self.reader):
-            self.feature = _leave_undecoded(self.reader)
-        elif is_webdataset(self.reader):
-            self.reader.input_img_mode = ''  # read_image converts instead of timm
+        return shown(self.source.name(index))
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.source)
 
-    def start(self, number: int) -> None:
-        """Shuffles and augments the next pass by this number, below 2**31."""
-        self.dataset.set_epoch(number)
-        self.pass_number.value = number
-
-    def __iter__(self) -> Iterator[Union[Tuple[Any, Any], Unreadable]]:
-        worker = get_worker_info()
-        rng.seed_all('stream', *self.keys, self.pass_number.value, 0 if worker is None else worker.id)
-        if is_webdataset(self.reader) and self.reader.ds is None:
-            _name_undecodable(self.reader, self.read_image)
-        for image, target in self._items():
-            if self.feature is not None:
-                image = self._decoded(image)
-            yield image if isinstance(image, Unreadable) else (self.dataset.transform(image), target)
-
-    def _items(self) -> Iterator[Tuple[Any, Any]]:
+    def __getitem__(self, key: SampleKey) -> Union[Tuple[Any, int], Unreadable]:
+        epoch, index = key
+        rng.seed_everything(self.seed, 'image', epoch, index)
         try:
-            yield from self.reader
-        except (OSError, RuntimeError, ValueError) as error:
-            source = getattr(self.reader, 'name', None) or self.reader.root
-            raise ValueError(f'the stream {source} cannot be read: {error}') from error
+            image, target = self.source[index]
+            if self.convert is not None:
+                image = self.convert(image)
+        except DECODE_ERRORS as error:
+            return Unreadable.from_error(self.name(index), error)
+        return (image if self.transform is None else self.transform(image)), -1 if target is None else target
 
-    def _decoded(self, value: Any) -> Any:
+    def __getitems__(self, keys: List[SampleKey]) -> List[Union[Tuple[Any, int], Unreadable, Failure]]:
+        """Return the samples of a batch, as the DataLoader asks for them."""
+        samples: List[Any] = []
         try:
-            image = self.feature.decode_example(value)
-            return image if self.read_image is None else self.read_image.convert(image)
-        except ERRORS as error:
-            return _unreadable(_value_name(value), error)
+            samples += (self[key] for key in keys)
+            if self.is_training:
+                epoch, index = keys[-1]
+                for other in range(index + 1, index + _MAX_REPLACEMENT_TRIES):
+                    if not all(isinstance(sample, Unreadable) for sample in samples):
+                        break
+                    samples.append(self[epoch, other % len(self)])
+        except (OSError, ValueError) as error:
+            if get_worker_info() is None:
+                raise
+            return [Failure(str(error))]
+        return samples
 
 
-def is_webdataset(reader: Any) -> bool:
-    """Whether it is timm's reader of WebDataset's shards, by name: its packages may not be there."""
-    return type(reader).__name__ == 'ReaderWds'
-
-
-def is_hugging_face(reader: Any) -> bool:
-    """Whether it is timm's reader of Hugging Face's streams."""
-    return type(reader).__name__ == 'ReaderHfids'
-
-
-def _leave_undecoded(reader: Any) -> Any:
-    """Has a stream of Hugging Face's give images as they are stored; returns the feature that decodes them."""
-    features = reader.builder.info.features
-    if features is None or not getattr(features.get(reader.input_key), 'decode', False):
-        return None
-    feature = features[reader.input_key]
-    features[reader.input_key] = replace(feature, decode=False)
-    reader.input_img_mode = ''
-    return feature
-
-
-def _value_name(value: Dict[str, Any]) -> str:
-    if not value:
-        return 'an image of nothing'
-    if value.get('path'):
-        return shown(value['path'])
-    return f'the image whose SHA-1 begins with {hashlib.sha1(value.get("bytes") or b"").hexdigest()[:8]}'
-
-
-def _name_undecodable(reader: Any, read_image: Optional[ReadImage]) -> None:
-    """Has a reader of WebDataset's shards make its pipeline, and puts :class:`_Decode` around timm's decoder in it."""
-    reader._lazy_init()
-    for stage in reader.ds.pipeline:
-        decode: Any = next(iter(getattr(stage, 'args', ())), None)
-        if getattr(getattr(decode, 'func', None), '__name__', None) == '_decode':
-            stage.args = (_Decode(decode, read_image), *stage.args[1:])
-
-
-class _Decode:
-    """Decoder of WebDataset's samples that returns :class:`Unreadable` as the image if timm's decoder raises.
-
-    Args:
-        decode: timm's decoder.
-        read_image: Conversion of the decoded images.
-    """
-
-    def __init__(self, decode: Callable[[Dict[str, Any]], Any], read_image: Optional[ReadImage] = None) -> None:
-        self.decode = decode
-        self.read_image = read_image
-
-    def __call__(self, sample: Dict[str, Any]) -> Any:
-        try:
-            decoded = self.decode(sample)
-            if decoded is not None and self.read_image is not None:
-                decoded['jpg'] = self.read_image.convert(decoded['jpg'])
-            return decoded
-        except ERRORS as error:
-            name = shown(f'{sample.get("__url__")}/{sample.get("__key__")}')
-            return {'jpg': _unreadable(name, error), 'target': -1, 'cls': -1}  # the latter before timm 1.0.29
-
-
-def _unreadable(name: str, error: Exception) -> Unreadable:
-    return Unreadable(name, f'{type(error).__name__}: {error}')
-
-
-class Batches(Sampler):
-    """One process's batches of an epoch, those left out that were done before.
+class ResumableBatchSampler(Sampler):
+    """Batch sampler for one rank and epoch that skips the batches already consumed.
 
     The order of an epoch's images is a function of the seed and the epoch. Each step takes the next
-    ``batch_size * accumulation * world_size`` of them, and each process its part; so where the product is the same, a
-    step is made of the same images however they are divided. Images that fill no step are left out.
+    ``batch_size * accumulation * world_size`` images, and each rank its part of them. Runs with the same product thus
+    have the same images in each step. Images that do not fill a step are left out.
 
     Args:
         length: Number of images.
-        batch_size: Of one process.
-        accumulation: Batches that a process adds up to a step.
-        rank: The process.
-        world_size: Number of processes.
-        seed: Of the order.
+        batch_size: Batch size of one rank.
+        accumulation: Number of batches that a rank accumulates in a step.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        seed: Seed of the order.
     """
+    may_restart = False
 
     def __init__(self, length: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int) -> None:
         self.length = length
@@ -249,56 +280,246 @@ class Batches(Sampler):
 
     @property
     def steps(self) -> int:
-        """Steps of a whole epoch."""
+        """Number of steps of a whole epoch."""
         return self.length // (self.batch_size * self.accumulation * self.world_size)
 
+    @property
+    def batching(self) -> Dict[str, Any]:
+        """Arguments of the DataLoader."""
+        return {'batch_sampler': self}
+
     def start(self, epoch: int, step: int) -> None:
-        """What to iterate over next: this epoch, from this step."""
+        """Let the next iteration begin at this step of this epoch."""
         self.epoch = epoch
         self.first = step
-        self._order = rng.permutation(self.length, self.seed, 'order', epoch)
+        self._order = rng.seeded_permutation(self.length, self.seed, 'order', epoch)
 
-    def batch(self, step: int, part: int) -> List[Position]:
-        """The images of one batch, ``part`` in [0, accumulation), of the present epoch."""
+    def batch(self, step: int, part: int) -> List[SampleKey]:
+        """Return the samples of one batch of the current epoch, ``part`` in [0, accumulation)."""
         start = ((step * self.accumulation + part) * self.world_size + self.rank) * self.batch_size
         return [(self.epoch, index) for index in self._order[start:start + self.batch_size].tolist()]
+
+    def indices(self, step: int) -> List[int]:
+        """Return the indices of this rank's images in a step of the current epoch."""
+        return [index for part in range(self.accumulation) for _, index in self.batch(step, part)]
 
     def __len__(self) -> int:
         return (self.steps - self.first) * self.accumulation
 
-    def __iter__(self) -> Iterator[List[Position]]:
+    def __iter__(self) -> Iterator[List[SampleKey]]:
         return (
             self.batch(step, part) for step in range(self.first, self.steps) for part in range(self.accumulation))
 
 
-class InOrder(Sampler):
-    """One process's part of all images for evaluation, each of them in one process only.
+class DistributedEvalSampler(Sampler):
+    """Batch sampler for evaluation that gives each image to one rank only.
 
     Args:
         length: Number of images.
-        batch_size: Of one process.
-        rank: The process.
-        world_size: Number of processes.
+        batch_size: Batch size of one rank.
+        rank: Rank of this process.
+        world_size: Number of ranks.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.indices = range(rank, length, world_size)
-        self.batch_size = batch_size
+        self._indices = range(rank, length, world_size)
+        self._batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return -(-len(self._indices) // self._batch_size)
 
-    def __iter__(self) -> Iterator[List[Position]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start:start + self.batch_size]]
+    def __iter__(self) -> Iterator[List[SampleKey]]:
+        for start in range(0, len(self._indices), self._batch_size):
+            yield [(0, index) for index in self._indices[start:start + self._batch_size]]
 
 
-class Collate:
-    """Makes a batch of the readable samples, and a list of the others.
+# --- streams ---
+
+
+class SeededIterableDataset(IterableDataset):
+    """timm's stream, augmented by (seed, rank, number of the pass, DataLoader worker).
+
+    Items are as those of :class:`SeededDataset`. The reader shuffles by the number of the pass, and divides the
+    samples among the workers. This class serves readers that decode the images themselves.
 
     Args:
-        collate: Makes a batch of samples.
-        size: Fill up to it with the first readable ones, so that all batches of an epoch are of one size.
+        dataset: timm's data set.
+        seed: Seed of the augmentation.
+        convert: Conversion of decoded images.
+
+    Attributes:
+        transform: Transform of the images; the task sets it.
+        classes: Names of the classes by index; None if they are not known.
+        num_samples: Number of samples in the split.
+        num_images: None, as the number of samples that a rank sees depends on its DataLoader workers.
+        rank: Rank of this process in training.
+    """
+    is_stream = True
+    num_images = None
+
+    def __init__(self, dataset: IterableImageDataset, seed: int, convert: Callable[[Any], Any]) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.convert = convert
+        self.reader: Any = dataset.reader
+        self.transform: Any = None
+        self.classes = names_by_index(getattr(self.reader, 'class_to_idx', None))
+        self.num_samples: int = self.reader.num_samples
+        self.rank = 0
+        self._pass_number = SharedCount()  # with the DataLoader workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def start(self, number: int) -> None:
+        """Let this number, below 2**31, determine the shuffling and augmentation of the next pass."""
+        self.dataset.set_epoch(number)
+        self._pass_number.value = number
+
+    def configure(self, num_workers: int, rank: int) -> None:
+        """Set the number of DataLoader workers and the rank that load the samples."""
+        self.rank = rank
+        self.dataset.set_loader_cfg(num_workers=max(num_workers, 1))
+
+    def num_shards(self, num_workers: int, world_size: int) -> Optional[int]:
+        """Return the number of shards that the DataLoader workers of one rank divide; None if there is no limit."""
+        return None
+
+    def __iter__(self) -> Iterator[Union[Tuple[Any, Any], Unreadable, Failure]]:
+        worker = get_worker_info()
+        worker_id = 0 if worker is None else worker.id
+        rng.seed_everything('stream', self.seed, self.rank, self._pass_number.value, worker_id)
+        try:
+            for image, target in self._read():
+                yield image if isinstance(image, Unreadable) else (self.transform(image), target)
+        except (OSError, ValueError) as error:
+            if worker is None:
+                raise
+            yield from repeat(Failure(str(error)))  # the DataLoader would drop an incomplete batch
+
+    def _read(self) -> Iterator[Tuple[Any, Any]]:
+        try:
+            yield from self.reader
+        except (OSError, RuntimeError, ValueError) as error:
+            source = getattr(self.reader, 'name', None) or self.reader.root
+            raise ValueError(f'the stream {source} cannot be read: {error}') from error
+
+
+class StreamOrder:
+    """Order of a stream's batches, which starts again with another shuffling if the stream ends early.
+
+    Args:
+        stream: Data set, which shuffles itself.
+        batch_size: Batch size of one rank.
+        accumulation: Number of batches that a rank accumulates in a step.
+    """
+    may_restart = True
+
+    def __init__(self, stream: SeededIterableDataset, batch_size: int, accumulation: int) -> None:
+        self.stream = stream
+        self.accumulation = accumulation
+        self.steps = len(stream) // batch_size // accumulation
+        self.batching = {'batch_size': batch_size, 'drop_last': True}
+
+    def start(self, epoch: int, step: int) -> None:
+        """Let the next pass begin; within an epoch, in another order than at its beginning."""
+        self.stream.start(rng.derive_seed(epoch, step) % 2 ** 31 if step else epoch)
+
+    def indices(self, step: int) -> List[int]:
+        """Return no indices, as the samples of a stream have none."""
+        return []
+
+
+class HuggingFaceStream(SeededIterableDataset):
+    """Stream of a Hugging Face data set; timm's reader would end at an image that cannot be decoded."""
+
+    def __init__(self, dataset: IterableImageDataset, seed: int, convert: Callable[[Any], Any]) -> None:
+        super().__init__(dataset, seed, convert)
+        features: Any = self.reader.builder.info.features or {}
+        self._feature = features.get(self.reader.input_key)
+        self._decodes = getattr(self._feature, 'decode', False)
+        if self._decodes:
+            features[self.reader.input_key] = replace(self._feature, decode=False)
+            self.reader.input_img_mode = ''
+
+    def num_shards(self, num_workers: int, world_size: int) -> Optional[int]:
+        """Return the number of shards of one rank, None if there is no limit."""
+        if self.reader.download or num_workers <= 1:
+            return None
+        try:
+            count = self.reader.builder.as_streaming_dataset(split=self.reader.split).num_shards
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f'the stream {self.reader.name} cannot be read: {error}') from error
+        return count if count % world_size else count // world_size
+
+    def _read(self) -> Iterator[Tuple[Any, Any]]:
+        for value, target in super()._read():
+            yield (self._decode(value) if self._decodes else value), target
+
+    def _decode(self, value: Dict[str, Any]) -> Any:
+        try:
+            return self.convert(self._feature.decode_example(value))
+        except DECODE_ERRORS as error:
+            name = 'an empty image entry'
+            if value:
+                digest = hashlib.sha1(value.get('bytes') or b'').hexdigest()[:8]
+                name = shown(value.get('path') or f'the image whose SHA-1 begins with {digest}')
+            return Unreadable.from_error(name, error)
+
+
+class WebDatasetStream(SeededIterableDataset):
+    """Stream of WebDataset's shards; timm's reader would drop an image that cannot be decoded."""
+
+    def __init__(self, dataset: IterableImageDataset, seed: int, convert: Callable[[Any], Any]) -> None:
+        super().__init__(dataset, seed, convert)
+        self.reader.input_img_mode = ''
+
+    def num_shards(self, num_workers: int, world_size: int) -> int:
+        """Return the number of shards of one rank."""
+        return len(self.reader.split_info.filenames) // world_size
+
+    def _read(self) -> Iterator[Tuple[Any, Any]]:
+        if self.reader.ds is None:  # in this process
+            from timm.data.readers.reader_wds import _decode  # which needs webdataset
+            self.reader._lazy_init()
+            for stage in self.reader.ds.pipeline:  # type: ignore[attr-defined]
+                decode: Any = next(iter(getattr(stage, 'args', ())), None)
+                if getattr(decode, 'func', None) is _decode:
+                    stage.args = (_WebDatasetDecoder(decode, self.convert), *stage.args[1:])
+        return super()._read()
+
+
+class _WebDatasetDecoder(NamedTuple):
+    """Decoder of WebDataset's samples that returns :class:`Unreadable` as the image if timm's decoder raises."""
+    decode: Callable[[Dict[str, Any]], Any]
+    convert: Callable[[Any], Any]
+
+    def __call__(self, sample: Dict[str, Any]) -> Any:
+        try:
+            decoded = self.decode(sample)
+            if decoded is not None:
+                decoded['jpg'] = self.convert(decoded['jpg'])
+            return decoded
+        except DECODE_ERRORS as error:
+            name = shown(f'{sample.get("__url__")}/{sample.get("__key__")}')
+            # timm before 1.0.29 reads 'cls'
+            return {'jpg': Unreadable.from_error(name, error), 'target': -1, 'cls': -1}
+
+
+def names_by_index(class_to_idx: Optional[Dict[str, int]]) -> Optional[List[str]]:
+    """Return the names of the classes by index; None if there are none."""
+    return sorted(class_to_idx, key=class_to_idx.__getitem__) if class_to_idx else None
+
+
+# --- batches ---
+
+
+class CollateReadable:
+    """Collation of the readable samples to a batch, with a list of the unreadable ones.
+
+    Args:
+        collate: Function that makes a batch of samples.
+        size: Size of every batch, to which the first readable samples fill it up; None for no filling.
     """
 
     def __init__(self, collate: Callable[[List[Any]], Any], size: Optional[int] = None) -> None:
@@ -306,6 +527,9 @@ class Collate:
         self.size = size
 
     def __call__(self, samples: List[Any]) -> Tuple[Any, List[Unreadable]]:
+        for sample in samples:
+            if isinstance(sample, Failure):
+                return sample, []
         unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
         readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
         if not readable:
@@ -315,28 +539,28 @@ class Collate:
         return self.collate(readable), unreadable
 
 
-class Loader:
-    """Batches (images, targets) of a loader whose unreadable images go elsewhere.
+class CheckedLoader:
+    """Loader of batches (images, class indices) that reports unreadable samples and checks the class indices.
 
     Args:
-        loader: With a :class:`Collate`.
-        tell: Called with the unreadable images of a batch, before the batch is passed on.
-        num_classes: Targets must be below it; None if it isn't known.
-        expected: Images that there should be in all: those of them that a stream lacks are told of too.
+        loader: Loader with a :class:`CollateReadable`.
+        on_unreadable: Function that is called with the unreadable samples of a batch, before the batch is yielded.
+        num_classes: Number of classes of the model; None if it is not known.
+        expected: Number of samples of a stream, which reports missing ones as unreadable; None for no such check.
 
     Raises:
-        ValueError: A target is no class of the model.
+        ValueError: If a target is no class of the model, or if a DataLoader worker failed.
     """
 
     def __init__(
             self,
             loader: BoundedLoader,
-            tell: Callable[[List[Unreadable]], None],
+            on_unreadable: OnUnreadable,
             num_classes: Optional[int] = None,
             expected: Optional[int] = None,
     ) -> None:
         self.loader = loader
-        self.tell = tell
+        self.on_unreadable = on_unreadable
         self.num_classes = num_classes
         self.expected = expected
 
@@ -347,37 +571,26 @@ class Loader:
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
         count = 0
-        for batch, unreadable in self._loaded():
+        for batch, unreadable in self.loader:
+            if isinstance(batch, Failure):
+                raise ValueError(batch.message)
             if unreadable:
-                self.tell(unreadable)
+                self.on_unreadable(unreadable)
                 count += len(unreadable)
             if batch is not None:
                 count += len(batch[1])
-                _check_targets(batch[1], self.num_classes)
+                self._check_targets(batch[1])
                 yield batch
         if self.expected is not None and count < self.expected:
-            self.tell([Unreadable(
+            self.on_unreadable([Unreadable(
                 f'{self.expected - count} of {self.expected} images', 'the stream ended before they came')])
 
-    def _loaded(self) -> Iterator[Tuple[Any, List[Unreadable]]]:
-        try:
-            yield from self.loader
-        except (OSError, ValueError) as error:
-            lines = str(error).strip().splitlines() or ['']
-            if not lines[0].startswith('Caught ') or ': ' not in lines[-1]:
-                raise
-            # It came from a process that loads, with that one's traceback as text. Its own refers to itself, and would
-            # keep those processes until this one has ended.
-            raise ValueError(lines[-1].split(': ', 1)[1]) from error.with_traceback(None)
-
-
-def _check_targets(targets: Any, num_classes: Optional[int]) -> None:
-    """Here, as the loss would be an assertion of the GPU, after which the process can't use it any more."""
-    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
-        given = targets if not isinstance(targets, Tensor) else targets.tolist()
-        raise ValueError(f'classes of images must be whole numbers, got {str(given)[:80]}')
-    if num_classes is None:
-        return
-    unknown = targets[(targets < 0) | (targets >= num_classes)]
-    if len(unknown):
-        raise ValueError(f'an image is of class {int(unknown[0])}, the model has {num_classes} classes')
+    def _check_targets(self, targets: Any) -> None:
+        """Check class indices here, as on a GPU the loss would fail with an assertion that ends its use."""
+        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+            given = targets.tolist() if isinstance(targets, Tensor) else targets
+            raise ValueError(f'classes of images must be whole numbers, got {str(given)[:80]}')
+        if self.num_classes is not None:
+            unknown = targets[(targets < 0) | (targets >= self.num_classes)]
+            if len(unknown):
+                raise ValueError(f'an image is of class {int(unknown[0])}, the model has {self.num_classes} classes')

@@ -1,57 +1,60 @@
-"""Batches of images: for training by key, for evaluation each once."""
+"""Loaders of batches, for training in an order that (seed, epoch, step) determine, for evaluation in order."""
 import logging
-from argparse import Namespace
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
-from timm.data import IterableImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from . import augment, rng, task_sequence
-from .bounded import BoundedLoader
-from .datasets import Batches, Collate, InOrder, Loader, Samples, Stream, is_hugging_face, is_webdataset
+from .config import AugmentationOptions
+from .datasets import (
+    CheckedLoader,
+    CollateReadable,
+    DistributedEvalSampler,
+    OnUnreadable,
+    ResumableBatchSampler,
+    SkippedSamples,
+    StreamOrder,
+)
 from .distributed import DistributedContext
-from .metrics import EvalLoader
-from .skipped import ERRORS, SkippedInEvaluation, Unreadable
+from .tasks import Task
 
 _logger = logging.getLogger(__name__)
 
-Tell = Callable[[List[Unreadable]], None]
 
-
-class Images(NamedTuple):
-    """A run's training images.
+class TrainLoader(NamedTuple):
+    """Batches of the training samples.
 
     Attributes:
-        loader: Of (images, class indices).
-        steps: Of an epoch.
-        samples: Single ones, unless they come in a stream.
-        batches: Their order, unless they come in a stream.
-        stream: The data set that decides on the order itself.
-        accumulation: Batches of a step.
+        loader: Loader of (images, class indices).
+        dataset: Data set of the samples.
+        order: Order of the batches.
     """
     loader: Any
-    steps: int
-    samples: Optional[Samples] = None
-    batches: Optional[Batches] = None
-    stream: Optional[Stream] = None
-    accumulation: int = 1
+    dataset: Any
+    order: Union[ResumableBatchSampler, StreamOrder]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of an epoch."""
+        return self.order.steps
+
+    @property
+    def num_images(self) -> Optional[int]:
+        """Number of training images; None for a stream."""
+        return self.dataset.num_images
 
     def start(self, epoch: int, step: int) -> Iterator[Tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from this step. A stream is shuffled anew where it goes on inside an epoch.
+        """Yield the batches of an epoch from this step on. A stream is shuffled again if it resumes within an epoch.
 
         Raises:
-            ValueError: They end too early, for images that can't be read.
+            ValueError: If the batches end early, because of unreadable samples.
         """
-        if self.batches is not None:
-            self.batches.start(epoch, step)
-        elif self.stream is not None:
-            self.stream.start(rng.key(epoch, step) % 2 ** 31 if step else epoch)
-        return self._exactly((self.steps - step) * self.accumulation)
+        self.order.start(epoch, step)
+        return self._iter_batches((self.steps - step) * self.order.accumulation)
 
-    def _exactly(self, count: int) -> Iterator[Tuple[Tensor, Tensor]]:
+    def _iter_batches(self, count: int) -> Iterator[Tuple[Tensor, Tensor]]:
         done = 0
         while done < count:
             before = done
@@ -60,214 +63,150 @@ class Images(NamedTuple):
                 done += 1
                 if done == count:
                     return
-            if self.stream is None or done == before:
+            if not self.order.may_restart or done == before:
                 raise ValueError(f'the images ended after {done} of {count} batches, as too many cannot be read')
-            _logger.warning('the stream ended after %d of %d batches, and begins anew', done, count)
+            _logger.warning('the stream ended after %d of %d batches, and starts again', done, count)
 
     def names(self, step: int) -> List[str]:
-        """The image files of a step of the epoch that was started; a stream knows none."""
-        if self.samples is None or self.batches is None:
-            return []
-        return [
-            self.samples.name(index) for part in range(self.batches.accumulation)
-            for _, index in self.batches.batch(step, part)]
+        """Return the names of this rank's images in a step of the current epoch; none for a stream."""
+        return [self.dataset.name(index) for index in self.order.indices(step)]
 
 
-def train_loader(
-        args: Namespace,
+class EvalLoader(NamedTuple):
+    """Batches of the evaluation samples.
+
+    Attributes:
+        loader: Loader of (images, class indices).
+        world: Ranks that the samples are divided among; a single one for a stream, which each rank evaluates whole.
+        skipped: Unreadable samples of this rank.
+        num_samples: Number of samples in the split.
+    """
+    loader: Any
+    world: DistributedContext
+    skipped: SkippedSamples
+    num_samples: int = 0
+
+    def num_skipped(self, count: int) -> int:
+        """Return how many samples were skipped if this many were evaluated on all ranks."""
+        return max(self.num_samples - count, 0)
+
+
+def create_train_loader(
+        task: Task,
         dataset: Any,
-        config: Dict[str, Any],
+        data_config: Dict[str, Any],
+        augmentation: AugmentationOptions,
         device: torch.device,
         world: DistributedContext,
-        tell: Tell,
-) -> Images:
-    """The training images: shuffled and augmented by key, what fills no step left out.
+        on_unreadable: OnUnreadable,
+        *,
+        grad_accum_steps: int,
+        dist_timeout: float,
+        train_split: str,
+) -> TrainLoader:
+    """Create the loader of shuffled and augmented training samples; those that do not fill a step are left out.
 
     Args:
-        args: The batch size and the augmentation.
-        dataset: timm's, or any map-style one.
-        config: From :func:`~smpconv_models.training.data_config.data_config`.
-        device: The loader copies to it ahead of time if it is a GPU.
-        world: The processes that share the data set.
-        tell: Called with the images that could not be read.
+        task: Task with the options of the data set.
+        dataset: Data set of the task.
+        data_config: Data configuration of the task.
+        augmentation: Options of the augmentation.
+        device: Device of the model; timm's prefetcher copies batches to a GPU ahead of time.
+        world: Ranks that share the data set.
+        on_unreadable: Function that is called with the unreadable samples of a batch.
+        grad_accum_steps: Number of batches that a rank accumulates in a step.
+        dist_timeout: Seconds to wait for DataLoader workers.
+        train_split: Name of the split, for errors.
 
     Raises:
-        ValueError: A step takes more images than there are, or the augmentation is none of timm's or not for these.
+        ValueError: If a step takes more samples than there are, a stream has too few shards for the DataLoader
+            workers, or the augmentation is not supported.
     """
-    if not task_sequence.are_meant(args):
-        dataset.transform = _train_transform(args, config, device)
-    erasing = dict(re_prob=0. if args.no_aug else args.reprob, re_mode=args.remode, re_count=args.recount)
-    if isinstance(dataset, IterableImageDataset):
-        return _stream(args, dataset, config, device, world, tell, erasing)
-    if args.crop_padding is not None:
-        _check_size(dataset)
-    batches = Batches(len(dataset), args.batch_size, args.grad_accum_steps, world.rank, world.size, args.seed)
-    if batches.steps == 0:
+    data = task.data
+    task.prepare_training(dataset, data_config, augmentation, _use_prefetcher(task, device))
+    if dataset.num_samples < data.batch_size * grad_accum_steps * world.size:
         raise ValueError(
-            f'--batch-size must not exceed the {len(dataset)} training images, got {args.batch_size}'
-            + (f' x {args.grad_accum_steps} accumulated' if args.grad_accum_steps > 1 else '')
-            + (f' x {world.size} processes' if world.size > 1 else ''))
-    samples = Samples(dataset, args.seed, fills=True)
-    collate = Collate(_collate(args, device), args.batch_size)
-    loader = _loader(args, samples, device, world, collate, batch_sampler=batches)
-    loader = _on_device(args, Loader(loader, tell, config.get('num_classes')), config, device, **erasing)
-    return Images(loader, batches.steps, samples, batches, accumulation=args.grad_accum_steps)
-
-
-def _check_size(dataset: Any) -> None:
-    """Images of another size are told before there is a run; one that can't be read, in its turn."""
-    try:
-        dataset[0]
-    except augment.OtherSizeError:
-        raise
-    except ERRORS as error:
-        _logger.debug('the first image cannot be read: %s', error)
-
-
-def _train_transform(args: Namespace, config: Dict[str, Any], device: torch.device) -> Any:
-    """timm's augmentation."""
-    try:
-        transform = create_transform(
-            config['input_size'],
-            is_training=True,
-            use_prefetcher=_prefetches(args, device),
-            no_aug=args.no_aug,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa,
-            interpolation=args.train_interpolation or config['interpolation'],
-            mean=config['mean'],
-            std=config['std'],
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        )
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'the images cannot be augmented so: {type(error).__name__} {error}') from error
-    transform = augment.repair(transform)
-    if args.crop_padding is not None and not args.no_aug:
-        augment.crop_padded(transform, config['input_size'], args.crop_padding)
-    return transform
-
-
-def held_out(
-        args: Namespace,
-        dataset: Any,
-        config: Dict[str, Any],
-        device: torch.device,
-        world: DistributedContext,
-) -> EvalLoader:
-    """The evaluation images, in order, each in one process once; a stream's all in every process.
-
-    Args:
-        args: The batch size.
-        dataset: timm's.
-        config: From :func:`~smpconv_models.training.data_config.data_config`.
-        device: The loader copies to it ahead of time if it is a GPU.
-        world: The processes that share the data set.
-    """
-    batch_size = args.validation_batch_size or args.batch_size
-    if not task_sequence.are_meant(args):
-        dataset.transform = create_transform(
-            config['input_size'],
-            use_prefetcher=_prefetches(args, device),
-            interpolation=config['interpolation'],
-            mean=config['mean'],
-            std=config['std'],
-            crop_pct=config['crop_pct'],
-            crop_mode=config['crop_mode'],
-        )
-    collate = Collate(_collate(args, device))
-    expected = None
-    if isinstance(dataset, IterableImageDataset):
-        dataset.set_loader_cfg(num_workers=max(args.workers, 1))
-        loader = _loader(args, Stream(dataset), device, world, collate, batch_size=batch_size)
-        expected = dataset.reader.num_samples
-        world = DistributedContext()
+            f'--batch-size must not exceed the {dataset.num_samples} training images, got {data.batch_size}'
+            + (f' x {grad_accum_steps} accumulated' if grad_accum_steps > 1 else '')
+            + (f' x {world.size} ranks' if world.size > 1 else ''))
+    order: Any
+    if dataset.is_stream:
+        num_shards, num_workers = dataset.num_shards(data.workers, world.size), max(data.workers, 1)
+        if num_shards is not None and num_shards < num_workers:  # a worker without a shard would let others wait
+            raise ValueError(
+                f'split {train_split!r} of {data.dataset} has {num_shards} shards for each rank, fewer than '
+                f'{num_workers} DataLoader workers: use fewer --workers or fewer ranks')
+        dataset.configure(data.workers, world.rank)
+        order = StreamOrder(dataset, data.batch_size, grad_accum_steps)
     else:
-        order = InOrder(len(dataset), batch_size, world.rank, world.size)
-        loader = _loader(args, Samples(dataset, args.seed), device, world, collate, batch_sampler=order)
-    left_out = SkippedInEvaluation(args)
-    told = Loader(loader, left_out, config.get('num_classes'), expected)
-    return EvalLoader(_on_device(args, told, config, device), world, left_out)
+        order = ResumableBatchSampler(
+            dataset.num_samples, data.batch_size, grad_accum_steps, world.rank, world.size, data.seed)
+    loader = _create_loader(
+        task, dataset, data_config, device, world, dist_timeout, on_unreadable, order.batching,
+        filled_size=data.batch_size, re_prob=0. if augmentation.no_aug else augmentation.reprob,
+        re_mode=augmentation.remode, re_count=augmentation.recount)
+    return TrainLoader(loader, dataset, order)
 
 
-def _stream(
-        args: Namespace,
-        dataset: IterableImageDataset,
-        config: Dict[str, Any],
-        device: torch.device,
-        world: DistributedContext,
-        tell: Tell,
-        erasing: Dict[str, Any],
-) -> Images:
-    _check_stream(args, dataset.reader, world)
-    dataset.set_loader_cfg(num_workers=max(args.workers, 1))
-    collate = Collate(_collate(args, device), args.batch_size)
-    stream = Stream(dataset, args.seed, world.rank)
-    loader = _loader(args, stream, device, world, collate, batch_size=args.batch_size, drop_last=True)
-    steps = len(loader) // args.grad_accum_steps
-    loader = _on_device(args, Loader(loader, tell, config.get('num_classes')), config, device, **erasing)
-    return Images(loader, steps, stream=stream, accumulation=args.grad_accum_steps)
-
-
-def _check_stream(args: Namespace, reader: Any, world: DistributedContext) -> None:
-    """A stream's parts are divided among the processes that load, and one without any would leave others waiting."""
-    images, step = reader.num_samples, args.batch_size * args.grad_accum_steps * world.size
-    if images < step:
-        raise ValueError(f'--batch-size must not exceed the {images} training images, got {step} over all processes')
-    shards, loading = None, max(args.workers, 1)
-    if is_webdataset(reader):
-        shards, loading = len(reader.split_info.filenames), loading * world.size
-    elif is_hugging_face(reader) and not reader.download and args.workers > 1:
-        shards = _count_shards(args, reader)
-        shards //= 1 if shards % world.size else world.size
-    if shards is not None and shards < loading:
-        raise ValueError(
-            f'--workers {args.workers}' + (f' x {world.size} processes' if world.size > 1 else '')
-            + f' must not exceed the shards of {args.dataset}, split {args.train_split!r}: there are {shards}')
-
-
-def _count_shards(args: Namespace, reader: Any) -> int:
-    try:
-        return reader.builder.as_streaming_dataset(split=reader.split).num_shards
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f'{args.dataset}, split {args.train_split!r}, cannot be read: {error}') from error
-
-
-def _prefetches(args: Namespace, device: torch.device) -> bool:
-    """timm's prefetcher copies images to the device ahead of time, normalizes there, and exists for accelerators."""
-    return device.type == 'cuda' and not args.no_prefetcher and not task_sequence.are_meant(args)
-
-
-def _collate(args: Namespace, device: torch.device) -> Any:
-    return fast_collate if _prefetches(args, device) else default_collate
-
-
-def _loader(
-        args: Namespace,
+def create_eval_loader(
+        task: Task,
         dataset: Any,
+        data_config: Dict[str, Any],
         device: torch.device,
         world: DistributedContext,
-        collate: Collate,
-        **batching: Any,
-) -> BoundedLoader:
-    return world.bounded_loader(DataLoader(
+        *,
+        dist_timeout: float,
+) -> EvalLoader:
+    """Create the loader of the evaluation samples in order, each on one rank; those of a stream on every rank.
+
+    Arguments are those of :func:`create_train_loader`.
+    """
+    data = task.data
+    task.prepare_evaluation(dataset, data_config, _use_prefetcher(task, device))
+    batch_size, skipped = data.validation_batch_size or data.batch_size, SkippedSamples(strict=not data.skip_unreadable)
+    num_samples, expected = dataset.num_samples, None
+    batching: Dict[str, Any]
+    if dataset.is_stream:
+        dataset.configure(data.workers, rank=0)
+        batching, expected = {'batch_size': batch_size}, num_samples
+    else:
+        batching = {'batch_sampler': DistributedEvalSampler(num_samples, batch_size, world.rank, world.size)}
+    loader = _create_loader(
+        task, dataset, data_config, device, world, dist_timeout, skipped, batching, expected=expected)
+    return EvalLoader(loader, DistributedContext() if dataset.is_stream else world, skipped, num_samples)
+
+
+def _use_prefetcher(task: Task, device: torch.device) -> bool:
+    """Return whether timm's prefetcher, which exists for accelerators, copies and normalizes the batches."""
+    return device.type == 'cuda' and not task.data.no_prefetcher and task.supports_prefetcher
+
+
+def _create_loader(
+        task: Task,
+        dataset: Any,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        world: DistributedContext,
+        dist_timeout: float,
+        on_unreadable: OnUnreadable,
+        batching: Dict[str, Any],
+        filled_size: Optional[int] = None,
+        expected: Optional[int] = None,
+        **erasing: Any,
+) -> Any:
+    data, use_prefetcher = task.data, _use_prefetcher(task, device)
+    loader = world.bounded_loader(DataLoader(
         dataset,
-        collate_fn=collate,
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        pin_memory=args.pin_mem and device.type == 'cuda',
+        collate_fn=CollateReadable(fast_collate if use_prefetcher else default_collate, filled_size),
+        num_workers=data.workers,
+        persistent_workers=data.workers > 0,
+        pin_memory=data.pin_mem and device.type == 'cuda',
         worker_init_fn=world.worker_init_fn,
         **batching,
-    ), args.dist_timeout)
-
-
-def _on_device(args: Namespace, loader: Any, config: Dict[str, Any], device: torch.device, **erasing: Any) -> Any:
-    if not _prefetches(args, device):
-        return loader
+    ), dist_timeout)
+    checked: Any = CheckedLoader(loader, on_unreadable, data_config.get('num_classes'), expected)
+    if not use_prefetcher:
+        return checked
     return PrefetchLoader(
-        loader, mean=config['mean'], std=config['std'], channels=config['input_size'][0], device=device, **erasing)
+        checked, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
+        device=device, **erasing)

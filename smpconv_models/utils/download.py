@@ -18,9 +18,29 @@ _TIMEOUT = 30.  # seconds without a byte
 _BLOCK = 1 << 18
 
 
-def missing(path: Path, url: str) -> ValueError:
-    """The error for a file that isn't there and may not be downloaded."""
-    return ValueError(f'{path} is missing: pass download=True, or put {url} there by hand')
+class DownloadNeededError(ValueError):
+    """Missing or damaged data that a download would replace.
+
+    Args:
+        problem: Beginning of the message, up to the advice to download.
+        alternative: End of the message.
+    """
+
+    def __init__(self, problem: str, alternative: str = '') -> None:
+        super().__init__(problem, alternative)
+        self.problem, self.alternative = problem, alternative
+
+    def message(self, option: str) -> str:
+        """Return the message, with the option that allows the download."""
+        return f'{self.problem} pass {option}{self.alternative}'
+
+    def __str__(self) -> str:
+        return self.message('download=True')
+
+
+def missing(path: Path, url: str) -> DownloadNeededError:
+    """Return the error for a file that is missing and may not be downloaded."""
+    return DownloadNeededError(f'{path} is missing:', f', or put {url} there by hand')
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:
@@ -57,9 +77,8 @@ def check_sha256(path: Path, sha256: str) -> None:
     except OSError as error:
         raise ValueError(f'{path} cannot be read: {error.strerror or first_line(error)}') from error
     if found != sha256:
-        raise ValueError(
-            f'{path} is damaged, or another file: its SHA-256 is {found}, not {sha256}; remove it and pass '
-            f'download=True')
+        raise DownloadNeededError(
+            f'{path} is damaged, or another file: its SHA-256 is {found}, not {sha256}; remove it and')
 
 
 def file_sha256(path: Union[str, Path]) -> str:

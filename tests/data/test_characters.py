@@ -174,9 +174,9 @@ def test_letters_are_not_cropped(tmp_path, monkeypatch, capsys):
     made.publish_characters(tmp_path / 'data' / characters.ARCHIVE, monkeypatch)
     argv = [
         '--model', 'smpconv_characters', '--dataset', 'seq/characters', '--data-dir', str(tmp_path / 'data'),
-        '--crop-padding', '2', '--output', str(tmp_path / 'runs')]
+        '--random-crop-pad', '2', '--output', str(tmp_path / 'runs')]
     with pytest.raises(SystemExit, match='2'):
         train.main(argv)
     line, = capsys.readouterr().err.strip().splitlines()
-    assert '--crop-padding is for images, and the sequences of seq/characters are none' in line
+    assert '--random-crop-pad is for images, and the sequences of seq/characters are none' in line
     assert not list((tmp_path / 'runs').glob('*'))

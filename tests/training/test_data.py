@@ -1,13 +1,14 @@
 """Data sets: the embedded digits, folders of images, and what is refused."""
-from argparse import Namespace
-
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from smpconv_models import SMPConvNet
-from smpconv_models.training import Digits, data_config, dataset_factory
+from smpconv_models.data.digits import Digits
+from smpconv_models.training import tasks
+from smpconv_models.training.config import DataOptions
+from smpconv_models.training.dataset_factory import create_dataset
 
 
 def make_folder(root, splits=('train', 'val'), classes=('cat', 'dog'), count=3):
@@ -20,16 +21,8 @@ def make_folder(root, splits=('train', 'val'), classes=('cat', 'dog'), count=3):
     return root
 
 
-def arguments(**changes):
-    values = dict(
-        dataset='', data_dir=None, dataset_download=False, batch_size=2, validation_batch_size=None, seed=0, workers=0,
-        pin_mem=False, no_prefetcher=False, in_chans=None, input_size=None, img_size=None, crop_pct=None, mean=None,
-        std=None, interpolation=None, train_interpolation=None, no_aug=False, reprob=0., remode='pixel', recount=1,
-        scale=[0.5, 1.], ratio=[1., 1.], hflip=0., vflip=0., color_jitter=0., aa=None, crop_padding=None,
-        grad_accum_steps=1, exif_orientation=None,
-        max_unreadable=10, skip_unreadable=False, dist_timeout=60.,
-    )
-    return Namespace(**{**values, **changes})
+def options(data_dir=None, **changes):
+    return DataOptions(data_dir=data_dir and str(data_dir), **{**dict(batch_size=2, workers=0, seed=0), **changes})
 
 
 def test_digits_are_scikit_learns_and_a_fifth_is_held_out():
@@ -60,49 +53,64 @@ def test_digits_know_their_splits():
         Digits('test')
 
 
-def test_folders_are_read_through_timm(tmp_path):
-    args = arguments(data_dir=str(make_folder(tmp_path)))
-    train = dataset_factory.open_dataset(args, 'train', 3, is_training=True)
-    validation = dataset_factory.open_dataset(args, 'validation', 3, is_training=False)
-    assert len(train) == len(validation) == 6
-    assert data_config.class_names(train) == data_config.class_names(validation) == ['cat', 'dog']
-    assert train[0][0].mode == 'RGB'
-    assert dataset_factory.open_dataset(args, 'train', 1, is_training=True)[0][0].mode == 'L'
+def test_folders_are_read_in_the_models_channels(tmp_path):
+    data = options(make_folder(tmp_path))
+    train = create_dataset(data, 'train', 3, is_training=True)
+    validation = create_dataset(data, 'validation', 3, is_training=False)
+    assert len(train) == len(validation) == train.num_images == 6
+    assert tasks.class_names(train) == tasks.class_names(validation) == ['cat', 'dog']
+    assert train[0, 0][0].mode == 'RGB'
+    assert create_dataset(data, 'train', 1, is_training=True)[0, 0][0].mode == 'L'
 
 
 def test_torchvision_datasets_are_read_through_timm(tmp_path):
-    with pytest.raises(ValueError, match=r"split 'train' of torch/cifar10 in .*cannot be opened: .*not found"):
-        dataset_factory.open_dataset(
-            arguments(dataset='torch/cifar10', data_dir=str(tmp_path)), 'train', 3, is_training=True)
+    with pytest.raises(ValueError, match=r"'train' of torch/cifar10 in .*opened: .*not found.*; --dataset-download"):
+        create_dataset(options(tmp_path, dataset='torch/cifar10'), 'train', 3, is_training=True)
 
 
-@pytest.mark.parametrize('make, told', [
-    (lambda root: arguments(), '--data-dir is needed'),
-    (lambda root: arguments(data_dir=str(root / 'nowhere')), 'nowhere: no such folder'),
-    (lambda root: arguments(data_dir=str(make_folder(root, splits=('train', 'test')))),
+@pytest.mark.parametrize('make, message', [
+    (lambda root: options(), '--data-dir is needed'),
+    (lambda root: options(root / 'nowhere'), 'nowhere: no such folder'),
+    (lambda root: options(make_folder(root, splits=('train', 'test'))),
      r"expected a folder named val or .*, found \['test', 'train'\]"),
-    (lambda root: arguments(dataset='torch/nothing', data_dir=str(root)), 'Unknown torchvision dataset nothing'),
-    (lambda root: arguments(data_dir=str(make_folder(root, count=0))), r"folders without images .*: \['cat', 'dog'\]"),
+    (lambda root: options(root, dataset='torch/nothing'), 'Unknown torchvision dataset nothing$'),
+    (lambda root: options(make_folder(root, count=0)), r"folders without images .*: \['cat', 'dog'\]"),
 ])
-def test_missing_data_is_told(tmp_path, make, told):
-    with pytest.raises(ValueError, match=told):
-        dataset_factory.open_dataset(make(tmp_path), 'validation', 3, is_training=False)
+def test_missing_data_is_reported(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        create_dataset(make(tmp_path), 'validation', 3, is_training=False)
+
+
+def test_unusual_channels_are_refused():
+    with pytest.raises(ValueError, match='got in_chans 4'):
+        create_dataset(options('.'), 'train', 4, is_training=True)
+    task = tasks.create_task(options())
+    task.check_model('net', SMPConvNet(in_chans=1, depths=(1,), dims=(4,), kernel_sizes=(5,)), None, 1)
+    with pytest.raises(ValueError, match='net takes images of 3 channels: --in-chans 3'):
+        task.check_model('net', SMPConvNet(depths=(1,), dims=(4,), kernel_sizes=(5,)), None, 1)
 
 
 def test_classes_must_agree(tmp_path):
     make_folder(tmp_path, splits=('train',))
     make_folder(tmp_path, splits=('val',), classes=('cat', 'dgo'))
-    args = arguments(data_dir=str(tmp_path))
-    train, validation = (dataset_factory.open_dataset(args, split, 3, False) for split in ('train', 'val'))
+    names = [create_dataset(options(tmp_path), split, 3, False).classes for split in ('train', 'val')]
     with pytest.raises(ValueError, match=r"2 and 2, only in training \['dog'\], only in evaluation \['dgo'\]"):
-        data_config.check_classes(data_config.class_names(train), data_config.class_names(validation))
+        tasks.check_classes(*names)
     with pytest.raises(ValueError, match='the data set has 2 classes, the model 3'):
-        data_config.check_num_classes(data_config.class_names(train), 3)
+        tasks.check_class_count(names[0], 3)
+    for one in (['cat'], None):
+        with pytest.raises(ValueError, match='expected 2 classes or more, got 1'):
+            tasks.check_class_count(one, 1)
 
 
-def test_unusual_channels_are_told():
-    with pytest.raises(ValueError, match='got in_chans 4'):
-        dataset_factory.open_dataset(arguments(data_dir='.'), 'train', 4, is_training=True)
+@pytest.mark.parametrize('trained, evaluated, message', [
+    (['a', 'A', 'b'], ['A', 'a', 'b'], r"3 and 3 in another order: class 0 is 'a' in training and 'A' in evaluation"),
+    (['Caf\u00e9', 'b'], ['Cafe\u0301', 'b'], r"only in training \['Café'\], only in evaluation \['Cafe\\u0301'\]"),
+    (['a', 'caf\udce9'], ['a', 'cafe'], r"only in training \['caf\\udce9'\]"),
+])
+def test_differences_of_classes_are_named(trained, evaluated, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.check_classes(trained, evaluated)
 
 
 @pytest.mark.parametrize('changes, size, mean', [
@@ -113,7 +121,7 @@ def test_unusual_channels_are_told():
 def test_data_config_follows_the_channels(changes, size, mean):
     model = SMPConvNet(in_chans=1, depths=(1,), dims=(4,), kernel_sizes=(5,))
     model.pretrained_cfg = {'input_size': (3, 20, 20), 'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
-    config = data_config.data_config(arguments(**changes), model)
+    config = tasks.create_task(options(**changes)).resolve_data_config(model)
     assert config['input_size'] == size
     assert len(config['mean']) == len(config['std']) == 1
     assert mean is None or config['mean'] == mean
