@@ -76,8 +76,8 @@ def main(argv=None) -> int:
     options = TrainOptions.from_args(args)
     cli.set_debug_logging(options.debugging.debug)
     if world.is_primary:
-        for line in ineffective_options(parser, args):
-            logging.warning(line)
+        for useless in ineffective_options(parser, args):
+            logging.warning(useless)
 
     def explain(error: Exception) -> Optional[str]:
         return describe_error(error, world, options.data.batch_size, options.data.workers, is_training=True)

@@ -66,7 +66,8 @@ def create_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim
         ValueError: If timm has no optimizer of this name, or the optimizer does not accept the options.
     """
     groups = param_groups(model, options.weight_decay, options.layer_decay)
-    given = {key: value for key, value in (('eps', options.opt_eps), ('betas', options.opt_betas)) if value is not None}
+    given: Dict[str, Any] = {
+        key: value for key, value in (('eps', options.opt_eps), ('betas', options.opt_betas)) if value is not None}
     try:
         trial = create_optimizer_v2([nn.Parameter(torch.zeros(1, 1))], opt=options.opt, lr=options.lr)
         if getattr(trial, 'is_second_order', False):

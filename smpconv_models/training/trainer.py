@@ -12,7 +12,6 @@ import timm
 import torch
 from timm.utils import distribute_bn, random_seed
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from smpconv_models import __version__, checkpoint
 from smpconv_models.utils.errors import first_line
@@ -37,7 +36,7 @@ from .model_factory import (
     select_weights,
 )
 from .run_dir import RunDir
-from .tasks import check_class_count, check_same_classes, class_names, create_task
+from .tasks import check_class_count, check_classes, class_names, create_task
 from .train_step import StepResult, TrainStep
 
 _logger = logging.getLogger(__name__)
@@ -382,7 +381,7 @@ class Trainer:
         arguments = checkpoint.get_train_args(loaded)
         changed, refused = diff_args(arguments, {**self.options.as_dict(), 'world_size': self.world.size})
         try:
-            check_same_classes(loaded['classes'], self.classes, 'the checkpoint', 'the data set')
+            check_classes(loaded['classes'], self.classes, 'the checkpoint', 'the data set')
         except ValueError as error:
             refused.append(str(error))
         if loaded['images'] != self.train_loader.num_images:
@@ -470,7 +469,7 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     train_set = task.create_dataset(options.run.train_split, in_chans, is_training=True)
     _check_same_data(world, device, train_set, val_set)
     classes = class_names(train_set)
-    check_same_classes(classes, class_names(val_set))
+    check_classes(classes, class_names(val_set))
     model, model_kwargs = _build_model(options, classes)
     task.check_model(str(options.model.model), model, train_set, in_chans)
     if options.run.sync_bn:
@@ -550,13 +549,12 @@ def _resolve_grad_accum(options: TrainOptions, world: DistributedContext) -> Tra
 
 def _check_same_data(world: DistributedContext, device: torch.device, *datasets: Any) -> None:
     """Raise ValueError on every rank unless all ranks have found the classes, and as many images, of rank 0."""
-    own = [  # the length of a stream depends on the DataLoader workers of its rank
-        (class_names(dataset), None if isinstance(dataset, IterableDataset) else len(dataset)) for dataset in datasets]
+    own = [(class_names(dataset), dataset.num_images) for dataset in datasets]
     first = world.broadcast_object(own)
     differs = world.all_reduce_(torch.tensor(int(own != first), device=device))
     if own != first:
         for (classes, count), (expected, expected_count) in zip(own, first):
-            check_same_classes(expected, classes, 'rank 0', f'rank {world.rank}')
+            check_classes(expected, classes, 'rank 0', f'rank {world.rank}')
             if count != expected_count:
                 raise ValueError(f'rank {world.rank} has found {count} images, rank 0 {expected_count}')
     if differs:

@@ -22,7 +22,7 @@ from .loader import create_eval_loader
 from .metrics import evaluate
 from .model_factory import check_model_name, create_model, model_arguments, open_checkpoint, select_device
 from .run_dir import RunDir
-from .tasks import check_class_count, check_same_classes, class_names, create_task
+from .tasks import check_class_count, check_classes, class_names, create_task
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def evaluate_model(
     dataset = task.create_dataset(split, model.in_chans, is_training=False)
     task.check_model(str(options.model.model), model, dataset, model.in_chans)
     classes = class_names(dataset)
-    check_same_classes(described.classes, classes)
+    check_classes(described.classes, classes)
     check_class_count(classes, model.num_classes)
     world = DistributedContext()
     loader = create_eval_loader(task, dataset, data_config, device, world, dist_timeout=options.device.dist_timeout)
