@@ -165,7 +165,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     checkpoints, models, args.model = args.checkpoint, args.model, None
     options = EvalOptions(
-        cli.read_options(args, DataOptions), cli.read_options(args, ModelOptions), cli.read_options(args, DeviceOptions),
+        cli.read_options(args, DataOptions), cli.read_options(args, ModelOptions),
+        cli.read_options(args, DeviceOptions),
         use_ema=args.use_ema, reparam=args.reparam, split=args.split)
     cli.set_debug_logging(args.debug)
     for line in ineffective_options(parser, args):

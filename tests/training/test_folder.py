@@ -13,7 +13,7 @@ from smpconv_models.training.run_dir import RunDir
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(folders, '_PATIENCE', 0.2)
+    monkeypatch.setattr(folders, '_LOCK_TIMEOUT_S', 0.2)
 
 
 def held(path):
@@ -81,7 +81,7 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path):
     first = held(tmp_path / 'run')
     first.path.rename(tmp_path / 'renamed')
     second = RunDir(tmp_path / 'run')
-    second._own['since'] = 'later'  # another process would differ by its number
+    second._owner['since'] = 'later'  # another process would differ by its number
     second.acquire()
     first.release()
     assert json.loads(second._owner_file.read_text())['since'] == 'later'

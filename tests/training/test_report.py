@@ -83,7 +83,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch
     monkeypatch.setattr('torch.utils.tensorboard.SummaryWriter.add_scalar', full)
     assert run(*COMMAND, '--epochs', 1, '--log-interval', 2, '--log-tensorboard', '--output', tmp_path) == 0
     told = capsys.readouterr().out
-    assert told.count('TensorBoard is not told any more: [Errno 28] No space left on device') == 1
+    assert told.count('logging to TensorBoard ends: [Errno 28] No space left on device') == 1
 
 
 def test_where_an_error_came_from_is_shown_if_asked_for(tmp_path, capsys):

@@ -16,7 +16,7 @@ from test_data import make_folder
 import train
 import validate
 from smpconv_models.training import checkpointing
-from smpconv_models.training.datasets import Samples
+from smpconv_models.training.datasets import SeededDataset
 from smpconv_models.training.run_dir import RunDir
 from smpconv_models.training.train_step import TrainStep
 
@@ -37,7 +37,7 @@ def straight(tmp_path_factory):
 def signal_at(monkeypatch, heard_signals):
     """Sends this process a signal when it reads an image for the n-th time."""
     def arm(number, count):
-        original, left = Samples.__getitem__, [count]
+        original, left = SeededDataset.__getitem__, [count]
 
         def read(self, position):
             left[0] -= 1
@@ -45,7 +45,7 @@ def signal_at(monkeypatch, heard_signals):
                 os.kill(os.getpid(), number)
             return original(self, position)
 
-        monkeypatch.setattr(Samples, '__getitem__', read)
+        monkeypatch.setattr(SeededDataset, '__getitem__', read)
 
     return arm
 

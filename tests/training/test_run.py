@@ -176,7 +176,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--img-size', '0'], 'argument --img-size: must be at least 1 and at most 1e+09, got 0'),
     ([*TINY, '--epochs', 'ten'], "argument --epochs: invalid whole number value: 'ten'"),
     ([*TINY, '--interpolation', 'nonsense'], "argument --interpolation: invalid choice: 'nonsense'"),
-    ([*TINY, '--aa', 'nonsense'], 'the images cannot be augmented so'),
+    ([*TINY, '--aa', 'nonsense'], 'the augmentation is not supported'),
     ([*TINY, '--opt', 'nonsense'], '--opt nonsense with its defaults cannot be created'),
     ([*TINY, '--opt-betas', '0.9'], 'cannot be created: expected 2 --opt-betas, got 1'),
     ([*TINY, '--min-lr', '1'], '--min-lr must not exceed --lr 0.001, got 1.0'),

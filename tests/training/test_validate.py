@@ -21,7 +21,9 @@ import validate
 from smpconv_models import checkpoint
 from smpconv_models.training import DataOptions, DeviceOptions, EvalOptions, ModelOptions
 from smpconv_models.training import validate as library
+from smpconv_models.training.datasets import ReadImage, SeededIterableDataset
 from smpconv_models.training.metrics import ClassificationMeter
+from smpconv_models.training.tasks import ImageTask
 from smpconv_models.training.validate import expand_model_list, fill_from_checkpoint, per_class_results
 
 OPTIONS = EvalOptions(DataOptions(), ModelOptions(), DeviceOptions())
@@ -491,8 +493,8 @@ class Stream:
     (0, [], (), 'there were no images to evaluate'),
 ])
 def test_streams_must_be_whole(files, capsys, monkeypatch, said, labels, options, expected):
-    dataset = IterableImageDataset('', reader=Stream(said, labels))
-    monkeypatch.setattr(library.sources, 'open_dataset', lambda *args, **kwargs: dataset)
+    dataset = SeededIterableDataset(IterableImageDataset('', reader=Stream(said, labels)), 0, ReadImage('RGB').convert)
+    monkeypatch.setattr(ImageTask, 'create_dataset', lambda *args, **kwargs: dataset)
     argv = ('--checkpoint', files[0], *ON, *options)
     if isinstance(expected, str):
         assert expected in refused(validate.main, capsys, *argv)
