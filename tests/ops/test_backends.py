@@ -133,7 +133,7 @@ def test_gradgradcheck_of_the_weight_gradient(backend):
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def function(grad, x):
-        return torch.ops.smpconv_models.depthwise_conv2d_weight_grad(grad, x, [3, 3], [1, 1], backend)
+        return torch.ops.smpconv_models.depthwise_conv2d_weight_grad(grad, x, [3, 3], [1, 1], backend, '')
     assert torch.autograd.gradcheck(function, (grad, x))
     assert torch.autograd.gradgradcheck(function, (grad, x))
 
@@ -166,7 +166,7 @@ def test_auto_takes_the_first_available(monkeypatch):
 def test_auto_leaves_small_kernels_to_conv2d(kernel_size, dilation, needs_weight_grad, expected):
     """Where the CPU backend would call the very same kernels."""
     chosen = _backends.select('auto', torch.ones(1, 1, 2, 2), [kernel_size] * 2, [dilation] * 2, needs_weight_grad)
-    assert chosen is _backends.load(expected)
+    assert chosen == expected
 
 
 def test_auto_passes_over_and_says_why(monkeypatch, caplog):

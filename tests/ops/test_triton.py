@@ -27,7 +27,7 @@ DEVICE = 'cpu' if INTERPRETED else 'cuda'
 on_device = [] if INTERPRETED else pytest.mark.gpu
 MODES = {
     'float16': (torch.float16, 'tf32'), 'bfloat16': (torch.bfloat16, 'tf32'),
-    'tf32': (torch.float32, 'tf32'), 'exact': (torch.float32, 'ieee'),
+    'tf32': (torch.float32, 'tf32'), 'ieee': (torch.float32, 'ieee'),
 }
 
 # What the grid of all backends lacks: maps wider than a block, and as wide as a multiple of its columns.
@@ -65,7 +65,7 @@ def expected(shape, x, weight, bias, grad):
 
 def assert_close(got, plain, exact, num_terms, dtype):
     """Products of tf32 have 11 bits, and a GPU cuts the others off; the interpreter's are of float32."""
-    if launch.mode(dtype) == 'tf32' and not INTERPRETED:
+    if launch.matmul_precision(dtype) == 'tf32' and not INTERPRETED:
         assert (got.cpu().double() - exact).norm() <= 2 ** -10 * exact.norm()
     else:
         assert_as_exact_as(got.cpu(), plain.cpu(), exact, num_terms)
@@ -81,7 +81,7 @@ FITTING = [
     (form, name) for form in FORMS for name, shape in ALL.items()
     if form == 'block_forward' or form == 'block_weight_grad'
     or (form == 'map_forward' and shape.h * shape.w <= 400)
-    or (form == 'map_weight_grad' and tuning.weight_grad_form(shape.h, shape.w) == form)
+    or (form == 'map_weight_grad' and tuning.select_weight_grad_kernel(shape.h, shape.w) == form)
 ]
 
 
@@ -120,7 +120,7 @@ class TestKernels:
     def test_every_form_on_every_shape(self, form, name, mode):
         """Whichever form would be chosen."""
         shape = ALL[name]
-        tile = FORMS[form][1](shape.n, shape.h, shape.w, [shape.kh, shape.kw], launch.mode(mode))
+        tile = FORMS[form][1](shape.n, shape.h, shape.w, [shape.kh, shape.kw], launch.matmul_precision(mode))
         check_form(form, shape, mode, tile)
 
     @pytest.mark.parametrize(('form', 'tile'), [
@@ -144,7 +144,7 @@ class TestKernels:
     def test_a_kernel_that_the_device_cannot_launch(self, monkeypatch, caplog, backend, kernel, error, lack):
         """A name raises with the numbers; auto is plain conv2d, says so once, and is as right as it."""
         monkeypatch.setattr(_backends, 'AUTO_ORDER', ('triton', 'reference'))
-        monkeypatch.setattr(_triton, 'skip_reason', lambda call: None)
+        monkeypatch.setattr(_triton, 'skip_reason', lambda problem: None)
         monkeypatch.setattr(launch.kernels, kernel, TooLarge(error))
         tensors = make(Shape(2, 2, 9, 18, 5, 5), torch.float32, device=DEVICE)
 
@@ -167,7 +167,7 @@ class TestKernels:
         for entry in json.loads(path.read_text()):
             tile = tuning.TILES[entry['kernel']](**entry['tile'])
             check_form(entry['kernel'], Shape(1, 1, entry['height'], entry['width'], *entry['kernel_size']),
-                       torch.float16 if entry['mode'] == 'half' else torch.float32, tile)
+                       torch.float16 if entry['precision'] == 'half' else torch.float32, tile)
 
     def test_sum_in_parts(self, monkeypatch):
         """Few channels: several programs share a sum."""
@@ -240,22 +240,22 @@ def apart(tensor, stride):
 # --- what runs where ---
 
 
-def test_mode_follows_the_settings_for_convolutions(fp32_precision):
-    assert launch.mode(torch.bfloat16) == launch.mode(torch.float16) == 'half'
+def test_precision_follows_the_settings_for_convolutions(fp32_precision):
+    assert launch.matmul_precision(torch.bfloat16) == launch.matmul_precision(torch.float16) == 'half'
     fp32_precision('tf32')
-    assert launch.mode(torch.float32) == 'tf32'
+    assert launch.matmul_precision(torch.float32) == 'tf32'
     fp32_precision('ieee')
-    assert launch.mode(torch.float32) == 'exact'
+    assert launch.matmul_precision(torch.float32) == 'ieee'
     torch.backends.cudnn.allow_tf32 = True
-    assert launch.mode(torch.float32) == 'tf32'
+    assert launch.matmul_precision(torch.float32) == 'tf32'
 
 
 def test_slices_of_images_and_channels_are_not_copied():
     x = torch.randn(4, 6, 5, 7)
     for same in (x, x[1:3], x[:, 2:5], x[::2, ::3], x[:, :, 1:4]):
-        assert launch.rows_first(same) is same
+        assert launch.contiguous_maps(same) is same
     for other in (x[..., 1:5], x.transpose(2, 3), x[:, :, ::2], x.contiguous(memory_format=torch.channels_last)):
-        assert launch.rows_first(other).is_contiguous()
+        assert launch.contiguous_maps(other).is_contiguous()
 
 
 @pytest.mark.parametrize(('height', 'width', 'forward', 'weight_grad'), [
@@ -266,8 +266,8 @@ def test_slices_of_images_and_channels_are_not_copied():
     (56, 56, 'block_forward', 'block_weight_grad'),
 ])
 def test_forms(height, width, forward, weight_grad):
-    assert tuning.forward_form(height, width) == forward
-    assert tuning.weight_grad_form(height, width) == weight_grad
+    assert tuning.select_forward_kernel(height, width) == forward
+    assert tuning.select_weight_grad_kernel(height, width) == weight_grad
 
 
 def test_window():
@@ -280,7 +280,7 @@ def test_window():
 
 def test_tiles_that_would_be_wrong_are_refused():
     for tile in (dict(r=8, s=16, d=4, tc=16), dict(r=4, s=32, d=8, tc=16)):
-        with pytest.raises(AssertionError, match='diagonal'):
+        with pytest.raises(AssertionError, match='diagonal wraps around'):
             tuning.BlockGradTile(**tile, bn=16, bj=1)
     x = torch.ones(1, 1, 9, 9)
     for bi, bo in ((64, 16), (128, 8)):
@@ -298,14 +298,14 @@ def no_tiles_remembered():
 
 
 def test_a_tuned_tile_serves_from_half_its_batch(monkeypatch, tmp_path, no_tiles_remembered):
-    entry = dict(kernel='block_forward', mode='half', batch=64, height=56, width=56, kernel_size=[31, 31],
+    entry = dict(kernel='block_forward', precision='half', batch=64, height=56, width=56, kernel_size=[31, 31],
                  tile=dict(r=8, s=16, tc=16, bp=256, num_warps=8), source='a test')
     (tmp_path / 'sm_90.json').write_text(json.dumps([entry]))
     monkeypatch.setattr(tuning, '_CONFIGS', tmp_path)
     monkeypatch.setattr(tuning, '_capability', lambda device: 90)
 
     def bp(batch, width=56):
-        return tuning.tile('block_forward', torch.empty(batch, 1, 56, width, device='meta'), [31, 31], 'half').bp
+        return tuning.get_tile('block_forward', torch.empty(batch, 1, 56, width, device='meta'), [31, 31], 'half').bp
     assert bp(64) == bp(32) == bp(1000) == 256
     assert bp(31) == bp(64, width=57) == 128
 
@@ -391,5 +391,5 @@ def test_no_device(monkeypatch):
 ])
 def test_where_auto_leaves_it_to_pytorch(fp32_precision, size, kernel_size, dtype, reason):
     fp32_precision('ieee')
-    said = _triton.skip_reason(_backends.Call(size, dtype, kernel_size, (1, 1), needs_weight_grad=True))
+    said = _triton.skip_reason(_backends.ConvProblem(size, dtype, kernel_size, (1, 1), needs_weight_grad=True))
     assert (said is None) if reason is None else (reason in said)
