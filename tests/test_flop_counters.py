@@ -257,7 +257,7 @@ def counts(model, x, deepspeed):
 def test_accelerated_networks_count_as_before(deepspeed):
     model, x = timm.create_model('convnext_atto').eval(), torch.randn(1, 3, 64, 64)
     expected = counts(model, x, deepspeed)
-    assert smpconv_models.accelerate_depthwise(model).swapped
+    assert smpconv_models.accelerate_depthwise(model).replaced
     assert counts(model, x, deepspeed) == expected
 
 

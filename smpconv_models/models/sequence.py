@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Set
 import torch
 from torch import Tensor, nn
 
-from smpconv_models.layers import CausalConv1d, ConvNormActBlock, ReparamConv, ResidualBlock, SMPConv1d, smp_layers
+from smpconv_models.layers import CausalConv1d, ReparamConv, ResidualBlock, SMPConv1d, smp_layers
 from smpconv_models.layers.blocks import init_weights_
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_rates, check_small_kernel
 from smpconv_models.utils.errors import suggestion_suffix
@@ -86,9 +86,7 @@ class SMPSequenceNet(nn.Module):
                 in_channels, dim, kernel_size, num_points, conv_bias, coords_std, init_radius, method=method, **dd)
             small = CausalConv1d(
                 in_channels, dim, small_kernel_size, bias=False, method='direct', **dd) if small_kernel_size else None
-            return ReparamConv(
-                ConvNormActBlock(large, nn.BatchNorm1d(dim, **dd)),
-                None if small is None else ConvNormActBlock(small, nn.BatchNorm1d(dim, **dd)))
+            return ReparamConv(large, small, lambda: nn.BatchNorm1d(dim, **dd))
 
         self.input_drop = nn.Dropout(input_drop_rate)
         widths = [in_chans] + [dim] * depth
@@ -110,7 +108,7 @@ class SMPSequenceNet(nn.Module):
                 on the meta device and moved by ``to_empty``.
         """
         for module in self.blocks.modules():
-            init_weights_(module, needs_reset)
+            init_weights_(module, needs_reset=needs_reset)
         _init_classifier(self.head)
 
     @torch.jit.ignore

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import ConvFFN, ConvNormActBlock, LargeKernelBlock, ReparamLargeKernelConv
+from smpconv_models.layers.blocks import init_weights_, pointwise
 from smpconv_models.layers.checks import check_odd, check_rates
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, create_act, create_norm
-from smpconv_models.layers.reparam import pointwise
 
 from ._base import StagedBackbone
 from ._builder import adapt, create
@@ -243,7 +243,7 @@ class SMPConvNet(StagedBackbone):
             raise ValueError(f'kernel_scale must have one entry for each of {len(stages)} stages, got {scale}')
         layers = [
             (module, factor) for stage, factor in zip(stages, scales) for module in stage.modules()
-            if isinstance(module, ReparamLargeKernelConv) and module.is_drawn_from_points()]
+            if isinstance(module, ReparamLargeKernelConv) and module.is_sampled_from_points()]
         if not layers and any(len(stage.blocks) for stage in stages):
             raise ValueError('kernel_scale needs the points, and these kernels are drawn (re-parameterized)')
         for layer, factor in layers:  # all of them before any is changed
@@ -280,15 +280,7 @@ def _check_config(
             )
 
 
-def _init_weights(module: nn.Module, needs_reset: bool) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        if module.weight.is_meta:  # nothing to fill, and 6 ms for each tensor on a CPU
-            return
-        trunc_normal_(module.weight, std=.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif needs_reset and callable(reset_parameters := getattr(module, 'reset_parameters', None)):
-        reset_parameters()
+_init_weights = partial(init_weights_, kinds=(nn.Conv2d, nn.Linear), trunc_normal_=trunc_normal_)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:

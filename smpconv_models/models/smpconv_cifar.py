@@ -17,7 +17,7 @@ from timm.models import adapt_input_conv, checkpoint_seq, generate_default_cfgs,
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import ConvNormActBlock, FFTConv2d, ReparamConv, ResidualBlock, SMPConv2d, smp_layers
+from smpconv_models.layers import FFTConv2d, ReparamConv, ResidualBlock, SMPConv2d, smp_layers
 from smpconv_models.layers.blocks import init_weights_
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_odd, check_rates, check_small_kernel
 from smpconv_models.layers.conv_norm import NormLayer, create_norm
@@ -109,9 +109,7 @@ class SMPResNet(StagedBackbone):
             small = FFTConv2d(
                 in_channels, out_channels, small_kernel_size, bias=small_bias, method='direct', **dd,
             ) if small_kernel_size else None
-            return ReparamConv(
-                ConvNormActBlock(large, create_norm(norm_layer, out_channels, **dd)),
-                None if small is None else ConvNormActBlock(small, create_norm(norm_layer, out_channels, **dd)))
+            return ReparamConv(large, small, lambda: create_norm(norm_layer, out_channels, **dd))
 
         self.stem = conv(in_chans, dims[0], small_bias=True)
         self.act = nn.ReLU()

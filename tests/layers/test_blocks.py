@@ -16,8 +16,8 @@ from smpconv_models.layers import (
     ReparamLargeKernelConv,
     SMPDepthwiseConv2d,
 )
+from smpconv_models.layers.blocks import pointwise
 from smpconv_models.layers.conv_norm import create_act, create_norm
-from smpconv_models.layers.reparam import pointwise
 
 # of float64: the folded sum is another order of the same terms
 EXACT = 1e-12
@@ -59,7 +59,7 @@ def test_depthwise_conv_refuses_what_it_could_not_compute(arguments, message):
 NOT_THE_OPERATION = [
     (dict(groups=1), 'groups 1 for 4 input channels'), (dict(out_channels=8), 'channel multiplier 2'),
     (dict(stride=2, padding=3), 'stride 2x2'), (dict(kernel_size=4), 'even kernel 4x4'),
-    (dict(padding=0), 'padding 0x0, where same is 3x3'), (dict(padding=3, padding_mode='circular'), "'circular'"),
+    (dict(padding=0), 'padding 0x0 instead of 3x3'), (dict(padding=3, padding_mode='circular'), "'circular'"),
 ]
 
 

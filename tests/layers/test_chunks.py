@@ -3,7 +3,7 @@ import pytest
 import torch
 from common import randomize_
 
-from smpconv_models.layers import SMPConv1d, SMPDepthwiseConv2d, chunked, evaluate_points, points, sampling_grid
+from smpconv_models.layers import SMPConv1d, SMPDepthwiseConv2d, evaluate_points, points, sampling_grid
 
 KERNELS = {'1-D': ((), [97]), 'filters, 1-D': ((4,), [97]), 'filters, 2-D': ((3,), [12, 15]), '3-D': ((2,), [5, 6, 7])}
 
@@ -22,7 +22,7 @@ def make(leading, size, num_points=9, in_channels=2):
 @pytest.fixture
 def few_pairs(monkeypatch):
     """Chunks of a few elements even for small kernels."""
-    monkeypatch.setattr(chunked, '_MOST_PAIRS', 400)
+    monkeypatch.setattr(points, '_MAX_PAIRS', 400)
 
 
 @pytest.mark.parametrize('normalize', [False, True])
@@ -31,7 +31,7 @@ def test_equals_drawing_at_once(few_pairs, kind, normalize):
     leading, size = KERNELS[kind]
     parameters = make(leading, size)
     query = sampling_grid(size, dtype=torch.float64)
-    assert chunked.are_many(query, parameters[0])
+    assert points.exceeds_budget(query, parameters[0])
     expected = evaluate_points(query, *parameters, normalize).unflatten(-1, size)
     got = points.sample_kernel(*parameters, size, normalize)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
@@ -45,8 +45,8 @@ def test_equals_drawing_at_once(few_pairs, kind, normalize):
 def test_sums_equal_those_at_once(few_pairs, normalize):
     coords, radius, _ = make((3,), [60])
     query = sampling_grid([60], dtype=torch.float64)
-    got = points._sums(query, coords, radius, normalize)
-    expected = points.point_sums(query, coords, radius, normalize)
+    got = points.tent_mass(query, coords, radius, normalize)
+    expected = points._tent_mass(query, coords, radius, normalize)
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
     for ours, theirs in zip(torch.autograd.grad(got.sin().sum(), (coords, radius)),
                             torch.autograd.grad(expected.sin().sum(), (coords, radius))):
@@ -57,7 +57,7 @@ def test_one_set_of_points_for_many_weights(few_pairs):
     coords, radius, _ = make((), [80])
     weights = torch.randn(5, 3, 9, dtype=torch.float64)
     query = sampling_grid([80], dtype=torch.float64)
-    got = chunked.interpolate_in_chunks(evaluate_points, query, coords, radius, weights, True)
+    got = points._evaluate_in_chunks(query, coords, radius, weights, True)
     torch.testing.assert_close(got, evaluate_points(query, coords, radius, weights, True), rtol=0, atol=1e-15)
 
 
@@ -73,7 +73,7 @@ def test_points_out_of_reach_leave_zeros(few_pairs):
 
 def test_small_kernels_are_drawn_at_once():
     layer = SMPDepthwiseConv2d(4, 51, 51 ** 2 // 8)
-    assert not chunked.are_many(sampling_grid([51, 51]), layer.coords)
+    assert not points.exceeds_budget(sampling_grid([51, 51]), layer.coords)
 
 
 def test_compiled_in_one_graph(few_pairs):
@@ -91,7 +91,7 @@ def test_pairs_are_never_held_at_once(radius, monkeypatch):
     """No tensor of forward or backward pass is as large as points x elements x filters, at any radius."""
     filters, num_points, length = 6, 30, 16000
     layer = SMPConv1d(2, filters, length, num_points, init_radius=radius)
-    monkeypatch.setattr(chunked, '_MOST_PAIRS', 1 << 19)
+    monkeypatch.setattr(points, '_MAX_PAIRS', 1 << 19)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -129,7 +129,7 @@ def test_places_and_radii_broadcast(few_pairs, coords, radius):
 def test_nothing_of_the_pairs_is_kept(monkeypatch):
     """What the backward pass needs is computed again."""
     layer = SMPConv1d(2, 6, 16000, 30, init_radius=0.3)
-    monkeypatch.setattr(chunked, '_MOST_PAIRS', 1 << 19)
+    monkeypatch.setattr(points, '_MAX_PAIRS', 1 << 19)
     kept = {}
 
     def note(tensor):
@@ -143,7 +143,7 @@ def test_nothing_of_the_pairs_is_kept(monkeypatch):
 
 @pytest.mark.parametrize('strict', [True, False])
 def test_exported(monkeypatch, strict):
-    monkeypatch.setattr(chunked, '_MOST_PAIRS', 1000)
+    monkeypatch.setattr(points, '_MAX_PAIRS', 1000)
     layer, x = randomize_(SMPConv1d(2, 3, 60, num_points=6)), torch.randn(1, 2, 60)
-    assert chunked.are_many(sampling_grid([60]), layer.coords)
+    assert points.exceeds_budget(sampling_grid([60]), layer.coords)
     torch.testing.assert_close(torch.export.export(layer, (x,), strict=strict).module()(x), layer(x))

@@ -181,7 +181,7 @@ def small_network():
 def test_peft_on_an_accelerated_network(config):
     plain = randomize_(small_network())
     fast = copy.deepcopy(plain)
-    assert accelerate_depthwise(fast).swapped == ('1', '2')
+    assert accelerate_depthwise(fast).replaced == ('1', '2')
     plain, fast = (get_peft_model(model, copy.deepcopy(config)).double() for model in (plain, fast))
     assert list(plain.state_dict()) == list(fast.state_dict())
     randomize_(fast, seed=1)
@@ -303,7 +303,7 @@ def test_a_module_to_save_of_peft_folds():
 
 def test_parallel_convolutions_of_sequences_fold():
     convs = SMPConv1d(4, 4, 9, 5), CausalConv1d(4, 4, 3)
-    pair = ReparamConv(*(ConvNormActBlock(conv, nn.BatchNorm1d(4)) for conv in convs))
+    pair = ReparamConv(*convs, lambda: nn.BatchNorm1d(4))
     model = randomize_(nn.Sequential(pair).double())
     for conv in (pair.large.conv, pair.small.conv):
         parametrizations.weight_norm(conv)

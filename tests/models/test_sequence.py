@@ -5,7 +5,7 @@ import torch
 from common import assert_frozen, assert_other_shape_is_one_line, randomize_, relative_error, released
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import chunked, smp_layers
+from smpconv_models.layers import points, smp_layers
 from smpconv_models.models import SMPSequenceNet, create_sequence_model, list_sequence_models
 
 TINY = dict(sequence_length=60, in_chans=2, num_classes=5, depth=2, dim=6, num_points=8)
@@ -202,7 +202,7 @@ def test_long_kernels_in_chunks_train_alike(monkeypatch):
     model(x).square().sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr(chunked, '_MOST_PAIRS', 800)
+    monkeypatch.setattr(points, '_MAX_PAIRS', 800)
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)

@@ -67,7 +67,7 @@ def test_the_past_knows_nothing_of_the_future(method):
 
 
 def test_whole_numbers_are_summed_directly(monkeypatch):
-    monkeypatch.setattr(fft_conv, '_is_quicker_by_fft', lambda *args: True)
+    monkeypatch.setattr(fft_conv, '_is_fft_faster', lambda *args: True)
     x, weight = torch.randint(-9, 9, (2, 3, 40)), torch.randint(-9, 9, (4, 3, 40))
     assert torch.equal(causal_conv1d(x, weight).double(), loop_causal(x, weight))
     with pytest.raises(ValueError, match=r"'fft' takes floating point numbers, got torch\.int64 and torch\.int64"):
@@ -120,14 +120,14 @@ def test_auto_takes_what_was_measured(monkeypatch, batch, channels, size, kernel
     x = torch.zeros(batch, channels, *size)
     weight = torch.zeros(channels, channels, *[kernel] * len(size))
     left = [kernel - 1] if len(size) == 1 else [kernel // 2] * 2
-    assert fft_conv._takes_fft('auto', x, weight, None, left) == (ratio > 1)
+    assert fft_conv._use_fft('auto', x, weight, None, left) == (ratio > 1)
 
 
 def test_auto_elsewhere_goes_by_the_original():
     """On the meta device, as on a GPU."""
     def takes(size, kernel):
         x = torch.zeros(64, 30, *size, device='meta')
-        return fft_conv._takes_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), None, [0] * len(size))
+        return fft_conv._use_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), None, [0] * len(size))
 
     assert takes((784,), (784,)) and not takes((182,), (182,)) and not takes((32, 32), (33, 33))
 
