@@ -110,7 +110,7 @@ def test_lengths_that_cannot_be():
         model.set_sequence_length(4)
     assert model.sequence_length == 60 and next(iter(smp_layers(model).values())).kernel_size == 60
     fused = timm.utils.reparameterize_model(model.eval())
-    with pytest.raises(ValueError, match=r'needs the points, and these kernels are drawn'):
+    with pytest.raises(ValueError, match=r'cannot be changed: the model is re-parameterized'):
         fused.set_sequence_length(120)
 
 

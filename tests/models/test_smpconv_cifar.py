@@ -278,7 +278,7 @@ def test_gray_weights_take_gray_images_only(golden, tmp_path):
     gray = create(in_chans=1)
     torch.save({'state_dict': gray.state_dict(), 'model_kwargs': {**TINY, 'in_chans': 1}}, tmp_path / 'gray.pt')
     hub.convert(tmp_path / 'gray.pt', tmp_path / 'folder', 'smpconv_cifar')
-    with pytest.raises(ValueError, match=r'weights of 1 input channels can become those of 1, expected that, got 3'):
+    with pytest.raises(ValueError, match=r'weights of 1 input channels can be converted to 1 channel only, got 3'):
         hub.load(tmp_path / 'folder', in_chans=3)
 
 
