@@ -11,12 +11,15 @@ from .reparam import ReparamConv, ReparamLargeKernelConv
 
 
 class PreNormBlock(nn.Module):
-    """``x + drop_path(f(norm(x)))`` where f begins with a 1x1 convolution, ``pw1``, into which the norm is folded."""
+    """``x + drop_path(f(norm(x)))`` with an f that begins with a 1x1 convolution, ``pw1``; the norm is folded into it.
+    """
 
-    def __init__(self, norm: nn.Module, pw1: ConvNormActBlock, drop_path: float) -> None:
+    def __init__(
+            self, dim: int, hidden: int, drop_path: float, act_layer: ActLayer, norm_layer: NormLayer, **dd: Any,
+    ) -> None:
         super().__init__()
-        self.norm = norm
-        self.pw1 = pw1
+        self.norm = create_norm(norm_layer, dim, **dd)
+        self.pw1 = pointwise(dim, hidden, norm_layer, act_layer, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     @torch.jit.ignore
@@ -50,8 +53,7 @@ class LargeKernelBlock(PreNormBlock):
             dtype: Any = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            create_norm(norm_layer, dim, **dd), pointwise(dim, dim, norm_layer, act_layer, **dd), drop_path)
+        super().__init__(dim, dim, drop_path, act_layer, norm_layer, **dd)
         self.large_kernel = ReparamLargeKernelConv(
             dim, kernel_size, num_points, small_kernel_size, dilation, norm_layer, **dd)
         self.act = create_act(act_layer)
@@ -85,8 +87,7 @@ class ConvFFN(PreNormBlock):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         hidden = int(dim * mlp_ratio)
-        super().__init__(
-            create_norm(norm_layer, dim, **dd), pointwise(dim, hidden, norm_layer, act_layer, **dd), drop_path)
+        super().__init__(dim, hidden, drop_path, act_layer, norm_layer, **dd)
         self.pw2 = pointwise(hidden, dim, norm_layer, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ CVPR 2023, https://arxiv.org/abs/2304.02330. T and B are section 4.3 and appendi
 Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose T and B checkpoints load here. The block structure is
 RepLKNet's (https://arxiv.org/abs/2203.06717). The implementation is this project's own, and so is the nano variant.
 """
+from collections import OrderedDict
 from typing import Any, Dict, Sequence, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from smpconv_models.layers.blocks import init_weights_, pointwise
 from smpconv_models.layers.checks import check_odd, check_rates
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, create_act, create_norm
 
-from ._base import StagedBackbone
+from ._base import StagedBackbone, cfg
 from ._builder import build_model, convert_state_dict, infer_kernel_scale
 from ._pretrained import HUB_NAMESPACE, ResolvedWeights
 
@@ -48,29 +48,19 @@ def conv3x3(
     )
 
 
+def create_stem(in_chans: int, dim: int, stride: int, **shared: Any) -> nn.Sequential:
+    """Create the stem, with a reduction of 1, 2 or 4."""
+    first_stride = min(stride, 2)
+    return nn.Sequential(
+        conv3x3(in_chans, dim, first_stride, 1, 1, **shared),
+        conv3x3(dim, dim, 1, 1, dim, **shared),
+        pointwise(dim, dim, **shared),
+        conv3x3(dim, dim, stride // first_stride, 1, dim, **shared),
+    )
+
+
 class SMPConvBlock(nn.Sequential):
     """Two residual blocks: a large-kernel ``mixer`` over the map and an ``ffn`` over the channels."""
-
-    def __init__(
-            self,
-            dim: int,
-            kernel_size: int,
-            num_points: int,
-            small_kernel_size: int,
-            dilation: int,
-            mlp_ratio: float,
-            drop_path: float,
-            act_layer: ActLayer,
-            ffn_act_layer: ActLayer,
-            norm_layer: NormLayer,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.mixer = LargeKernelBlock(
-            dim, kernel_size, num_points, small_kernel_size, dilation, drop_path, act_layer, norm_layer, **dd)
-        self.ffn = ConvFFN(dim, mlp_ratio, drop_path, ffn_act_layer, norm_layer, **dd)
 
 
 class SMPConvStage(nn.Module):
@@ -147,23 +137,14 @@ class SMPConvNet(StagedBackbone):
         super().__init__()
         if weight_init not in ('', 'skip'):
             raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
-        _check_config(output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
-        if num_classes < 0:
-            raise ValueError(f'num_classes must be at least 0, got {num_classes}')
+        _check_config(num_classes, output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         dd = {'device': device, 'dtype': dtype}
         shared: Dict[str, Any] = {'norm_layer': norm_layer, 'act_layer': act_layer, **dd}
 
-        first_stride = min(stem_stride, 2)
-        self.stem = nn.Sequential(
-            conv3x3(in_chans, dims[0], first_stride, 1, 1, **shared),
-            conv3x3(dims[0], dims[0], 1, 1, dims[0], **shared),
-            pointwise(dims[0], dims[0], **shared),
-            conv3x3(dims[0], dims[0], stem_stride // first_stride, 1, dims[0], **shared),
-        )
-
+        self.stem = create_stem(in_chans, dims[0], stem_stride, **shared)
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential()
         self.feature_info = []
@@ -177,9 +158,10 @@ class SMPConvNet(StagedBackbone):
                 reduction, dilation = reduction * stride, dilation * (2 // stride)
             num_points = kernel_size ** 2 // points_divisor
             self.stages.append(SMPConvStage(downsample, [
-                SMPConvBlock(
-                    dim, kernel_size, num_points, small_kernel_size, dilation, mlp_ratio, drop_path,
-                    ffn_act_layer=ffn_act_layer, **shared)
+                SMPConvBlock(OrderedDict(
+                    mixer=LargeKernelBlock(
+                        dim, kernel_size, num_points, small_kernel_size, dilation, drop_path, **shared),
+                    ffn=ConvFFN(dim, mlp_ratio, drop_path, ffn_act_layer, norm_layer, **dd)))
                 for drop_path in drop_path_rates[i]]))
             self.feature_info.append({'num_chs': dim, 'reduction': reduction, 'module': f'stages.{i}'})
 
@@ -233,6 +215,7 @@ class SMPConvNet(StagedBackbone):
 
 
 def _check_config(
+        num_classes: int,
         output_stride: int,
         stem_stride: int,
         depths: Sequence[int],
@@ -240,6 +223,8 @@ def _check_config(
         kernel_sizes: Sequence[int],
         points_divisor: int,
 ) -> None:
+    if num_classes < 0:
+        raise ValueError(f'num_classes must be at least 0, got {num_classes}')
     if stem_stride not in (1, 2, 4):
         raise ValueError(f'stem_stride must be 1, 2 or 4, got {stem_stride}')
     if output_stride not in (8, 16, 32):
@@ -247,8 +232,7 @@ def _check_config(
     if not len(depths) == len(dims) == len(kernel_sizes):
         raise ValueError(
             f'depths, dims and kernel_sizes must have one entry for each stage, got {len(depths)}, {len(dims)} and '
-            f'{len(kernel_sizes)}'
-        )
+            f'{len(kernel_sizes)}')
     if not depths:
         raise ValueError('there must be at least one stage, got empty depths')
     for kernel_size in kernel_sizes:
@@ -274,25 +258,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Di
     return state_dict
 
 
-def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
-    return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
-        'paper_ids': 'arXiv:2304.02330',
-        'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
-        'origin_url': 'https://github.com/sangnekim/SMPConv', 'license': 'mit',
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs({
-    'smpconv_t.in1k': _cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_t.in1k'),
-    'smpconv_b.in1k': _cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_b.in1k'),
-    'smpconv_mobile31.untrained': _cfg(),
-    'smpconv_mobile51.untrained': _cfg(),
-    'smpconv_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    'smpconv_t.in1k': cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_t.in1k'),
+    'smpconv_b.in1k': cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_b.in1k'),
+    'smpconv_mobile31.untrained': cfg(),
+    'smpconv_mobile51.untrained': cfg(),
+    'smpconv_nano.untrained': cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
 })
 
 

@@ -10,7 +10,6 @@ project's own.
 from typing import Any, Dict, Optional, Sequence
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import adapt_input_conv, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from smpconv_models.layers.blocks import init_weights_
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_odd, check_rates, check_small_kernel
 from smpconv_models.layers.conv_norm import NormLayer, create_norm
 
-from ._base import StagedBackbone
+from ._base import StagedBackbone, cfg
 from ._builder import build_model, convert_state_dict
 from ._pretrained import HUB_NAMESPACE
 
@@ -207,16 +206,9 @@ def _adapt_input_channels(weight: Tensor, in_chans: int) -> Tensor:
 
 
 default_cfgs = generate_default_cfgs({
-    'smpconv_cifar.cifar10': {
-        'url': '', 'hf_hub_id': f'{HUB_NAMESPACE}/smpconv_cifar.cifar10', 'num_classes': 10,
-        'input_size': (3, 32, 32), 'pool_size': (32, 32), 'crop_pct': 1.0, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,  # as the original trained
-        'first_conv': (),  # checkpoint_filter_fn adapts it, as timm cannot adapt points
-        'classifier': 'head.fc',
-        'paper_ids': 'arXiv:2304.02330',
-        'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
-        'origin_url': 'https://github.com/sangnekim/SMPConv', 'license': 'mit',
-    },
+    'smpconv_cifar.cifar10': cfg(  # the original trained with ImageNet's mean and std
+        hf_hub_id=f'{HUB_NAMESPACE}/smpconv_cifar.cifar10', num_classes=10, input_size=(3, 32, 32), pool_size=(32, 32),
+        crop_pct=1.0, first_conv=()),  # checkpoint_filter_fn adapts it, as timm cannot adapt points
 })
 
 
