@@ -88,7 +88,7 @@ def check_method(method: str) -> None:
 def _use_fft(method: str, x: Tensor, weight: Tensor, bias: Optional[Tensor], pad_left: List[int]) -> bool:
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         if method == 'fft':
-            raise ValueError("method 'fft' can't be scripted or traced: 'auto' and 'direct' can")
+            raise ValueError("method 'fft' cannot be scripted or traced: use 'auto' or 'direct'")
         return False
     return _is_fft_wanted(method, x, weight, bias, pad_left) and x.shape[0] > 0  # FFTs refuse empty batches
 

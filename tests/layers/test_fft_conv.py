@@ -205,9 +205,9 @@ def test_scripted_and_traced():
     torch.testing.assert_close(torch.jit.script(module)(x), expected)
     torch.testing.assert_close(torch.jit.trace(module, x)(x), expected)
     named = CausalConv1d(2, 3, 64, method='fft')
-    with pytest.raises(Exception, match="'fft' can't be scripted or traced"):
+    with pytest.raises(Exception, match="'fft' cannot be scripted or traced"):
         torch.jit.script(named)(x)
-    with pytest.raises(ValueError, match="'fft' can't be scripted or traced"):
+    with pytest.raises(ValueError, match="'fft' cannot be scripted or traced"):
         torch.jit.trace(named, x)
 
 
