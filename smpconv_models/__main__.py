@@ -26,7 +26,8 @@ def count_macs(model: nn.Module, *image_size: int) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m smpconv_models', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('pattern', nargs='?', default='smpconv*', help="pattern of names in timm's registry (default: %(default)s)")
+    parser.add_argument(
+        'pattern', nargs='?', default='smpconv*', help="pattern of names in timm's registry (default: %(default)s)")
     pattern = parser.parse_args(argv).pattern
     names = timm.list_models(pattern)
     if not names:

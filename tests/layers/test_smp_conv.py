@@ -25,7 +25,6 @@ LAYERS = {
 }
 
 
-
 @pytest.mark.parametrize('name', ['smp_filter_1d', 'smp_filter_2d'])
 def test_kernels_equal_the_original(golden, name):
     data = golden(name)
@@ -102,7 +101,7 @@ def test_fuses_into_the_same_convolution(kind):
 
 
 @pytest.mark.parametrize('kind', LAYERS)
-def test_a_state_dict_tells_the_size_that_the_points_are_for(kind):
+def test_a_state_dict_has_the_size_that_the_points_are_for(kind):
     layer = LAYERS[kind]()
     state = layer.state_dict()
     layer.resize(2 * layer.base_size + 1)
@@ -114,7 +113,7 @@ def test_a_state_dict_tells_the_size_that_the_points_are_for(kind):
         layer.load_state_dict({**state, '_extra_state': torch.tensor([size])})
 
 
-def test_a_state_dict_is_of_the_cpu_at_least_in_its_size():
+def test_the_size_in_a_state_dict_is_on_the_cpu():
     with torch.device('meta'):
         layer = LAYERS['1-D']()
         assert layer.state_dict()['_extra_state'].tolist() == [40]
@@ -137,7 +136,7 @@ def test_resized_kernels_respond_alike_to_a_constant(kind):
     assert 'base_size' not in repr(layer)
 
 
-def test_a_resized_long_kernel_is_drawn_in_chunks(monkeypatch):
+def test_a_resized_long_kernel_is_sampled_in_chunks(monkeypatch):
     from smpconv_models.layers import points
     layer = randomize_(SMPConv1d(2, 3, 90, num_points=6))
     layer.resize(170)

@@ -1,4 +1,4 @@
-"""The convolution whose kernel is drawn from points."""
+"""The depthwise convolution whose kernel is sampled from points."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ def test_kernel_of_the_release(golden):
     torch.testing.assert_close(layer.kernel()[:, 0], data['kernel'], rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_reach_every_parameter():
+def test_every_parameter_has_a_gradient():
     layer = randomize_(SMPDepthwiseConv2d(3, 5, 4, dtype=torch.float64))
     x = torch.randn(1, 3, 4, 6, dtype=torch.float64)
 
@@ -48,7 +48,7 @@ def test_radius_out_of_range_is_clipped_in_the_forward_pass():
     assert torch.equal(layer.kernel(), kernel)
 
 
-def test_a_radius_out_of_range_can_come_back():
+def test_a_radius_out_of_range_can_return():
     layer = randomize_(SMPDepthwiseConv2d(3, 7, 3))
     with torch.no_grad():
         layer.radius.fill_(2.)
@@ -100,7 +100,7 @@ def test_repr_names_the_choice():
     assert text == "SMPDepthwiseConv2d(4, kernel_size=9, num_points=20, dilation=2, backend='reference')"
 
 
-def test_backend_reaches_the_operation():
+def test_unknown_backend():
     with pytest.raises(ValueError, match=r'backend must be .*tensorflow'):
         SMPDepthwiseConv2d(2, 3, 2, backend='tensorflow')(torch.ones(1, 2, 3, 3))
 

@@ -1,4 +1,4 @@
-"""Networks for sequences: parity with the original, sizes, their factory, other lengths, what they refuse."""
+"""Networks for sequences: parity with the original, sizes, their factory, other lengths, errors."""
 import pytest
 import timm
 import torch
@@ -10,7 +10,7 @@ from smpconv_models.models import SMPSequenceNet, create_sequence_model, list_se
 
 TINY = dict(sequence_length=60, in_chans=2, num_classes=5, depth=2, dim=6, num_points=8)
 GOLDEN = {'sequence_tiny': True, 'sequence_tiny_nofft': False}
-# Counted of the original release's.
+# Counts of the original release.
 PARAMETERS = {
     'smpconv_smnist': 370_960, 'smpconv_scifar10': 373_480, 'smpconv_characters': 373_790,
     'smpconv_speech_mfcc': 391_840, 'smpconv_speech': 370_960,
@@ -80,8 +80,8 @@ def test_other_lengths_are_refused(length):
         SMPSequenceNet(**TINY)(torch.zeros(1, 2, length))
 
 
-def test_another_length_draws_the_kernels_anew():
-    """A sequence with every step twice, on kernels twice as dense, comes to nearly the same."""
+def test_another_length_resamples_the_kernels():
+    """A sequence with every step twice, with kernels twice as dense, has nearly the same result."""
     torch.manual_seed(0)
     model = SMPSequenceNet(**TINY, small_kernel_size=0, init_radius=0.3).eval()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_another_length_draws_the_kernels_anew():
     assert torch.equal(model(x), expected)
 
 
-def test_lengths_that_cannot_be():
+def test_invalid_lengths():
     model = SMPSequenceNet(**TINY)
     with pytest.raises(ValueError, match='positive whole number, got 0'):
         model.set_sequence_length(0)

@@ -1,4 +1,4 @@
-"""Folding and merging against the computation that they replace, in float64."""
+"""Folding and merging compared with the computation that they replace, in float64."""
 import pytest
 import torch
 import torch.nn.functional as F
