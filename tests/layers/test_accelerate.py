@@ -19,7 +19,7 @@ EXACT = 1e-12
 
 
 def conv(**changes):
-    """A depthwise 7x7 of four channels that would be replaced, or one that differs in something."""
+    """A depthwise 7x7 of four channels that would be replaced, or one with changes."""
     arguments = dict(in_channels=4, out_channels=4, kernel_size=7, padding=3, groups=4)
     return nn.Conv2d(**dict(arguments, **changes))
 
@@ -209,7 +209,7 @@ def test_idempotent():
     assert all(before is after for before, after in zip(modules, model.modules()))
 
 
-# --- what is skipped, and why ---
+# --- skipped modules and reasons ---
 
 
 def changed(change):
@@ -339,7 +339,7 @@ def test_known_backends_are_taken_on_any_device(backend):
     assert model[0].backend == backend
 
 
-# --- what people do with a network afterwards ---
+# --- use of a network afterwards ---
 
 
 def compile_whole(model):
@@ -408,7 +408,7 @@ def test_state_dicts_go_both_ways():
 
 
 def test_reparameterization_by_timm():
-    """FastViT draws its 7x7 convolutions and those beside them into one, by the modules' attributes."""
+    """FastViT merges its 7x7 convolutions with parallel ones, by the modules' attributes."""
     model, x = timm_model('fastvit_sa12'), torch.randn(1, 3, 64, 64, dtype=torch.float64)
     folded = reparameterize_model(replaced(model, min_kernel_size=1))
     assert relative_error(folded(x), model(x)) < EXACT

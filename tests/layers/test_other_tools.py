@@ -45,7 +45,7 @@ class Halved(nn.Module):
 
 
 class Grown(nn.Module):
-    """A parametrization that can't be inverted."""
+    """A parametrization that cannot be inverted."""
 
     def forward(self, x):
         return x + 3
@@ -90,7 +90,7 @@ def layer_and_input(name):
 
 
 def change_(module):
-    """New values of everything that is trained, as an optimizer step or a state dict gives them."""
+    """Change all parameters, like an optimizer step or a state dict."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(torch.rand_like(parameter) / 2 + 0.75)
@@ -214,7 +214,7 @@ def conv_norm(kind='depthwise'):
 
 
 def evaluated(model, x):
-    """Output in evaluation without gradients, after which PyTorch can copy what its hooks compute."""
+    """Return the output in evaluation without gradients, so that PyTorch can copy its hooks' results."""
     with torch.no_grad():
         return model.eval()(x)
 

@@ -222,7 +222,7 @@ def test_weights_are_sampled_at_the_given_sizes(file):
 
 
 def test_one_point_for_nine_elements_has_its_size_too(tmp_path):
-    """Kernels whose points are not a quarter of their elements."""
+    """A divisor of the number of points other than 4."""
     model = timm.create_model('smpconv_mobile31', depths=(1, 1), dims=(4, 6), kernel_sizes=(31, 51), num_classes=3)
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     sized = timm.create_model(

@@ -209,7 +209,7 @@ def test_long_kernels_in_chunks_train_alike(monkeypatch):
 
 
 def test_files_trained_at_another_length_are_refused(golden):
-    """Shapes of points don't tell: those for 16,000 steps are those for 784."""
+    """Shapes of points do not depend on the length: those for 16,000 steps equal those for 784."""
     model = SMPSequenceNet(**{**TINY, 'sequence_length': 61})
     with pytest.raises(ValueError, match=r'of blocks\.0\.conv1\.large\.conv are for kernels of size 60, not of 61'):
         checkpoint.load_into(model, released(golden('sequence_tiny_nofft')))

@@ -33,7 +33,7 @@ def rounded(tensor):
     return 1e-5 * tensor.abs().max().item()
 
 
-# --- what is built ---
+# --- variants ---
 
 
 def test_registered_names():

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for GPUs that aren't here: tensor-core instructions, and nothing spilled."""
+"""Builds of the kernels for GPUs that are not present: tensor-core instructions, and no spilled registers."""
 import pytest
 import torch
 
@@ -22,7 +22,7 @@ OTHER = {
 
 
 def check(monkeypatch, capability, layer, dtype):
-    """Builds all that the forward pass and the weight gradient of a layer launch."""
+    """Build all kernels that the forward pass and the weight gradient of a layer launch."""
     monkeypatch.setattr(tuning, '_capability', lambda device: capability)
     n, c, h, w, k = layer
     x = torch.empty(n, c, h, w, dtype=dtype, device='meta')

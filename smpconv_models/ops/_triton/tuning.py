@@ -7,7 +7,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -29,10 +29,21 @@ class MapTile:
     num_warps: int = 4
     num_stages: int = 3
 
+    @classmethod
+    def default(cls, n: int, h: int, w: int, kernel_size: List[int], precision: str) -> 'MapTile':
+        most = 32 if precision == 'ieee' else 64
+        return cls(bn=_between(16, n, most), bi=16, bo=_between(16, h * w, 2 * most))
+
 
 @dataclass(frozen=True)
 class MapGradTile(MapTile):
     """``bi`` holds the whole map, ``bo`` a row of it."""
+
+    @classmethod
+    def default(cls, n: int, h: int, w: int, kernel_size: List[int], precision: str) -> 'MapGradTile':
+        return cls(
+            bn=_between(16, n, {'half': 64, 'tf32': 32, 'ieee': 16}[precision]), bo=16,
+            bi=_between(16, _rotated(h, w), _LARGEST_GRAD_MAP), num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,14 @@ class BlockTile:
     bp: int
     num_warps: int = 4
     num_stages: int = 3
+
+    @classmethod
+    def default(cls, n: int, h: int, w: int, kernel_size: List[int], precision: str) -> 'BlockTile':
+        s = _block_width(w, precision)
+        tc = 32 if s == 32 or (precision == 'half' and window(s, 32, w, kernel_size[1])[1] == 1) else 16
+        r = _between(1, h, 4 if precision == 'ieee' else 8)
+        bp = _between(16, n * -(-w // s), {'half': 128, 'tf32': 64, 'ieee': 32}[precision] * 16 // s)
+        return cls(r=r, s=s, tc=tc, bp=bp, num_warps=8 if r * s * bp > 8192 else 4)
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,15 @@ class BlockGradTile:
 
     def __post_init__(self) -> None:
         assert self.r <= self.d and self.s <= self.tc, 'a diagonal wraps around the end at most once'
+
+    @classmethod
+    def default(cls, n: int, h: int, w: int, kernel_size: List[int], precision: str) -> 'BlockGradTile':
+        s = _block_width(w, precision)
+        d = {'half': 8, 'tf32': 8, 'ieee': 4}[precision] * 16 // s
+        step = {'half': 64, 'tf32': 32, 'ieee': 16}[precision]
+        bn = _between(1, n, step)
+        return cls(
+            r=_between(1, h, d), s=s, d=d, tc=s, bn=bn, bj=step // bn, num_warps=4 if precision == 'ieee' else 8)
 
     def groups(self, kernel_height: int) -> int:
         """Return how many times ``d`` rows cover the input rows of a block."""
@@ -110,47 +138,12 @@ def get_tile(kernel: str, input: Tensor, kernel_size: List[int], precision: str)
     fitting = [batch for batch in entries if batch <= 2 * n]
     if fitting:
         return entries[max(fitting)]
-    return _DEFAULTS[kernel](n, h, w, kernel_size, precision)
-
-
-def _default_map(n: int, h: int, w: int, kernel_size: List[int], precision: str) -> MapTile:
-    most = 32 if precision == 'ieee' else 64
-    return MapTile(bn=_between(16, n, most), bi=16, bo=_between(16, h * w, 2 * most))
-
-
-def _default_map_grad(n: int, h: int, w: int, kernel_size: List[int], precision: str) -> MapGradTile:
-    return MapGradTile(
-        bn=_between(16, n, {'half': 64, 'tf32': 32, 'ieee': 16}[precision]), bo=16,
-        bi=_between(16, _rotated(h, w), _LARGEST_GRAD_MAP), num_stages=1,
-    )
-
-
-def _default_block(n: int, h: int, w: int, kernel_size: List[int], precision: str) -> BlockTile:
-    s = _block_width(w, precision)
-    tc = 32 if s == 32 or (precision == 'half' and window(s, 32, w, kernel_size[1])[1] == 1) else 16
-    r = _between(1, h, 4 if precision == 'ieee' else 8)
-    bp = _between(16, n * -(-w // s), {'half': 128, 'tf32': 64, 'ieee': 32}[precision] * 16 // s)
-    return BlockTile(r=r, s=s, tc=tc, bp=bp, num_warps=8 if r * s * bp > 8192 else 4)
-
-
-def _default_block_grad(n: int, h: int, w: int, kernel_size: List[int], precision: str) -> BlockGradTile:
-    s = _block_width(w, precision)
-    d = {'half': 8, 'tf32': 8, 'ieee': 4}[precision] * 16 // s
-    step = {'half': 64, 'tf32': 32, 'ieee': 16}[precision]
-    bn = _between(1, n, step)
-    return BlockGradTile(
-        r=_between(1, h, d), s=s, d=d, tc=s, bn=bn, bj=step // bn, num_warps=4 if precision == 'ieee' else 8)
+    return TILES[kernel].default(n, h, w, kernel_size, precision)
 
 
 def _block_width(w: int, precision: str) -> int:
     """Return 32 if the map then has one block across, and no neighbours."""
     return 32 if 16 < w <= 32 and precision != 'ieee' else 16
-
-
-_DEFAULTS: Dict[str, Callable[..., Tile]] = {
-    'map_forward': _default_map, 'map_weight_grad': _default_map_grad,
-    'block_forward': _default_block, 'block_weight_grad': _default_block_grad,
-}
 
 
 def _rotated(h: int, w: int) -> int:
