@@ -95,17 +95,12 @@ class ConvFFN(PreNormBlock):
 
 
 def pointwise(
-        in_channels: int,
-        out_channels: int,
-        norm_layer: NormLayer,
-        act_layer: Any = None,
-        device: Any = None,
-        dtype: Any = None,
+        in_channels: int, out_channels: int, norm_layer: NormLayer, act_layer: Any = None, **dd: Any,
 ) -> ConvNormActBlock:
     """Create a 1x1 convolution, norm and, if given, activation."""
     return ConvNormActBlock(
-        nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype),
-        create_norm(norm_layer, out_channels, device=device, dtype=dtype),
+        nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd),
+        create_norm(norm_layer, out_channels, **dd),
         None if act_layer is None else create_act(act_layer),
     )
 

@@ -35,15 +35,13 @@ def conv3x3(
         groups: int,
         norm_layer: NormLayer,
         act_layer: ActLayer,
-        device: Any = None,
-        dtype: Any = None,
+        **dd: Any,
 ) -> ConvNormActBlock:
     """Create a 3x3 convolution, norm and activation."""
     return ConvNormActBlock(
         nn.Conv2d(
-            in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False,
-            device=device, dtype=dtype),
-        create_norm(norm_layer, out_channels, device=device, dtype=dtype),
+            in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False, **dd),
+        create_norm(norm_layer, out_channels, **dd),
         create_act(act_layer),
     )
 

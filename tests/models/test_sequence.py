@@ -157,7 +157,7 @@ def test_classifier():
 
 
 def test_state_dict_is_frozen():
-    """Files that people saved must go on loading."""
+    """Saved files must keep loading."""
     assert_frozen('smpconv_speech_mfcc', create_sequence_model('smpconv_speech_mfcc', device='meta'))
 
 
