@@ -1,7 +1,7 @@
-"""`python -m smpconv_models [PATTERN]`: the registered models with their parameters and multiply-accumulates, counted.
+"""List the registered models, their parameters and multiply-accumulates (MACs): `python -m smpconv_models [PATTERN]`.
 
-MACs are those of one image of the model's default size: what a batch of two costs more than a batch of one, so the
-drawing of the kernels, which is done once for a batch, is not among them.
+MACs are those of one image of the model's default size: the difference between a batch of two and a batch of one. So
+they exclude the sampling of the kernels, which is done once per batch.
 """
 import argparse
 import sys
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_macs(model: nn.Module, *image_size: int) -> int:
-    """Multiply-accumulates of one image ``(C, H, W)``; the model must be on the meta device and in evaluation mode."""
+    """Count the MACs of one image ``(C, H, W)``; the model must be on the meta device and in evaluation mode."""
     flops = []
     for batch in (1, 2):
         with FlopCounterMode(display=False) as counter:
@@ -26,7 +26,8 @@ def count_macs(model: nn.Module, *image_size: int) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m smpconv_models', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('pattern', nargs='?', default='smpconv*', help="of timm's models (default: %(default)s)")
+    parser.add_argument(
+        'pattern', nargs='?', default='smpconv*', help="pattern of names in timm's registry (default: %(default)s)")
     pattern = parser.parse_args(argv).pattern
     names = timm.list_models(pattern)
     if not names:

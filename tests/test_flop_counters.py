@@ -1,4 +1,4 @@
-"""FLOP counters on every model: they see all convolutions, and what else they count is explained to the unit."""
+"""FLOP counters on every model: they count all convolutions, and other counts are exact sums too."""
 import copy
 import re
 import warnings
@@ -57,7 +57,7 @@ def built(request):
     kwargs = dict(sequence_length=SEQUENCE_LENGTH) if is_sequence else SHORT.get(name, {})
     meta = build(name, form, 'meta', **kwargs)
     shape = (meta.in_chans, SEQUENCE_LENGTH) if is_sequence else SMALL.get(name, (3, 32, 32))
-    model = copy.deepcopy(meta).to_empty(device='cpu')  # quicker than to sample weights, which nobody counts
+    model = copy.deepcopy(meta).to_empty(device='cpu')  # faster than to sample weights, whose values do not count
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(1)
@@ -257,7 +257,7 @@ def counts(model, x, deepspeed):
 def test_accelerated_networks_count_as_before(deepspeed):
     model, x = timm.create_model('convnext_atto').eval(), torch.randn(1, 3, 64, 64)
     expected = counts(model, x, deepspeed)
-    assert smpconv_models.accelerate_depthwise(model).swapped
+    assert smpconv_models.accelerate_depthwise(model).replaced
     assert counts(model, x, deepspeed) == expected
 
 
@@ -276,7 +276,7 @@ def test_a_named_backend_runs_while_functions_are_replaced(monkeypatch):
 
 @pytest.mark.parametrize('backend', ['auto', 'reference'])
 def test_convolutions_with_a_bias_and_dilation(deepspeed, backend):
-    arguments = dict(padding=14, dilation=2, groups=4)  # fvcore doesn't count nn.Conv2d's padding='same'
+    arguments = dict(padding=14, dilation=2, groups=4)  # fvcore does not count nn.Conv2d's padding='same'
     plain = nn.Sequential(nn.Conv2d(4, 4, 15, **arguments))
     ours = nn.Sequential(smpconv_models.DepthwiseConv2d(4, 4, 15, **arguments, backend=backend))
     x = torch.randn(2, 4, 20, 18)
@@ -298,7 +298,7 @@ def test_convolutions_by_fft_count_as_direct_ones(deepspeed, layer):
     assert by_torch(model, x) == 2 * (macs + sampling_macs(model))
 
 
-# --- what counting leaves alone ---
+# --- no effect beyond counting ---
 
 
 class Names(TorchDispatchMode):

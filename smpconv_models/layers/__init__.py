@@ -1,11 +1,10 @@
 """From points to kernels to blocks."""
 from .accelerate import accelerate_depthwise
-from .blocks import ResidualBlock
+from .blocks import ConvFFN, LargeKernelBlock, ResidualBlock
 from .conv_norm import ConvNormActBlock, DepthwiseConv2d
 from .fft_conv import CausalConv1d, FFTConv2d, causal_conv1d, fft_conv2d
-from .parallel import ReparamConv
 from .points import clip_radius, evaluate_points, sample_kernel, sampling_grid, tent_basis
-from .reparam import ConvFFN, LargeKernelBlock, ReparamLargeKernelConv
+from .reparam import ReparamConv, ReparamLargeKernelConv
 from .smp_conv import SMPConv1d, SMPConv2d
 from .smp_depthwise import SMPDepthwiseConv2d, SMPLayer, clip_radius_, smp_layers
 

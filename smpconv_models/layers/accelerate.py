@@ -1,6 +1,6 @@
-"""Any network's depthwise convolutions, put on this package's operation."""
+"""Replacement of any network's depthwise convolutions by layers that use this package's operation."""
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Tuple, TypeGuard
+from typing import Dict, Iterator, List, Tuple, TypeGuard
 
 import torch
 from timm.layers import to_2tuple
@@ -8,78 +8,63 @@ from torch import nn
 
 from smpconv_models.ops import validate_options
 
-from .conv_norm import DepthwiseConv2d, times, why_not_expressed
+from .conv_norm import DepthwiseConv2d, times, unsupported_arguments
 
 
 @dataclass(frozen=True)
 class DepthwiseReport:
-    """What :func:`accelerate_depthwise` did, by the names of ``named_modules``; printed, it is a table.
+    """Result of :func:`accelerate_depthwise`, by the names of ``named_modules``; printed, it is a table.
 
     Args:
-        swapped: Modules that were replaced, each under every name it has.
-        left: Those that were not, and why. The name of the model itself is ''.
+        replaced: Names of the modules that were replaced, each under every name that it has.
+        skipped: Reason for each module that was not replaced. The name of the model itself is ''.
     """
 
-    swapped: Tuple[str, ...]
-    left: Dict[str, str]
+    replaced: Tuple[str, ...]
+    skipped: Dict[str, str]
 
     def __str__(self) -> str:
-        names: Dict[str, List[str]] = {'swapped': list(self.swapped)} if self.swapped else {}
-        for name, reason in self.left.items():
-            names.setdefault(f'left: {reason}', []).append(name or '(the model)')
+        names: Dict[str, List[str]] = {'replaced': list(self.replaced)} if self.replaced else {}
+        for name, reason in self.skipped.items():
+            names.setdefault(f'skipped: {reason}', []).append(name or '(the model)')
         width = max(map(len, names), default=0)
-        rows = [f'{len(group):>5}  {outcome:<{width}}  {_abbreviated(group)}' for outcome, group in names.items()]
+        rows = []
+        for outcome, group in names.items():
+            shown = group if len(group) <= 2 else [group[0], '...', group[-1]]
+            rows.append(f'{len(group):>5}  {outcome:<{width}}  {", ".join(shown)}')
         return '\n'.join(rows) or 'no depthwise nn.Conv2d'
 
 
 def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend: str = 'auto') -> DepthwiseReport:
-    """Replaces every depthwise ``nn.Conv2d`` that the operation can express by :class:`DepthwiseConv2d`, in place.
+    """Replace every depthwise ``nn.Conv2d`` that the operation supports by :class:`DepthwiseConv2d`, in place.
 
-    The parameters stay the same objects, so optimizers, averages and tied weights stay valid; so do the training flag,
-    the state dict's keys, device, dtype and memory layout. A module that occurs under several names is replaced by one
-    object. What is a :class:`DepthwiseConv2d` already isn't touched, so a second call finds nothing to do.
+    The parameters stay the same objects, so optimizers, EMA weights and tied weights stay valid. So do the training
+    flag, the state dict's keys, device, dtype and memory layout. A module that occurs under several names is replaced
+    by one object. A :class:`DepthwiseConv2d` is not touched, so a second call changes nothing.
 
     Depthwise means one group for each of at least two channels; a convolution of one channel is an ordinary one. It is
     replaced if it has stride 1, an odd kernel, "same" zero padding (as a number or by name), as many outputs as inputs,
     and nothing that a replacement would lose: hooks, a method or state of its own, a weight that is no plain floating
-    ``nn.Parameter``, a subclass's behaviour (so parametrized and lazy convolutions stay; run a lazy model once first).
-    ScriptModules can't be changed from within: accelerate before scripting. Who holds a replaced module otherwise than
-    as a submodule keeps the old one, which still works with the same parameters.
+    ``nn.Parameter``, a subclass's behaviour. So parametrized and lazy convolutions stay; run a lazy model once first.
+    ScriptModules cannot be changed from within: accelerate before scripting. References to a replaced module other than
+    as a submodule keep the old module, which still works with the same parameters.
 
     Args:
-        model: A network of any device, meta too. Give one that wraps it if the convolution is all there is.
-        min_kernel_size: Kernels whose larger side is below are left to PyTorch.
+        model: Network on any device, meta too; a single convolution needs a module around it.
+        min_kernel_size: Smallest size of a kernel's larger side to replace.
         backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
 
     Returns:
-        The names that were replaced, and those that were not with all reasons.
+        The names that were replaced, and those that were not, with all reasons.
 
     Raises:
         ValueError: ``model`` is no module or a depthwise convolution itself, ``min_kernel_size`` is no positive whole
-            number, or ``backend`` is unknown. Nothing has been changed then.
+            number, or ``backend`` is unknown. The model is unchanged then.
 
     Numerics:
-        The operation's: ``conv2d`` but for the order of summation. Inputs must be ``(N, C, H, W)``; an unbatched
+        The operation's: ``conv2d`` up to the order of summation. Inputs must be ``(N, C, H, W)``; an unbatched
         ``(C, H, W)``, which ``nn.Conv2d`` takes, raises ValueError.
     """
-    _check_arguments(model, min_kernel_size, backend)
-    swapped: Dict[str, nn.Conv2d] = {}
-    left: Dict[str, str] = {}
-    for name, module in _named_modules(model):
-        if isinstance(module, torch.jit.ScriptModule):
-            left[name] = 'a ScriptModule'
-        elif _is_depthwise(module):
-            if reasons := list(_why_not(module, min_kernel_size)):
-                left[name] = ', '.join(reasons)
-            else:
-                swapped[name] = module
-    layers = {conv: _replacement(conv, backend) for conv in set(swapped.values())}
-    for name, conv in swapped.items():
-        model.set_submodule(name, layers[conv])
-    return DepthwiseReport(tuple(swapped), left)
-
-
-def _check_arguments(model: Any, min_kernel_size: Any, backend: str) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f'model must be a torch.nn.Module, got {type(model).__name__}')
     if _is_depthwise(model):
@@ -89,10 +74,24 @@ def _check_arguments(model: Any, min_kernel_size: Any, backend: str) -> None:
     if type(min_kernel_size) is not int or min_kernel_size < 1:
         raise ValueError(f'min_kernel_size must be a whole number of at least 1, got {min_kernel_size!r}')
     validate_options(1, backend)
+    replaced: Dict[str, nn.Conv2d] = {}
+    skipped: Dict[str, str] = {}
+    for name, module in _named_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            skipped[name] = 'a ScriptModule'
+        elif _is_depthwise(module):
+            if reasons := list(_blockers(module, min_kernel_size)):
+                skipped[name] = ', '.join(reasons)
+            else:
+                replaced[name] = module
+    layers = {conv: _replacement(conv, backend) for conv in set(replaced.values())}
+    for name, conv in replaced.items():
+        model.set_submodule(name, layers[conv])
+    return DepthwiseReport(tuple(replaced), skipped)
 
 
 def _named_modules(module: nn.Module, name: str = '') -> Iterator[Tuple[str, nn.Module]]:
-    """Every module under each of its names, as ``named_modules`` but not into ScriptModules."""
+    """Yield every module under each of its names, like ``named_modules``, but not those within ScriptModules."""
     yield name, module
     if not isinstance(module, torch.jit.ScriptModule):
         for child_name, child in module._modules.items():
@@ -103,27 +102,22 @@ def _named_modules(module: nn.Module, name: str = '') -> Iterator[Tuple[str, nn.
 def _is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     if not isinstance(module, nn.Conv2d) or isinstance(module, DepthwiseConv2d):
         return False
-    channels = module.in_channels or module.out_channels  # a lazy one doesn't know its input yet
+    channels = module.in_channels or module.out_channels  # a lazy convolution does not know its input yet
     return module.groups == channels > 1
 
 
-def _why_not(conv: nn.Conv2d, min_kernel_size: int) -> Iterator[str]:
-    """All reasons against replacing a depthwise convolution."""
+def _blockers(conv: nn.Conv2d, min_kernel_size: int) -> Iterator[str]:
+    """Yield all reasons against replacing a depthwise convolution, and what a new module would lose."""
     if type(conv) is not nn.Conv2d:
         yield f'{type(conv).__name__}, not nn.Conv2d itself'
         return
-    yield from why_not_expressed(conv)
+    yield from unsupported_arguments(conv)
     if max(conv.kernel_size) < min_kernel_size:
         yield f'kernel {times(conv.kernel_size)} below {min_kernel_size}'
-    yield from _what_would_be_lost(conv)
-
-
-def _what_would_be_lost(conv: nn.Conv2d) -> Iterator[str]:
-    """What somebody has added to it and a new module wouldn't have."""
     for name, value in vars(conv).items():
         if name.endswith('_hooks') and value:
             yield name.strip('_').replace('_', ' ')
-        elif hasattr(nn.Conv2d, name):  # forward replaced by assignment, or compiled by itself
+        elif hasattr(nn.Conv2d, name):  # forward replaced by assignment, or compiled separately
             yield f'{name} of its own'
     if {*conv._parameters, *conv._buffers, *conv._modules} != {'weight', 'bias'}:
         yield 'state other than weight and bias'
@@ -138,14 +132,9 @@ def _replacement(conv: nn.Conv2d, backend: str) -> DepthwiseConv2d:
     layer = DepthwiseConv2d(
         conv.in_channels, conv.out_channels, to_2tuple(conv.kernel_size), padding='same',
         dilation=to_2tuple(conv.dilation), groups=conv.groups, bias=conv.bias is not None, device='meta',
-        backend=backend,
-    )
+        backend=backend)
     layer.weight, layer.bias = conv.weight, conv.bias
     layer.padding = conv.padding  # code that fuses convolutions may do arithmetic with it
-    # marks that others set, such as that the weights are initialized
+    # attributes that others set, such as a mark that the weights are initialized
     vars(layer).update({name: value for name, value in vars(conv).items() if name not in vars(layer)})
     return layer.train(conv.training)
-
-
-def _abbreviated(names: List[str]) -> str:
-    return ', '.join(names if len(names) <= 2 else [names[0], '...', names[-1]])

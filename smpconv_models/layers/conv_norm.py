@@ -1,31 +1,40 @@
-"""Convolution, normalization, activation; and their folding into one convolution."""
+"""Convolution, normalization, activation; and their folding into one convolution.
+
+Folding takes the effective values of pruned, weight-normed and parametrized tensors. Its arithmetic is in float32 at
+least, and the results have the dtype of the convolution's weight.
+"""
+import logging
+import sys
 from contextlib import nullcontext
 from typing import Any, Callable, List, Literal, Optional, Tuple, Union
 
 import torch
 from timm.layers import get_act_layer, get_norm_layer, to_2tuple
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from smpconv_models.ops import depthwise_conv2d, validate_options
 
-from . import fuse
 from .checks import check_counts
-from .counted import CountedConv
-from .effective import plain_conv, refresh_, unparametrized_type, warn_not_folded
+
+_logger = logging.getLogger(__name__)
 
 NormLayer = Union[str, Callable[[int], nn.Module]]
 ActLayer = Union[str, Callable[[], nn.Module]]
 
 
 def create_norm(norm_layer: NormLayer, channels: int, device: Any = None, dtype: Any = None) -> nn.Module:
-    """``norm_layer(channels)`` on the given device: the layer may be any callable, or one of timm's names."""
-    with nullcontext() if device is None else torch.device(device):  # of a million channels, none on the way
+    """Create ``norm_layer(channels)`` on the given device; the layer is any callable, or one of timm's names."""
+    with nullcontext() if device is None else torch.device(device):  # meta takes no memory for a million channels
         norm = _by_name(norm_layer, get_norm_layer, 'norm_layer')(channels)
     return norm.to(device=device, dtype=dtype)
 
 
 def create_act(act_layer: ActLayer) -> nn.Module:
-    """``act_layer()``: any callable, or one of timm's names."""
+    """Create ``act_layer()``; the layer is any callable, or one of timm's names."""
     return _by_name(act_layer, get_act_layer, 'act_layer')()
 
 
@@ -38,13 +47,46 @@ def _by_name(layer: Any, look_up: Callable[[str], Any], argument: str) -> Callab
         raise ValueError(f"{argument} must be a callable or one of timm's names, got {layer!r}") from None
 
 
+class CountedConv(nn.Module):
+    """Convolution that thop and ptflops count like the ``nn.Conv1d`` or ``nn.Conv2d`` that it equals.
+
+    Both walk a model by ``nn.Module.apply`` and look up the exact type of each module in a table, which gets an entry.
+    """
+
+    def products_per_output(self: Any) -> int:
+        """Return the number of products in one output element: input channels of a group times kernel elements."""
+        return self.weight[0].numel()
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> Any:
+        counter = getattr(fn, '__module__', None)
+        if counter in _COUNTER_TABLES:
+            table, formula = _COUNTER_TABLES[counter]
+            getattr(sys.modules[counter], table, {}).setdefault(type(self), formula)  # other versions may have no table
+        return super().apply(fn)
+
+
+def _count_for_thop(layer: Any, inputs: Any, output: Tensor) -> None:
+    layer.total_ops += layer.products_per_output() * output.numel()
+
+
+def _count_for_ptflops(layer: Any, inputs: Any, output: Tensor) -> None:
+    has_bias = getattr(layer, 'bias', None) is not None  # ptflops counts additions of the bias
+    layer.__flops__ += (layer.products_per_output() + has_bias) * output.numel()
+
+
+_COUNTER_TABLES = {
+    'thop.profile': ('register_hooks', _count_for_thop),
+    'ptflops.pytorch_engine': ('MODULES_MAPPING', _count_for_ptflops),
+}
+
+
 class DepthwiseConv2d(nn.Conv2d, CountedConv):
     """``nn.Conv2d`` that computes depthwise convolutions by :func:`smpconv_models.ops.depthwise_conv2d`.
 
     Same arguments, same parameters, same state dict, same function. The operation takes one group for each channel,
-    as many outputs as inputs, stride 1, an odd kernel and "same" zero padding. With ``backend='auto'`` anything else is
-    left to ``conv2d``, so that libraries can make further layers of this class, as LoRA does. Inputs of the operation
-    have a batch dimension.
+    as many outputs as inputs, stride 1, an odd kernel and "same" zero padding. With ``backend='auto'`` ``conv2d``
+    computes other convolutions, so that libraries can create layers of this class, as LoRA does. Inputs of the
+    operation have a batch dimension.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: As
@@ -52,8 +94,8 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
         backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
 
     Raises:
-        ValueError: An unknown backend, arguments that ``nn.Conv2d`` refuses, or a convolution that the operation can't
-            compute with any other backend than ``'auto'``.
+        ValueError: The backend is unknown, ``nn.Conv2d`` refuses the arguments, or the backend is not ``'auto'`` and
+            the operation cannot compute the convolution.
     """
 
     def __init__(
@@ -81,8 +123,8 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
 
     @torch.jit.unused
     def _takes_operation(self) -> bool:
-        """Whether the operation computes this convolution; asked at each call, as attributes may be set afterwards."""
-        reasons = why_not_expressed(self)
+        """Return whether the operation computes this convolution; called each time, as attributes may change."""
+        reasons = unsupported_arguments(self)
         if reasons and self.backend != 'auto':
             raise ValueError(
                 f'backend {self.backend!r} computes depthwise convolutions of stride 1 with odd kernels and "same" '
@@ -90,9 +132,7 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
         return not reasons
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # where the operation is conv2d too
-            return self._conv_forward(input, self.weight, self.bias)
-        if not self._takes_operation():
+        if torch.jit.is_scripting() or not self._takes_operation():  # scripted, the operation is conv2d too
             return self._conv_forward(input, self.weight, self.bias)
         return depthwise_conv2d(
             input, self.weight, self.bias, dilation=to_2tuple(self.dilation), backend=self.backend)
@@ -101,8 +141,8 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
         return f'{super().extra_repr()}, backend={self.backend!r}'
 
 
-def why_not_expressed(conv: nn.Conv2d) -> List[str]:
-    """Return what the operation lacks of a convolution's arguments: all reasons, none if it can compute it."""
+def unsupported_arguments(conv: nn.Conv2d) -> List[str]:
+    """Return all arguments of a convolution that the operation does not support; none if it can compute it."""
     reasons = []
     if conv.groups != conv.in_channels:
         reasons.append(f'groups {conv.groups} for {conv.in_channels} input channels')
@@ -120,7 +160,7 @@ def why_not_expressed(conv: nn.Conv2d) -> List[str]:
     elif conv.padding != 'same':
         padding = (0, 0) if conv.padding == 'valid' else tuple(to_2tuple(conv.padding))
         if padding != same:
-            reasons.append(f'padding {times(padding)}, where same is {times(same)}')
+            reasons.append(f'padding {times(padding)} instead of {times(same)}')
     if conv.padding_mode != 'zeros':
         reasons.append(f'padding_mode {conv.padding_mode!r}')
     return reasons
@@ -151,31 +191,70 @@ class ConvNormActBlock(nn.Module):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Draws the kernel if it is of points and folds a batch norm into it. In place, idempotent.
+        """Sample a kernel of points and fold a batch norm into the convolution. In place, idempotent.
 
         Pruned, weight-normed and parametrized weights are folded with their effective values. Other normalizations
-        stay, and so does a norm beside a convolution that is no plain ``nn.Conv2d`` or ``nn.Conv1d`` (an adapter's
+        stay. So does a norm beside a convolution that is no plain ``nn.Conv2d`` or ``nn.Conv1d`` (an adapter's
         wrapper), which is logged.
         """
-        if callable(fuse_conv := getattr(self.conv, 'fuse', None)):
-            self.conv = fuse_conv()
-        conv = plain_conv(self.conv)
-        affine = batch_norm_affine(self.norm)
-        if conv is not None:
-            self.conv = conv
-        elif affine is not None:
-            warn_not_folded(self.norm, self.conv)
-        if affine is not None and conv is not None:
-            set_weight_bias(conv, *fuse.fold_after(conv.weight, conv.bias, *affine))
-            self.norm = nn.Identity().train(self.training)
+        if callable(fuse := getattr(self.conv, 'fuse', None)):
+            self.conv = fuse()
+        self.norm, self.conv = fold_norm(self.norm, self.conv, fuse_conv_bn)
+
+
+# --- folding ---
+
+
+def fold_norm(norm: nn.Module, conv: nn.Module, fuse: Callable[..., Tuple[Tensor, Tensor]]) -> Tuple[Any, Any]:
+    """Fold a batch norm into the convolution beside it, in place if its parameters are ordinary.
+
+    Args:
+        norm: Any normalization; one that is no batch norm stays.
+        conv: Convolution after or before ``norm``; one that is not plain stays.
+        fuse: :func:`fuse_conv_bn` or :func:`fuse_bn_conv`.
+
+    Returns:
+        The norm, or an identity, and the convolution.
+    """
+    plain = plain_conv(conv)
+    affine = batch_norm_affine(norm)
+    if plain is None:
+        if affine is not None:
+            _logger.warning(
+                '%r is not folded: the convolution beside it is a %s.%s, not a plain nn.Conv1d or nn.Conv2d. '
+                'Merge or remove what wraps it first.', norm, type(conv).__module__, type(conv).__qualname__)
+        return norm, conv
+    if affine is None:
+        return norm, plain
+    set_weight_bias(plain, *fuse(plain.weight, plain.bias, *affine))
+    return nn.Identity().train(norm.training), plain
+
+
+def fuse_conv_bn(weight: Tensor, bias: Optional[Tensor], scale: Tensor, shift: Tensor) -> Tuple[Tensor, Tensor]:
+    """Return kernel and bias of ``scale * conv(x) + shift``; scale and shift are per output channel."""
+    fused = at_least_float32(weight) * scale.view(-1, *[1] * (weight.ndim - 1))
+    fused_bias = shift if bias is None else shift + at_least_float32(bias) * scale
+    return fused.to(weight.dtype), fused_bias.to(weight.dtype)
+
+
+def fuse_bn_conv(weight: Tensor, bias: Optional[Tensor], scale: Tensor, shift: Tensor) -> Tuple[Tensor, Tensor]:
+    """Return kernel and bias of ``conv(scale * x + shift)``; scale and shift are per input channel.
+
+    Holds for a convolution without groups and without padding (1x1): padding adds zeros after the shift.
+    """
+    fused = at_least_float32(weight) * scale.view(1, -1, 1, 1)
+    fused_bias = (at_least_float32(weight) * shift.view(1, -1, 1, 1)).sum((1, 2, 3))
+    if bias is not None:
+        fused_bias = fused_bias + at_least_float32(bias)
+    return fused.to(weight.dtype), fused_bias.to(weight.dtype)
 
 
 def batch_norm_affine(norm: Any) -> Optional[Tuple[Tensor, Tensor]]:
-    """What ``norm`` does in evaluation as (scale, shift) per channel, or None where it can't be written so.
+    """Return what ``norm`` does in evaluation as (scale, shift) per channel in float32 at least, or None.
 
-    Batch norms with running statistics can, frozen ones too. Subclasses that do more (an activation) can't.
+    Supported are batch norms with running statistics, also frozen ones, but no subclasses that do more (an activation).
     """
-    kind = unparametrized_type(norm)
+    kind = _unparametrized_type(norm)
     frozen = kind.__name__ == 'FrozenBatchNorm2d'
     if not frozen and kind not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm):
         return None
@@ -183,12 +262,75 @@ def batch_norm_affine(norm: Any) -> Optional[Tuple[Tensor, Tensor]]:
         return None
     with torch.no_grad():
         refresh_(norm)
-        return fuse.norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        scale = (at_least_float32(norm.running_var) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * at_least_float32(norm.weight)
+        shift = -at_least_float32(norm.running_mean) * scale
+        if norm.bias is not None:
+            shift = shift + at_least_float32(norm.bias)
+        return scale, shift
 
 
 def set_weight_bias(conv: Any, weight: Tensor, bias: Tensor) -> None:
-    """Gives ``conv`` new values, as parameters that keep its weight's layout and ``requires_grad``."""
+    """Give ``conv`` new values, as parameters that keep its weight's layout and ``requires_grad``."""
     requires_grad = conv.weight.requires_grad
     # a copy into the old weight's strides keeps channels_last
     conv.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(weight), requires_grad)
     conv.bias = nn.Parameter(bias.detach().clone(), requires_grad)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Convert half precision to float32, and keep wider dtypes."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# --- effective values ---
+
+_RECOMPUTING_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
+
+
+def refresh_(module: nn.Module, name: Optional[str] = None) -> None:
+    """Recompute the tensors of ``module`` that pruning, weight norm or spectral norm recompute before each forward.
+
+    Args:
+        module: Any module.
+        name: Attribute name of one tensor; by default all of them.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _RECOMPUTING_HOOKS):
+            hook_name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+            if name in (None, hook_name):
+                hook(module, None)
+
+
+def _unparametrized_type(module: nn.Module) -> type:
+    """Return the class of ``module`` without the subclass that ``torch.nn.utils.parametrize`` gives it."""
+    return type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+
+
+@torch.no_grad()
+def plain_conv(conv: nn.Module) -> Optional[Union[nn.Conv1d, nn.Conv2d]]:
+    """Return the convolution with its effective weight and bias as ordinary parameters.
+
+    Returns:
+        ``conv`` itself if its parameters are ordinary. Otherwise a new module: ``remove_parametrizations`` on a deep
+        copy would break the original, as both share a class. None if ``conv`` is no ``nn.Conv1d`` or ``nn.Conv2d``, or
+        has modules of its own: an adapter's wrapper, for example.
+    """
+    if not isinstance(conv, (nn.Conv1d, nn.Conv2d)) or set(conv._modules) - {'parametrizations'}:
+        return None
+    if set(conv._parameters) == {'weight', 'bias'}:
+        return conv
+    refresh_(conv)
+    is_trained = any(parameter.requires_grad for parameter in conv.parameters())
+    kind: Any = _unparametrized_type(conv)
+    plain = kind.__new__(kind)
+    hooks = {
+        key: hook for key, hook in conv._forward_pre_hooks.items() if not isinstance(hook, _RECOMPUTING_HOOKS)}
+    own = {name: value for name, value in vars(conv).items() if name not in ('weight', 'bias')}
+    vars(plain).update(
+        own, _parameters={}, _buffers={}, _modules={}, _forward_pre_hooks=type(conv._forward_pre_hooks)(hooks))
+    for name in ('weight', 'bias'):
+        value = getattr(conv, name)
+        plain.register_parameter(name, None if value is None else nn.Parameter(value.detach().clone(), is_trained))
+    return plain

@@ -1,30 +1,40 @@
-"""Self-moving point representations: a continuous function as points that carry weights and reach a radius.
+"""Self-moving point representations: a continuous function as points with positions, weights and radii.
 
 Pure functions for any number of dimensions. Shapes: P points, d coordinates, C channels, Q queries, ``...`` any
 leading dimensions, broadcast against each other.
 
+Long kernels are sampled in chunks, so that points times elements are never held at once. A kernel of 16,000 steps with
+30 filters of 30 points has 14 million pairs of a point and an element, and the gradient needs several numbers of each.
+But tents are local: each chunk of elements takes only the points whose tents overlap it, and the backward pass
+recomputes a chunk's intermediate values instead of keeping them.
+
 Kim & Park, SMPConv: Self-moving Point Representations for Continuous Convolution, CVPR 2023, section 3.1.
 """
-from typing import List, Optional
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.nn.init import trunc_normal_
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+from torch.utils.checkpoint import checkpoint
 
-from . import chunked
+from smpconv_models.ops import is_exporting
+
+# Pairs of a point and an element that may be held at once: 16 MB in float32, a few times as much in the backward pass.
+# Chunks have a quarter of them. Smaller chunks have fewer overlapping points, but each costs a millisecond.
+_MAX_PAIRS = 1 << 22
 
 
 def tent_basis(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
-    """Equation 2, cut off at zero: ``relu(1 - |x - p|_1 / r)``.
+    """Evaluate equation 2, cut off at zero: ``relu(1 - |x - p|_1 / r)``.
 
     Args:
-        query: ``(..., Q, d)``, where to evaluate.
+        query: ``(..., Q, d)``, positions to evaluate at.
         coords: ``(..., P, d)``, the points' positions.
         radius: ``(..., P)``, positive.
 
     Returns:
-        ``(..., P, Q)``: 1 on a point, falling linearly to 0 at its radius, 0 beyond. In the widest of the dtypes.
+        ``(..., P, Q)`` in the widest of the dtypes: 1 on a point, falling linearly to 0 at its radius, 0 beyond.
     """
     # one coordinate at a time: d is 1 to 3, and a (..., P, Q, d) tensor costs more than the loop
     distance = (coords[..., 0].unsqueeze(-1) - query[..., 0].unsqueeze(-2)).abs()
@@ -41,7 +51,7 @@ def evaluate_points(
         normalize: bool = True,
         eps: float = 1e-6,
 ) -> Tensor:
-    """Equation 1: the function's value at each query, from the points whose tents reach it.
+    """Evaluate equation 1: the function's value at each query, from the points whose radius covers the query.
 
     Differentiable in ``coords``, ``radius`` and ``weights`` (and ``query``), almost everywhere.
 
@@ -50,18 +60,23 @@ def evaluate_points(
         coords: ``(..., P, d)``.
         radius: ``(..., P)``, positive; see :func:`clip_radius`.
         weights: ``(..., C, P)``, each point's value in each channel.
-        normalize: Divide by the number of points that reach the query, |N(x)|, as equation 1 does. The ImageNet
-            models do without.
-        eps: Added to that number, so that queries out of all points' reach get 0.
+        normalize: Divide by the number of points that cover the query, |N(x)|, as equation 1 does. The ImageNet
+            models do not.
+        eps: Number added to |N(x)|, so that queries outside of all radii get 0.
 
     Returns:
         ``(..., C, Q)`` in the dtype of ``weights``. Computed in the widest of the dtypes; under autocast the product
         of weights and tents is in autocast's.
     """
+    g = _normalized_tents(query, coords, radius, normalize, eps)
+    return (weights.to(g.dtype) @ g).to(weights.dtype)
+
+
+def _normalized_tents(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool, eps: float = 1e-6) -> Tensor:
     g = tent_basis(query, coords, radius)
     if normalize:
         g = g / ((g > 0).sum(dim=-2, keepdim=True, dtype=g.dtype) + eps)
-    return (weights.to(g.dtype) @ g).to(weights.dtype)
+    return g
 
 
 def sampling_grid(
@@ -69,15 +84,15 @@ def sampling_grid(
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """Where the elements of a kernel lie in the space of the points: evenly over [-1, 1] in each dimension.
+    """Return the positions of a kernel's elements among the points: evenly over [-1, 1] in each dimension.
 
     Coordinates are Cartesian: the first grows along the kernel's last axis (x, to the right), every other one
     against its axis (y, up the rows), so that the kernel needs no transposing or flipping afterwards.
 
     Args:
         kernel_size: Elements along each axis of the kernel tensor, e.g. ``[height, width]``.
-        device: Where to make it.
-        dtype: Of the coordinates, float32 by default.
+        device: Device of the result.
+        dtype: Dtype of the result, float32 by default.
 
     Returns:
         ``(Q, d)``, the kernel's elements in row-major order. An axis of size 1 lies at 0.
@@ -98,12 +113,11 @@ def sample_kernel(
         kernel_size: List[int],
         normalize: bool = True,
 ) -> Tensor:
-    """Draws the kernel: :func:`evaluate_points` on :func:`sampling_grid`. One leaf for fx.
+    """Sample the kernel: :func:`evaluate_points` on :func:`sampling_grid`. A leaf function for fx.
 
-    Positions and distances are computed in float32 at least, whatever the parameters' dtype: half precision is
-    coarser than the distance between two elements of a large kernel. Where points times elements are many (a kernel of
-    16,000 steps), they are never held at once, neither here nor in the backward pass: see :mod:`.chunks`. (Scripted,
-    they are; and the transforms of torch.func don't take kernels drawn in chunks, as PyTorch says then.)
+    Positions and distances are computed in float32 at least, also for parameters in half precision, which is coarser
+    than the distance between two elements of a large kernel. Kernels with many pairs of a point and an element are
+    sampled in chunks, unless scripted; PyTorch refuses chunks within the transforms of torch.func.
 
     Args:
         coords: ``(..., P, d)``.
@@ -121,11 +135,9 @@ def sample_kernel(
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
     query = sampling_grid(kernel_size, device=coords.device, dtype=dtype)
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles the second condition of an "and")
-        if chunked.are_many(query, coords):
-            kernel = chunked.interpolate_in_chunks(evaluate_points, query, coords, radius, weights, normalize)
-            return kernel.unflatten(-1, kernel_size)
-    kernel = evaluate_points(query, coords, radius, weights, normalize)
-    return kernel.unflatten(-1, kernel_size)
+        if exceeds_budget(query, coords):
+            return _evaluate_in_chunks(query, coords, radius, weights, normalize).unflatten(-1, kernel_size)
+    return evaluate_points(query, coords, radius, weights, normalize).unflatten(-1, kernel_size)
 
 
 def resample_kernel(
@@ -136,18 +148,18 @@ def resample_kernel(
         kernel_size: List[int],
         normalize: bool = False,
 ) -> Tensor:
-    """Draws the kernel of ``base_size`` on another grid, with the same response to a constant input. One leaf for fx.
+    """Sample the kernel of ``base_size`` on another grid, with the same response to a constant input. A leaf for fx.
 
-    Every point keeps the sum of its tent over the grid. On a coarser grid the tents are wider by as much as a point may
-    be farther from the nearest element; and one that would still fall between the elements reaches the nearest.
+    Every point keeps the sum of its tent over the grid. On a coarser grid the radii grow by as much as a point may be
+    farther from the nearest element. A tent that would still fall between the elements is widened to the nearest one.
 
     Args:
         coords: ``(..., P, d)``.
         radius: ``(..., P)``.
         weights: ``(..., C, P)``, for the kernel of ``base_size``.
         base_size: d sizes.
-        kernel_size: d sizes of the kernel to draw.
-        normalize: As in :func:`evaluate_points`; a point's sum is then that of its tent over |N(x)|.
+        kernel_size: d sizes of the kernel to sample.
+        normalize: As in :func:`evaluate_points`; the sums are then of tents divided by |N(x)|.
 
     Returns:
         ``(..., C, *kernel_size)`` in the dtype of ``weights``; positions and sums in float32 at least.
@@ -156,39 +168,36 @@ def resample_kernel(
         return handle_torch_function(
             resample_kernel, (coords, radius, weights), coords, radius, weights, base_size, kernel_size, normalize)
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
-    wider = max(_farthest(kernel_size) - _farthest(base_size), 0.)
-    reach = torch.maximum(radius.to(dtype) + wider, 1.001 * _distance(coords.to(dtype), kernel_size) + 1e-6)
-    base = _sums(sampling_grid(base_size, device=coords.device, dtype=dtype), coords, radius, normalize)
-    now = _sums(sampling_grid(kernel_size, device=coords.device, dtype=dtype), coords, reach, normalize)
-    scaled = weights.to(dtype) * (base / now.clamp_min(1e-6)).unsqueeze(-2)
-    return sample_kernel(coords, reach, scaled, kernel_size, normalize).to(weights.dtype)
+    wider = max(_max_grid_distance(kernel_size) - _max_grid_distance(base_size), 0.)
+    support = torch.maximum(radius.to(dtype) + wider, 1.001 * _grid_distance(coords.to(dtype), kernel_size) + 1e-6)
+    base = tent_mass(sampling_grid(base_size, device=coords.device, dtype=dtype), coords, radius, normalize)
+    mass = tent_mass(sampling_grid(kernel_size, device=coords.device, dtype=dtype), coords, support, normalize)
+    scaled = weights.to(dtype) * (base / mass.clamp_min(1e-6)).unsqueeze(-2)
+    return sample_kernel(coords, support, scaled, kernel_size, normalize).to(weights.dtype)
 
 
-def point_sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
-    """Sum of each point's tent over the queries, ``(..., P)``: its share of the function's sum for a weight of 1."""
-    g = tent_basis(query, coords, radius)
-    if normalize:
-        g = g / ((g > 0).sum(dim=-2, keepdim=True, dtype=g.dtype) + 1e-6)
-    return g.sum(-1)
-
-
-def _sums(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
+def tent_mass(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
+    """Sum each point's tent over the queries, ``(..., P)``: its share of the function's sum for a weight of 1."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in sample_kernel)
-        if chunked.are_many(query, coords):
-            return chunked.sum_in_chunks(point_sums, query, coords, radius, normalize)
-    return point_sums(query, coords, radius, normalize)
+        if exceeds_budget(query, coords):
+            return _tent_mass_in_chunks(query, coords, radius, normalize)
+    return _tent_mass(query, coords, radius, normalize)
 
 
-def _farthest(kernel_size: List[int]) -> float:
-    """How far in L1 a point may be from the nearest element of a grid: half a spacing in each axis."""
+def _tent_mass(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
+    return _normalized_tents(query, coords, radius, normalize).sum(-1)
+
+
+def _max_grid_distance(kernel_size: List[int]) -> float:
+    """Return how far in L1 a point may be from the nearest element of a grid: half a spacing in each axis."""
     distance = 0.
     for size in kernel_size:
         distance += 1 / max(size - 1, 1)
     return distance
 
 
-def _distance(coords: Tensor, kernel_size: List[int]) -> Tensor:
-    """L1 distance of each point from the nearest element of a grid, of shape ``(..., P)``."""
+def _grid_distance(coords: Tensor, kernel_size: List[int]) -> Tensor:
+    """Return the L1 distance of each point from the nearest element of a grid, ``(..., P)``."""
     distance = torch.zeros_like(coords[..., 0])
     for axis in range(len(kernel_size)):
         half = (kernel_size[len(kernel_size) - 1 - axis] - 1) / 2
@@ -199,10 +208,10 @@ def _distance(coords: Tensor, kernel_size: List[int]) -> Tensor:
 
 
 def clip_radius(radius: Tensor, low: float, high: float) -> Tensor:
-    """The radius held in [low, high] in the forward pass, with the gradient of the identity. One leaf for fx.
+    """Clamp the radius to [low, high] in the forward pass, with the gradient of the identity. A leaf function for fx.
 
-    A plain clamp would cut the gradient of a radius that an optimizer has carried out of the range, and leave it there.
-    Infinite radii are held without a gradient; NaN stays NaN, so that it is seen.
+    A plain clamp has no gradient outside of the range, so a radius that an optimizer moved there could not return.
+    Infinite radii are clamped without a gradient; NaN stays NaN, so that it is noticed.
     """
     if has_torch_function_unary(radius):
         return handle_torch_function(clip_radius, (radius,), radius, low, high)
@@ -211,7 +220,7 @@ def clip_radius(radius: Tensor, low: float, high: float) -> Tensor:
 
 
 def init_coords_(coords: Tensor, std: float, low: float = -1., high: float = 1.) -> Tensor:
-    """Fills ``coords`` from a zero-mean normal cut off at [low, high]; the points start near the middle.
+    """Fill ``coords`` from a zero-mean normal cut off at [low, high]; the points start near the middle.
 
     The paper takes std 0.2 for the ImageNet models (appendix A.2), 0.05 for its other 2-D kernels (A.1).
     """
@@ -219,20 +228,82 @@ def init_coords_(coords: Tensor, std: float, low: float = -1., high: float = 1.)
 
 
 def init_causal_coords_(coords: Tensor, std: float = 0.1) -> Tensor:
-    """Fills the coordinates of a causal 1-D kernel: half a normal that ends at the present, position 1.
+    """Fill the coordinates of a causal 1-D kernel: half a normal that ends at the present, position 1.
 
-    Drawn in (-1, 0) with ``std``, then stretched to (-1, 1) (appendix A.1).
+    Sampled in (-1, 0) with ``std``, then stretched to (-1, 1) (appendix A.1).
     """
     with torch.no_grad():
         return trunc_normal_(coords, std=std, a=-1., b=0.).mul_(2).add_(1)
 
 
 def init_radius_(radius: Tensor, kernel_size: int, ndim: int) -> Tensor:
-    """Fills ``radius`` with ``2 d / k``: about the distance of two kernel elements in L1 (appendix A.1)."""
+    """Fill ``radius`` with ``2 d / k``: about the distance of two kernel elements in L1 (appendix A.1)."""
     with torch.no_grad():
         return radius.fill_(2 * ndim / kernel_size)
 
 
 def init_weights_(weights: Tensor, std: float = 0.02) -> Tensor:
-    """Fills the points' weights from a zero-mean normal cut off at [-2, 2]."""
+    """Fill the points' weights from a zero-mean normal cut off at [-2, 2]."""
     return trunc_normal_(weights, std=std, a=-2., b=2.)
+
+
+# --- long kernels in chunks ---
+
+
+def exceeds_budget(query: Tensor, coords: Tensor) -> bool:
+    """Return whether the pairs of points ``(..., P, d)`` and queries ``(Q, d)`` are too many to hold at once."""
+    return query.ndim == 2 and _num_points(coords) * query.shape[0] > _MAX_PAIRS
+
+
+def _num_points(coords: Tensor) -> int:
+    return coords.numel() // max(coords.shape[-1], 1)
+
+
+def _evaluate_in_chunks(query: Tensor, coords: Tensor, radius: Tensor, weights: Tensor, normalize: bool) -> Tensor:
+    """Compute ``evaluate_points(query, coords, radius, weights, normalize)`` for a grid ``(Q, d)``."""
+    sets = torch.broadcast_shapes(coords.shape[:-2], radius.shape[:-1], weights.shape[:-2])
+    weights = weights.expand(*sets, *weights.shape[-2:])
+    values = []
+    for chunk, index, *overlapping in _chunks(query, coords, radius):
+        of_these = weights.take_along_dim(index.expand(*sets, -1).unsqueeze(-2), -1)
+        values.append(_checkpointed(evaluate_points, chunk, *overlapping, of_these, normalize))
+    return torch.cat(values, -1)
+
+
+def _tent_mass_in_chunks(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
+    sets = torch.broadcast_shapes(coords.shape[:-1], radius.shape)
+    total = torch.zeros(sets, dtype=torch.promote_types(query.dtype, radius.dtype), device=coords.device)
+    for chunk, index, *overlapping in _chunks(query, coords, radius):
+        total = total.scatter_add(-1, index, _checkpointed(_tent_mass, chunk, *overlapping, normalize))
+    return total
+
+
+def _chunks(query: Tensor, coords: Tensor, radius: Tensor) -> Iterator[Tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield chunks of the queries, indices of the points that overlap them, and these points' coords and radii."""
+    sets = torch.broadcast_shapes(coords.shape[:-2], radius.shape[:-1])
+    coords, radius = coords.expand(*sets, -1, -1), radius.expand(*sets, -1)
+    for chunk in query.split(max(_MAX_PAIRS // 4 // max(_num_points(coords), 1), 1)):
+        index = _overlapping_points(chunk, coords, radius)
+        yield chunk, index, coords.take_along_dim(index.unsqueeze(-1), -2), radius.take_along_dim(index, -1)
+
+
+@torch.no_grad()
+def _overlapping_points(chunk: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
+    """Return indices ``(..., n)`` of the points whose tents overlap the box of these queries.
+
+    Every set of points gets the n of the fullest set; the surplus points have no effect. A compiled graph cannot depend
+    on values, and tensors on the meta device have none: both get all points.
+    """
+    if coords.is_meta or torch.compiler.is_compiling():
+        return torch.arange(coords.shape[-2], device=coords.device).expand(coords.shape[:-1])
+    low, high = chunk.amin(0), chunk.amax(0)
+    distance = ((low - coords).relu() + (coords - high).relu()).sum(-1)
+    overlaps = ~(distance >= radius)  # true for NaN, so that it is noticed
+    most = int(overlaps.sum(-1).max())
+    return torch.sort(overlaps.to(torch.uint8), dim=-1, descending=True, stable=True).indices[..., :most]
+
+
+def _checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    if is_exporting() or not torch.is_grad_enabled():  # nothing is kept; strict export cannot trace checkpoint
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,7 +1,12 @@
-"""Convolutions whose kernels are drawn from self-moving points."""
+"""Convolutions whose kernels are sampled from self-moving points: the shared base, and the depthwise layer.
+
+The walk from parameter to convolution: ``forward`` calls ``kernel``; :meth:`SMPLayer.sample` clips the radii and calls
+:func:`.points.sample_kernel`, or :func:`.points.resample_kernel` after ``resize``, which evaluates the points on a
+grid; the convolution is :func:`smpconv_models.ops.depthwise_conv2d`, or a function of :mod:`.fft_conv`.
+"""
 import math
 import warnings
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -10,39 +15,135 @@ from torch.nn.utils import parametrize
 from smpconv_models.ops import depthwise_conv2d, validate_options
 
 from . import points
-from .checks import check_counts, check_odd
-from .conv_norm import DepthwiseConv2d
-from .counted import CountedConv, warn_of_parameter_counter
-from .effective import refresh_
+from .checks import check_counts, check_kernel_size
+from .conv_norm import CountedConv, DepthwiseConv2d, refresh_
+
+# FLOP counters that cannot count a layer with points by the names of its parameters, by the module of their hooks.
+_COUNTERS_BY_PARAMETERS = {
+    'torchinfo.torchinfo':
+        'torchinfo counts multiply-adds by the shapes of parameters, and points are fewer than kernel elements, so its '
+        'total is too low',
+    'torchsummary.torchsummary':
+        'torchsummary counts the parameters "weight" and "bias" only, not the positions and radii of points',
+}
 
 
 class SMPLayer(CountedConv):
-    """What all layers with points have: their parameters' names, the radii's range, and the kernel as it is now.
+    """Base of layers with points: parameters, kernel, resizing, and re-parameterization.
+
+    In any trainer the radius that the forward pass uses lies within ``radius_range`` and keeps its gradient; the
+    coordinates are free. The points are a function, which can be sampled at another size too: see :meth:`resize`.
 
     Attributes:
         coords: Parameter ``(..., P, d)``.
         radius: Parameter ``(..., P)``.
         weight: Parameter ``(..., P)``.
-        radius_range: Smallest and largest radius that the forward pass uses.
+        radius_range: Smallest and largest radius that the forward pass uses, in units in which the kernel's side is 2.
+        base_size: Elements along each side of the constructor's kernel.
         kernel_size: Elements along each side.
     """
 
-    coords: nn.Parameter
-    radius: nn.Parameter
-    weight: nn.Parameter
-    radius_range: Tuple[float, float]
-    kernel_size: int
+    ndim: int
+
+    def __init__(
+            self,
+            kernel_size: int,
+            weight_size: Tuple[int, ...],
+            coords_size: Tuple[int, ...],
+            normalize: bool,
+            coords_std: float,
+            init_radius: Optional[float],
+            radius_range: Tuple[float, float],
+            device: Any,
+            dtype: Any,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.base_size = kernel_size
+        self.normalize = normalize
+        self.coords_std = coords_std
+        self.init_radius = init_radius
+        self.radius_range = radius_range
+        self.weight = nn.Parameter(torch.empty(weight_size, device=device, dtype=dtype))
+        self.coords = nn.Parameter(torch.empty(coords_size, device=device, dtype=dtype))
+        self.radius = nn.Parameter(torch.empty(coords_size[:-1], device=device, dtype=dtype))
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        points.init_weights_(self.weight)
+        self.init_coords()
+        if self.init_radius is None:
+            points.init_radius_(self.radius, self.base_size, self.ndim)
+        else:
+            nn.init.constant_(self.radius, self.init_radius)
+        clip_radius_(self)  # 3x3 kernels would start beyond the range
+
+    @torch.jit.ignore
+    def init_coords(self) -> None:
+        """Sample the initial coordinates."""
+        points.init_coords_(self.coords, self.coords_std)
+
+    def sample(self) -> Tensor:
+        """Sample the kernel ``(..., k, ...)`` from the points."""
+        radius = points.clip_radius(self.radius, self.radius_range[0], self.radius_range[1])
+        ndim = self.coords.shape[-1]
+        size = [self.kernel_size] * ndim
+        if self.kernel_size == self.base_size:
+            return points.sample_kernel(self.coords, radius, self.weight, size, self.normalize)
+        return points.resample_kernel(
+            self.coords, radius, self.weight, [self.base_size] * ndim, size, self.normalize)
 
     def kernel(self) -> Tensor:
-        """The kernel as a convolution takes it."""
+        """Return the kernel as a convolution takes it."""
+        return self.sample()
+
+    @torch.jit.ignore
+    def resize(self, kernel_size: int) -> None:
+        """Sample the kernel on another grid from now on, for inputs of another resolution or sampling rate.
+
+        Each point keeps the sum that it has at ``base_size``, and so the kernel its response to a constant input. The
+        parameters stay unchanged: a state dict fits at every size.
+
+        Args:
+            kernel_size: Elements along each side; odd for images.
+
+        Raises:
+            ValueError: The size is even for images, or no positive whole number.
+        """
+        check_kernel_size(kernel_size, self.ndim)
+        self.kernel_size = kernel_size
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Return a plain convolution with the kernel as sampled now; trainable if any parameter of the points is."""
+        refresh_(self)
+        kernel = self.kernel()
+        conv = self._create_plain(bias=False, device='meta', dtype=kernel.dtype)
+        is_trained = any(parameter.requires_grad for parameter in self.parameters())
+        conv.weight = nn.Parameter(kernel, is_trained)
+        if (bias := getattr(self, 'bias', None)) is not None:
+            conv.bias = nn.Parameter(bias.detach().clone(), is_trained)
+        return conv.train(self.training)
+
+    @torch.jit.ignore
+    def _create_plain(self, **kwargs: Any) -> Any:
+        """Create the plain convolution that :meth:`fuse` fills."""
         raise NotImplementedError
 
     def products_per_output(self) -> int:
         return math.prod(self.weight.shape[1:-1]) * self.kernel_size ** self.coords.shape[-1]
 
     def register_forward_hook(self, hook: Any, **kwargs: Any) -> Any:
-        warn_of_parameter_counter(hook)
+        reason = _COUNTERS_BY_PARAMETERS.get(getattr(hook, '__module__', ''))
+        if reason is not None:
+            warnings.warn(
+                f'{reason}. Count timm.utils.reparameterize_model(model), or use another counter.', stacklevel=2)
         return super().register_forward_hook(hook, **kwargs)
+
+    def extra_repr(self) -> str:
+        base = '' if self.kernel_size == self.base_size else f', base_size={self.base_size}'
+        return f'kernel_size={self.kernel_size}{base}, num_points={self.coords.shape[-2]}'
 
 
 class SMPDepthwiseConv2d(SMPLayer):
@@ -50,19 +151,14 @@ class SMPDepthwiseConv2d(SMPLayer):
 
     The kernel of channel c is ``sum_i weight[c, i] * relu(1 - |x - coords[i]|_1 / radius[i])`` sampled on a regular
     grid over [-1, 1]^2: equation 1 of the paper without the division by |N(x)|. Stride 1, zero padding, output as
-    large as the input, no bias.
-
-    In any trainer the radius that the forward pass uses lies within ``radius_range`` and keeps its gradient; the
-    coordinates are free.
-
-    The points are a function, which can be drawn at another size too: see :meth:`resize`.
+    large as the input, no bias. Radii, coordinates and resizing: see :class:`SMPLayer`.
 
     Args:
-        channels: Input and output channels C.
+        channels: Number of input and output channels C.
         kernel_size: Odd side length k of the kernel.
-        num_points: Points P, shared by all channels.
+        num_points: Number of points P, shared by all channels.
         dilation: Spacing between kernel elements.
-        coords_std: Standard deviation of the coordinates at the start.
+        coords_std: Standard deviation of the initial coordinates.
         radius_range: Smallest and largest radius, in units in which the kernel's side is 2.
         backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
 
@@ -71,6 +167,8 @@ class SMPDepthwiseConv2d(SMPLayer):
     Raises:
         ValueError: Even ``kernel_size``, or no positive whole ``num_points``.
     """
+
+    ndim = 2
 
     def __init__(
             self,
@@ -84,91 +182,45 @@ class SMPDepthwiseConv2d(SMPLayer):
             device: Any = None,
             dtype: Any = None,
     ) -> None:
-        super().__init__()
-        check_odd(kernel_size)
+        check_kernel_size(kernel_size, ndim=2)
         validate_options(dilation, backend)
         check_counts(num_points=num_points)
+        super().__init__(
+            kernel_size, (channels, num_points), (num_points, 2), False, coords_std, None, radius_range, device, dtype)
         self.channels = channels
-        self.kernel_size = kernel_size
-        self.base_size = kernel_size
         self.dilation = dilation
-        self.coords_std = coords_std
-        self.radius_range = radius_range
         self.backend = backend
-        self.weight = nn.Parameter(torch.empty(channels, num_points, device=device, dtype=dtype))
-        self.coords = nn.Parameter(torch.empty(num_points, 2, device=device, dtype=dtype))
-        self.radius = nn.Parameter(torch.empty(num_points, device=device, dtype=dtype))
         self.reset_parameters()
 
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        points.init_weights_(self.weight)
-        points.init_coords_(self.coords, std=self.coords_std)
-        points.init_radius_(self.radius, self.base_size, ndim=2)
-        clip_radius_(self)  # 3x3 kernels would start beyond the range
-
     def kernel(self) -> Tensor:
-        """The kernel as ``conv2d`` takes it, ``(C, 1, k, k)``."""
-        radius = points.clip_radius(self.radius, self.radius_range[0], self.radius_range[1])
-        size = [self.kernel_size, self.kernel_size]
-        if self.kernel_size == self.base_size:
-            kernel = points.sample_kernel(self.coords, radius, self.weight, size, normalize=False)
-        else:
-            kernel = points.resample_kernel(
-                self.coords, radius, self.weight, [self.base_size, self.base_size], size)
-        return kernel.unsqueeze(1)
-
-    @torch.jit.ignore
-    def resize(self, kernel_size: int) -> None:
-        """Draws the same points on another grid from now on, for images of another resolution.
-
-        Each point keeps the sum that it has at the size of the constructor, ``base_size``, and so the kernel its
-        response to a constant image. The parameters stay as they are: a state dict fits at every size.
-
-        Args:
-            kernel_size: Odd side length of the kernel.
-
-        Raises:
-            ValueError: It is even.
-        """
-        check_odd(kernel_size)
-        self.kernel_size = kernel_size
+        """Return the kernel as ``conv2d`` takes it, ``(C, 1, k, k)``."""
+        return self.sample().unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.kernel(), dilation=self.dilation, backend=self.backend)
 
     @torch.jit.ignore
-    @torch.no_grad()
-    def fuse(self) -> DepthwiseConv2d:
-        """A plain convolution with the kernel that the points draw now; trainable if any of them is."""
-        refresh_(self)
-        kernel = self.kernel()
-        conv = DepthwiseConv2d(
+    def _create_plain(self, **kwargs: Any) -> DepthwiseConv2d:
+        return DepthwiseConv2d(
             self.channels, self.channels, self.kernel_size, padding='same', dilation=self.dilation,
-            groups=self.channels, bias=False, device='meta', dtype=kernel.dtype, backend=self.backend)
-        conv.weight = nn.Parameter(kernel, any(parameter.requires_grad for parameter in self.parameters()))
-        return conv.train(self.training)
+            groups=self.channels, backend=self.backend, **kwargs)
 
     def extra_repr(self) -> str:
-        base = '' if self.kernel_size == self.base_size else f', base_size={self.base_size}'
-        return (
-            f'{self.channels}, kernel_size={self.kernel_size}{base}, num_points={self.coords.shape[0]}, '
-            f'dilation={self.dilation}, backend={self.backend!r}'
-        )
+        return f'{self.channels}, {super().extra_repr()}, dilation={self.dilation}, backend={self.backend!r}'
 
 
 def smp_layers(model: nn.Module) -> Dict[str, SMPLayer]:
-    """The layers of a model whose kernels are drawn from points, by name."""
+    """Return the layers of a model whose kernels are sampled from points, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SMPLayer)}
 
 
 @torch.no_grad()
 def clip_radius_(model: nn.Module) -> None:
-    """Clips every radius parameter in ``model`` to its layer's range, as the paper does after each optimizer step.
+    """Clip every radius parameter in ``model`` to its layer's range, as the paper does after each optimizer step.
 
-    Without it the forward pass still uses radii within the range, but the parameters may leave it. Of a pruned radius
-    the values before the mask are clipped. A parametrized one is assigned its clipped value, if it left its range, and
-    a radius that can't be assigned is warned of.
+    Without the call the forward pass still uses radii within the range, but the parameters may leave it. Of a pruned
+    radius the values before the mask are clipped. A parametrized radius is assigned its clipped value if it left its
+    range. A radius that cannot be assigned causes a warning.
     """
     for name, layer in smp_layers(model).items():
         for stored in ('radius', 'radius_orig'):  # torch.nn.utils.prune's name
@@ -180,7 +232,7 @@ def clip_radius_(model: nn.Module) -> None:
 
 
 def _clip_computed_radius_(name: str, layer: SMPLayer) -> None:
-    """Assigns a radius that is computed from other parameters its clipped value, where it is out of the range."""
+    """Assign a radius that is computed from other parameters its clipped value, if it is out of the range."""
     clipped = layer.radius.clamp(*layer.radius_range)
     if torch.equal(layer.radius, clipped):
         return

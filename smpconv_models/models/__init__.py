@@ -1,6 +1,6 @@
 """timm model families; importing them registers their models."""
-from .arguments import check_arguments, check_network
-from .identify import ArchitectureMatch, architecture_hint, identify
+from ._builder import ArchitectureMatch, architecture_hint, identify
+from ._config_validation import check_arguments, check_network
 from .sequence import SMPSequenceNet, create_sequence_model, list_sequence_models
 from .smpconv import SMPConvNet
 from .smpconv_cifar import SMPResNet

@@ -1,24 +1,55 @@
-"""What timm asks of all networks here: a stem, stages, a norm, a classifier."""
+"""Bases of the networks: initialization, and timm's interface of a stem, stages, a norm and a classifier."""
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 
-class StagedBackbone(nn.Module):
-    """A network whose stages give its features.
+class SMPNet(nn.Module):
+    """Base of networks whose kernels are sampled from points."""
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Sample the initial weights.
+
+        Args:
+            needs_reset: Whether to reset the norms and points too, whose constructors have done so already; for a model
+                that was made on the meta device and moved by ``to_empty``.
+        """
+        for module in self.modules():
+            self.init_module(module, needs_reset)
+        self.init_classifier()
+
+    @torch.jit.ignore
+    def init_module(self, module: nn.Module, needs_reset: bool) -> None:
+        """Initialize one module; see :func:`smpconv_models.layers.blocks.init_weights_`."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def init_classifier(self) -> None:
+        """Initialize the classifier, if its initialization differs from that of other modules."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(('.coords', '.radius'))}
+
+
+class StagedBackbone(SMPNet):
+    """Network whose stages' outputs are its features.
 
     Attributes:
-        stem: Before the stages; see :meth:`forward_stem`.
-        stages: In a ``nn.Sequential``, each with ``grad_checkpointing``.
-        norm: After the last stage.
+        stem: Layers before the stages; see :meth:`forward_stem`.
+        stages: ``nn.Sequential`` of stages, each with ``grad_checkpointing``.
+        norm: Normalization after the last stage.
         head: timm's ``ClassifierHead``.
-        feature_info: Of each stage.
+        feature_info: Channels, reduction and module of each stage.
         first_convs: Names of the weights that depend on the image's channels.
     """
 
-    if TYPE_CHECKING:  # which TorchScript would take for the modules' types
+    if TYPE_CHECKING:  # TorchScript would take annotations for the modules' types
         stem: Any
         stages: Any
         norm: nn.Module
@@ -28,9 +59,13 @@ class StagedBackbone(nn.Module):
         num_classes: int
         first_convs: Sequence[str]
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(('.coords', '.radius'))}
+    def add_head(self, norm: nn.Module, num_features: int, global_pool: str, drop_rate: float, **dd: Any) -> None:
+        """Add the norm and the classifier, for a constructor."""
+        self.norm = norm
+        self.num_features = num_features
+        self.drop_rate = drop_rate
+        self.head = ClassifierHead(num_features, self.num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = num_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -46,7 +81,7 @@ class StagedBackbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        some_weight = next(self.stem.parameters())  # reset() looks in the head, which may have had no parameter
+        some_weight = next(self.stem.parameters())  # timm's reset() asks the head, which may have no parameter
         self.head.to(device=some_weight.device, dtype=some_weight.dtype)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
@@ -59,15 +94,15 @@ class StagedBackbone(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Forward pass that returns the stages' outputs.
+        """Run the forward pass and return the stages' outputs.
 
         Args:
             x: Image ``(N, C, H, W)``.
-            indices: Stages to return: the last n if an int, all if None, else those listed (negative from the end).
-            norm: Apply the final norm to the last stage's output.
-            stop_early: Leave out the stages after the last one asked for.
-            output_fmt: 'NCHW', the only one there is.
-            intermediates_only: Return the list alone, without the final features.
+            indices: Stages to return: the last n for an int, all for None, otherwise a list (negative from the end).
+            norm: Whether to apply the final norm to the last stage's output.
+            stop_early: Whether to skip the stages after the last one to return.
+            output_fmt: Layout of the outputs, always 'NCHW'.
+            intermediates_only: Whether to return the list alone, without the final features.
 
         Returns:
             Final features and the list of stage outputs, or the list alone.
@@ -78,7 +113,7 @@ class StagedBackbone(nn.Module):
         last_index = len(self.stages) - 1
 
         x = self.forward_stem(x)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript can't slice
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice
             stages = self.stages
         else:
             stages = self.stages[:max_index + 1]
@@ -101,9 +136,9 @@ class StagedBackbone(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Removes what ``forward_intermediates`` doesn't need for these stages; returns their indices.
+        """Remove what ``forward_intermediates`` does not need for these stages, and return their indices.
 
-        The head goes with the last stage, whatever ``prune_head`` says: it fits that stage's channels only.
+        Without the last stage the head is removed for any ``prune_head``: it fits that stage's channels only.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         shortened = max_index < len(self.stages) - 1
@@ -118,11 +153,11 @@ class StagedBackbone(nn.Module):
         return take_indices
 
     def forward_stem(self, x: Tensor) -> Tensor:
-        """What comes before the stages."""
+        """Apply the layers before the stages."""
         return self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's output, after the norm."""
+        """Return the last stage's output, after the norm."""
         return self.norm(self.stages(self.forward_stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -130,3 +165,17 @@ class StagedBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
+    """Return a pretrained config of timm, by default for images of ImageNet."""
+    return {
+        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
+        'paper_ids': 'arXiv:2304.02330',
+        'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
+        'origin_url': 'https://github.com/sangnekim/SMPConv', 'license': 'mit',
+        **kwargs,
+    }

@@ -1,4 +1,4 @@
-"""Where timm finds the pretrained weights of a model: on this machine, in a file that may be read."""
+"""Resolution of a model's pretrained weights to a local file that may be loaded."""
 import json
 import logging
 import os
@@ -24,21 +24,20 @@ _logger = logging.getLogger(__name__)
 # Owner of the repositories on the Hugging Face Hub.
 HUB_NAMESPACE = os.environ.get('SMPCONV_HUB_NAMESPACE', 'smpconv')
 
-# In a folder, the one that comes first; in a repository only the first, unless its configuration names another.
+# In a folder, the first that exists; in a repository only the first, unless its config names another.
 _FILES = ('model.safetensors', 'pytorch_model.bin')
-
 
 Check = Callable[[], Any]
 
 
-class LocalWeights(NamedTuple):
-    """What timm needs, and what must be known before it is used.
+class ResolvedWeights(NamedTuple):
+    """Pretrained weights, for timm.
 
     Attributes:
-        overlay: Of the configuration: timm takes the weights from this file.
-        state_dict: The weights, read where they are used; none of those that timm finds itself.
-        path: The file.
-        verify: Waits until the file has been held against its checksum; raises ValueError if it is another.
+        overlay: Changes of the config, by which timm takes the weights from this file.
+        state_dict: Weights, whose data is read on use; empty for weights that timm finds without a file.
+        path: Path of the file.
+        verify: Function that waits for the file's checksum and raises ValueError if it is wrong.
     """
     overlay: Dict[str, Any]
     state_dict: Dict[str, Tensor]
@@ -46,120 +45,102 @@ class LocalWeights(NamedTuple):
     verify: Check
 
     @contextmanager
-    def named(self) -> Iterator[None]:
-        """Names the file in a ValueError; that it is another than it should be says more."""
+    def error_context(self) -> Iterator[None]:
+        """Add the file's name to a ValueError, or raise the error of a wrong checksum instead."""
         try:
             yield
         except ValueError as error:
             self.verify()
             raise ValueError(f'{self.path or "the weights"}: {error}') from error
 
-
-    def checked(self, filter_fn: Callable[..., Dict[str, Tensor]]) -> Callable[..., Dict[str, Tensor]]:
-        """timm's ``pretrained_filter_fn``: the given one, of a file that is held against its checksum first."""
+    def verifying(self, filter_fn: Callable[..., Dict[str, Tensor]]) -> Callable[..., Dict[str, Tensor]]:
+        """Return timm's ``pretrained_filter_fn``: the given function, after the check of the file's checksum."""
         def filtered(state_dict: Dict[str, Tensor], model: Any) -> Dict[str, Tensor]:
             self.verify()
-            with self.named():
-                return filter_fn(self.state_dict or state_dict, model)  # timm keeps what is no tensor
+            with self.error_context():
+                return filter_fn(self.state_dict or state_dict, model)  # timm's has entries that are no tensors
         return filtered
 
 
-NO_WEIGHTS = LocalWeights({}, {}, None, lambda: None)
+NO_WEIGHTS = ResolvedWeights({}, {}, None, lambda: None)
 
 
-def local_weights(
+def resolve_weights(
         variant: str,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Any = None,
         **kwargs: Any,
-) -> LocalWeights:
-    """The file that a model's weights are in, downloaded if need be, and looked at.
+) -> ResolvedWeights:
+    """Find the file of a model's weights, download it if necessary, and validate it.
 
-    Its checksum is computed while the caller goes on, creating the model, say.
+    A thread computes the checksum while the caller creates the model.
 
     Args:
-        variant: The model's name.
-        pretrained_cfg: As timm's ``create_model`` passes it on.
-        pretrained_cfg_overlay: Likewise.
-        cache_dir: Where downloads are kept, by default the Hub client's cache, and PyTorch's for the original files.
+        variant: Name of the model.
+        pretrained_cfg: Config, as timm's ``create_model`` passes it.
+        pretrained_cfg_overlay: Changes of the config, as timm's ``create_model`` passes them.
+        cache_dir: Folder for downloads, by default the Hub client's cache, and PyTorch's for the original files.
 
     Raises:
-        ValueError: The file isn't there, can't be downloaded, or may not be read.
+        ValueError: The file does not exist, cannot be downloaded, or may not be loaded.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     path, verify = _find(variant, cfg, cache_dir)
-    if path is None:  # weights in memory, or none, which timm tells
-        return LocalWeights(overlay, {}, None, verify)
-    try:  # before timm reads it, whose complaints of a bad file are long and of many kinds
+    if path is None:  # weights in memory, or none, which timm reports
+        return ResolvedWeights(overlay, {}, None, verify)
+    try:  # timm's errors about a bad file are long and of many types
         weights, _ = checkpoint.select_state_dict(checkpoint.read_file(path, lazy=True))
     except ValueError:
-        verify()  # another checksum says more
+        verify()  # a wrong checksum explains more
         raise
-    # a configuration's own `state_dict` would come before the file
+    # the config's own `state_dict` would take precedence over the file
     overlay.update(source=None, state_dict=None, file=str(path), custom_load=False)
-    return LocalWeights(overlay, weights, path, verify)
+    return ResolvedWeights(overlay, weights, path, verify)
 
 
 def _in_background(check: Callable[[], Any]) -> Check:
-    """Begins, in a thread; the result is waited for by a call."""
+    """Start a check in a thread, and return a function that waits for its result."""
     executor = ThreadPoolExecutor(1)
     future = executor.submit(check)
     executor.shutdown(wait=False)
     return future.result
 
 
-def _nothing() -> None:
-    """Of a file without a checksum beside it."""
-
-
 def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Path], Check]:
-    """The file, and its check."""
+    """Return the file and the check of its checksum, which does nothing for a file without one."""
     if cfg.source == 'local-dir':
-        return _in_folder(Path(str(cfg.file)))
+        folder = Path(str(cfg.file))
+        found = [folder / name for name in _FILES if (folder / name).is_file()]
+        if not found:
+            raise ValueError(f'{folder} has no {" or ".join(_FILES)}')
+        return found[0], _in_background(partial(_check_in_folder, found[0]))
     if cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
-        return (None if cfg.state_dict else Path(str(cfg.file))), _nothing
+        return (None if cfg.state_dict else Path(str(cfg.file))), NO_WEIGHTS.verify
     if not cfg.hf_hub_id:
-        if cfg.url:  # timm would unpickle whatever is there
+        if cfg.url:  # timm would unpickle the download unchecked
             raise ValueError(f'weights are not taken from a URL: download {cfg.url} and give it as `file`')
-        return None, _nothing
+        return None, NO_WEIGHTS.verify
     original_path = Path(cache_dir or Path(torch.hub.get_dir(), 'checkpoints'), f'{variant}.pth.tar')
     try:
         path = hub_download.fetch(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
-        found = _in_background(partial(hub_download.digest, path))
-        return path, lambda: hub_download.check(path, found())  # which removes a damaged file: not while it is read
+        digest = _in_background(partial(hub_download.digest, path))
+        return path, lambda: hub_download.check(path, digest())  # it removes a damaged file: not while it is read
     except ValueError as error:
-        is_there = isinstance(error, hub_download.RepoNotFoundError) or original_path.exists()
-        if not (is_there and _is_of_original(variant, cfg)):
+        published = get_pretrained_cfg(variant)
+        is_originals_repo = published is not None and cfg.hf_hub_id == published.hf_hub_id and cfg.source != 'hf-hub'
+        is_obtainable = isinstance(error, hub_download.RepoNotFoundError) or original_path.exists()
+        if not (is_obtainable and is_originals_repo and variant in original.FILES):
             raise
         _logger.warning('%s; taking the original file', error)
-    return original.download_original(variant, original_path), _nothing
-
-
-def _is_of_original(variant: str, cfg: PretrainedCfg) -> bool:
-    """Whether the repository is the one for the original's weights, and nobody has asked for another by its name."""
-    published = get_pretrained_cfg(variant)
-    return (variant in original.FILES and cfg.source != 'hf-hub'
-            and published is not None and cfg.hf_hub_id == published.hf_hub_id)
-
-
-def _in_folder(folder: Path) -> Tuple[Path, Check]:
-    """The weights in a folder that timm's or this package's programs have written."""
-    found = [folder / name for name in _FILES if (folder / name).is_file()]
-    if not found:
-        raise ValueError(f'{folder} has no {" or ".join(_FILES)}')
-    return found[0], _in_background(partial(_check_in_folder, found[0]))
+    return original.download_original(variant, original_path), NO_WEIGHTS.verify
 
 
 def _check_in_folder(path: Path) -> None:
-    config = _read_config(path.parent)
-    # transformers copies what it doesn't know of a configuration, beside weights that it writes anew
+    with open(path.parent / 'config.json', encoding='utf-8') as file:  # timm has read it
+        config: Dict[str, Any] = json.load(file)
+    # transformers copies unknown entries of a config beside weights that it writes again
     expected = None if 'transformers_version' in config else config.get('sha256')
     if expected is not None and file_sha256(path) != expected:
         raise ValueError(f'{path} is damaged: its checksum is not the one in config.json, {checkpoint.shown(expected)}')
-
-
-def _read_config(folder: Path) -> Dict[str, Any]:
-    with open(folder / 'config.json', encoding='utf-8') as file:  # timm has read it
-        return json.load(file)

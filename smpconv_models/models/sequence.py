@@ -5,46 +5,48 @@ CVPR 2023, https://arxiv.org/abs/2304.02330, section 4.2 and appendix A.1.
 
 Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose checkpoints load here. The structure is that of
 FlexTCN (https://arxiv.org/abs/2110.08059), a temporal convolutional network. The implementation is this project's own,
-and so is the variant for digits. They are no image models, so timm doesn't know them: :func:`create_sequence_model`
-makes them.
+and so is the variant for digits. The networks are no image models, so they are not in timm's registry but created by
+:func:`create_sequence_model`.
 """
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
 
-from smpconv_models.layers import CausalConv1d, ConvNormActBlock, ReparamConv, ResidualBlock, SMPConv1d, smp_layers
+from smpconv_models.layers import CausalConv1d, ReparamConv, ResidualBlock, SMPConv1d, smp_layers
 from smpconv_models.layers.blocks import init_weights_
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_rates, check_small_kernel
 from smpconv_models.utils.errors import suggestion_suffix
 
+from ._base import SMPNet
+
 __all__ = ['SMPSequenceNet', 'create_sequence_model', 'list_sequence_models']
 
 
-class SMPSequenceNet(nn.Module):
+class SMPSequenceNet(SMPNet):
     """Causal network over a sequence: residual blocks whose kernels are as long as it, then the last step's features.
 
     Args:
-        sequence_length: Steps L of a sequence. Others are refused; see :meth:`set_sequence_length`.
-        in_chans: Channels of the sequence.
-        num_classes: Classes; 0 leaves the classifier out.
-        depth: Residual blocks of two convolutions each.
-        dim: Channels within.
-        num_points: Points of each filter.
-        kernel_size: Elements of the kernels, else L.
-        small_kernel_size: Elements of the kernels parallel to the large ones; 0 for none.
+        sequence_length: Number of steps L of a sequence. Other lengths raise; see :meth:`set_sequence_length`.
+        in_chans: Number of channels of the sequence.
+        num_classes: Number of classes; 0 for no classifier.
+        depth: Number of residual blocks, of two convolutions each.
+        dim: Number of channels of the blocks.
+        num_points: Number of points of each filter.
+        kernel_size: Number of kernel elements, by default L.
+        small_kernel_size: Number of elements of the kernels parallel to the large ones; 0 for none.
         conv_bias: Whether the large convolutions have biases.
-        coords_std: Of the points' places at the start; see :class:`~smpconv_models.layers.SMPConv1d`.
-        init_radius: Of the points at the start, else ``2 / kernel_size``.
-        input_drop_rate: Dropout of the sequence.
-        block_drop_rate: Dropout within the blocks.
-        drop_rate: Dropout before the classifier.
-        method: Of the large convolutions; see :func:`~smpconv_models.layers.causal_conv1d`.
+        coords_std: Spread of the points' initial positions; see :class:`~smpconv_models.layers.SMPConv1d`.
+        init_radius: Initial radius of the points, by default ``2 / kernel_size``.
+        input_drop_rate: Dropout rate of the sequence.
+        block_drop_rate: Dropout rate within the blocks.
+        drop_rate: Dropout rate before the classifier.
+        method: Method of the large convolutions; see :func:`~smpconv_models.layers.causal_conv1d`.
 
     Shapes: ``(N, in_chans, L)`` to ``(N, num_classes)``.
 
     Raises:
-        ValueError: A size that can't be, a small kernel larger than the large one, a rate outside of [0, 1).
+        ValueError: A size is invalid, a small kernel larger than the large one, or a rate outside of [0, 1).
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class SMPSequenceNet(nn.Module):
         check_rates(input_drop_rate=input_drop_rate, block_drop_rate=block_drop_rate, drop_rate=drop_rate)
         check_num_classes(num_classes)
         dd = {'device': device, 'dtype': dtype}
-        self.base_length = sequence_length
+        self.train_length = sequence_length
         self.sequence_length = sequence_length
         self.small_kernel_size = small_kernel_size
         self.in_chans = in_chans
@@ -86,9 +88,7 @@ class SMPSequenceNet(nn.Module):
                 in_channels, dim, kernel_size, num_points, conv_bias, coords_std, init_radius, method=method, **dd)
             small = CausalConv1d(
                 in_channels, dim, small_kernel_size, bias=False, method='direct', **dd) if small_kernel_size else None
-            return ReparamConv(
-                ConvNormActBlock(large, nn.BatchNorm1d(dim, **dd)),
-                None if small is None else ConvNormActBlock(small, nn.BatchNorm1d(dim, **dd)))
+            return ReparamConv(large, small, lambda: nn.BatchNorm1d(dim, **dd))
 
         self.input_drop = nn.Dropout(input_drop_rate)
         widths = [in_chans] + [dim] * depth
@@ -102,20 +102,15 @@ class SMPSequenceNet(nn.Module):
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Draws the initial weights.
-
-        Args:
-            needs_reset: Also reset the norms and points, whose constructors have done so; for a model that was made
-                on the meta device and moved by ``to_empty``.
-        """
-        for module in self.blocks.modules():
-            init_weights_(module, needs_reset)
-        _init_classifier(self.head)
+    def init_module(self, module: nn.Module, needs_reset: bool) -> None:
+        if module is not self.head:
+            init_weights_(module, needs_reset=needs_reset)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(('.coords', '.radius'))}
+    def init_classifier(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            nn.init.normal_(self.head.weight, std=.01)
+            nn.init.zeros_(self.head.bias)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -132,27 +127,27 @@ class SMPSequenceNet(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.to(device=some_weight.device, dtype=some_weight.dtype)
-        _init_classifier(self.head)
+        self.init_classifier()
 
     @torch.jit.ignore
     def set_sequence_length(self, sequence_length: int) -> None:
-        """Takes sequences of another length from now on: of another sampling rate, or as much longer or shorter.
+        """Set the length of the sequences, for another sampling rate or duration.
 
-        The kernels are drawn anew, as much longer as the sequences are than those of the constructor, and every point
-        keeps its sum. The parameters stay as they are: a state dict fits at every length.
+        The kernels are resampled with as many times more elements as the sequences have more steps than those of the
+        constructor, and every point keeps its sum. The parameters stay unchanged: a state dict fits at every length.
 
         Args:
-            sequence_length: Steps of a sequence.
+            sequence_length: Number of steps of a sequence.
 
         Raises:
-            ValueError: It isn't positive, or the kernels would be shorter than the small ones beside them, or they are
-                not drawn from points any more.
+            ValueError: The length is not positive, the kernels would be shorter than the small ones beside them, or
+                the model is re-parameterized.
         """
         check_counts(sequence_length=sequence_length)
         layers: Any = list(smp_layers(self).values())
         if not layers:
-            raise ValueError('another sequence_length needs the points, and these kernels are drawn (re-parameterized)')
-        scaled = [max(round(layer.base_size * sequence_length / self.base_length), 1) for layer in layers]
+            raise ValueError('sequence_length cannot be changed: the model is re-parameterized and has no points left')
+        scaled = [max(round(layer.base_size * sequence_length / self.train_length), 1) for layer in layers]
         if min(scaled) < self.small_kernel_size:
             raise ValueError(
                 f'sequence_length must leave kernels of at least {self.small_kernel_size} elements, got {min(scaled)} '
@@ -162,28 +157,22 @@ class SMPSequenceNet(nn.Module):
         self.sequence_length = sequence_length
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """``(N, in_chans, L)`` to ``(N, dim, L)``."""
+        """Map ``(N, in_chans, L)`` to ``(N, dim, L)``."""
         if x.ndim != 3 or x.shape[1] != self.in_chans:
             raise ValueError(f'expected sequences (N, {self.in_chans}, {self.sequence_length}), got {list(x.shape)}')
         if x.shape[-1] != self.sequence_length:
             raise ValueError(
-                f'expected sequences of {self.sequence_length} steps, got {x.shape[-1]}: set_sequence_length draws the '
-                'kernels anew for others')
+                f'expected sequences of {self.sequence_length} steps, got {x.shape[-1]}: set_sequence_length resamples '
+                'the kernels for other lengths')
         return self.blocks(self.input_drop(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """``(N, dim, L)`` to ``(N, num_classes)``: the last step has seen all others."""
+        """Map ``(N, dim, L)`` to ``(N, num_classes)`` by the last step, which depends on all others."""
         x = self.head_drop(x[:, :, -1])
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _init_classifier(head: nn.Module) -> None:
-    if isinstance(head, nn.Linear):
-        nn.init.normal_(head.weight, std=.01)
-        nn.init.zeros_(head.bias)
 
 
 # The paper's networks (tables 2 and 3), and one for the embedded digits.
@@ -199,21 +188,21 @@ _VARIANTS: Dict[str, Dict[str, Any]] = {
 
 
 def list_sequence_models() -> List[str]:
-    """Names of :func:`create_sequence_model`."""
+    """Return the names that :func:`create_sequence_model` takes."""
     return sorted(_VARIANTS)
 
 
 def create_sequence_model(name: str, **kwargs: Any) -> SMPSequenceNet:
-    """A network for sequences, as ``timm.create_model`` makes those for images.
+    """Create a network for sequences, like ``timm.create_model`` for images.
 
     Args:
-        name: One of :func:`list_sequence_models`: ``smpconv_smnist`` (also for permuted MNIST), ``smpconv_scifar10``,
+        name: Name in :func:`list_sequence_models`: ``smpconv_smnist`` (also for permuted MNIST), ``smpconv_scifar10``,
             ``smpconv_characters``, ``smpconv_speech_mfcc``, ``smpconv_speech`` (16,000 steps), ``smpconv_sdigits``.
-        kwargs: Of :class:`SMPSequenceNet`, over those of the variant.
+        kwargs: Arguments of :class:`SMPSequenceNet`; they take precedence over those of the variant.
 
     Raises:
-        ValueError: No such name; else as the constructor.
-        TypeError: No such argument.
+        ValueError: The name is unknown, or as for the constructor.
+        TypeError: An argument is unknown.
     """
     if name not in _VARIANTS:
         raise ValueError(

@@ -6,25 +6,23 @@ CVPR 2023, https://arxiv.org/abs/2304.02330. T and B are section 4.3 and appendi
 Origin: https://github.com/sangnekim/SMPConv (MIT licence), whose T and B checkpoints load here. The block structure is
 RepLKNet's (https://arxiv.org/abs/2203.06717). The implementation is this project's own, and so is the nano variant.
 """
-from functools import partial
-from typing import Any, Dict, List, Sequence, Union
+from collections import OrderedDict
+from typing import Any, Dict, Sequence, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import ConvFFN, ConvNormActBlock, LargeKernelBlock, ReparamLargeKernelConv
+from smpconv_models.layers.blocks import init_weights_, pointwise
 from smpconv_models.layers.checks import check_odd, check_rates
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, create_act, create_norm
-from smpconv_models.layers.reparam import pointwise
 
-from ._base import StagedBackbone
-from ._builder import adapt, create
-from ._kernel_resize import resampled
-from ._pretrained import HUB_NAMESPACE, LocalWeights
+from ._base import StagedBackbone, cfg
+from ._builder import build_model, convert_state_dict, infer_kernel_scale
+from ._pretrained import HUB_NAMESPACE, ResolvedWeights
 
 __all__ = ['SMPConvNet']
 
@@ -37,43 +35,30 @@ def conv3x3(
         groups: int,
         norm_layer: NormLayer,
         act_layer: ActLayer,
-        device: Any = None,
-        dtype: Any = None,
+        **dd: Any,
 ) -> ConvNormActBlock:
-    """3x3 convolution, norm, activation."""
+    """Create a 3x3 convolution, norm and activation."""
     return ConvNormActBlock(
         nn.Conv2d(
-            in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False,
-            device=device, dtype=dtype,
-        ),
-        create_norm(norm_layer, out_channels, device=device, dtype=dtype),
+            in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False, **dd),
+        create_norm(norm_layer, out_channels, **dd),
         create_act(act_layer),
+    )
+
+
+def create_stem(in_chans: int, dim: int, stride: int, **shared: Any) -> nn.Sequential:
+    """Create the stem, with a reduction of 1, 2 or 4."""
+    first_stride = min(stride, 2)
+    return nn.Sequential(
+        conv3x3(in_chans, dim, first_stride, 1, 1, **shared),
+        conv3x3(dim, dim, 1, 1, dim, **shared),
+        pointwise(dim, dim, **shared),
+        conv3x3(dim, dim, stride // first_stride, 1, dim, **shared),
     )
 
 
 class SMPConvBlock(nn.Sequential):
     """Two residual blocks: a large-kernel ``mixer`` over the map and an ``ffn`` over the channels."""
-
-    def __init__(
-            self,
-            dim: int,
-            kernel_size: int,
-            num_points: int,
-            small_kernel_size: int,
-            dilation: int,
-            mlp_ratio: float,
-            drop_path: float,
-            act_layer: ActLayer,
-            ffn_act_layer: ActLayer,
-            norm_layer: NormLayer,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.mixer = LargeKernelBlock(
-            dim, kernel_size, num_points, small_kernel_size, dilation, drop_path, act_layer, norm_layer, **dd)
-        self.ffn = ConvFFN(dim, mlp_ratio, drop_path, ffn_act_layer, norm_layer, **dd)
 
 
 class SMPConvStage(nn.Module):
@@ -96,30 +81,30 @@ class SMPConvNet(StagedBackbone):
     """SMPConv network: a convolutional stem, stages of large-kernel blocks, norm, pooling, linear classifier.
 
     Args:
-        in_chans: Channels of the input image.
-        num_classes: Classes; 0 leaves the classifier out.
+        in_chans: Number of channels of the image.
+        num_classes: Number of classes; 0 for no classifier.
         global_pool: Pooling before the classifier, by timm's names; '' for none.
-        output_stride: Largest reduction of the map; where the stages would go beyond it they are dilated instead.
+        output_stride: Largest reduction of the map; stages that would exceed it are dilated instead.
         stem_stride: Reduction of the stem: 1, 2 or 4.
-        depths: Blocks of each stage.
-        dims: Channels of each stage.
+        depths: Number of blocks of each stage.
+        dims: Number of channels of each stage.
         kernel_sizes: Odd side of the large kernels of each stage.
-        points_divisor: A kernel of side k has ``k * k // points_divisor`` points.
-        mlp_ratio: Hidden channels of the ConvFFN over its channels.
+        points_divisor: Divisor of the number of points: a kernel of side k has ``k * k // points_divisor``.
+        mlp_ratio: Ratio of the ConvFFN's hidden channels to its channels.
         small_kernel_size: Odd side of the kernel parallel to the large one; 0 for none.
-        kernel_scale: Draws the points of ``kernel_sizes`` on grids so many times as fine, one number for all stages or
-            one for each: for images of another resolution than the weights were trained on. See
+        kernel_scale: Density of the grids on which the points of ``kernel_sizes`` are sampled, one number for all
+            stages or one for each: for images of another resolution than the weights were trained on. See
             :meth:`set_kernel_scale`.
         act_layer: Activation of the stem, the downsampling and the large-kernel blocks; a callable or timm's name.
         ffn_act_layer: Activation of the ConvFFN.
         norm_layer: Normalization; any callable that takes the channels, or timm's name.
-        drop_rate: Dropout before the classifier.
+        drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
-        weight_init: 'skip' draws those of the classifier alone, where all others are about to be loaded.
+        weight_init: Initialization; 'skip' initializes the classifier only, if all other weights will be loaded.
 
     Raises:
-        ValueError: Lengths that differ, even kernel sizes, a divisor that leaves no points, a stride or rate that
-            can't be.
+        ValueError: The lengths differ, kernel sizes are even, the divisor leaves no points, or a stride or rate is
+            invalid.
     """
 
     first_convs = ('stem.0.conv.weight',)
@@ -150,67 +135,42 @@ class SMPConvNet(StagedBackbone):
         super().__init__()
         if weight_init not in ('', 'skip'):
             raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
-        _check_config(output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
-        if num_classes < 0:
-            raise ValueError(f'num_classes must be at least 0, got {num_classes}')
+        _check_config(num_classes, output_stride, stem_stride, depths, dims, kernel_sizes, points_divisor)
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        shared: Dict[str, Any] = {'norm_layer': norm_layer, 'act_layer': act_layer, 'device': device, 'dtype': dtype}
+        dd = {'device': device, 'dtype': dtype}
+        shared: Dict[str, Any] = {'norm_layer': norm_layer, 'act_layer': act_layer, **dd}
 
-        first_stride = min(stem_stride, 2)
-        self.stem = nn.Sequential(
-            conv3x3(in_chans, dims[0], first_stride, 1, 1, **shared),
-            conv3x3(dims[0], dims[0], 1, 1, dims[0], **shared),
-            pointwise(dims[0], dims[0], **shared),
-            conv3x3(dims[0], dims[0], stem_stride // first_stride, 1, dims[0], **shared),
-        )
-
+        self.stem = create_stem(in_chans, dims[0], stem_stride, **shared)
         drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        stages = []
-        feature_info: List[Dict[str, Any]] = []
+        self.stages = nn.Sequential()
+        self.feature_info = []
         reduction, dilation = stem_stride, 1
         for i, (dim, kernel_size) in enumerate(zip(dims, kernel_sizes)):
             downsample: nn.Module = nn.Identity()
             if i > 0:
                 stride = 2 if reduction < output_stride else 1
                 downsample = nn.Sequential(
-                    pointwise(dims[i - 1], dim, **shared),
-                    conv3x3(dim, dim, stride, dilation, dim, **shared),
-                )
+                    pointwise(dims[i - 1], dim, **shared), conv3x3(dim, dim, stride, dilation, dim, **shared))
                 reduction, dilation = reduction * stride, dilation * (2 // stride)
-            stages.append(SMPConvStage(downsample, [
-                SMPConvBlock(
-                    dim, kernel_size, kernel_size ** 2 // points_divisor, small_kernel_size, dilation, mlp_ratio,
-                    drop_path, ffn_act_layer=ffn_act_layer, **shared,
-                )
-                for drop_path in drop_path_rates[i]
-            ]))
-            feature_info.append({'num_chs': dim, 'reduction': reduction, 'module': f'stages.{i}'})
-        self.stages = nn.Sequential(*stages)
-        self.feature_info = feature_info
+            num_points = kernel_size ** 2 // points_divisor
+            self.stages.append(SMPConvStage(downsample, [
+                SMPConvBlock(OrderedDict(
+                    mixer=LargeKernelBlock(
+                        dim, kernel_size, num_points, small_kernel_size, dilation, drop_path, **shared),
+                    ffn=ConvFFN(dim, mlp_ratio, drop_path, ffn_act_layer, norm_layer, **dd)))
+                for drop_path in drop_path_rates[i]]))
+            self.feature_info.append({'num_chs': dim, 'reduction': reduction, 'module': f'stages.{i}'})
 
-        self.num_features = dims[-1]
-        self.norm = create_norm(norm_layer, self.num_features, device=device, dtype=dtype)
-        self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-        if weight_init == 'skip':
-            self.head.apply(partial(_init_weights, needs_reset=False))
-        else:
-            self.init_weights(needs_reset=False)
+        self.add_head(create_norm(norm_layer, dims[-1], **dd), dims[-1], global_pool, drop_rate, **dd)
+        for module in (self.head if weight_init == 'skip' else self).modules():
+            self.init_module(module, needs_reset=False)
         self.set_kernel_scale(kernel_scale)
 
     @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Draws the initial weights.
-
-        Args:
-            needs_reset: Also reset the norms and points, whose constructors have done so; for a model that was made
-                on the meta device and moved by ``to_empty``.
-        """
-        self.apply(partial(_init_weights, needs_reset=needs_reset))
+    def init_module(self, module: nn.Module, needs_reset: bool) -> None:
+        init_weights_(module, (nn.Conv2d, nn.Linear), trunc_normal_, needs_reset)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -225,17 +185,17 @@ class SMPConvNet(StagedBackbone):
 
     @torch.jit.ignore
     def set_kernel_scale(self, scale: Union[float, Sequence[float]]) -> None:
-        """Draws the large kernels on other grids from now on; the parameters stay as they are.
+        """Sample the large kernels on other grids from now on; the parameters stay unchanged.
 
-        The elements lie ``scale`` times as densely, and a constant image gets the same response. The small kernels
-        beside the large ones have no other resolution, and stay.
+        The elements are ``scale`` times as dense, and a constant image gets the same response. The small kernels beside
+        the large ones have no other resolution, and stay.
 
         Args:
-            scale: One number for all stages, or one for each; see :meth:`ReparamLargeKernelConv.rescale`.
+            scale: Number for all stages, or one for each; see :meth:`ReparamLargeKernelConv.rescale`.
 
         Raises:
-            ValueError: Not as many numbers as stages, a kernel would be smaller than the small one beside it, or the
-                kernels are not drawn from points any more.
+            ValueError: The numbers are not as many as the stages, a kernel would be smaller than the small one beside
+                it, or the model is re-parameterized.
         """
         stages: Any = self.stages
         scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(stages)
@@ -243,16 +203,17 @@ class SMPConvNet(StagedBackbone):
             raise ValueError(f'kernel_scale must have one entry for each of {len(stages)} stages, got {scale}')
         layers = [
             (module, factor) for stage, factor in zip(stages, scales) for module in stage.modules()
-            if isinstance(module, ReparamLargeKernelConv) and module.is_drawn_from_points()]
+            if isinstance(module, ReparamLargeKernelConv) and module.is_sampled_from_points()]
         if not layers and any(len(stage.blocks) for stage in stages):
-            raise ValueError('kernel_scale needs the points, and these kernels are drawn (re-parameterized)')
-        for layer, factor in layers:  # all of them before any is changed
+            raise ValueError('kernel_scale cannot be changed: the model is re-parameterized and has no points left')
+        for layer, factor in layers:  # check all of them before any is changed
             layer.scaled_size(factor)
         for layer, factor in layers:
             layer.rescale(factor)
 
 
 def _check_config(
+        num_classes: int,
         output_stride: int,
         stem_stride: int,
         depths: Sequence[int],
@@ -260,6 +221,8 @@ def _check_config(
         kernel_sizes: Sequence[int],
         points_divisor: int,
 ) -> None:
+    if num_classes < 0:
+        raise ValueError(f'num_classes must be at least 0, got {num_classes}')
     if stem_stride not in (1, 2, 4):
         raise ValueError(f'stem_stride must be 1, 2 or 4, got {stem_stride}')
     if output_stride not in (8, 16, 32):
@@ -267,8 +230,7 @@ def _check_config(
     if not len(depths) == len(dims) == len(kernel_sizes):
         raise ValueError(
             f'depths, dims and kernel_sizes must have one entry for each stage, got {len(depths)}, {len(dims)} and '
-            f'{len(kernel_sizes)}'
-        )
+            f'{len(kernel_sizes)}')
     if not depths:
         raise ValueError('there must be at least one stage, got empty depths')
     for kernel_size in kernel_sizes:
@@ -280,63 +242,42 @@ def _check_config(
             )
 
 
-def _init_weights(module: nn.Module, needs_reset: bool) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        if module.weight.is_meta:  # nothing to fill, and 6 ms for each tensor on a CPU
-            return
-        trunc_normal_(module.weight, std=.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif needs_reset and callable(reset_parameters := getattr(module, 'reset_parameters', None)):
-        reset_parameters()
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: SMPConvNet) -> Dict[str, Tensor]:
-    """State dict of the original release or of ours -> ours.
+    """Convert a state dict in the original release's names or ours to our names.
+
+    If the model differs from its ``pretrained_cfg`` in classes or input channels, timm drops the classifier or adapts
+    the first convolution.
 
     Raises:
-        ValueError: It is another model's, or has weights that are not finite. Where the model differs from its
-            ``pretrained_cfg`` in classes or input channels, timm drops the classifier or adapts the first convolution.
+        ValueError: The state dict is of another model, or has weights that are not finite.
     """
-    state_dict = adapt(state_dict, model)
+    state_dict = convert_state_dict(state_dict, model)
     checkpoint.check_finite(state_dict)
     return state_dict
 
 
-def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
-    return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
-        'paper_ids': 'arXiv:2304.02330',
-        'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
-        'origin_url': 'https://github.com/sangnekim/SMPConv', 'license': 'mit',
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs({
-    'smpconv_t.in1k': _cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_t.in1k'),
-    'smpconv_b.in1k': _cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_b.in1k'),
-    'smpconv_mobile31.untrained': _cfg(),
-    'smpconv_mobile51.untrained': _cfg(),
-    'smpconv_nano.untrained': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    'smpconv_t.in1k': cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_t.in1k'),
+    'smpconv_b.in1k': cfg(hf_hub_id=f'{HUB_NAMESPACE}/smpconv_b.in1k'),
+    'smpconv_mobile31.untrained': cfg(),
+    'smpconv_mobile51.untrained': cfg(),
+    'smpconv_nano.untrained': cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
 })
 
 
-def _create_smpconv(variant: str, pretrained: bool, model_args: Dict[str, Any], **wished: Any) -> SMPConvNet:
-    """A variant of these arguments, before which the user's and those of a repository's configuration come."""
-    def for_weights(weights: LocalWeights) -> Dict[str, Any]:
+def _create_smpconv(variant: str, pretrained: bool, model_args: Dict[str, Any], **overrides: Any) -> SMPConvNet:
+    """Create a variant; ``overrides`` are the user's arguments and those of a repository's config."""
+    def args_for_weights(weights: ResolvedWeights) -> Dict[str, Any]:
         kwargs: Dict[str, Any] = {}
-        if weights.state_dict:  # of which none may be missing but the classifier's
-            kwargs['weight_init'] = wished.get('weight_init', 'skip')
-        if 'kernel_sizes' in wished:
-            own = {**model_args, **wished.get('pretrained_model_args', {})}['kernel_sizes']
-            kwargs.update(resampled(weights.state_dict, own, **{**model_args, **wished}))
+        if weights.state_dict:  # only the classifier's may be missing
+            kwargs['weight_init'] = overrides.get('weight_init', 'skip')
+        if 'kernel_sizes' in overrides:
+            default_sizes = {**model_args, **overrides.get('pretrained_model_args', {})}['kernel_sizes']
+            kwargs.update(infer_kernel_scale(weights.state_dict, default_sizes, **{**model_args, **overrides}))
         return kwargs
 
-    return create(SMPConvNet, variant, pretrained, model_args, checkpoint_filter_fn, wished, for_weights)
+    return build_model(
+        SMPConvNet, variant, pretrained, model_args, checkpoint_filter_fn, overrides, args_for_weights)
 
 
 @register_model

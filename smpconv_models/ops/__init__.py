@@ -1,5 +1,5 @@
 """One operation, several backends: large-kernel depthwise convolution."""
-from ._context import has_autocast, is_counted, is_exporting
+from ._custom_op import has_autocast, is_counted, is_exporting
 from .depthwise import available_backends, depthwise_conv2d, validate_options
 
 __all__ = ['available_backends', 'depthwise_conv2d', 'has_autocast', 'is_counted', 'is_exporting', 'validate_options']

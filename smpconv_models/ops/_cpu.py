@@ -1,9 +1,9 @@
-"""The CPU path: plain convolutions, arranged so that oneDNN takes its fast kernels for forward and weight gradient.
+"""The CPU backend: plain convolutions, arranged so that oneDNN takes its fast kernels for forward and weight gradient.
 
 Measured on 2 cores of an AVX-512 machine (Zen 4), float32, batch 8, torch 2.15, November 2026:
-NCHW depthwise kernels of more than 13 elements a side fall to a slow loop (28x28, 192 channels: 13x13 2 ms, 15x15
-76 ms) while channels_last keeps a fast one (2 ms, 3 ms with both conversions), and up to 13 the NCHW kernel is the
-faster of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
+NCHW depthwise kernels of more than 13 elements a side run in a slow loop (28x28, 192 channels: 13x13 2 ms, 15x15
+76 ms) while channels_last keeps a fast one (2 ms, 3 ms with both conversions). Up to 13 the NCHW kernel is the faster
+of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
 convolution it takes 13 ms.
 """
 import functools
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from . import _space_to_batch
-from ._problem import Call
+from ._backends import ConvProblem
+from ._space_to_batch import batch_to_space, space_to_batch
 
 _LARGEST_FAST_NCHW_KERNEL = 13
 
@@ -23,41 +23,41 @@ _LARGEST_FAST_NCHW_KERNEL = 13
 # 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms.
 _LARGEST_FAST_WEIGHT_GRAD_KERNEL = 3
 
-# What is folded at a time should stay in the cache: 31x31 on 56x56 costs 18 us a folded channel with 32 of them, 29
-# with 192, 34 with 768; 29x29 on 28x28 3.9 us with 192, 5.8 with 768. The kernels take 16 channels a vector.
+# Images and channels folded at a time should stay in the cache: 31x31 on 56x56 costs 18 us a folded channel with 32 of
+# them, 29 with 192, 34 with 768; 29x29 on 28x28 3.9 us with 192, 5.8 with 768. The kernels take 16 channels a vector.
 _CACHED_BYTES = 2 ** 20
 _CHANNELS_A_VECTOR = 16
 
-# For each way in which padding cuts off a kernel, oneDNN keeps a plan of 48 bytes an element: where kernels are as
-# large as the map, each of the kh * kw outputs has its own. A map of 200x304 took 2.9 GB, 56x56 149 MB. A halo of zeros
+# For each way in which padding cuts off a kernel, oneDNN keeps a plan of 48 bytes an element: if kernels are as large
+# as the map, each of the kh * kw outputs has its own. A map of 200x304 took 2.9 GB, 56x56 149 MB. A halo of zeros
 # instead of padding leaves one way: with rows of it 6 MB for 56x56, and 1.2 ms instead of 1.9 for 48 channels. It costs
-# the products that padding leaves out, so small maps do without: 49x49 on 28x28, 90 MB, 2.3 ms instead of 6.3.
+# the products that padding skips, so small maps do without: 49x49 on 28x28, 90 MB, 2.3 ms instead of 6.3.
 _PLAN_BYTES = 48
 _MOST_PLAN_BYTES = 96 * 2 ** 20
 _MOST_PLAN_BYTES_WITH_HALO = 32 * 2 ** 20
 _LARGEST_BLOCK = 128    # pixels a side; 200x304 keeps 13 MB in one piece
 
-# Dilated by 2, 28x28, 192 channels: 13x13 65 ms, and 4 ms as four maps of 14x14; 5x5 1.4 ms, and 9 ms so.
+# Dilated by 2, 28x28, 192 channels: 13x13 65 ms, and 4 ms as four maps of 14x14; 5x5 1.4 ms, and 9 ms as four maps.
 _LARGEST_FAST_DILATED_KERNEL = 5
 
 # oneDNN's channels_last kernel for bfloat16 never returns for 2 to 16 channels, from 15x15 on maps of about 30 pixels a
-# side (torch 2.15 with AVX512-BF16); such few channels cost little in float32.
+# side (torch 2.15 with AVX512-BF16); so few channels cost little in float32.
 _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     kh, kw = weight.shape[2:]
     if max(dilation) > 1 and max(kh, kw) > _LARGEST_FAST_DILATED_KERNEL:
-        output = _depthwise(_space_to_batch.split(input, dilation), weight, bias, [kh // 2, kw // 2])
-        return _space_to_batch.merge(output, dilation, input.shape)
+        output = _depthwise(space_to_batch(input, dilation), weight, bias, [kh // 2, kw // 2])
+        return batch_to_space(output, dilation, input.shape)
     padding = [dilation[0] * (kh // 2), dilation[1] * (kw // 2)]
     return _depthwise(input, weight, bias, padding, dilation)
 
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
-    """dw[c, i, j] = sum over n, h, w of grad[n, c, h, w] * input[n, c, h + i - p, w + j - p].
+    """Compute ``dw[c, i, j] = sum over n, h, w of grad[n, c, h, w] * input[n, c, h + i - p, w + j - p]``.
 
-    For each image and channel that is a convolution of the input by the gradient, so the batch folds into the
+    For each image and channel the sum is a convolution of the input by the gradient, so the batch folds into the
     channels: one forward convolution with N * C kernels as large as the map.
     """
     channels = input.shape[1]
@@ -70,49 +70,49 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
             groups=channels,
         )
     if max(dilation) > 1:
-        grad, input = _space_to_batch.split(grad, dilation), _space_to_batch.split(input, dilation)
+        grad, input = space_to_batch(grad, dilation), space_to_batch(input, dilation)
     if input.numel() == 0:
         return input.new_zeros(channels, 1, kh, kw)
-    # no pixel is further from another than the map is wide
+    # no two pixels are farther apart than the map is wide
     reached = [min(k, 2 * size - 1) for k, size in zip(kernel_size, input.shape[2:])]
     beyond_h, beyond_w = (kh - reached[0]) // 2, (kw - reached[1]) // 2
     map_bytes = input[0, 0].numel() * input.itemsize
-    at_once = _even_part(channels, _CACHED_BYTES // map_bytes, _CHANNELS_A_VECTOR)
-    images = _even_part(len(input), _CACHED_BYTES // (map_bytes * channels), 1)
+    at_once = _balanced_chunk(channels, _CACHED_BYTES // map_bytes, _CHANNELS_A_VECTOR)
+    images = _balanced_chunk(len(input), _CACHED_BYTES // (map_bytes * channels), 1)
     weight_grad = torch.cat([
-        _folded_weight_grad(some_grad, some_input, reached, images)
+        _weight_grad_as_conv(some_grad, some_input, reached, images)
         for some_grad, some_input in zip(grad.split(at_once, 1), input.split(at_once, 1))
     ])
     return F.pad(weight_grad, (beyond_w, beyond_w, beyond_h, beyond_h))
 
 
-def _even_part(total: int, most: int, multiple: int) -> int:
-    """The size of the fewest equal parts of ``total`` that are about ``most``, a multiple of ``multiple``."""
+def _balanced_chunk(total: int, most: int, multiple: int) -> int:
+    """Return the size, a multiple of ``multiple``, of the fewest equal parts of ``total`` that are about ``most``."""
     parts = -(-total // max(most, multiple))
     return -(-total // (parts * multiple)) * multiple
 
 
-def _folded_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], images: int) -> Tensor:
-    """Folds ``images`` at a time."""
+def _weight_grad_as_conv(grad: Tensor, input: Tensor, kernel_size: List[int], images: int) -> Tensor:
+    """Compute the weight gradient, with ``images`` at a time folded into the channels."""
     h, w = input.shape[2:]
     kh, kw = kernel_size
-    # the NCHW kernel is slow where padding exceeds half its size: 27x27 on 12x12 45 ms, channels_last 7 ms
+    # the NCHW kernel is slow if padding exceeds half its size: 27x27 on 12x12 45 ms, channels_last 7 ms
     in_nchw = max(h, w) <= _LARGEST_FAST_NCHW_KERNEL and kh <= h and kw <= w
-    folded = _folded_nchw if in_nchw else _folded_channels_last
+    folded = _weight_grad_as_conv_nchw if in_nchw else _weight_grad_as_conv_channels_last
     parts = (folded(*some, kernel_size) for some in zip(grad.split(images), input.split(images)))
     return functools.reduce(Tensor.add_, parts).to(input.dtype)[:, None]
 
 
-def _folded_nchw(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
-    """Folds all images; their sum ``(C, kh, kw)``, in float32 at least, which is where low precision would show."""
+def _weight_grad_as_conv_nchw(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
+    """Return the sum over all images, ``(C, kh, kw)`` in float32 at least: half precision would lose its low bits."""
     n, c, h, w = input.shape
     kh, kw = kernel_size
     output = _depthwise(input.reshape(1, n * c, h, w), grad.reshape(n * c, 1, h, w), None, [kh // 2, kw // 2])
     return output.view(n, -1).sum(0, dtype=torch.promote_types(input.dtype, torch.float32)).view(c, kh, kw)
 
 
-def _folded_channels_last(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
-    """The same by oneDNN's other kernel."""
+def _weight_grad_as_conv_channels_last(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
+    """Compute the same as :func:`_weight_grad_as_conv_nchw` by oneDNN's channels_last kernel."""
     n, c, h, w = input.shape
     kh, kw = kernel_size
     halo_h = kh // 2 if _PLAN_BYTES * kh * kw * h * w > _MOST_PLAN_BYTES else 0
@@ -120,8 +120,8 @@ def _folded_channels_last(grad: Tensor, input: Tensor, kernel_size: List[int]) -
     folded = input.new_zeros(h + 2 * halo_h, w + 2 * halo_w, n, c)
     folded[halo_h:halo_h + h, halo_w:halo_w + w] = input.permute(2, 3, 0, 1)
     folded = folded.flatten(2).permute(2, 0, 1)[None]
-    # with a halo all around, any block of the map is a convolution of its own
-    block_h, block_w = (_even_part(size, _LARGEST_BLOCK, 1) if halo_w else size for size in (h, w))
+    # with a halo on every side, any block of the map is a convolution by itself
+    block_h, block_w = (_balanced_chunk(size, _LARGEST_BLOCK, 1) if halo_w else size for size in (h, w))
     total = torch.zeros((), dtype=torch.promote_types(input.dtype, torch.float32))
     for top in range(0, h, block_h):
         for left in range(0, w, block_w):
@@ -135,7 +135,7 @@ def _folded_channels_last(grad: Tensor, input: Tensor, kernel_size: List[int]) -
 
 
 def _channels_last(input: Tensor) -> Tensor:
-    """channels_last with the strides by which oneDNN knows it: those of sizes of 1 may be any to PyTorch."""
+    """Convert to channels_last with the strides that oneDNN expects; PyTorch leaves those of sizes of 1 open."""
     input = input.contiguous(memory_format=torch.channels_last)
     c, h, w = input.shape[1:]
     return input.as_strided(input.shape, (c * h * w, 1, w * c, c))
@@ -145,13 +145,13 @@ def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None
     return None if device.type == 'cpu' else f'it runs on CPU tensors, got {device}'
 
 
-def skip_reason(call: Call) -> Optional[str]:
-    """Where the work would be conv2d's own anyway, calling it straight saves the operator's overhead."""
-    largest = max(call.kernel_size)
-    if max(call.dilation) > 1 and largest > _LARGEST_FAST_DILATED_KERNEL:
+def skip_reason(problem: ConvProblem) -> Optional[str]:
+    """Skip what would call conv2d's kernels anyway: a direct call saves the operator's overhead."""
+    largest = max(problem.kernel_size)
+    if max(problem.dilation) > 1 and largest > _LARGEST_FAST_DILATED_KERNEL:
         return None
-    if largest <= (_LARGEST_FAST_WEIGHT_GRAD_KERNEL if call.needs_weight_grad else _LARGEST_FAST_NCHW_KERNEL):
-        return 'its kernels are conv2d\'s for so small a kernel'
+    if largest <= (_LARGEST_FAST_WEIGHT_GRAD_KERNEL if problem.needs_weight_grad else _LARGEST_FAST_NCHW_KERNEL):
+        return "it calls conv2d's own kernels for so small a kernel"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The definition every backend is held to: plain ``conv2d``, any device, any floating dtype.
+"""The definition that every backend is tested against: plain ``conv2d``, any device, any floating dtype.
 
 Its speed and its faults are PyTorch's; see _cpu.py for one that never returns.
 """
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._problem import Call
+from ._backends import ConvProblem
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     return F.conv2d(
         input, weight, bias,
         padding=(dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)),
-        dilation=(dilation[0], dilation[1]),  # FLOP counters in the place of conv2d take no lists
+        dilation=(dilation[0], dilation[1]),  # FLOP counters that replace conv2d take no lists
         groups=weight.shape[0],
     )
 
@@ -32,10 +32,8 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
 
 
 def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
-    """Runs wherever PyTorch does."""
     return None
 
 
-def skip_reason(call: Call) -> Optional[str]:
-    """Nothing comes after it."""
+def skip_reason(problem: ConvProblem) -> Optional[str]:
     return None

@@ -1,12 +1,12 @@
-"""A dilated convolution as plain ones: every dh-th row and dw-th column is an image of its own."""
+"""A dilated convolution as plain ones: every dh-th row and dw-th column becomes an image."""
 from typing import List, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def split(input: Tensor, dilation: List[int]) -> Tensor:
-    """``(N, C, H, W)`` -> ``(N * dh * dw, C, ceil(H / dh), ceil(W / dw))``, zeros where the map ends."""
+def space_to_batch(input: Tensor, dilation: List[int]) -> Tensor:
+    """Return ``(N, C, H, W)`` as ``(N * dh * dw, C, ceil(H / dh), ceil(W / dw))``, padded with zeros at the end."""
     n, c, h, w = input.shape
     dh, dw = _within_map(dilation, h, w)
     rows, columns = -(-h // dh), -(-w // dw)
@@ -14,8 +14,8 @@ def split(input: Tensor, dilation: List[int]) -> Tensor:
     return padded.reshape(n, c, rows, dh, columns, dw).permute(0, 3, 5, 1, 2, 4).reshape(n * dh * dw, c, rows, columns)
 
 
-def merge(phases: Tensor, dilation: List[int], size: Sequence[int]) -> Tensor:
-    """The inverse of :func:`split`, for a map of ``size`` (N, C, H, W)."""
+def batch_to_space(phases: Tensor, dilation: List[int], size: Sequence[int]) -> Tensor:
+    """Invert :func:`space_to_batch` for a map of ``size`` (N, C, H, W)."""
     n, c, h, w = size
     dh, dw = _within_map(dilation, h, w)
     rows, columns = phases.shape[2:]
@@ -24,5 +24,5 @@ def merge(phases: Tensor, dilation: List[int], size: Sequence[int]) -> Tensor:
 
 
 def _within_map(dilation: List[int], height: int, width: int) -> List[int]:
-    """Elements that lie outside the map may as well lie just outside."""
+    """Limit the dilation to the map's size: elements outside of the map may as well lie just outside."""
     return [min(dilation[0], max(height, 1)), min(dilation[1], max(width, 1))]

@@ -1,4 +1,9 @@
-"""The public function: meaning, validation, and which road a call takes."""
+"""The public function: its meaning, the check of its arguments, and its dispatch.
+
+The walk of a call: :func:`depthwise_conv2d` checks the options; :func:`_depthwise_conv2d` leaves scripting, tracing,
+exporting and ``torch.func`` to plain ``conv2d``, and checks the tensors; ``_custom_op.convolve`` applies autocast and
+selects the backend; the backend's ``forward`` computes.
+"""
 import inspect
 from typing import Optional, Sequence, Tuple, Union
 
@@ -7,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _backends, _context, _custom_op, _reference
+from . import _backends, _custom_op, _reference
 
 
 def depthwise_conv2d(
@@ -18,16 +23,16 @@ def depthwise_conv2d(
         dilation: Union[int, Tuple[int, int]] = 1,
         backend: str = 'auto',
 ) -> Tensor:
-    """Depthwise convolution with stride 1 and "same" zero padding, made for large kernels.
+    """Compute a depthwise convolution with stride 1 and "same" zero padding, made for large kernels.
 
     Equal in meaning to ``F.conv2d(input, weight, bias, padding='same', dilation=dilation, groups=C)``. The result
     has the input's shape, dtype and layout (channels_last stays channels_last). Gradients of any order exist.
 
-    Under autocast the dtype is the one ``conv2d`` would take. Under scripting, tracing and exporting, and within
-    ``torch.func`` transforms and forward-mode differentiation, the call is a plain ``conv2d``, whatever ``backend``
-    says (scripted and traced without a check of the arguments); for fx it is one leaf. The call is
-    also a plain ``conv2d`` while a FLOP counter runs that knows PyTorch's convolutions only: one that replaced
-    ``F.conv2d``, or a dispatch mode that is not PyTorch's own.
+    Under autocast the dtype is that of ``conv2d``. For fx the call is one leaf function. The call is a plain
+    ``conv2d`` with any ``backend`` under scripting, tracing (both without a check of the tensors) and exporting, and
+    within ``torch.func`` transforms and forward-mode differentiation. With 'auto' it is also a plain ``conv2d`` while a
+    FLOP counter runs that knows PyTorch's convolutions only: one that replaced ``F.conv2d``, or a dispatch mode that is
+    not PyTorch's own.
 
     Args:
         input: ``(N, C, H, W)``, floating point, any layout; N may be 0, and the map smaller than the kernel.
@@ -35,13 +40,13 @@ def depthwise_conv2d(
         bias: ``(C,)`` or None.
         dilation: Spacing between kernel elements in pixels, one number or (height, width).
         backend: 'auto' takes the first of :func:`available_backends` that is expected to be faster than plain
-            ``conv2d``, which small kernels and small layers are left to, with some 10 microseconds of Python before
-            it; a name takes that one or raises, it never falls back.
+            ``conv2d``, and plain ``conv2d`` for small kernels and small layers, after some 10 microseconds of Python. A
+            name takes that backend or raises; it never falls back.
 
     Raises:
-        ValueError: Shapes, dtypes, devices, dilation or the backend's name don't fit.
-        RuntimeError: The named backend can't run on this device, or its kernel takes more than the device has;
-            or there is no memory left.
+        ValueError: The shapes, dtypes, devices, dilation or the backend's name are invalid.
+        RuntimeError: The named backend cannot run on this device, its kernel takes more than the device has, or memory
+            runs out.
 
     Numerics:
         'cpu' and 'triton' accumulate in float32 for half precision and in the input's dtype otherwise; in the weight
@@ -49,7 +54,7 @@ def depthwise_conv2d(
         accumulate float16 in float16. 'cpu' and 'triton' are deterministic, 'cpu' for a fixed number of threads;
         'reference' is as deterministic as PyTorch is set to be. float32 on CUDA follows
         ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton', and
-        'cpu' in the weight gradient, multiply zeros too: an infinite or NaN element may reach results beyond the
+        'cpu' in the weight gradient, multiply zeros too: an infinite or NaN element may affect results beyond the
         kernel, of its own map (or, in the weight and in the weight gradient, of its own channel).
     """
     validate_options(dilation, backend)
@@ -63,54 +68,53 @@ def _depthwise_conv2d(
         dilation: Union[int, Tuple[int, int]] = 1,
         backend: str = 'auto',
 ) -> Tensor:
-    """The leaf that fx records, and what TorchScript compiles."""
+    """Dispatch a call whose options are valid. The leaf function of fx graphs, and what TorchScript compiles."""
     if isinstance(dilation, int):
         dilation_list = [dilation, dilation]
     else:
-        if len(dilation) != 2:
-            raise ValueError(f'dilation must be one integer or two, got {dilation}')
         dilation_list = [dilation[0], dilation[1]]
     if torch.jit.is_scripting():
         return _reference.forward(input, weight, bias, dilation_list)
     if has_torch_function_variadic(input, weight, bias):
         tensors = (input, weight) if bias is None else (input, weight, bias)
         return handle_torch_function(_depthwise_conv2d, tensors, input, weight, bias, dilation, backend)
-    if torch.jit.is_tracing():  # before the check, whose conditions tracing would warn of
+    if torch.jit.is_tracing():  # before the check, whose conditions would raise warnings
         return _reference.forward(input, weight, bias, dilation_list)
     _check(input, weight, bias)
-    if _context.is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed():
+    # PyTorch's custom operators do not support torch.func's transforms and forward-mode differentiation
+    is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if is_transformed or _custom_op.is_exporting() or torch.onnx.is_in_onnx_export():
         return _reference.forward(input, weight, bias, dilation_list)
-    return _custom_op.depthwise_conv2d(input, weight, bias, dilation_list, backend)
+    return _custom_op.convolve(input, weight, bias, dilation_list, backend)
 
 
-# TorchScript has no keyword-only arguments; it reads a function's source through __wrapped__, so it gets the one
-# without. The signature people see stays.
+# TorchScript has no keyword-only arguments; it reads a function's source through __wrapped__, which has none. The
+# public signature stays.
 depthwise_conv2d.__signature__ = inspect.signature(depthwise_conv2d)  # type: ignore[attr-defined]
 depthwise_conv2d.__wrapped__ = _depthwise_conv2d  # type: ignore[attr-defined]
 
 
 def validate_options(dilation: Union[int, Tuple[int, int]], backend: str) -> None:
-    """Checks what :func:`depthwise_conv2d` takes besides tensors; for layers, before any tensor is there.
+    """Validate the options of :func:`depthwise_conv2d`, for layers that have no tensors yet.
 
     Raises:
-        ValueError: No such dilation or backend. Whether a backend can run is for the input's device to say.
+        ValueError: The dilation or the backend's name is invalid. Whether a backend can run depends on the input's
+            device and is not checked.
     """
     given = (dilation, dilation) if isinstance(dilation, int) else dilation
     if not isinstance(given, Sequence) or len(given) != 2 or not all(type(number) is int for number in given):
         raise ValueError(f'dilation must be one integer or two, got {dilation!r}')
     if min(given) < 1:
         raise ValueError(f'dilation must be at least 1, got {tuple(given)}')
-    _backends.check_name(backend)
+    if backend != 'auto' and backend not in _backends.AUTO_ORDER:
+        raise ValueError(f"backend must be 'auto' or one of {_backends.AUTO_ORDER}, got {backend!r}")
 
 
 def available_backends(device: Union[str, torch.device] = 'cpu') -> Tuple[str, ...]:
-    """Names of the backends that can run on ``device``, in the order in which ``backend='auto'`` takes them."""
-    return _backends.available(torch.device(device))
-
-
-def _is_transformed() -> bool:
-    """Within torch.func's transforms or forward-mode differentiation, which PyTorch's custom operators can't follow."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Return the names of the backends that can run on ``device``, in the order in which 'auto' tries them."""
+    device = torch.device(device)
+    return tuple(
+        name for name in _backends.AUTO_ORDER if _backends.load(name).unsupported_reason(device) is None)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:

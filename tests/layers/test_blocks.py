@@ -1,4 +1,4 @@
-"""Convolution-norm-activation, the large kernel with its parallel, the two residual blocks, and their folding."""
+"""Convolution-norm-activation, the large kernel with its parallel, the residual blocks, and their folding."""
 import copy
 
 import pytest
@@ -16,8 +16,8 @@ from smpconv_models.layers import (
     ReparamLargeKernelConv,
     SMPDepthwiseConv2d,
 )
+from smpconv_models.layers.blocks import pointwise
 from smpconv_models.layers.conv_norm import create_act, create_norm
-from smpconv_models.layers.reparam import pointwise
 
 # of float64: the folded sum is another order of the same terms
 EXACT = 1e-12
@@ -50,7 +50,7 @@ def depthwise(**changes):
     (dict(dilation=1.5), 'dilation must be one integer or two, got 1.5'),
     (dict(backend='x'), "backend must be 'auto' or one of ('cpu', 'triton', 'reference'), got 'x'"),
 ], ids=str)
-def test_depthwise_conv_refuses_what_it_could_not_compute(arguments, message):
+def test_depthwise_conv_refuses_invalid_arguments(arguments, message):
     with pytest.raises(ValueError) as error:
         depthwise(**arguments)
     assert str(error.value) == message
@@ -59,13 +59,13 @@ def test_depthwise_conv_refuses_what_it_could_not_compute(arguments, message):
 NOT_THE_OPERATION = [
     (dict(groups=1), 'groups 1 for 4 input channels'), (dict(out_channels=8), 'channel multiplier 2'),
     (dict(stride=2, padding=3), 'stride 2x2'), (dict(kernel_size=4), 'even kernel 4x4'),
-    (dict(padding=0), 'padding 0x0, where same is 3x3'), (dict(padding=3, padding_mode='circular'), "'circular'"),
+    (dict(padding=0), 'padding 0x0 instead of 3x3'), (dict(padding=3, padding_mode='circular'), "'circular'"),
 ]
 
 
 @pytest.mark.parametrize(('changes', 'reason'), NOT_THE_OPERATION, ids=str)
 def test_depthwise_conv_is_nn_conv_beyond_the_operation(changes, reason):
-    """Libraries make further layers of a layer's class; a backend that was named never falls back."""
+    """Libraries create layers of a layer's class; a named backend never falls back."""
     layer = depthwise(**changes)
     plain = nn.Conv2d(**dict(dict(in_channels=4, out_channels=4, kernel_size=7, padding='same', groups=4), **changes))
     plain.double().load_state_dict(layer.state_dict())
@@ -106,7 +106,7 @@ def test_conv_norm_folds(norm):
     lambda: BatchNormAct2d(4),
 ])
 def test_norms_that_cannot_be_folded_stay(norm):
-    """Batch norm with an activation of its own, or without statistics, is not an affine map in evaluation."""
+    """Batch norm with its own activation, or without statistics, is not an affine map in evaluation."""
     layer = conv_norm(norm())
     x = image(3)
     expected, kind = layer(x), type(layer.norm)
@@ -125,12 +125,12 @@ def test_folding_keeps_layout_training_flag_and_requires_grad():
     assert layer.training and layer.conv.training
 
 
-def test_fuse_draws_the_kernel_once():
+def test_fuse_samples_the_kernel_once():
     layer = randomize_(SMPDepthwiseConv2d(4, 5, 6, dilation=2, backend='reference', dtype=torch.float64))
-    x, baked = image(), layer.fuse()
-    assert type(baked) is DepthwiseConv2d
-    assert (baked.dilation, baked.backend, baked.bias) == ((2, 2), 'reference', None)
-    assert torch.equal(baked(x), layer(x))
+    x, fused = image(), layer.fuse()
+    assert type(fused) is DepthwiseConv2d
+    assert (fused.dilation, fused.backend, fused.bias) == ((2, 2), 'reference', None)
+    assert torch.equal(fused(x), layer(x))
 
 
 def large_kernel(**kwargs):
@@ -138,15 +138,19 @@ def large_kernel(**kwargs):
     return randomize_(ReparamLargeKernelConv(**dict(arguments, **kwargs))).eval()
 
 
-@pytest.mark.parametrize('changes', [
-    {}, dict(small_kernel_size=0), dict(small_kernel_size=7), dict(small_kernel_size=1), dict(dilation=2)], ids=str)
-def test_large_kernel_fuses_into_one_convolution(changes):
-    layer = large_kernel(**changes)
+def fused_and_compared(layer):
+    """Return what the layer fuses into, whose output must be that of the layer."""
     x = image()
     expected = layer(x)
     fused = layer.fuse()
-    assert type(fused) is DepthwiseConv2d
     assert relative_error(fused(x), expected) < EXACT
+    return fused
+
+
+@pytest.mark.parametrize('changes', [
+    {}, dict(small_kernel_size=0), dict(small_kernel_size=7), dict(small_kernel_size=1), dict(dilation=2)], ids=str)
+def test_large_kernel_fuses_into_one_convolution(changes):
+    assert type(fused_and_compared(large_kernel(**changes))) is DepthwiseConv2d
 
 
 def test_large_kernel_is_the_sum_of_its_branches():
@@ -156,25 +160,17 @@ def test_large_kernel_is_the_sum_of_its_branches():
     assert relative_error(layer(x), layer.large(x)) > 0.01
 
 
-def test_large_kernel_with_group_norm_is_baked_only():
-    layer = large_kernel(norm_layer=lambda channels: GroupNorm(channels, 2))
-    x = image()
-    expected = layer(x)
-    fused = layer.fuse()
+def test_large_kernel_with_group_norm_is_fused_only():
+    fused = fused_and_compared(large_kernel(norm_layer=lambda channels: GroupNorm(channels, 2)))
     assert type(fused.large.conv) is DepthwiseConv2d
-    assert relative_error(fused(x), expected) < EXACT
 
 
 def test_large_kernel_with_norms_of_two_kinds():
-    """One branch folds, the other can't: nothing is merged and nothing is lost."""
+    """One branch folds, the other cannot: nothing is merged and nothing is lost."""
     layer = large_kernel()
     layer.small.norm = randomize_(GroupNorm(4, 2).double())
-    x = image()
-    expected = layer(x)
-    fused = layer.fuse()
-    assert fused is layer
-    assert relative_error(fused(x), expected) < EXACT
-    assert relative_error(fused.fuse()(x), expected) < EXACT  # a second time changes nothing
+    for _ in range(2):  # the second time changes nothing
+        assert fused_and_compared(layer) is layer
 
 
 def block(kind, **kwargs):
@@ -186,7 +182,7 @@ def block(kind, **kwargs):
 
 
 def reparameterize_(module):
-    """What timm's walk over a model does, for one block."""
+    """Do what timm's walk over a model does, for one block."""
     module.reparameterize()
     for name, child in module.named_children():
         if hasattr(child, 'fuse'):
@@ -250,7 +246,7 @@ def test_create_act(act_layer):
     torch.testing.assert_close(create_act(act_layer)(x), nn.functional.gelu(x))
 
 
-def test_pointwise_has_no_activation_unless_told():
+def test_pointwise_has_no_activation_by_default():
     x = image()
     assert (pointwise(4, 5, nn.BatchNorm2d, dtype=torch.float64)(x) < 0).any()
     assert (pointwise(4, 5, nn.BatchNorm2d, nn.ReLU, dtype=torch.float64)(x) >= 0).all()
@@ -269,10 +265,7 @@ def test_errors(changes, message):
 
 
 def test_without_norms_the_kernels_are_merged():
-    layer = large_kernel(norm_layer=lambda channels: nn.Identity())
-    x = image()
-    expected = layer(x)
-    assert relative_error(layer.fuse()(x), expected) < EXACT
+    assert type(fused_and_compared(large_kernel(norm_layer=lambda channels: nn.Identity()))) is DepthwiseConv2d
 
 
 def test_a_shared_large_kernel_is_folded_once():
@@ -287,7 +280,7 @@ def test_a_shared_large_kernel_is_folded_once():
     assert shared.fuse() is shared.fuse()
 
 
-def test_points_are_drawn_wherever_they_stand():
+def test_points_are_sampled_once_in_any_parent():
     layer = randomize_(SMPDepthwiseConv2d(4, 5, 6, dtype=torch.float64))
     norm = randomize_(nn.BatchNorm2d(4, dtype=torch.float64))
     model = nn.Sequential(

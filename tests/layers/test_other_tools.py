@@ -45,7 +45,7 @@ class Halved(nn.Module):
 
 
 class Grown(nn.Module):
-    """A parametrization that can't be inverted."""
+    """A parametrization that cannot be inverted."""
 
     def forward(self, x):
         return x + 3
@@ -90,7 +90,7 @@ def layer_and_input(name):
 
 
 def change_(module):
-    """New values of everything that is trained, as an optimizer step or a state dict gives them."""
+    """Change all parameters, like an optimizer step or a state dict."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(torch.rand_like(parameter) / 2 + 0.75)
@@ -150,10 +150,11 @@ def test_sync_batch_norm_keeps_the_convolutions(convert):
     assert list(block.state_dict()) == keys
 
 
-def test_arguments_are_those_of_the_base_class():
-    for kind in (DepthwiseConv2d, FFTConv2d, CausalConv1d):
-        base = list(inspect.signature(kind.__mro__[1]).parameters)
-        assert list(inspect.signature(kind).parameters)[:len(base)] == base
+@pytest.mark.parametrize(('kind', 'base'), [
+    (DepthwiseConv2d, nn.Conv2d), (FFTConv2d, nn.Conv2d), (CausalConv1d, nn.Conv1d)])
+def test_arguments_are_those_of_the_base_class(kind, base):
+    expected = list(inspect.signature(base).parameters)
+    assert list(inspect.signature(kind).parameters)[:len(expected)] == expected
 
 
 @pytest.mark.parametrize('kind', [FFTConv2d, CausalConv1d])
@@ -181,7 +182,7 @@ def small_network():
 def test_peft_on_an_accelerated_network(config):
     plain = randomize_(small_network())
     fast = copy.deepcopy(plain)
-    assert accelerate_depthwise(fast).swapped == ('1', '2')
+    assert accelerate_depthwise(fast).replaced == ('1', '2')
     plain, fast = (get_peft_model(model, copy.deepcopy(config)).double() for model in (plain, fast))
     assert list(plain.state_dict()) == list(fast.state_dict())
     randomize_(fast, seed=1)
@@ -214,22 +215,31 @@ def conv_norm(kind='depthwise'):
 
 
 def evaluated(model, x):
-    """Output in evaluation without gradients, after which PyTorch can copy what its hooks compute."""
+    """Return the output in evaluation without gradients, so that PyTorch can copy its hooks' results."""
     with torch.no_grad():
         return model.eval()(x)
+
+
+def image():
+    return torch.randn(2, 4, 9, 7, dtype=torch.float64)
+
+
+def folded_and_compared(model, x):
+    """Return the folded model, whose output must be that of the model, which stays unchanged."""
+    expected = evaluated(model, x)
+    folded = reparameterize_model(model)
+    assert relative_error(folded(x), expected) < EXACT
+    assert relative_error(evaluated(model, x), expected) < EXACT
+    return folded
 
 
 @pytest.mark.parametrize('tool', TOOLS)
 def test_effective_weights_are_folded(tool):
     model = nn.Sequential(conv_norm())
     TOOLS[tool](model[0].conv)
-    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
-    expected = evaluated(model, x)
-    folded = reparameterize_model(model)
+    folded = folded_and_compared(model, image())
     assert type(folded[0].conv) is DepthwiseConv2d and isinstance(folded[0].norm, nn.Identity)
     assert list(folded.state_dict()) == ['0.conv.weight', '0.conv.bias']
-    assert relative_error(folded(x), expected) < EXACT
-    assert relative_error(model(x), expected) < EXACT  # it stays as it was, and keeps the tool
 
 
 @pytest.mark.parametrize('tool', OF_WEIGHT)
@@ -251,23 +261,18 @@ def test_whole_blocks_fold(tool, with_norm):
     block = model[0]
     for conv in (block.pw1.conv, block.pw2.conv, block.large_kernel.large.conv, block.large_kernel.small.conv):
         TOOLS[tool](conv)
-    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
-    expected = evaluated(model, x)
-    folded = reparameterize_model(model)
+    folded = folded_and_compared(model, image())
     assert type(folded[0].large_kernel) is DepthwiseConv2d
     assert not any('BatchNorm' in type(module).__name__ for module in folded.modules())
-    assert relative_error(folded(x), expected) < EXACT
 
 
 def test_a_frozen_parametrized_weight_stays_frozen_and_norms_are_effective():
     model = nn.Sequential(conv_norm()).requires_grad_(False)
     parametrized(model[0].conv)
     parametrized(model[0].norm)
-    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
-    folded = reparameterize_model(model)
+    folded = folded_and_compared(model.eval(), image())
     assert isinstance(folded[0].norm, nn.Identity)
     assert not any(parameter.requires_grad for parameter in folded.parameters())
-    assert relative_error(folded(x), model(x)) < EXACT
 
 
 def warnings_of(caplog):
@@ -280,10 +285,7 @@ def test_adapters_stay_and_are_named(targets, with_norm, caplog):
     norm = {} if with_norm else dict(norm_layer=lambda channels: nn.Identity())
     model = randomize_(nn.Sequential(LargeKernelBlock(4, 7, 9, **norm, dtype=torch.float64)))
     model = randomize_(get_peft_model(model, LoraConfig(r=4, target_modules=targets)).double(), seed=1)
-    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
-    expected = evaluated(model, x)
-    folded = reparameterize_model(model)
-    assert relative_error(folded(x), expected) < EXACT
+    folded_and_compared(model, image())
     messages = warnings_of(caplog)
     assert bool(messages) is with_norm and all('peft.tuners.lora.layer.Conv2d' in message for message in messages)
 
@@ -296,21 +298,15 @@ def test_ordinary_networks_are_folded_without_a_warning(caplog):
 def test_a_module_to_save_of_peft_folds():
     model = nn.Sequential(randomize_(ReparamLargeKernelConv(4, 7, 9, dtype=torch.float64)), nn.Conv2d(4, 4, 1).double())
     model = get_peft_model(model, LoraConfig(r=2, target_modules=['1'], modules_to_save=['0'])).double()
-    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
-    expected = evaluated(model, x)
-    assert relative_error(reparameterize_model(model)(x), expected) < EXACT
+    folded_and_compared(model, image())
 
 
 def test_parallel_convolutions_of_sequences_fold():
-    convs = SMPConv1d(4, 4, 9, 5), CausalConv1d(4, 4, 3)
-    pair = ReparamConv(*(ConvNormActBlock(conv, nn.BatchNorm1d(4)) for conv in convs))
+    pair = ReparamConv(SMPConv1d(4, 4, 9, 5), CausalConv1d(4, 4, 3), lambda: nn.BatchNorm1d(4))
     model = randomize_(nn.Sequential(pair).double())
     for conv in (pair.large.conv, pair.small.conv):
         parametrizations.weight_norm(conv)
-    x = torch.randn(2, 4, 12, dtype=torch.float64)
-    expected = evaluated(model, x)
-    folded = reparameterize_model(model)
-    assert type(folded[0]) is CausalConv1d and relative_error(folded(x), expected) < EXACT
+    assert type(folded_and_compared(model, torch.randn(2, 4, 12, dtype=torch.float64))[0]) is CausalConv1d
 
 
 # --- radii ---

@@ -1,10 +1,20 @@
-"""The representation: tents, interpolation, grid, drawn kernels, clipped radii, initial distributions."""
+"""The representation: tents, evaluation, grid, kernels at once and in chunks, clipped radii, initial distributions."""
 import math
 
 import pytest
 import torch
+from common import randomize_
 
-from smpconv_models.layers import clip_radius, evaluate_points, points, sample_kernel, sampling_grid, tent_basis
+from smpconv_models.layers import (
+    SMPConv1d,
+    SMPDepthwiseConv2d,
+    clip_radius,
+    evaluate_points,
+    points,
+    sample_kernel,
+    sampling_grid,
+    tent_basis,
+)
 
 
 def loop_tents(query, coords, radius):
@@ -16,7 +26,7 @@ def loop_tents(query, coords, radius):
     return g
 
 
-def loop_interpolate(query, coords, radius, weights, normalize, eps=1e-6):
+def loop_evaluate(query, coords, radius, weights, normalize, eps=1e-6):
     """Equation 1 element by element, ``(C, Q)``."""
     g = loop_tents(query, coords, radius).tolist()
     out = torch.zeros(len(weights), len(query), dtype=torch.float64)
@@ -29,7 +39,7 @@ def loop_interpolate(query, coords, radius, weights, normalize, eps=1e-6):
 
 
 def make(ndim, num_points=5, num_queries=7, channels=3, leading=()):
-    """Points that overlap, and a query out of all points' reach."""
+    """Points that overlap, and a query outside of all radii."""
     query = torch.rand(*leading, num_queries, ndim, dtype=torch.float64) * 2 - 1
     query[..., 0, :] = 9
     coords = torch.rand(*leading, num_points, ndim, dtype=torch.float64) * 2 - 1
@@ -54,15 +64,15 @@ def test_tent_is_one_on_its_point_and_zero_from_its_radius_on():
 
 @pytest.mark.parametrize('normalize', [False, True])
 @pytest.mark.parametrize('ndim', [1, 2, 3])
-def test_interpolate_equals_scalar_loops(ndim, normalize):
+def test_evaluate_points_equals_scalar_loops(ndim, normalize):
     query, coords, radius, weights = make(ndim)
     got = evaluate_points(query, coords, radius, weights, normalize=normalize)
-    assert torch.equal(got[:, 0], torch.zeros(3, dtype=torch.float64))  # out of reach
+    assert torch.equal(got[:, 0], torch.zeros(3, dtype=torch.float64))  # outside of all radii
     torch.testing.assert_close(
-        got, loop_interpolate(query, coords, radius, weights, normalize), rtol=0, atol=1e-14)
+        got, loop_evaluate(query, coords, radius, weights, normalize), rtol=0, atol=1e-14)
 
 
-def test_interpolate_normalizes_unless_told():
+def test_evaluate_points_normalizes_unless_told():
     arguments = make(2)
     assert torch.equal(evaluate_points(*arguments), evaluate_points(*arguments, normalize=True))
 
@@ -85,7 +95,7 @@ def test_leading_dimensions_broadcast():
     for i in range(4):
         for j in range(2):
             torch.testing.assert_close(
-                got[i, j], loop_interpolate(query, coords[i, j], radius[i, j], weights[i, j], True),
+                got[i, j], loop_evaluate(query, coords[i, j], radius[i, j], weights[i, j], True),
                 rtol=0, atol=1e-14)
 
 
@@ -135,28 +145,12 @@ def test_grid_takes_dtype_and_device():
     assert sampling_grid([3]).dtype == torch.float32
 
 
-def test_a_point_lights_the_element_it_lies_on():
+def test_a_point_sets_the_element_at_its_position():
     kernel = sample_kernel(
         torch.tensor([[1., 1.]]), torch.tensor([0.1]), torch.tensor([[2.]]), [3, 5], normalize=False)
     expected = torch.zeros(1, 3, 5)
     expected[0, 0, 4] = 2  # right and up
     assert torch.equal(kernel, expected)
-
-
-def test_kernel_of_the_release_with_shared_points(golden):
-    """The original code's output in float32; two orders of summing differ by far less than 1e-5."""
-    data = golden('smp_depthwise_k13')
-    kernel = sample_kernel(
-        data['weight_coord'][0], data['radius'].flatten(), data['weights'][0], [13, 13], normalize=False)
-    torch.testing.assert_close(kernel, data['kernel'], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(('name', 'kernel_size'), [('smp_filter_1d', [41]), ('smp_filter_2d', [11, 11])])
-def test_kernel_of_the_release_with_points_per_filter(golden, name, kernel_size):
-    data = golden(name)
-    kernel = sample_kernel(
-        data['weight_coord'], data['radius'].flatten(1), data['weights'], kernel_size, normalize=True)
-    torch.testing.assert_close(kernel, data['kernel'], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('normalize', [False, True])
@@ -186,28 +180,22 @@ def test_kernel_scripts_and_is_one_fx_leaf():
     assert torch.equal(traced(*arguments), expected)
 
 
-@pytest.mark.parametrize('value', [1e8, 1.0001, 1., 0.5, 1e-3, 1e-4, 0., -5., -1e8])
-def test_clipped_radius_is_exactly_in_range(value):
-    radius = torch.tensor([value])
-    assert torch.equal(clip_radius(radius, 1e-3, 1.), radius.clamp(1e-3, 1.))
-
-
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
-def test_clipped_radius_in_other_dtypes(dtype):
-    radius = torch.tensor([6e4, 0.3, -7.], dtype=dtype)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_clipped_radius_is_exactly_in_range(dtype):
+    radius = torch.tensor([6e4, 1.0001, 1., 0.5, 0.3, 1e-3, 1e-4, 0., -5., -7., -6e4], dtype=dtype)
     clipped = clip_radius(radius, 1e-3, 1.)
     assert clipped.dtype == dtype
     assert torch.equal(clipped, radius.clamp(1e-3, 1.))
 
 
 def test_clipped_radius_passes_every_gradient():
-    """A plain clamp would leave a radius out of range where it is."""
+    """A plain clamp would keep a radius out of range."""
     radius = torch.tensor([1e8, 2., 0.5, 0., -5.], requires_grad=True)
     grad = torch.randn(5)
     assert torch.equal(torch.autograd.grad(clip_radius(radius, 1e-3, 1.), radius, grad)[0], grad)
 
 
-def test_clip_radius_holds_infinities_and_shows_nan():
+def test_clip_radius_clamps_infinities_and_keeps_nan():
     radius = torch.tensor([float('inf'), float('-inf'), float('nan')])
     high, low, undefined = clip_radius(radius, 1e-3, 1.).tolist()
     assert (high, low) == (1., pytest.approx(1e-3)) and undefined != undefined
@@ -246,3 +234,149 @@ def test_initial_weights():
     weights = points.init_weights_(torch.empty(100, 200))
     assert abs(weights.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * 20000)
     assert abs(weights.mean()) < 5 * 0.02 / math.sqrt(20000)
+
+
+# --- long kernels in chunks ---
+
+KERNELS = {'1-D': ((), [97]), 'filters, 1-D': ((4,), [97]), 'filters, 2-D': ((3,), [12, 15]), '3-D': ((2,), [5, 6, 7])}
+
+
+def make_for_grid(leading, size, num_points=9, in_channels=2):
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    coords = uniform(*leading, num_points, len(size)) * 2.4 - 1.2
+    radius = uniform(*leading, num_points) * 0.3 * len(size) + 0.02
+    return [tensor.requires_grad_() for tensor in (coords, radius, uniform(*leading, in_channels, num_points) - 0.5)]
+
+
+@pytest.fixture
+def few_pairs(monkeypatch):
+    """Chunks of a few elements even for small kernels."""
+    monkeypatch.setattr(points, '_MAX_PAIRS', 400)
+
+
+@pytest.mark.parametrize('normalize', [False, True])
+@pytest.mark.parametrize('kind', KERNELS)
+def test_chunks_equal_sampling_at_once(few_pairs, kind, normalize):
+    leading, size = KERNELS[kind]
+    parameters = make_for_grid(leading, size)
+    query = sampling_grid(size, dtype=torch.float64)
+    assert points.exceeds_budget(query, parameters[0])
+    expected = evaluate_points(query, *parameters, normalize).unflatten(-1, size)
+    got = points.sample_kernel(*parameters, size, normalize)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
+    grad = torch.randn(got.shape, dtype=torch.float64)
+    gradients = (torch.autograd.grad(kernel, parameters, grad) for kernel in (got, expected))
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('normalize', [False, True])
+def test_sums_equal_those_at_once(few_pairs, normalize):
+    coords, radius, _ = make_for_grid((3,), [60])
+    query = sampling_grid([60], dtype=torch.float64)
+    got = points.tent_mass(query, coords, radius, normalize)
+    expected = points._tent_mass(query, coords, radius, normalize)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    for ours, theirs in zip(torch.autograd.grad(got.sin().sum(), (coords, radius)),
+                            torch.autograd.grad(expected.sin().sum(), (coords, radius))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_one_set_of_points_for_many_weights(few_pairs):
+    coords, radius, _ = make_for_grid((), [80])
+    weights = torch.randn(5, 3, 9, dtype=torch.float64)
+    query = sampling_grid([80], dtype=torch.float64)
+    got = points._evaluate_in_chunks(query, coords, radius, weights, True)
+    torch.testing.assert_close(got, evaluate_points(query, coords, radius, weights, True), rtol=0, atol=1e-15)
+
+
+def test_points_outside_of_the_grid_leave_zeros(few_pairs):
+    layer = SMPConv1d(2, 3, 200, num_points=4)
+    with torch.no_grad():
+        layer.coords.fill_(9.)
+    kernel = layer.kernel()
+    assert kernel.shape == (3, 2, 200) and not kernel.any()
+    kernel.sum().backward()
+    assert not layer.weight.grad.any()
+
+
+def test_small_kernels_are_sampled_at_once():
+    layer = SMPDepthwiseConv2d(4, 51, 51 ** 2 // 8)
+    assert not points.exceeds_budget(sampling_grid([51, 51]), layer.coords)
+
+
+def test_chunks_are_compiled_in_one_graph(few_pairs):
+    """Which points overlap a chunk depends on values, on which a graph cannot depend."""
+    layer = SMPConv1d(2, 3, 12, num_points=5)
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    x = torch.randn(2, 2, 12)
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert layer.coords.grad.any()
+
+
+@pytest.mark.parametrize('radius', [0.0002, 0.3])
+def test_pairs_are_never_held_at_once(radius, monkeypatch):
+    """No tensor of forward or backward pass is as large as points x elements x filters, at any radius."""
+    filters, num_points, length = 6, 30, 16000
+    layer = SMPConv1d(2, filters, length, num_points, init_radius=radius)
+    monkeypatch.setattr(points, '_MAX_PAIRS', 1 << 19)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        layer.kernel().square().sum().backward()
+    assert layer.radius.grad is not None
+    assert filters * 2 * length <= largest < filters * num_points * length / 4
+
+
+@pytest.mark.parametrize('name', ['coords', 'radius'])
+def test_nan_is_noticed(few_pairs, name):
+    layer = SMPConv1d(1, 2, 80, num_points=6)
+    with torch.no_grad():
+        getattr(layer, name)[0, 2] = torch.nan
+    kernel = layer.kernel()
+    assert kernel[0].isnan().all() and kernel[1].isfinite().all()
+
+
+@pytest.mark.parametrize(('coords', 'radius'), [((9, 1), (4, 9)), ((4, 9, 1), (9,))])
+def test_coords_and_radii_broadcast(few_pairs, coords, radius):
+    coords, radius = torch.rand(coords, dtype=torch.float64) - 0.5, torch.rand(radius, dtype=torch.float64)
+    weights = torch.randn(4, 2, 9, dtype=torch.float64)
+    expected = evaluate_points(sampling_grid([70], dtype=torch.float64), coords, radius, weights)
+    torch.testing.assert_close(points.sample_kernel(coords, radius, weights, [70]), expected, rtol=0, atol=1e-15)
+
+
+def test_nothing_of_the_pairs_is_kept(monkeypatch):
+    """The backward pass recomputes what it needs."""
+    layer = SMPConv1d(2, 6, 16000, 30, init_radius=0.3)
+    monkeypatch.setattr(points, '_MAX_PAIRS', 1 << 19)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer.kernel()
+    assert sum(kept.values()) < 6 * 30 * 16000 * 4 / 20
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_chunks_are_exported(monkeypatch, strict):
+    monkeypatch.setattr(points, '_MAX_PAIRS', 1000)
+    layer, x = randomize_(SMPConv1d(2, 3, 60, num_points=6)), torch.randn(1, 2, 60)
+    assert points.exceeds_budget(sampling_grid([60]), layer.coords)
+    torch.testing.assert_close(torch.export.export(layer, (x,), strict=strict).module()(x), layer(x))

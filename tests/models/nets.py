@@ -1,5 +1,6 @@
-"""A network small enough for real numbers, and the original release's as timm builds them."""
+"""Networks small enough to compute with, and the arguments of the golden ones."""
 import timm
+from common import randomize_
 
 import smpconv_models  # noqa: F401 (registers the models)
 
@@ -13,3 +14,8 @@ GOLDEN_MOBILE = dict(GOLDEN, kernel_sizes=(19, 15, 11, 7))
 
 def tiny(**kwargs):
     return timm.create_model('smpconv_t', **dict(TINY, **kwargs))
+
+
+def network(**kwargs):
+    """A tiny network in evaluation mode, with parameters and statistics that are not trivial."""
+    return randomize_(tiny(**kwargs)).eval()

@@ -1,17 +1,12 @@
-"""timm's feature wrappers, all of which must give what the stages give."""
+"""timm's feature wrappers: all return the stages' outputs."""
 import re
 
 import pytest
 import torch
-from common import randomize_
-from nets import tiny
+from nets import network, tiny
 
 CLASSES = ['list', 'dict', 'hook', 'fx', 'getter']
 INDICES = [None, (0,), (1,), (2,), (3,), (0, 2), (1, 2, 3), (-1,), (-2,), (-4, -1)]
-
-
-def network(**kwargs):
-    return randomize_(tiny(**kwargs)).eval()
 
 
 def features(x, feature_cls, out_indices, **kwargs):
@@ -76,7 +71,7 @@ def test_features_train(feature_cls):
     assert all(parameter.grad.abs().max() > 0 for parameter in points)
 
 
-def test_unneeded_stages_are_left_out():
+def test_unneeded_stages_are_dropped():
     model = tiny(features_only=True, out_indices=(0, 1))
     assert not any(name.startswith(('stages_2', 'stages_3', 'norm', 'head')) for name, _ in model.named_parameters())
 

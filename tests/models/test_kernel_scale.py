@@ -1,8 +1,8 @@
-"""Kernels drawn from the same points at other sizes."""
+"""Kernels sampled from the same points at other sizes."""
 import pytest
 import timm
 import torch
-from common import randomize_
+from common import randomize_, released
 from timm.utils import reparameterize_model
 
 import smpconv_models
@@ -28,12 +28,12 @@ def loop_kernel(coords, radius, weights, base, size):
     wider = max(2 / (size - 1) - 2 / (base - 1), 0.)  # half a spacing in each of two axes, coarser over finer
     kernel = torch.zeros(len(weights), size * size, dtype=torch.float64)
     for p in range(len(coords)):
-        def tent(grid, reach, p=p):
-            return (1 - (grid - coords[p]).abs().sum(-1) / reach).clamp_min(0)
+        def tent(grid, support, p=p):
+            return (1 - (grid - coords[p]).abs().sum(-1) / support).clamp_min(0)
 
         nearest = (new - coords[p]).abs().sum(-1).min()
-        drawn = tent(new, max(radius[p] + wider, 1.001 * nearest + 1e-6))
-        kernel += weights[:, p, None] * drawn * tent(old, radius[p]).sum() / drawn.sum()
+        sampled = tent(new, max(radius[p] + wider, 1.001 * nearest + 1e-6))
+        kernel += weights[:, p, None] * sampled * tent(old, radius[p]).sum() / sampled.sum()
     return kernel.view(-1, size, size)
 
 
@@ -59,7 +59,7 @@ def test_small_radii_do_not_fall_between_the_elements(base, size, radius):
     torch.testing.assert_close(new, old)
 
 
-def test_half_precision_is_drawn_in_single():
+def test_half_precision_is_sampled_in_single():
     layer = randomize_(SMPDepthwiseConv2d(3, 31, 100))
     layer.resize(51)
     expected = layer.kernel()
@@ -83,7 +83,7 @@ def test_the_same_size_is_the_same_kernel():
 
 
 def test_a_finer_kernel_is_the_same_function():
-    """Twice as many intervals: each other element lies where one lay before, at a quarter of its weight or about it."""
+    """Twice as many intervals: every second element keeps its position, with about a quarter of its value."""
     coords, radius = torch.tensor([[0.21, -0.13]]), torch.tensor([0.9])
     fine = points.resample_kernel(coords, radius, torch.ones(1, 1), [31, 31], [61, 61])
     coarse = points.sample_kernel(coords, radius, torch.ones(1, 1), [31, 31], normalize=False)
@@ -115,7 +115,7 @@ def test_gradients_at_another_size():
     assert torch.autograd.gradcheck(function, tuple(layer.parameters()))
 
 
-def test_what_cannot_be_drawn_is_refused():
+def test_invalid_sizes_are_refused():
     layer = SMPDepthwiseConv2d(2, 5, 4)
     with pytest.raises(ValueError, match='kernel size must be odd and positive, got 6'):
         layer.resize(6)
@@ -133,7 +133,7 @@ def test_repr_tells_both_sizes():
 # --- models ---
 
 
-def test_scale_draws_other_sizes_from_the_same_parameters():
+def test_scale_samples_other_sizes_from_the_same_parameters():
     model, fine = make(), make(kernel_scale=2)
     assert sizes(model) == [15, 9, 9] and sizes(fine) == [29, 17, 17]
     assert sizes(make(kernel_scale=(2, 1))) == [29, 9, 9] and sizes(make(kernel_scale=1.5)) == [21, 13, 13]
@@ -151,11 +151,11 @@ def test_a_scaled_model_traces_scripts_and_reparameterizes():
     torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(image), expected)
     plain = reparameterize_model(model)
     torch.testing.assert_close(plain(image), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match='needs the points, and these kernels are drawn'):
+    with pytest.raises(ValueError, match='cannot be changed: the model is re-parameterized'):
         plain.set_kernel_scale(1)
 
 
-@pytest.mark.parametrize('scale, told', [
+@pytest.mark.parametrize('scale, message', [
     ((1, 2, 3), r'kernel_scale must have one entry for each of 2 stages, got \(1, 2, 3\)'),
     (0.1, 'a kernel of 15 must be scaled to 5 to 4095 elements, got 3'),
     (1e9, 'must be scaled to 5 to 4095 elements'),
@@ -164,11 +164,11 @@ def test_a_scaled_model_traces_scripts_and_reparameterizes():
     (float('inf'), 'got inf'), ('abc', "must be scaled by a positive number, got 'abc'"), (None, 'got None'),
     ((2, 'a'), "got 'a'"),
 ])
-def test_scales_that_do_not_fit_are_refused(scale, told):
-    with pytest.raises(ValueError, match=told):
+def test_scales_that_do_not_fit_are_refused(scale, message):
+    with pytest.raises(ValueError, match=message):
         make(kernel_scale=scale)
     model = make()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         model.set_kernel_scale(scale)
     assert sizes(model) == [15, 9, 9]  # none of them is changed
 
@@ -179,8 +179,8 @@ def test_stages_without_blocks():
     assert sizes(model) == [29]
 
 
-def test_kernels_that_are_drawn_beside_norms_that_cannot_be_folded():
-    with pytest.raises(ValueError, match='needs the points, and these kernels are drawn'):
+def test_reparameterized_kernels_beside_other_norms_cannot_be_scaled():
+    with pytest.raises(ValueError, match='cannot be changed: the model is re-parameterized'):
         reparameterize_model(make(norm_layer='layernorm2d').eval()).set_kernel_scale(1)
 
 
@@ -210,7 +210,7 @@ def pretrained(file, **kwargs):
     return timm.create_model('smpconv_nano', pretrained=True, pretrained_cfg_overlay=overlay, **{**SMALL, **kwargs})
 
 
-def test_weights_are_drawn_at_the_sizes_asked_for(file):
+def test_weights_are_sampled_at_the_given_sizes(file):
     image = torch.randn(1, 3, 48, 48)
     scaled = pretrained(file, kernel_scale=2).eval()(image)
     assert not torch.equal(scaled, pretrained(file).eval()(image))
@@ -222,7 +222,7 @@ def test_weights_are_drawn_at_the_sizes_asked_for(file):
 
 
 def test_one_point_for_nine_elements_has_its_size_too(tmp_path):
-    """Kernels whose points are not a quarter of their elements."""
+    """A divisor of the number of points other than 4."""
     model = timm.create_model('smpconv_mobile31', depths=(1, 1), dims=(4, 6), kernel_sizes=(31, 51), num_classes=3)
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     sized = timm.create_model(
@@ -256,23 +256,21 @@ def test_the_models_own_size_comes_before_a_smaller_one_with_as_many_points(tmp_
 
 
 def test_the_releases_weights_at_other_sizes(golden, tmp_path):
-    data = golden('imagenet_tiny')
-    state = {key.removeprefix('state_dict.'): data[key] for key in data if key.startswith('state_dict.')}
-    torch.save(state, tmp_path / 'release.pth')
+    torch.save(released(golden('imagenet_tiny')), tmp_path / 'release.pth')
     sized = timm.create_model(
         'smpconv_t', pretrained=True, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(25, 11, 9, 7),
         num_classes=10, pretrained_cfg_overlay=dict(file=str(tmp_path / 'release.pth'), num_classes=10))
     assert [(layer.base_size, layer.kernel_size) for layer in smp_layers(sized).values()][:2] == [(13, 25), (11, 11)]
 
 
-@pytest.mark.parametrize('kwargs, told', [
+@pytest.mark.parametrize('kwargs, message', [
     (dict(kernel_sizes=(28, 17)), 'kernel size must be odd and positive, got 28'),
     (dict(kernel_sizes=(29, 17), kernel_scale=2), 'contradict kernel_scale'),
     (dict(kernel_sizes=(29, 17, 5)), 'depths, dims and kernel_sizes must have one entry'),
     (dict(points_divisor=9), 'the checkpoint does not fit the model'),
 ])
-def test_what_fits_no_weights_is_refused(file, kwargs, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_fits_no_weights_is_refused(file, kwargs, message):
+    with pytest.raises(ValueError, match=message):
         pretrained(file, **kwargs)
 
 

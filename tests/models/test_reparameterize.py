@@ -4,17 +4,13 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from common import randomize_, relative_error
-from nets import tiny
+from common import relative_error
+from nets import network
 from timm.layers import GroupNorm, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 from torch import nn
 
 from smpconv_models.layers import SMPDepthwiseConv2d
-
-
-def network(**kwargs):
-    return randomize_(tiny(**kwargs)).eval()
 
 
 def kinds(model, *classes):
@@ -36,12 +32,9 @@ def test_same_function(kwargs):
 
 
 def test_exact_in_double():
-    """What float32 can't tell from rounding: 1e-12 leaves no room for a wrong border or epsilon."""
-    model = network(dtype=torch.float64)
-    x = torch.randn(2, 3, 40, 56, dtype=torch.float64)
-    expected = model(x)
-    folded = reparameterize_model(model)
-    assert relative_error(folded(x), expected) < 1e-12
+    """Differences that rounding hides in float32: 1e-12 leaves no room for a wrong border or epsilon."""
+    model, x = network(dtype=torch.float64), torch.randn(2, 3, 40, 56, dtype=torch.float64)
+    assert relative_error(reparameterize_model(model)(x), model(x)) < 1e-12
 
 
 def test_only_the_final_norm_is_left():
@@ -67,10 +60,12 @@ def test_in_place():
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
-def test_keeps_dtype(dtype):
-    folded = reparameterize_model(network().to(dtype))
-    floating = [value for value in folded.state_dict().values() if value.is_floating_point()]
-    assert {value.dtype for value in floating} == {dtype}
+@pytest.mark.parametrize('flag', [True, False])
+def test_keeps_dtype_requires_grad_and_training_flag(flag, dtype):
+    folded = reparameterize_model(network().to(dtype).requires_grad_(flag).train(flag))
+    assert {value.dtype for value in folded.state_dict().values() if value.is_floating_point()} == {dtype}
+    assert {parameter.requires_grad for parameter in folded.parameters()} == {flag}
+    assert {module.training for module in folded.modules()} == {flag}
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -93,23 +88,11 @@ def test_keeps_channels_last():
     assert folded.forward_features(x).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize('requires_grad', [True, False])
-def test_keeps_requires_grad(requires_grad):
-    folded = reparameterize_model(network().requires_grad_(requires_grad))
-    assert {parameter.requires_grad for parameter in folded.parameters()} == {requires_grad}
-
-
 def test_new_parameters_are_leaves_that_train():
     folded = reparameterize_model(network())
     folded(torch.randn(2, 3, 64, 64)).sum().backward()
     for parameter in folded.parameters():
         assert parameter.is_leaf and parameter.grad is not None
-
-
-@pytest.mark.parametrize('training', [True, False])
-def test_keeps_the_training_flag(training):
-    folded = reparameterize_model(network().train(training))
-    assert {module.training for module in folded.modules()} == {training}
 
 
 @pytest.mark.parametrize('name', timm.list_models('smpconv*'))
@@ -121,7 +104,7 @@ def test_on_meta(name):
     assert folded(torch.empty(1, 3, 64, 64, device='meta')).shape == (1, model.num_classes)
 
 
-def test_group_norm_stays_and_kernels_are_baked():
+def test_group_norm_stays_and_kernels_are_sampled_once():
     model = network(norm_layer=lambda channels: GroupNorm(channels, 4))
     x = torch.randn(2, 3, 64, 96)
     folded = reparameterize_model(model)

@@ -1,16 +1,16 @@
-"""Networks for sequences: parity with the original, sizes, their factory, other lengths, what they refuse."""
+"""Networks for sequences: parity with the original, sizes, their factory, other lengths, errors."""
 import pytest
 import timm
 import torch
 from common import assert_frozen, assert_other_shape_is_one_line, randomize_, relative_error, released
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import chunked, smp_layers
+from smpconv_models.layers import points, smp_layers
 from smpconv_models.models import SMPSequenceNet, create_sequence_model, list_sequence_models
 
 TINY = dict(sequence_length=60, in_chans=2, num_classes=5, depth=2, dim=6, num_points=8)
 GOLDEN = {'sequence_tiny': True, 'sequence_tiny_nofft': False}
-# Counted of the original release's.
+# Counts of the original release.
 PARAMETERS = {
     'smpconv_smnist': 370_960, 'smpconv_scifar10': 373_480, 'smpconv_characters': 373_790,
     'smpconv_speech_mfcc': 391_840, 'smpconv_speech': 370_960,
@@ -80,8 +80,8 @@ def test_other_lengths_are_refused(length):
         SMPSequenceNet(**TINY)(torch.zeros(1, 2, length))
 
 
-def test_another_length_draws_the_kernels_anew():
-    """A sequence with every step twice, on kernels twice as dense, comes to nearly the same."""
+def test_another_length_resamples_the_kernels():
+    """A sequence with every step twice, with kernels twice as dense, has nearly the same result."""
     torch.manual_seed(0)
     model = SMPSequenceNet(**TINY, small_kernel_size=0, init_radius=0.3).eval()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_another_length_draws_the_kernels_anew():
     assert torch.equal(model(x), expected)
 
 
-def test_lengths_that_cannot_be():
+def test_invalid_lengths():
     model = SMPSequenceNet(**TINY)
     with pytest.raises(ValueError, match='positive whole number, got 0'):
         model.set_sequence_length(0)
@@ -110,7 +110,7 @@ def test_lengths_that_cannot_be():
         model.set_sequence_length(4)
     assert model.sequence_length == 60 and next(iter(smp_layers(model).values())).kernel_size == 60
     fused = timm.utils.reparameterize_model(model.eval())
-    with pytest.raises(ValueError, match=r'needs the points, and these kernels are drawn'):
+    with pytest.raises(ValueError, match=r'cannot be changed: the model is re-parameterized'):
         fused.set_sequence_length(120)
 
 
@@ -157,7 +157,7 @@ def test_classifier():
 
 
 def test_state_dict_is_frozen():
-    """Files that people saved must go on loading."""
+    """Saved files must keep loading."""
     assert_frozen('smpconv_speech_mfcc', create_sequence_model('smpconv_speech_mfcc', device='meta'))
 
 
@@ -202,14 +202,14 @@ def test_long_kernels_in_chunks_train_alike(monkeypatch):
     model(x).square().sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr(chunked, '_MOST_PAIRS', 800)
+    monkeypatch.setattr(points, '_MAX_PAIRS', 800)
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_files_trained_at_another_length_are_refused(golden):
-    """Shapes of points don't tell: those for 16,000 steps are those for 784."""
+    """Shapes of points do not depend on the length: those for 16,000 steps equal those for 784."""
     model = SMPSequenceNet(**{**TINY, 'sequence_length': 61})
     with pytest.raises(ValueError, match=r'of blocks\.0\.conv1\.large\.conv are for kernels of size 60, not of 61'):
         checkpoint.load_into(model, released(golden('sequence_tiny_nofft')))

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import timm
 import torch
-from common import assert_frozen, randomize_, relative_error
-from nets import GOLDEN, GOLDEN_MOBILE, tiny
+from common import assert_frozen, randomize_, relative_error, released
+from nets import GOLDEN, GOLDEN_MOBILE, network, tiny
 from timm.layers import DropPath, GroupNorm, LayerNorm2d
 from timm.models import group_parameters
 from torch import nn
@@ -15,7 +15,7 @@ from smpconv_models import SMPConvNet, clip_radius_
 from smpconv_models.layers import ReparamLargeKernelConv, SMPDepthwiseConv2d
 from smpconv_models.models.smpconv import checkpoint_filter_fn, default_cfgs
 
-NAMES = timm.list_models('smpconv*', exclude_filters='smpconv_cifar')  # which is another network
+NAMES = timm.list_models('smpconv*', exclude_filters='smpconv_cifar')  # another architecture
 PARAMETERS = {
     'smpconv_t': 26_705_248,
     'smpconv_b': 79_546_520,
@@ -29,11 +29,11 @@ def count(module):
 
 
 def rounded(tensor):
-    """A scale for float32 results of another order of summing, through a few dozen layers."""
+    """Return a tolerance for float32 results in another order of summation, through a few dozen layers."""
     return 1e-5 * tensor.abs().max().item()
 
 
-# --- what is built ---
+# --- variants ---
 
 
 def test_registered_names():
@@ -85,7 +85,7 @@ def test_tags():
 
 @pytest.mark.parametrize('name', ['smpconv_nano', 'smpconv_t', 'smpconv_cifar'])
 def test_state_dict_is_frozen(name):
-    """Files that people saved must go on loading."""
+    """Saved files must keep loading."""
     assert_frozen(name, timm.create_model(name, device='meta'))
 
 
@@ -99,20 +99,11 @@ def test_forward_on_meta(name):
 # --- the release ---
 
 
-def load_golden(golden, name, config, **kwargs):
-    data = golden(name)
-    released = {key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
-    model = SMPConvNet(**config, **kwargs)
-    model.load_state_dict(checkpoint_filter_fn(released, model))
-    return model.eval(), data
-
-
-@pytest.mark.parametrize(('name', 'config', 'extra'), [
-    ('imagenet_tiny', GOLDEN, {}),
-    ('imagenet_tiny_mobile', GOLDEN_MOBILE, dict(points_divisor=8, mlp_ratio=2.)),
-])
-def test_outputs_of_the_release(golden, name, config, extra):
-    model, data = load_golden(golden, name, config, **extra)
+@pytest.mark.parametrize(('name', 'config'), [
+    ('imagenet_tiny', GOLDEN), ('imagenet_tiny_mobile', dict(GOLDEN_MOBILE, points_divisor=8, mlp_ratio=2.))])
+def test_outputs_of_the_release(golden, name, config):
+    data, model = golden(name), SMPConvNet(**config).eval()
+    model.load_state_dict(checkpoint_filter_fn(released(data), model))
     with torch.no_grad():
         stages = model.forward_intermediates(data['input'], intermediates_only=True)
         logits = model(data['input'])
@@ -145,7 +136,7 @@ def test_input_channels(in_chans):
     ('catavgmax', lambda f: torch.cat([f.mean((2, 3)), f.amax((2, 3))], 1)),
 ])
 def test_pooling(global_pool, pooled):
-    model = randomize_(tiny(global_pool=global_pool)).eval()
+    model = network(global_pool=global_pool)
     x = torch.randn(2, 3, 64, 96)
     features = model.forward_features(x)
     expected = pooled(features)
@@ -161,7 +152,7 @@ def test_no_pooling_keeps_the_map():
     assert model(x).shape == (2, 20, 2, 3)
 
 
-def test_drop_rate_reaches_the_head():
+def test_drop_rate_is_the_heads():
     model = tiny(drop_rate=0.5).train()
     features = torch.ones(1, 20, 2, 2)
     with torch.no_grad():
@@ -205,7 +196,7 @@ def test_stem_stride(stem_stride):
 
 @pytest.mark.parametrize('output_stride', [8, 16])
 def test_output_stride_computes_the_same_values_more_densely(output_stride):
-    """Far from the border (there is none that a kernel doesn't reach here, so all padding agrees as well)."""
+    """Including the border: padding agrees as well."""
     plain = randomize_(tiny().double()).eval()
     dense = randomize_(tiny(output_stride=output_stride).double()).eval()
     assert dense.feature_info[-1]['reduction'] == output_stride
@@ -302,14 +293,14 @@ def test_unknown_keyword_raises(name):
 
 @pytest.mark.parametrize('size', [(1, 1), (3, 5), (7, 64), (33, 31)])
 def test_any_input_size(size):
-    model = randomize_(tiny()).eval()
+    model = network()
     y = model(torch.randn(1, 3, *size))
     assert y.shape == (1, 7)
     assert torch.isfinite(y).all()
 
 
 def test_results_do_not_depend_on_the_batch():
-    model = randomize_(tiny()).eval()
+    model = network()
     x = torch.randn(3, 3, 40, 56)
     together = model(x)
     alone = torch.cat([model(part) for part in x.split(1)])
@@ -332,7 +323,7 @@ def test_every_parameter_has_a_gradient():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     """Each of about 60 layers rounds; 60 roundings, walking, are 8 of them."""
-    model = randomize_(tiny(dims=(24, 32, 40, 48))).eval()
+    model = network(dims=(24, 32, 40, 48))
     x = torch.randn(2, 3, 64, 64)
     expected = model(x)
     y = model.to(dtype)(x.to(dtype))
@@ -347,7 +338,7 @@ def test_dtype_argument():
 
 
 def test_autocast_trains_in_float32_parameters():
-    model = randomize_(tiny(dims=(24, 32, 40, 48))).eval()
+    model = network(dims=(24, 32, 40, 48))
     x = torch.randn(2, 3, 64, 64)
     expected = model(x)
     with torch.autocast('cpu', torch.bfloat16):
@@ -359,7 +350,7 @@ def test_autocast_trains_in_float32_parameters():
 
 
 def test_channels_last():
-    model = randomize_(tiny()).eval()
+    model = network()
     x = torch.randn(2, 3, 64, 96)
     expected = model(x)
     model = model.to(memory_format=torch.channels_last)
@@ -389,10 +380,10 @@ def init_statistics(model):
     return {kind: torch.cat(tensors) for kind, tensors in pooled.items()}
 
 
-@pytest.mark.parametrize('road', ['constructor', 'meta'])
-def test_initial_values(road):
-    """Of a new model, and of one made on the meta device, materialized full of garbage, and initialized."""
-    if road == 'constructor':
+@pytest.mark.parametrize('created_on', ['cpu', 'meta'])
+def test_initial_values(created_on):
+    """For a new model, and for one made on the meta device, filled with garbage, and initialized."""
+    if created_on == 'cpu':
         model = timm.create_model('smpconv_nano')
     else:
         model = timm.create_model('smpconv_nano', device='meta').to_empty(device='cpu')
@@ -449,7 +440,7 @@ def test_classifier_can_be_reset():
 
 
 def test_pre_logits():
-    model = randomize_(tiny()).eval()
+    model = network()
     x = torch.randn(2, 3, 32, 32)
     features = model.forward_features(x)
     pre_logits = model.forward_head(features, pre_logits=True)
@@ -485,7 +476,7 @@ def test_grad_checkpointing_is_used(monkeypatch):
 
 @pytest.mark.parametrize('indices', [None, 1, 2, 4, [0], [1, 3], [-1], [0, -2]])
 def test_forward_intermediates(indices):
-    model = randomize_(tiny()).eval()
+    model = network()
     x = torch.randn(2, 3, 64, 96)
     every, y = [], model.stem(x)
     for stage in model.stages:
@@ -503,7 +494,7 @@ def test_forward_intermediates(indices):
 
 
 def test_forward_intermediates_norm_applies_to_the_last_stage_only():
-    model = randomize_(tiny()).eval()
+    model = network()
     x = torch.randn(2, 3, 64, 96)
     plain = model.forward_intermediates(x, intermediates_only=True)
     normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
@@ -512,7 +503,7 @@ def test_forward_intermediates_norm_applies_to_the_last_stage_only():
 
 
 def test_forward_intermediates_stops_early():
-    model = randomize_(tiny()).eval()
+    model = network()
     model.stages[2].register_forward_hook(lambda *args: pytest.fail('the third stage ran'))
     x = torch.randn(1, 3, 32, 32)
     final, got = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
@@ -526,7 +517,7 @@ def test_forward_intermediates_has_one_format():
 
 @pytest.mark.parametrize(('indices', 'kept'), [(1, 4), ([0, 1], 2), ([-2], 3), ([3], 4)])
 def test_prune_intermediate_layers(indices, kept):
-    model = randomize_(tiny()).eval()
+    model = network()
     x = torch.randn(2, 3, 64, 96)
     expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
     last = model.forward_intermediates(x, intermediates_only=True)[kept - 1]
@@ -549,7 +540,7 @@ def test_pruned_model_takes_a_new_classifier():
 
 
 def test_pruning_can_keep_norm_and_head():
-    model = randomize_(tiny()).eval()
+    model = network()
     x = torch.randn(2, 3, 32, 32)
     expected = model(x)
     model.prune_intermediate_layers([3], prune_norm=False, prune_head=False)
@@ -558,7 +549,7 @@ def test_pruning_can_keep_norm_and_head():
     assert isinstance(model.norm, nn.Identity) and isinstance(model.get_classifier(), nn.Identity)
 
 
-def test_clip_radius_reaches_every_layer():
+def test_clip_radius_clips_every_layer():
     model = tiny()
     radii = [parameter for name, parameter in model.named_parameters() if name.endswith('.radius')]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The network for small images: parity with the original, size, what timm asks of it, what it refuses."""
+"""The network for small images: parity with the original, size, timm's interface, errors."""
 import json
 
 import pytest
@@ -42,7 +42,7 @@ def test_logits_equal_the_original(golden, method):
 
 
 def test_original_files_load_as_pretrained(golden, tmp_path):
-    """As torch.save wrote them; with other classes the classifier is new and all else is the file's."""
+    """As torch.save wrote them; with other classes only the classifier is new."""
     data = golden('cifar_tiny')
     file = tmp_path / 'model.pt'
     torch.save({'model': released(data), 'optimizer': {}, 'lr_scheduler': {}, 'epoch': 209}, file)
@@ -99,7 +99,7 @@ def test_weights_that_are_not_finite_are_refused(golden, tmp_path):
         create(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'nan.pt')))
 
 
-def test_blocks_are_divided_into_stages_where_channels_change():
+def test_blocks_are_divided_into_stages_by_their_channels():
     """The paper's network: 2, 3 and 2 blocks in one list."""
     model = timm.create_model('smpconv_cifar', device='meta')
     names, flat = {}, 0
@@ -134,7 +134,7 @@ def test_features():
 
 
 @pytest.mark.parametrize('out_indices', [(0, 5), 7, (-3,)])
-def test_stages_that_there_are_not(out_indices):
+def test_stages_that_do_not_exist(out_indices):
     with pytest.raises(ValueError, match='out_indices'):
         create(features_only=True, out_indices=out_indices)
 
@@ -165,7 +165,7 @@ def test_intermediates_are_checkpointed_too():
     model, x = create(depths=(2, 2), block_drop_rate=0.), torch.randn(2, 3, 16, 16)
 
     def kept():
-        """Elements that the backward pass is kept for, and the features."""
+        """Number of elements saved for the backward pass, and the features."""
         numbers = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
             features = model.forward_intermediates(x, intermediates_only=True)
@@ -194,7 +194,7 @@ def test_pooling_and_classifier():
     assert model(torch.zeros(2, 3, 9, 9)).shape == (2, 5) and model.get_classifier().out_features == 5
 
 
-def test_made_on_meta_and_drawn_later():
+def test_created_on_meta_and_initialized_later():
     model = SMPResNet(**TINY, device='meta').to_empty(device='cpu')
     model.init_weights()
     assert all(value.isfinite().all() for value in model.state_dict().values())
@@ -218,30 +218,28 @@ def test_mistakes(changes, message):
         create(**changes)
 
 
+def folder_of(data, path, **config):
+    """A folder with the original's weights, and these arguments in its config."""
+    torch.save({'model': released(data), 'model_kwargs': TINY}, path / 'model.pt')
+    done = hub.convert(path / 'model.pt', path / 'folder', 'smpconv_cifar')
+    assert done.key == 'model' and done.difference < 1e-5
+    file = path / 'folder' / 'config.json'
+    content = json.loads(file.read_text())
+    content['model_args'].update(config)
+    file.write_text(json.dumps(content))
+    return path / 'folder'
+
+
 def test_converted_for_the_hub(golden, tmp_path):
     """A file of the original release as a folder that loads anywhere."""
     data = golden('cifar_tiny')
-    torch.save({'model': released(data), 'model_kwargs': TINY}, tmp_path / 'model.pt')
-    done = hub.convert(tmp_path / 'model.pt', tmp_path / 'folder', 'smpconv_cifar')
-    assert done.key == 'model' and done.difference < 1e-5
     with torch.no_grad():
-        assert relative_error(hub.load(tmp_path / 'folder').eval()(data['input']), data['logits']) < 1e-5
+        assert relative_error(hub.load(folder_of(data, tmp_path)).eval()(data['input']), data['logits']) < 1e-5
 
 
 def test_files_of_the_paper_are_known_by_their_shapes():
     model = timm.create_model('smpconv_cifar', num_classes=7, device='meta')
     assert str(identify(model.state_dict())) == 'smpconv_cifar with 7 classes and 3 input channels'
-
-
-def folder_of(data, path, **config):
-    """A folder of the original's weights, with this in its configuration."""
-    torch.save({'model': released(data), 'model_kwargs': TINY}, path / 'model.pt')
-    hub.convert(path / 'model.pt', path / 'folder', 'smpconv_cifar')
-    file = path / 'folder' / 'config.json'
-    told = json.loads(file.read_text())
-    told['model_args'].update(config)
-    file.write_text(json.dumps(told))
-    return path / 'folder'
 
 
 @pytest.mark.parametrize(('config', 'message'), [
@@ -251,12 +249,12 @@ def folder_of(data, path, **config):
     (dict(kernel_size=9999), 'kernels of side 9999 take'),
     (dict(dims=[100_000, 100_000]), 'expected at most 2e\\+09 numbers'),
 ])
-def test_a_configuration_is_looked_at_before_it_takes_memory(golden, tmp_path, monkeypatch, config, message):
+def test_a_config_is_validated_before_it_takes_memory(golden, tmp_path, monkeypatch, config, message):
     folder = folder_of(golden('cifar_tiny'), tmp_path, **config)
     build = _builder.build_model_with_cfg
 
     def built(*args, **kwargs):
-        assert kwargs['device'] == 'meta'  # whose weights they could be
+        assert kwargs['device'] == 'meta'
         return build(*args, **kwargs)
 
     monkeypatch.setattr(_builder, 'build_model_with_cfg', built)
@@ -278,14 +276,10 @@ def test_gray_weights_take_gray_images_only(golden, tmp_path):
     gray = create(in_chans=1)
     torch.save({'state_dict': gray.state_dict(), 'model_kwargs': {**TINY, 'in_chans': 1}}, tmp_path / 'gray.pt')
     hub.convert(tmp_path / 'gray.pt', tmp_path / 'folder', 'smpconv_cifar')
-    with pytest.raises(ValueError, match=r'weights of 1 input channels can become those of 1, expected that, got 3'):
+    with pytest.raises(ValueError, match=r'weights of 1 input channels can be converted to 1 channel only, got 3'):
         hub.load(tmp_path / 'folder', in_chans=3)
 
 
 def test_a_folder_with_arguments_of_another_network_is_refused(golden, tmp_path):
-    torch.save({'model': released(golden('cifar_tiny')), 'model_kwargs': TINY}, tmp_path / 'model.pt')
-    hub.convert(tmp_path / 'model.pt', tmp_path / 'folder', 'smpconv_cifar')
-    config = tmp_path / 'folder' / 'config.json'
-    config.write_text(config.read_text().replace('"kernel_size"', '"points_divisor"'))
     with pytest.raises(ValueError, match='points_divisor'):
-        hub.load(tmp_path / 'folder')
+        hub.load(folder_of(golden('cifar_tiny'), tmp_path, points_divisor=9))

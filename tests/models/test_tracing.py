@@ -2,13 +2,9 @@
 import pytest
 import torch
 from common import randomize_
-from nets import tiny
+from nets import network, tiny
 
 SIZES = ((2, 3, 32, 48), (3, 3, 64, 40), (1, 3, 33, 33))
-
-
-def network(**kwargs):
-    return randomize_(tiny(**kwargs)).eval()
 
 
 # two stages, of which one has a downsampling: compiling takes seconds for each block

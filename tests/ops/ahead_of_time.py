@@ -1,4 +1,4 @@
-"""Building what launch.py would launch, for a GPU that isn't here: registers, spills, instructions.
+"""Build the kernels that launch.py would launch for a GPU that is not present: registers, spills, instructions.
 
 The Triton wheel carries the assembler and the two tools that read its output.
 """
@@ -23,7 +23,7 @@ OPTIONS = ('num_warps', 'num_stages')
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with the arguments it was called with."""
+    """A kernel with the arguments of its call."""
     kernel: triton.runtime.JITFunction
     arguments: dict
     options: dict
@@ -41,7 +41,7 @@ class Build:
 
 
 class _Recorder:
-    """Stands where launch.py looks for the kernels, and keeps the calls."""
+    """Replacement of the kernels in launch.py that records the calls."""
 
     def __init__(self):
         self.launches = []
@@ -60,7 +60,7 @@ class _Recorder:
 
 
 def launches(monkeypatch, function, *args):
-    """What ``function`` of launch.py launches for these arguments; tensors may be on the meta device."""
+    """Return what ``function`` of launch.py launches for these arguments; tensors may be on the meta device."""
     recorder = _Recorder()
     with monkeypatch.context() as patch:
         patch.setattr(launch, 'kernels', recorder)
@@ -69,7 +69,7 @@ def launches(monkeypatch, function, *args):
 
 
 def build(launched, capability):
-    """Compiles a launch for a compute capability such as 90."""
+    """Compile a launch for a compute capability such as 90."""
     names, values = launched.kernel.arg_names, launched.arguments
     constant = {param.name: param.is_constexpr or values[param.name] is None for param in launched.kernel.params}
     tensors = [name for name in names if isinstance(values[name], torch.Tensor)]
@@ -104,7 +104,7 @@ def _run(tool, *args):
 
 
 def _product_loop(lines):
-    """The shortest stretch between a label and a branch back to it that holds matrix products."""
+    """Return the shortest loop, from a label to a branch back to it, that has matrix products."""
     labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r'\s*(\.L_x_\d+):', line))}
     loops = []
     for number, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""The operation's tests run with poisoned memory and a fixed seed, and choose backends anew."""
+"""The operation's tests run with poisoned memory and a fixed seed, and select backends again."""
 import pytest
 import torch
 
@@ -12,7 +12,7 @@ def poisoned_and_seeded(poison):
 
 @pytest.fixture
 def fp32_precision():
-    """Sets PyTorch's precision of float32 convolutions for the time of a test."""
+    """Set PyTorch's precision of float32 convolutions for the duration of a test."""
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
 
@@ -23,7 +23,7 @@ def fp32_precision():
 
 
 @pytest.fixture(autouse=True)
-def no_choice_remembered():
+def no_cached_selection():
     _backends._runnable.cache_clear()
     _backends._warn_once.cache_clear()
     yield

@@ -1,4 +1,4 @@
-"""The named cases over which backends are compared, and how far they may be from the truth."""
+"""The named cases over which backends are compared, and the tolerances."""
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ LAYOUTS = ('nchw', 'channels_last', 'slice')
 
 
 def make(shape, dtype, layout='nchw', device='cpu'):
-    """Input, weight, bias and output gradient; input and gradient in the layout asked for."""
+    """Return input, weight, bias and output gradient; input and gradient in the given layout."""
     def randn(*size):
         return torch.randn(*size, dtype=dtype).to(device)
     return (
@@ -49,7 +49,7 @@ def make(shape, dtype, layout='nchw', device='cpu'):
 
 
 def lay_out(tensor, layout):
-    """The same values, as channels_last or as a part of a larger tensor full of other values."""
+    """Return the same values, as channels_last or as a slice of a larger tensor of other values."""
     if layout == 'channels_last':
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == 'slice':
@@ -60,25 +60,25 @@ def lay_out(tensor, layout):
 
 
 def plain_conv(x, weight, bias, dilation):
-    """The operation's meaning in one line."""
+    """Compute the operation by its definition."""
     return F.conv2d(x, weight, bias, padding='same', dilation=dilation, groups=x.shape[1])
 
 
 def with_gradients(function, x, weight, bias, grad):
-    """y, dx, dw, db of ``function(x, weight, bias)``."""
+    """Return y, dx, dw, db of ``function(x, weight, bias)``."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
     y = function(*leaves)
     return dict(zip(('y', 'dx', 'dw', 'db'), (y.detach(), *torch.autograd.grad(y, leaves, grad))))
 
 
 def terms(shape):
-    """How many products at most are summed in one element of each result."""
+    """Return how many products at most are summed in one element of each result."""
     kernel, pixels = shape.kh * shape.kw, shape.n * shape.h * shape.w
     return {'y': kernel + 1, 'dx': kernel, 'dw': pixels, 'db': pixels}
 
 
 def assert_as_exact_as(got, plain, exact, num_terms):
-    """``got`` errs by no more than twice what ``plain``, of the same dtype, does, and a rounding band.
+    """Assert that ``got`` errs at most twice as much as ``plain``, of the same dtype, plus a rounding band.
 
     The band: one rounding of the largest result, and the accumulator's own (float32 for the half precisions). The
     terms are products of standard normals, so a partial sum of n is about sqrt(n), and n of its roundings walk about

@@ -1,6 +1,6 @@
-"""What the kernels should take on an H200, counted from their sm_90 builds; `python predict.py > predictions.md`.
+"""Predict the kernels' time on an H200 from their sm_90 builds: `python predict.py > predictions.md`.
 
-A launch can't be faster than any of these lets it:
+A launch takes at least the time of each of these:
 
     memory      bytes of inputs and outputs, each once, at 4.3 TB/s
     products    multiply-adds of the tiles at 2048 a clock and multiprocessor
@@ -36,7 +36,7 @@ def ceil(a, b):
 
 
 def steps(name, a):
-    """How often a launch's loop runs, over all programs, and the sizes M, N, K of a step's product."""
+    """Return how often a launch's loop runs, over all programs, and the sizes M, N, K of a step's product."""
     n, h = a['N'], a.get('H')
     if name == 'map_forward':
         pixels = a['HW_A'] * a['A']
@@ -58,7 +58,7 @@ def steps(name, a):
 
 
 def predict(launched):
-    """Microseconds by what bounds them, and the build."""
+    """Return the microseconds by bound, and the build."""
     built = ahead_of_time.build(launched, 90)
     name, a = launched.kernel.fn.__name__, launched.arguments
     tensors = [value for value in a.values() if isinstance(value, torch.Tensor)]
@@ -81,7 +81,7 @@ def predict(launched):
 
 
 def mix(built):
-    """Instructions of one step, by kind."""
+    """Count the instructions of one step by kind."""
     kinds = {'products': ahead_of_time.PRODUCT.pattern, 'copies': r'(@\S+ )?LDGSTS', 'loads': r'(@\S+ )?LDG\b',
              'shared': r'(@\S+ )?(LDS|STS|LDSM|STSM)\b'}
     counted = {
@@ -93,7 +93,7 @@ def main():
     patch = pytest.MonkeyPatch()
     patch.setattr(tuning, '_capability', lambda device: 90)
     print(f'# Predicted, not measured: H200, bfloat16, batch {BATCH}\n')
-    print(f'Triton {triton.__version__}, made by predict.py, which says what is counted. Microseconds.\n')
+    print(f'Triton {triton.__version__}, made by predict.py, which describes the counts. Microseconds.\n')
     print('| layer | | kernel | memory | products | issue | shared | L2 | bound | of the floor |')
     print('| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |')
     builds = {}

@@ -1,4 +1,4 @@
-"""Every backend against float64, over one grid; and the layout, emptiness and choice of what it returns."""
+"""Every backend compared with float64 over one grid; layouts, empty batches, and the selection of a backend."""
 import functools
 import logging
 import subprocess
@@ -92,7 +92,7 @@ def test_non_contiguous_weight_bias_and_expanded_gradient(backend):
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('kernel_size', [3, 31])
 def test_empty_batch(kernel_size, backend):
-    """Nothing in, nothing out; the parameters' gradients are zero, not unwritten."""
+    """The output is empty, and the parameters' gradients are zero, not uninitialized."""
     x, weight, bias = torch.randn(0, 3, 5, 7), torch.randn(3, 1, kernel_size, kernel_size), torch.randn(3)
     got = with_gradients(lambda *args: depthwise_conv2d(*args, backend=backend), x, weight, bias, x)
     assert got['y'].shape == got['dx'].shape == (0, 3, 5, 7)
@@ -133,7 +133,7 @@ def test_gradgradcheck_of_the_weight_gradient(backend):
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def function(grad, x):
-        return torch.ops.smpconv_models.depthwise_conv2d_weight_grad(grad, x, [3, 3], [1, 1], backend)
+        return torch.ops.smpconv_models.depthwise_conv2d_weight_grad(grad, x, [3, 3], [1, 1], backend, '')
     assert torch.autograd.gradcheck(function, (grad, x))
     assert torch.autograd.gradgradcheck(function, (grad, x))
 
@@ -164,13 +164,13 @@ def test_auto_takes_the_first_available(monkeypatch):
     (13, 1, False, 'reference'), (15, 1, False, 'cpu'), (13, 2, False, 'cpu'),
 ])
 def test_auto_leaves_small_kernels_to_conv2d(kernel_size, dilation, needs_weight_grad, expected):
-    """Where the CPU backend would call the very same kernels."""
+    """The CPU backend would call the same kernels."""
     chosen = _backends.select('auto', torch.ones(1, 1, 2, 2), [kernel_size] * 2, [dilation] * 2, needs_weight_grad)
-    assert chosen is _backends.load(expected)
+    assert chosen == expected
 
 
-def test_auto_passes_over_and_says_why(monkeypatch, caplog):
-    """The branch that a machine with every backend never takes."""
+def test_auto_skips_and_logs_why(monkeypatch, caplog):
+    """The branch that a machine with every backend does not take."""
     monkeypatch.setattr(_backends.load('cpu'), 'unsupported_reason', lambda device, dtype=None: 'its reason')
     with caplog.at_level(logging.DEBUG, logger='smpconv_models'):
         y = depthwise_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
@@ -182,7 +182,7 @@ def test_auto_passes_over_and_says_why(monkeypatch, caplog):
 
 
 def test_a_named_backend_never_falls_back():
-    """Nor where there is nothing to compute: meta tensors are not on the CPU."""
+    """Also for meta tensors, which have nothing to compute and are not on the CPU."""
     x, weight = torch.empty(1, 2, 4, 4, device='meta'), torch.empty(2, 1, 3, 3, device='meta')
     with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run here: .*meta"):
         depthwise_conv2d(x, weight, backend='cpu')
@@ -196,7 +196,7 @@ def test_a_named_backend_never_falls_back():
 ], ids=str)
 @pytest.mark.parametrize('name', ['k5_odd_map', 'k13_map_below_kernel', 'k31', 'rectangular', 'dilated', 'one_pixel'])
 def test_cpu_weight_gradient_in_parts_and_with_halos(monkeypatch, name, limits):
-    """What large maps and batches take."""
+    """The code path of large maps and batches."""
     cpu = _backends.load('cpu')
     for constant, value in limits.items():
         monkeypatch.setattr(cpu, constant, value)
@@ -219,7 +219,7 @@ def watch():
 
 x = torch.randn(*map(int, sys.argv[2:6])).contiguous(memory_format=getattr(torch, sys.argv[1]))
 weight = torch.randn(x.shape[1], 1, int(sys.argv[6]), int(sys.argv[6]), requires_grad=True)
-torch.autograd.grad(depthwise_conv2d(x[:1, :, :20, :20], weight).sum(), weight)     # what PyTorch loads, loaded
+torch.autograd.grad(depthwise_conv2d(x[:1, :, :20, :20], weight).sum(), weight)     # load libraries first
 x.requires_grad_()
 running, peak, before = True, 0, resident()
 thread = threading.Thread(target=watch)
@@ -240,7 +240,7 @@ print((peak - before) / (x.numel() * 4))
         ((2, 64, 120, 200), 31, 'channels_last'))),
 ], ids=str)
 def test_memory_is_a_few_times_the_inputs(size, kernel_size, memory_format):
-    """Results take two of them, a copy in another layout one, and oneDNN's plans some; once it was hundreds."""
+    """Results take two inputs' memory, a copy in another layout one, and oneDNN's plans some; once it was hundreds."""
     command = [sys.executable, '-c', MEMORY, memory_format, *map(str, size), str(kernel_size)]
     result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     assert float(result.stdout) < 5
@@ -248,14 +248,14 @@ def test_memory_is_a_few_times_the_inputs(size, kernel_size, memory_format):
 
 @pytest.mark.parametrize('backend', [name for name in BACKENDS if name != 'reference'])
 def test_dilation_beyond_the_map(backend):
-    """Only the kernel's centre meets the map, and nothing grows with the dilation."""
+    """Only the kernel's centre overlaps the map, and no memory grows with the dilation."""
     x, weight = torch.randn(2, 3, 5, 6), torch.randn(3, 1, 7, 7)
     torch.testing.assert_close(
         depthwise_conv2d(x, weight, dilation=10 ** 9, backend=backend), x * weight[:, 0, 3:4, 3:4])
 
 
 def test_out_of_memory_is_pytorchs_own_error():
-    """And the process goes on."""
+    """And the process continues."""
     x, weight = torch.zeros(1).expand(2 ** 20, 2 ** 20, 32, 32), torch.zeros(1).expand(2 ** 20, 1, 15, 15)
     with pytest.raises(RuntimeError, match='alloc'):
         depthwise_conv2d(x, weight)
@@ -275,7 +275,7 @@ for channels in (2, 3, 16):
 
 @pytest.mark.parametrize('dtype', [pytest.param('float16', marks=pytest.mark.slow), 'bfloat16'])  # 7 s each
 def test_few_channels_return(dtype):
-    """In a process of its own: what is held is that the call comes back at all."""
+    """In a separate process: the call must return at all."""
     try:
         subprocess.run([sys.executable, '-c', FEW_CHANNELS.format(dtype=dtype)], check=True, timeout=30)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The public function as PyTorch's other parts see it: dispatcher, tracers, compilers, autocast, counters."""
+"""The public function with PyTorch's dispatcher, tracers, compilers, autocast and counters."""
 import inspect
 
 import pytest
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smpconv_models.ops import available_backends, depthwise_conv2d
 
-KERNEL_SIZES = (3, 15)      # the first is left to conv2d
+KERNEL_SIZES = (3, 15)      # conv2d computes the first
 
 
 class Conv(nn.Module):
@@ -49,9 +49,9 @@ def test_opcheck(sample, backend):
     weight = torch.randn(size[1], 1, *kernel_size, requires_grad=True)
     bias = torch.randn(size[1], requires_grad=True) if has_bias else None
     operators = torch.ops.smpconv_models
-    torch.library.opcheck(operators.depthwise_conv2d, (x, weight, bias, [1, 1], backend))
+    torch.library.opcheck(operators.depthwise_conv2d, (x, weight, bias, [1, 1], backend, ''))
     torch.library.opcheck(
-        operators.depthwise_conv2d_weight_grad, (grad, x, list(kernel_size), [1, 1], backend))
+        operators.depthwise_conv2d_weight_grad, (grad, x, list(kernel_size), [1, 1], backend, ''))
 
 
 def test_compiled_over_several_sizes():
@@ -83,7 +83,7 @@ def test_torchscript_of_the_function():
 
 
 def test_dilation_and_backend_are_keyword_only():
-    """The signature that scripting reads in its place must not show."""
+    """The signature for scripting must not be visible."""
     kinds = {name: parameter.kind for name, parameter in inspect.signature(depthwise_conv2d).parameters.items()}
     assert list(kinds) == ['input', 'weight', 'bias', 'dilation', 'backend']
     assert kinds['dilation'] is kinds['backend'] is inspect.Parameter.KEYWORD_ONLY
@@ -139,7 +139,7 @@ def test_autocast_takes_mixed_dtypes_and_can_be_left(kernel_size):
 
 
 def test_backward_within_autocast_keeps_float32():
-    """As plain conv2d's does, whose forward was outside."""
+    """Like plain conv2d with a forward pass outside of autocast."""
     x, weight = torch.randn(1, 2, 5, 6, requires_grad=True), torch.randn(2, 1, 15, 15, requires_grad=True)
     gradients = []
     for function in (depthwise_conv2d, lambda x, weight: plain_conv(x, weight, None, 1)):
@@ -177,7 +177,7 @@ def test_flops_are_counted():
 
 
 def test_flops_are_counted_without_gradients():
-    """Calls that autograd doesn't watch skip the operator, but not where a counter does."""
+    """Calls without autograd skip the operator, except while a counter runs."""
     x, weight = torch.randn(2, 3, 6, 5), torch.randn(3, 1, 15, 15)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         depthwise_conv2d(x, weight)
@@ -290,7 +290,7 @@ def test_dilation_is_one_number_or_two(dilation):
 
 
 def test_good_arguments_are_good():
-    """Otherwise the errors above would prove little."""
+    """The errors above come from the changes alone."""
     arguments = good()
     expected = F.conv2d(arguments['input'], arguments['weight'], arguments['bias'], padding=1, groups=3)
     torch.testing.assert_close(depthwise_conv2d(**arguments), expected)

@@ -1,4 +1,4 @@
-"""The reference backend is held by scalar loops in float64."""
+"""The reference backend compared with scalar loops in float64."""
 import pytest
 import torch
 from grid import lay_out
@@ -57,8 +57,8 @@ def test_reference_equals_scalar_loops(case):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-13, msg=lambda text, name=name: f'{name}: {text}')
 
 
-def test_asymmetric_kernel_is_not_turned():
-    """A cross-correlation: an element right of the kernel's centre brings the pixel from the right."""
+def test_asymmetric_kernel_is_not_rotated():
+    """A cross-correlation: an element right of the kernel's centre takes the pixel on the right."""
     x = torch.arange(12.).reshape(1, 1, 3, 4)
     weight = torch.zeros(1, 1, 3, 3)
     weight[0, 0, 1, 2] = 1
@@ -67,7 +67,7 @@ def test_asymmetric_kernel_is_not_turned():
 
 
 def test_poison_reaches_new_tensors():
-    """Otherwise the NaN checks of these tests would see nothing."""
+    """The NaN checks of these tests depend on it."""
     x = torch.zeros(3)
     for tensor in (torch.empty(3), torch.empty_like(x), x.new_empty(3), torch.empty(3, dtype=torch.bfloat16)):
         assert tensor.isnan().all()

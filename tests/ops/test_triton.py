@@ -1,7 +1,7 @@
-"""The Triton kernels: their meaning, under Triton's interpreter or on a GPU; and what keeps the backend from running.
+"""The Triton kernels, under Triton's interpreter or on a GPU; and the reasons for which the backend cannot run.
 
-The interpreter is chosen when Triton is imported, so test_triton_interpreted.py runs this file again in a process of
-its own; on a machine with a CUDA device, ``pytest -m gpu`` runs it there.
+The interpreter is chosen when Triton is imported, so test_triton_interpreted.py runs this file again in a separate
+process; on a machine with a CUDA device, ``pytest -m gpu`` runs it there.
 """
 import json
 import logging
@@ -27,10 +27,10 @@ DEVICE = 'cpu' if INTERPRETED else 'cuda'
 on_device = [] if INTERPRETED else pytest.mark.gpu
 MODES = {
     'float16': (torch.float16, 'tf32'), 'bfloat16': (torch.bfloat16, 'tf32'),
-    'tf32': (torch.float32, 'tf32'), 'exact': (torch.float32, 'ieee'),
+    'tf32': (torch.float32, 'tf32'), 'ieee': (torch.float32, 'ieee'),
 }
 
-# What the grid of all backends lacks: maps wider than a block, and as wide as a multiple of its columns.
+# Cases beyond the grid of all backends: maps wider than a block, and as wide as a multiple of its columns.
 WIDE = {
     'k29': Shape(2, 2, 28, 28, 29, 29),
     'k31_three_chunks': Shape(1, 1, 19, 70, 31, 31),
@@ -56,7 +56,7 @@ def mode(request, fp32_precision):
 
 
 def expected(shape, x, weight, bias, grad):
-    """What a plain convolution of the same dtype gives, and the truth."""
+    """Return the results of a plain convolution of the same dtype, and those in float64."""
     def function(*args):
         return plain_conv(*args, shape.dilation)
     plain = with_gradients(function, x, weight, bias, grad)
@@ -64,32 +64,30 @@ def expected(shape, x, weight, bias, grad):
 
 
 def assert_close(got, plain, exact, num_terms, dtype):
-    """Products of tf32 have 11 bits, and a GPU cuts the others off; the interpreter's are of float32."""
-    if launch.mode(dtype) == 'tf32' and not INTERPRETED:
+    """Products of tf32 have 11 bits on a GPU; the interpreter's are of float32."""
+    if launch.matmul_precision(dtype) == 'tf32' and not INTERPRETED:
         assert (got.cpu().double() - exact).norm() <= 2 ** -10 * exact.norm()
     else:
         assert_as_exact_as(got.cpu(), plain.cpu(), exact, num_terms)
 
 
-FORMS = {
-    'map_forward': (launch.map_forward, tuning._default_map),
-    'block_forward': (launch.block_forward, tuning._default_block),
-    'map_weight_grad': (launch.map_weight_grad, tuning._default_map_grad),
-    'block_weight_grad': (launch.block_weight_grad, tuning._default_block_grad),
-}
+FORMS = tuple(launch.LAUNCHERS)
 FITTING = [
     (form, name) for form in FORMS for name, shape in ALL.items()
     if form == 'block_forward' or form == 'block_weight_grad'
     or (form == 'map_forward' and shape.h * shape.w <= 400)
-    or (form == 'map_weight_grad' and tuning.weight_grad_form(shape.h, shape.w) == form)
+    or (form == 'map_weight_grad' and tuning.select_weight_grad_kernel(shape.h, shape.w) == form)
 ]
+
+
+def default_tile(form, shape, precision):
+    return tuning.TILES[form].default(shape.n, shape.h, shape.w, [shape.kh, shape.kw], precision)
 
 
 def run_form(form, shape, tensors, tile):
     x, weight, bias, grad = tensors
-    if form.endswith('forward'):
-        return FORMS[form][0](x, weight, bias, tile)
-    return FORMS[form][0](grad, x, [shape.kh, shape.kw], tile)
+    args = (x, weight, bias) if form.endswith('forward') else (grad, x, [shape.kh, shape.kw])
+    return launch.LAUNCHERS[form](*args, tile)
 
 
 def check_form(form, shape, dtype, tile):
@@ -101,7 +99,7 @@ def check_form(form, shape, dtype, tile):
 
 
 class TooLarge:
-    """In place of a kernel, one that the device cannot launch."""
+    """Replacement of a kernel that the device cannot launch."""
 
     def __init__(self, error):
         self.error = error
@@ -118,10 +116,9 @@ class TestKernels:
     @pytest.mark.parametrize('mode', MODES, indirect=True)
     @pytest.mark.parametrize(('form', 'name'), FITTING)
     def test_every_form_on_every_shape(self, form, name, mode):
-        """Whichever form would be chosen."""
+        """Every form, also those that would not be selected."""
         shape = ALL[name]
-        tile = FORMS[form][1](shape.n, shape.h, shape.w, [shape.kh, shape.kw], launch.mode(mode))
-        check_form(form, shape, mode, tile)
+        check_form(form, shape, mode, default_tile(form, shape, launch.matmul_precision(mode)))
 
     @pytest.mark.parametrize(('form', 'tile'), [
         ('map_forward', tuning.MapTile(bn=16, bi=64, bo=16)),
@@ -142,9 +139,9 @@ class TestKernels:
     ], ids=['forward', 'weight_grad'])
     @pytest.mark.parametrize('backend', ['triton', 'auto'])
     def test_a_kernel_that_the_device_cannot_launch(self, monkeypatch, caplog, backend, kernel, error, lack):
-        """A name raises with the numbers; auto is plain conv2d, says so once, and is as right as it."""
+        """A named backend raises with the numbers; auto is plain conv2d, which is logged once."""
         monkeypatch.setattr(_backends, 'AUTO_ORDER', ('triton', 'reference'))
-        monkeypatch.setattr(_triton, 'skip_reason', lambda call: None)
+        monkeypatch.setattr(_triton, 'skip_reason', lambda problem: None)
         monkeypatch.setattr(launch.kernels, kernel, TooLarge(error))
         tensors = make(Shape(2, 2, 9, 18, 5, 5), torch.float32, device=DEVICE)
 
@@ -167,7 +164,7 @@ class TestKernels:
         for entry in json.loads(path.read_text()):
             tile = tuning.TILES[entry['kernel']](**entry['tile'])
             check_form(entry['kernel'], Shape(1, 1, entry['height'], entry['width'], *entry['kernel_size']),
-                       torch.float16 if entry['mode'] == 'half' else torch.float32, tile)
+                       torch.float16 if entry['precision'] == 'half' else torch.float32, tile)
 
     def test_sum_in_parts(self, monkeypatch):
         """Few channels: several programs share a sum."""
@@ -177,10 +174,11 @@ class TestKernels:
         check_form('block_weight_grad', shape, torch.float32, tile)
 
     def test_tiny_kernel_on_a_map_of_one_block(self):
-        """The window leaves out what lies outside the map, on both sides."""
-        tile = tuning._default_block(2, 40, 10, [15, 15], 'half')
+        """The window excludes columns outside of the map, on both sides."""
+        shape = Shape(2, 2, 40, 10, 15, 15)
+        tile = default_tile('block_forward', shape, 'half')
         assert tuning.window(tile.s, tile.tc, 10, 15) == (0, 1)
-        check_form('block_forward', Shape(2, 2, 40, 10, 15, 15), torch.float32, tile)
+        check_form('block_forward', shape, torch.float32, tile)
 
     @pytest.mark.parametrize('form', FORMS)
     @pytest.mark.parametrize('stride', [2 ** 31 + 17, 2 ** 31 + 16])    # the second is passed divided by 8
@@ -188,18 +186,18 @@ class TestKernels:
         """Two images two billion elements apart, in memory that is only reserved."""
         shape = Shape(2, 2, 6, 16, 3, 5)
         tensors = [tensor.half() for tensor in make(shape, torch.float32, device=DEVICE)]
-        tile = FORMS[form][1](shape.n, shape.h, shape.w, [shape.kh, shape.kw], 'half')
+        tile = default_tile(form, shape, 'half')
         near = run_form(form, shape, tensors, tile)
         tensors[0] = apart(tensors[0], stride)
         assert torch.equal(near, run_form(form, shape, tensors, tile))
 
     @pytest.mark.parametrize('form', FORMS)
-    def test_what_is_not_finite_stays_in_its_map(self, form):
+    def test_nan_stays_in_its_map(self, form):
         """Or in its channel, for the weight gradient."""
         shape = Shape(3, 4, 9, 12, 5, 5)
         tensors = make(shape, torch.float32, device=DEVICE)
         tensors[0][1, 2, 4, 4] = float('nan')
-        result = run_form(form, shape, tensors, FORMS[form][1](shape.n, shape.h, shape.w, [5, 5], 'tf32'))
+        result = run_form(form, shape, tensors, default_tile(form, shape, 'tf32'))
         at = (1, 2) if form.endswith('forward') else (2,)
         assert result[at].isnan().any()
         result[at] = 0
@@ -227,7 +225,7 @@ class TestKernels:
 
 
 def apart(tensor, stride):
-    """The same images, ``stride`` elements from each other."""
+    """Return the same images, ``stride`` elements from each other."""
     n, c, h, w = tensor.shape
     size = (n - 1) * stride + c * h * w
     if DEVICE == 'cpu':
@@ -237,25 +235,25 @@ def apart(tensor, stride):
     return memory.as_strided((n, c, h, w), (stride, h * w, w, 1)).copy_(tensor)
 
 
-# --- what runs where ---
+# --- selection of kernels, tiles and the backend ---
 
 
-def test_mode_follows_the_settings_for_convolutions(fp32_precision):
-    assert launch.mode(torch.bfloat16) == launch.mode(torch.float16) == 'half'
+def test_precision_follows_the_settings_for_convolutions(fp32_precision):
+    assert launch.matmul_precision(torch.bfloat16) == launch.matmul_precision(torch.float16) == 'half'
     fp32_precision('tf32')
-    assert launch.mode(torch.float32) == 'tf32'
+    assert launch.matmul_precision(torch.float32) == 'tf32'
     fp32_precision('ieee')
-    assert launch.mode(torch.float32) == 'exact'
+    assert launch.matmul_precision(torch.float32) == 'ieee'
     torch.backends.cudnn.allow_tf32 = True
-    assert launch.mode(torch.float32) == 'tf32'
+    assert launch.matmul_precision(torch.float32) == 'tf32'
 
 
 def test_slices_of_images_and_channels_are_not_copied():
     x = torch.randn(4, 6, 5, 7)
     for same in (x, x[1:3], x[:, 2:5], x[::2, ::3], x[:, :, 1:4]):
-        assert launch.rows_first(same) is same
+        assert launch.contiguous_maps(same) is same
     for other in (x[..., 1:5], x.transpose(2, 3), x[:, :, ::2], x.contiguous(memory_format=torch.channels_last)):
-        assert launch.rows_first(other).is_contiguous()
+        assert launch.contiguous_maps(other).is_contiguous()
 
 
 @pytest.mark.parametrize(('height', 'width', 'forward', 'weight_grad'), [
@@ -266,8 +264,8 @@ def test_slices_of_images_and_channels_are_not_copied():
     (56, 56, 'block_forward', 'block_weight_grad'),
 ])
 def test_forms(height, width, forward, weight_grad):
-    assert tuning.forward_form(height, width) == forward
-    assert tuning.weight_grad_form(height, width) == weight_grad
+    assert tuning.select_forward_kernel(height, width) == forward
+    assert tuning.select_weight_grad_kernel(height, width) == weight_grad
 
 
 def test_window():
@@ -280,7 +278,7 @@ def test_window():
 
 def test_tiles_that_would_be_wrong_are_refused():
     for tile in (dict(r=8, s=16, d=4, tc=16), dict(r=4, s=32, d=8, tc=16)):
-        with pytest.raises(AssertionError, match='diagonal'):
+        with pytest.raises(AssertionError, match='diagonal wraps around'):
             tuning.BlockGradTile(**tile, bn=16, bj=1)
     x = torch.ones(1, 1, 9, 9)
     for bi, bo in ((64, 16), (128, 8)):
@@ -289,7 +287,7 @@ def test_tiles_that_would_be_wrong_are_refused():
 
 
 @pytest.fixture
-def no_tiles_remembered():
+def no_cached_tiles():
     for cached in (tuning._entries, tuning._tuned):
         cached.cache_clear()
     yield
@@ -297,15 +295,15 @@ def no_tiles_remembered():
         cached.cache_clear()
 
 
-def test_a_tuned_tile_serves_from_half_its_batch(monkeypatch, tmp_path, no_tiles_remembered):
-    entry = dict(kernel='block_forward', mode='half', batch=64, height=56, width=56, kernel_size=[31, 31],
+def test_a_tuned_tile_serves_from_half_its_batch(monkeypatch, tmp_path, no_cached_tiles):
+    entry = dict(kernel='block_forward', precision='half', batch=64, height=56, width=56, kernel_size=[31, 31],
                  tile=dict(r=8, s=16, tc=16, bp=256, num_warps=8), source='a test')
     (tmp_path / 'sm_90.json').write_text(json.dumps([entry]))
     monkeypatch.setattr(tuning, '_CONFIGS', tmp_path)
     monkeypatch.setattr(tuning, '_capability', lambda device: 90)
 
     def bp(batch, width=56):
-        return tuning.tile('block_forward', torch.empty(batch, 1, 56, width, device='meta'), [31, 31], 'half').bp
+        return tuning.get_tile('block_forward', torch.empty(batch, 1, 56, width, device='meta'), [31, 31], 'half').bp
     assert bp(64) == bp(32) == bp(1000) == 256
     assert bp(31) == bp(64, width=57) == 128
 
@@ -373,11 +371,9 @@ def test_the_probe_itself_fails_without_a_gpu(broken):
     assert broken((9, 0)).startswith('Triton could not run a kernel: ')
 
 
-def test_no_device(monkeypatch):
-    _triton._broken_toolchain.cache_clear()
+def test_no_device(broken, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert _triton.unsupported_reason(torch.device('cuda'), torch.float16) == 'PyTorch sees 0 CUDA devices'
-    _triton._broken_toolchain.cache_clear()
 
 
 @pytest.mark.skipif(INTERPRETED, reason='not chosen there')
@@ -389,7 +385,7 @@ def test_no_device(monkeypatch):
     ((1, 96, 14, 14), (27, 27), torch.bfloat16, 'too little'),
     ((64, 128, 56, 56), (31, 31), torch.float32, 'no tensor cores'),
 ])
-def test_where_auto_leaves_it_to_pytorch(fp32_precision, size, kernel_size, dtype, reason):
+def test_where_auto_skips_triton(fp32_precision, size, kernel_size, dtype, reason):
     fp32_precision('ieee')
-    said = _triton.skip_reason(_backends.Call(size, dtype, kernel_size, (1, 1), needs_weight_grad=True))
-    assert (said is None) if reason is None else (reason in said)
+    found = _triton.skip_reason(_backends.ConvProblem(size, dtype, kernel_size, (1, 1), needs_weight_grad=True))
+    assert (found is None) if reason is None else (reason in found)

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for GPUs that aren't here: tensor-core instructions, and nothing spilled."""
+"""Builds of the kernels for GPUs that are not present: tensor-core instructions, and no spilled registers."""
 import pytest
 import torch
 
@@ -22,7 +22,7 @@ OTHER = {
 
 
 def check(monkeypatch, capability, layer, dtype):
-    """Builds all that the forward pass and the weight gradient of a layer launch."""
+    """Build all kernels that the forward pass and the weight gradient of a layer launch."""
     monkeypatch.setattr(tuning, '_capability', lambda device: capability)
     n, c, h, w, k = layer
     x = torch.empty(n, c, h, w, dtype=dtype, device='meta')
@@ -38,11 +38,11 @@ def check(monkeypatch, capability, layer, dtype):
         name = one.kernel.fn.__name__
         assert built.stack == 0, f'{name} spills {built.stack} bytes a thread with {one.arguments}'
         assert built.shared <= LARGEST_SHARED[capability], name
-        if name not in ('expand_rows', 'add_parts') and launch.mode(dtype) != 'exact':
+        if name not in ('expand_rows', 'add_parts') and launch.matmul_precision(dtype) != 'ieee':
             assert INSTRUCTION[capability] in built.ptx, name
             assert any(ahead_of_time.PRODUCT.match(instruction) for instruction in built.loop), name
             products += 1
-    assert products == (0 if launch.mode(dtype) == 'exact' else 2)
+    assert products == (0 if launch.matmul_precision(dtype) == 'ieee' else 2)
 
 
 @pytest.mark.parametrize('layer', [

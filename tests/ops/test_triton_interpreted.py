@@ -1,4 +1,4 @@
-"""Runs what needs a device in a process whose Triton interprets: the switch is read when Triton is imported."""
+"""Tests of kernels in a process with Triton's interpreter, which is chosen when Triton is imported."""
 import os
 import subprocess
 import sys
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
     pytest.param('test_backends.py', 'triton and not k31 and not k51', marks=pytest.mark.slow),  # 5 s a case of them
 ])
 def test_under_the_interpreter(file, which):
-    """The kernels' own tests, and of the tests of all backends those that are this one's."""
+    """The kernels' tests, and those of the tests of all backends that run this backend."""
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(HERE / file), '-k', which]
     result = subprocess.run(
         command, env={**os.environ, 'TRITON_INTERPRET': '1'}, cwd=HERE.parents[1],

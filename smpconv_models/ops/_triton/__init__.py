@@ -1,4 +1,4 @@
-"""The GPU path: matrix products on tensor cores, compiled by Triton at the first call. See kernels.py."""
+"""The GPU backend: matrix products on tensor cores, compiled by Triton at the first call. See kernels.py."""
 import functools
 import importlib.util
 import logging
@@ -10,35 +10,35 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-from .. import _space_to_batch
-from .._problem import Call
+from .._backends import ConvProblem
+from .._space_to_batch import batch_to_space, space_to_batch
 
 _logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LEAST_CAPABILITY = (8, 0)
+_MIN_CAPABILITY = (8, 0)
 
-# What auto takes it for: products whose time is above that of two launches. Predicted, not yet measured on a GPU.
-_LEAST_KERNEL = 7
-_LEAST_PRODUCTS = 2 ** 26
+# From these sizes on the products take longer than two launches. Predicted, not yet measured on a GPU.
+_MIN_KERNEL = 7
+_MIN_PRODUCTS = 2 ** 26
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     if max(dilation) > 1:
-        phases = forward(_space_to_batch.split(input, dilation), weight, bias, [1, 1])
-        return _space_to_batch.merge(phases, dilation, input.shape)
+        phases = forward(space_to_batch(input, dilation), weight, bias, [1, 1])
+        return batch_to_space(phases, dilation, input.shape)
     if input.numel() == 0:
         return torch.empty_like(input)
     from . import launch
-    bias = None if bias is None else bias.contiguous()
-    return launch.forward(launch.rows_first(input), weight.contiguous(), bias)
+    return launch.forward(
+        launch.contiguous_maps(input), weight.contiguous(), None if bias is None else bias.contiguous())
 
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
     if max(dilation) > 1:
-        grad, input = _space_to_batch.split(grad, dilation), _space_to_batch.split(input, dilation)
+        grad, input = space_to_batch(grad, dilation), space_to_batch(input, dilation)
     from . import launch
-    return launch.weight_grad(launch.rows_first(grad), launch.rows_first(input), kernel_size)
+    return launch.weight_grad(launch.contiguous_maps(grad), launch.contiguous_maps(input), kernel_size)
 
 
 def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
@@ -47,26 +47,26 @@ def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None
     if device.type == 'cpu' and _is_interpreted():
         if importlib.util.find_spec('triton') is None:
             return 'Triton is not installed'
-        # it multiplies their bits as integers (3.9)
+        # Triton 3.9's interpreter multiplies their bits as integers
         return "Triton's interpreter has no products of bfloat16" if dtype == torch.bfloat16 else None
     if device.type != 'cuda':
         return f'it runs on CUDA tensors, got {device}'
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return None     # no time to try; whoever captures a graph has run its calls before
+        return None     # a probe would be captured too; the calls of a captured graph have run before
     return _broken_toolchain(device)
 
 
-def skip_reason(call: Call) -> Optional[str]:
-    if max(call.kernel_size) < _LEAST_KERNEL:
-        return f'the kernel is smaller than {_LEAST_KERNEL}'
-    if math.prod(call.size) * math.prod(call.kernel_size) < _LEAST_PRODUCTS:
+def skip_reason(problem: ConvProblem) -> Optional[str]:
+    if max(problem.kernel_size) < _MIN_KERNEL:
+        return f'the kernel is smaller than {_MIN_KERNEL}'
+    if math.prod(problem.size) * math.prod(problem.kernel_size) < _MIN_PRODUCTS:
         return 'there is too little to compute'
     if _is_interpreted():
         return 'it is interpreted'
     if torch.version.hip is not None:
         return 'it was never run on ROCm'
     from . import launch
-    if launch.mode(call.dtype) == 'exact':
+    if launch.matmul_precision(problem.dtype) == 'ieee':
         return 'exact float32 products have no tensor cores'
     return None
 
@@ -77,7 +77,7 @@ def _is_interpreted() -> bool:
 
 @functools.cache
 def _broken_toolchain(device: torch.device) -> Optional[str]:
-    """What keeps Triton from running a kernel on a CUDA device: found out by running one, told once in the log."""
+    """Return why Triton cannot run a kernel on a CUDA device, found out by running one and logged once."""
     reason = _unfit_device(device) or _failed_probe(device)
     if reason is not None:
         _logger.warning('depthwise_conv2d has no tensor cores on %s: %s', device, reason)
@@ -89,8 +89,8 @@ def _unfit_device(device: torch.device) -> Optional[str]:
     if (device.index or 0) >= count:
         return f'PyTorch sees {count} CUDA devices'
     capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
-        return f'it needs compute capability {_LEAST_CAPABILITY}, got {capability}'
+    if torch.version.hip is None and capability < _MIN_CAPABILITY:
+        return f'it needs compute capability {_MIN_CAPABILITY}, got {capability}'
     return None
 
 
@@ -103,7 +103,7 @@ def _failed_probe(device: torch.device) -> Optional[str]:
     try:
         launch.probe(device)
     except torch.OutOfMemoryError:
-        raise       # that may pass
+        raise       # memory may become free
     except (OSError, RuntimeError, subprocess.SubprocessError, TritonError) as error:
         return f'Triton could not run a kernel: {str(error).strip() or type(error).__name__}'
     return None

@@ -8,19 +8,19 @@ Blocks: the output is cut into blocks of R rows and S columns, and every input r
 kh // 2 above the block, t input columns from LEFT before it, in CHUNKS of TC; ``T[row, s, t]`` is kernel row ``row`` as
 a banded matrix, ``w[row, t - LEFT + kw // 2 - s]``, the same for every block (:func:`expand_rows`).
 
-The weight gradient is either product the other way round, then a sum along diagonals: each row of the product is
-rotated until the terms of one kernel element stand in one column. What went round the end belongs to another element,
-which the position tells.
+The weight gradient is the transposed product of either form, then a sum along diagonals: each row of the product is
+rotated until the terms of one kernel element are in one column. Terms that wrapped around the end belong to another
+element, which follows from their position.
 
-Sums are in float32 and in an order that shapes and tiles fix, without atomics: results are deterministic.
+Sums are in float32, in an order fixed by shapes and tiles, without atomics: results are deterministic.
 
-Widths and strides come divided by A, which divides them all: so the compiler sees how rows are aligned. Names ending
-in ``_A`` are such quotients.
+Widths and strides are passed divided by A, which divides them all, so that the compiler sees how rows are aligned.
+Names ending in ``_A`` are these quotients.
 """
 import triton
 import triton.language as tl
 
-# Sizes of the data: a kernel compiled for one serves all.
+# Sizes of the data: a kernel compiled for one of them serves all.
 SIZES = (
     'total', 'N', 'C', 'H', 'W', 'W_A', 'HW_A', 'x_stride_n_A', 'x_stride_c_A', 'g_stride_n_A', 'g_stride_c_A',
     'splits',
@@ -28,14 +28,14 @@ SIZES = (
 
 
 def jit(function):
-    """``triton.jit`` without a build of its own for sizes that are 1 or divide by 16."""
+    """Apply ``triton.jit`` without a separate build for sizes that are 1 or divide by 16."""
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
     return triton.jit(function, do_not_specialize=[name for name in names if name in SIZES])
 
 
 @triton.jit
-def nothing():
-    """Shows that Triton can compile and launch."""
+def noop_kernel():
+    """Do nothing, to show that Triton can compile and launch."""
     pass
 
 
@@ -46,7 +46,7 @@ def map_forward(
         HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
         BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
 ):
-    """One program: a channel, BN images, BO output pixels. y is contiguous."""
+    """Compute BN images and BO output pixels of a channel per program. y is contiguous."""
     HW = HW_A * A
     o_blocks = tl.cdiv(HW, BO)
     n_blocks = tl.cdiv(N, BN)
@@ -84,7 +84,7 @@ def map_weight_grad(
         A: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
         BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BQ: tl.constexpr,
 ):
-    """One program: a channel, an output row after the other. BI, a power of two, is at least H * W + W - 1; BO, W.
+    """Compute a channel per program, row by output row. BI, a power of two, is at least H * W + W - 1; BO, W.
 
     ``E[i, ow] = sum over n of x[n, i] g[n, oh, ow]`` adds to ``dw[ih - oh + KH // 2, iw - ow + KW // 2]``. Column ow,
     rotated by ow, has the pixels i = d + ow in row d; negative d are the last rows. The distance of i from the output
@@ -97,7 +97,7 @@ def map_weight_grad(
     i = tl.arange(0, BI)
     ow = tl.arange(0, BO)
     past_row = tl.where(i < HW, i % W, ((i - BI) % W + W) % W)[:, None] + ow[None, :] >= W
-    turned = (i[:, None] + ow[None, :]) & (BI - 1)
+    rotated = (i[:, None] + ow[None, :]) & (BI - 1)
     distance = tl.arange(0, 2 * BI) - BI
     right = tl.zeros((2 * BI,), dtype=tl.float32)
     left = tl.zeros((2 * BI,), dtype=tl.float32)
@@ -108,7 +108,7 @@ def map_weight_grad(
         g_ptrs = g_ptr + n[:, None] * g_stride_n_A * A + ow[None, :]
         for oh in range(0, H):
             g = tl.load(g_ptrs + oh * W, mask=(n < N)[:, None] & (ow < W)[None, :], other=0.)
-            terms = tl.gather(tl.dot(x, g, input_precision=PRECISION), turned, 0)
+            terms = tl.gather(tl.dot(x, g, input_precision=PRECISION), rotated, 0)
             source = distance + oh * W
             real = (source > -W) & (source < HW)
             row = tl.sum(tl.where(past_row, 0., terms), 1)
@@ -132,7 +132,7 @@ def expand_rows(
         KH: tl.constexpr, KW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
         LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """w (C, KH, KW) -> rows (C, KH + 2 (R - 1), CHUNKS, S, TC): every kernel row banded, R - 1 rows of zeros around."""
+    """Expand w (C, KH, KW) to banded rows (C, KH + 2 (R - 1), CHUNKS, S, TC), with R - 1 rows of zeros on each side."""
     ROWS: tl.constexpr = KH + 2 * (R - 1)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     t = index % TC
@@ -152,7 +152,7 @@ def block_forward(
         A: tl.constexpr, KH: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
         R: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, BP: tl.constexpr,
 ):
-    """One program: a channel, R output rows, BP of the blocks (n, j) in them. y is contiguous."""
+    """Compute R output rows of a channel per program, BP of the blocks (n, j) in them. y is contiguous."""
     ROW: tl.constexpr = CHUNKS * S * TC
     W = W_A * A
     J = tl.cdiv(W, S)
@@ -197,11 +197,11 @@ def block_weight_grad(
         R: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr,
         D: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):
-    """One program: a channel, D values of delta, a chunk of columns, and every ``splits``-th BN * BJ blocks.
+    """Sum D values of delta and a chunk of columns per program and channel, over every ``splits``-th BN * BJ blocks.
 
     parts (splits, C, GROUPS, CHUNKS, 2, 2, D, TC) are sums along the diagonals of ``E[(delta, t), (r, s)] = sum over
     blocks of x[delta, t] g[r, s]``: column (r, s), rotated by r in delta and by s in t, has the terms of kernel row
-    ``delta - r`` and column ``t - s`` in one row, or D rows and TC columns earlier where it went round the end.
+    ``delta - r`` and column ``t - s`` in one row, or D rows and TC columns earlier if it wrapped around the end.
     """
     GROUPS: tl.constexpr = (KH + R - 1 + D - 1) // D
     W = W_A * A
@@ -245,19 +245,19 @@ def block_weight_grad(
         g = tl.load(g_ptrs + g_offset, mask=g_inside, other=0.)
         acc = tl.dot(x, g, acc, input_precision=PRECISION)
 
-    turned = t[:, None] + s[None, :]
-    acc = tl.gather(acc, delta[:, None] * TC + (turned & (TC - 1)), 0)
-    within = tl.sum(tl.reshape(tl.where(turned < TC, acc, 0.), (D * TC, R, S)), 2)
-    beyond = tl.sum(tl.reshape(tl.where(turned < TC, 0., acc), (D * TC, R, S)), 2)
-    turned = delta[:, None] + tl.arange(0, R)[None, :]
-    rows = (turned & (D - 1)) * TC + t[:, None]
+    rotated = t[:, None] + s[None, :]
+    acc = tl.gather(acc, delta[:, None] * TC + (rotated & (TC - 1)), 0)
+    within = tl.sum(tl.reshape(tl.where(rotated < TC, acc, 0.), (D * TC, R, S)), 2)
+    beyond = tl.sum(tl.reshape(tl.where(rotated < TC, 0., acc), (D * TC, R, S)), 2)
+    rotated = delta[:, None] + tl.arange(0, R)[None, :]
+    rows = (rotated & (D - 1)) * TC + t[:, None]
     within = tl.gather(within, rows, 0)
     beyond = tl.gather(beyond, rows, 0)
     parts_ptrs = parts_ptr + program.to(tl.int64) * (4 * D * TC) + dt
-    tl.store(parts_ptrs, tl.sum(tl.where(turned < D, within, 0.), 1))
-    tl.store(parts_ptrs + D * TC, tl.sum(tl.where(turned < D, beyond, 0.), 1))
-    tl.store(parts_ptrs + 2 * D * TC, tl.sum(tl.where(turned < D, 0., within), 1))
-    tl.store(parts_ptrs + 3 * D * TC, tl.sum(tl.where(turned < D, 0., beyond), 1))
+    tl.store(parts_ptrs, tl.sum(tl.where(rotated < D, within, 0.), 1))
+    tl.store(parts_ptrs + D * TC, tl.sum(tl.where(rotated < D, beyond, 0.), 1))
+    tl.store(parts_ptrs + 2 * D * TC, tl.sum(tl.where(rotated < D, 0., within), 1))
+    tl.store(parts_ptrs + 3 * D * TC, tl.sum(tl.where(rotated < D, 0., beyond), 1))
 
 
 @jit
@@ -266,7 +266,7 @@ def add_parts(
         KH: tl.constexpr, KW: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr,
         TC: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """parts of :func:`block_weight_grad` -> dw (C, KH, KW)."""
+    """Sum the parts of :func:`block_weight_grad` to dw (C, KH, KW)."""
     GROUPS: tl.constexpr = (KH + R - 1 + D - 1) // D
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kh = (index // KW % KH).to(tl.int32)

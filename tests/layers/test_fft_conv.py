@@ -56,7 +56,7 @@ def test_same_by_fft_equals_the_direct_sum(size, kernel):
 
 @pytest.mark.parametrize('method', ['direct', 'fft'])
 def test_the_past_knows_nothing_of_the_future(method):
-    """But for the rounding of the FFT, which is relative to the largest values of the sequence."""
+    """Up to the rounding of the FFT, which is relative to the largest values of the sequence."""
     x = torch.randn(1, 2, 50)
     later = x.clone()
     later[..., 30:] += 100
@@ -67,7 +67,7 @@ def test_the_past_knows_nothing_of_the_future(method):
 
 
 def test_whole_numbers_are_summed_directly(monkeypatch):
-    monkeypatch.setattr(fft_conv, '_is_quicker_by_fft', lambda *args: True)
+    monkeypatch.setattr(fft_conv, '_is_fft_faster', lambda *args: True)
     x, weight = torch.randint(-9, 9, (2, 3, 40)), torch.randint(-9, 9, (4, 3, 40))
     assert torch.equal(causal_conv1d(x, weight).double(), loop_causal(x, weight))
     with pytest.raises(ValueError, match=r"'fft' takes floating point numbers, got torch\.int64 and torch\.int64"):
@@ -82,7 +82,7 @@ def test_second_derivatives():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_single(dtype):
-    """So it has a rounding error of the output's own and no more."""
+    """So the only rounding error is that of the output."""
     x, weight = torch.randn(2, 3, 200).to(dtype), torch.randn(4, 3, 200).to(dtype)
     got = causal_conv1d(x, weight, method='fft')
     exact = causal_conv1d(x.double(), weight.double(), method='direct')
@@ -114,20 +114,20 @@ def test_batch_of_none():
     (8, 24, (128, 128), 15, 3.7), (64, 96, (32, 32), 3, 0.37), (64, 128, (512,), 9, 0.74), (16, 96, (32, 32), 5, 0.31),
     (16, 96, (32, 32), 15, 2.8), (2, 256, (16, 16), 15, 0.38), (16, 256, (500,), 9, 0.23), (16, 256, (500,), 129, 2.4),
 ])
-def test_auto_takes_what_was_measured(monkeypatch, batch, channels, size, kernel, ratio):
-    """How many times as quick the FFT was on a CPU."""
+def test_auto_takes_the_faster_method(monkeypatch, batch, channels, size, kernel, ratio):
+    """The ratio is the speed-up by the FFT on a CPU."""
     monkeypatch.setattr(fft_conv, '_fft_conv', lambda x, *rest: 'FFT')
     x = torch.zeros(batch, channels, *size)
     weight = torch.zeros(channels, channels, *[kernel] * len(size))
     left = [kernel - 1] if len(size) == 1 else [kernel // 2] * 2
-    assert fft_conv._takes_fft('auto', x, weight, None, left) == (ratio > 1)
+    assert fft_conv._use_fft('auto', x, weight, None, left) == (ratio > 1)
 
 
-def test_auto_elsewhere_goes_by_the_original():
+def test_auto_on_other_devices_follows_the_original():
     """On the meta device, as on a GPU."""
     def takes(size, kernel):
         x = torch.zeros(64, 30, *size, device='meta')
-        return fft_conv._takes_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), None, [0] * len(size))
+        return fft_conv._use_fft('auto', x, torch.zeros(30, 30, *kernel, device='meta'), None, [0] * len(size))
 
     assert takes((784,), (784,)) and not takes((182,), (182,)) and not takes((32, 32), (33, 33))
 
@@ -166,7 +166,7 @@ def test_keeps_its_arguments_and_no_spectra():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = causal_conv1d(x, weight, method='fft')
     assert sorted(tensor.numel() for tensor in kept) == sorted([x.numel(), weight.numel()])
-    assert y.untyped_storage().nbytes() == y.numel() * 4  # and no view of the whole ring
+    assert y.untyped_storage().nbytes() == y.numel() * 4  # and no view of a larger tensor
 
 
 @pytest.mark.parametrize(('x', 'weight', 'message'), [
@@ -198,16 +198,16 @@ def test_doubles_stay_doubles_under_autocast():
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 def test_scripted_and_traced():
-    """What 'auto' does directly; what was asked for by name is not done otherwise."""
+    """'auto' is direct; a named method raises."""
     x = torch.randn(1, 2, 64)
     module = CausalConv1d(2, 3, 64)
     expected = module(x)
     torch.testing.assert_close(torch.jit.script(module)(x), expected)
     torch.testing.assert_close(torch.jit.trace(module, x)(x), expected)
     named = CausalConv1d(2, 3, 64, method='fft')
-    with pytest.raises(Exception, match="'fft' can't be scripted or traced"):
+    with pytest.raises(Exception, match="'fft' cannot be scripted or traced"):
         torch.jit.script(named)(x)
-    with pytest.raises(ValueError, match="'fft' can't be scripted or traced"):
+    with pytest.raises(ValueError, match="'fft' cannot be scripted or traced"):
         torch.jit.trace(named, x)
 
 
