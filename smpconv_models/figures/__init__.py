@@ -1,20 +1,24 @@
-"""Pictures: learned kernels and their points, what a network looks at, training runs. Drawn off screen, by matplotlib.
+"""Plots of learned kernels and their points, of receptive fields and heat maps, and of training runs.
 
-`python -m smpconv_models.figures` draws those of networks from checkpoints.
+matplotlib renders them without a display. `python -m smpconv_models.figures` draws plots of networks from checkpoints.
 """
 try:
-    import matplotlib  # noqa: F401 (says what is missing where it is)
+    import matplotlib  # noqa: F401 (names the extra to install)
 except ImportError as error:
     raise ImportError("the figures need matplotlib: pip install 'smpconv_models[figures]'") from error
 
 from .animation import save_animation
-from .confusion import save_confusion_matrix
 from .grad_cam import heat_maps, save_heat_maps
 from .kernels import choose_layers, draw_kernel, draw_points, save_kernels
-from .receptive_field import effective_receptive_field, log_scaled, save_receptive_fields
-from .squares import CentralSquare, central_square
+from .receptive_field import (
+    CentralSquare,
+    central_square,
+    effective_receptive_field,
+    log_scaled,
+    save_receptive_fields,
+)
 from .stages import StageSum, save_stages, stage_sums
-from .training import save_curves, save_run
+from .training import save_confusion_matrix, save_curves, save_run
 
 __all__ = [
     'CentralSquare', 'StageSum', 'central_square', 'choose_layers', 'draw_kernel', 'draw_points',

@@ -1,4 +1,4 @@
-"""Pictures of what is inside a network.
+"""Draw plots of the inside of a network.
 
     python -m smpconv_models.figures kernels         --checkpoint output/digits --output kernels.png
     python -m smpconv_models.figures stages          --checkpoint output/digits --untrained --output stages.png
@@ -6,20 +6,21 @@
     python -m smpconv_models.figures heat-map        --model smpconv_t --pretrained --images cat.jpg --output cat.png
     python -m smpconv_models.figures animation       --checkpoint output/digits --output points.gif
 
-Checkpoints are files of train.py, of timm's script or of the original release, or the folder of a run, which stands for
-its best checkpoint (in animation: for its checkpoint-EPOCH.pth.tar, which train.py --snapshot-interval keeps). The
-averaged weights are taken where there are any, unless --no-use-ema. --model is a name of timm's or of this package, or
-hf-hub:OWNER/NAME, local-dir:FOLDER.
+A checkpoint is a file of train.py, of timm's script or of the original release. The folder of a run stands for its best
+checkpoint; for animation it stands for its checkpoint-EPOCH.pth.tar files, which train.py --save-interval writes. EMA
+weights are used if the checkpoint has them, unless --no-use-ema is given. --model takes a name of timm or of this
+package, hf-hub:OWNER/NAME or local-dir:FOLDER.
 
-Exit codes: 0 done, 2 wrong arguments, files or images (no picture is written), 130 interrupted.
+Exit codes: 0 success, 2 wrong arguments, files or images (no picture is written), 130 interrupted.
 """
 import argparse
+import inspect
 import logging
 import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -27,197 +28,215 @@ from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import figures
-from smpconv_models.training import cli, config
+from smpconv_models.training import ModelOptions, cli
 from smpconv_models.utils import streams
 from smpconv_models.utils.atomic_io import atomic_write
 from smpconv_models.utils.errors import first_line
 
 from . import _inputs, animation, grad_cam
+from ._inputs import ModelSource
+from .kernels import error_prefix
 from .receptive_field import SHARES
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = config.Parser(
+    parser = cli.Parser(
         prog='python -m smpconv_models.figures', description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-
     command = _add(
-        commands, 'kernels', "of layers or filters, a row each: the points with their reaches, then channels' kernels")
-    _add_layers(command)
-
+        commands, 'kernels', draw_kernels, 'plot points with their supports and kernels, one row per layer or filter')
+    _add_layer_options(command)
+    _add(
+        commands, 'stages', draw_stages,
+        'plot the summed absolute kernels of each stage, or block of a sequence network', several=True)
     command = _add(
-        commands, 'stages', 'the absolute kernels of each stage, or block of a network for sequences, summed',
-        several=True)
-    _add_untrained(command)
-
+        commands, 'receptive-field', draw_receptive_fields,
+        'plot how much each pixel contributes to the middle of the last feature map', several=True)
+    _add_image_options(command, 50)
     command = _add(
-        commands, 'receptive-field', 'how much each pixel contributes to the middle of the last feature map',
-        several=True)
-    _add_untrained(command)
-    _add_images(command, 50)
-
-    command = _add(commands, 'heat-map', 'where the features speak for a class (grad-cam package)')
-    _add_images(command, 8)
-    command.add_argument('--layer', metavar='NAME', help="module whose features to take, else the last stage's")
-    command.add_argument('--class', dest='index', type=cli.whole, metavar='N', help='its index, else the predicted')
-    command.add_argument('--method', choices=grad_cam.METHODS, default='GradCAM', help='(default: %(default)s)')
-
-    command = _add(commands, 'animation', "layers' points and kernels over several checkpoints", several=True)
-    _add_layers(command, 3)
+        commands, 'heat-map', draw_heat_maps, 'plot the regions that support a class (needs the grad-cam package)')
+    _add_image_options(command, 8)
     command.add_argument(
-        '--fps', type=cli.number(float, 0.1, 50), default=5., metavar='X',
-        help='frames in a second (default: %(default)g)')
+        '--layer', metavar='NAME', help='module whose feature maps to use (default: the last stage)')
+    command.add_argument(
+        '--class', dest='index', type=cli.non_negative_int, metavar='N', help='index of the class (default: the predicted class)')
+    command.add_argument(
+        '--method', choices=grad_cam.METHODS, default='GradCAM', help='Grad-CAM variant (default: %(default)s)')
+    command = _add(
+        commands, 'animation', draw_animation,
+        "animate layers' points and kernels over several checkpoints", several=True)
+    _add_layer_options(command, 3)
+    command.add_argument(
+        '--fps', type=cli.bounded_number(float, 0.1, 50), default=5., metavar='X',
+        help='frames per second (default: %(default)g)')
     return parser
 
 
-def _add(commands: Any, name: str, what: str, several: bool = False) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=what, description=f'{what[0].upper()}{what[1:]}.', allow_abbrev=False)
-    suffixes = _suffixes(name)
+def _add(
+        commands: Any, name: str, draw: Callable[..., None], purpose: str, several: bool = False,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=purpose, description=f'{purpose[0].upper()}{purpose[1:]}.', allow_abbrev=False)
+    command.set_defaults(draw=draw)
+    extensions = _extensions(name)
     command.add_argument(
-        '--output', required=True, metavar=f'FILE{suffixes[0]}', help=f'ends in {" or ".join(suffixes)}')
-    group: Any = {'nargs': '+', 'help': 'one or more'} if several else {'nargs': 1, 'help': 'a single one'}
-    command.add_argument('--checkpoint', metavar='PATH', **group)
+        '--output', required=True, metavar=f'FILE{extensions[0]}', help=f'file to write, {" or ".join(extensions)}')
+    nargs: Any = '+' if several else 1
     command.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the averaged weights')
-    command.add_argument('--pretrained', action='store_true', help='with --model: its pretrained weights')
-    command.add_argument('--reparam', action='store_true', help='re-parameterize first')
+        '--checkpoint', metavar='PATH', nargs=nargs,
+        help='checkpoint files or run folders' if several else 'checkpoint file or run folder')
     command.add_argument(
-        '--seed', type=cli.number(int, 0, 2 ** 32 - 1), metavar='N',
-        help="of a network without weights (default: that of the checkpoint's run, else 42)")
-    cli.add_model_options(command)
+        '--use-ema', action=argparse.BooleanOptionalAction, default=True,
+        help='use EMA weights if the checkpoint has them (default: %(default)s)')
+    command.add_argument('--pretrained', action='store_true', help='load the pretrained weights of --model')
+    command.add_argument('--reparam', action='store_true', help='re-parameterize the network first')
+    command.add_argument(
+        '--seed', type=cli.bounded_number(int, 0, 2 ** 32 - 1), metavar='N',
+        help="seed of random weights (default: the seed of the checkpoint's run, otherwise 42)")
+    if name in ('stages', 'receptive-field'):
+        command.add_argument(
+            '--untrained', action='store_true', help='also plot the first network with random weights')
+    cli.add_options(command, ModelOptions)
     return command
 
 
-def _add_layers(command: argparse.ArgumentParser, most: int = 6) -> None:
+def _add_layer_options(command: argparse.ArgumentParser, max_layers: int = 6) -> None:
     command.add_argument(
-        '--layer', nargs='+', metavar='NAME', help='those to show, else --max-layers over the whole depth')
-    command.add_argument('--max-layers', type=cli.count, default=most, metavar='N', help='(default: %(default)s)')
+        '--layer', nargs='+', metavar='NAME', help='layers to show (default: --max-layers over the whole depth)')
     command.add_argument(
-        '--columns', type=cli.count, default=6, metavar='N', help='kernels of each (default: %(default)s)')
+        '--max-layers', type=cli.positive_int, default=max_layers, metavar='N',
+        help='maximum number of layers without --layer (default: %(default)s)')
     command.add_argument(
-        '--filter', type=cli.whole, default=0, metavar='N',
-        help='its number, in networks whose filters have points of their own (default: %(default)s)')
+        '--columns', type=cli.positive_int, default=6, metavar='N', help='number of kernels per layer (default: %(default)s)')
+    command.add_argument(
+        '--filter', type=cli.non_negative_int, default=0, metavar='N',
+        help='index of the filter, for networks with points per filter (default: %(default)s)')
 
 
-def _add_untrained(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        '--untrained', action='store_true', help="beside them, the first checkpoint's network with random weights")
-
-
-def _add_images(command: argparse.ArgumentParser, most: int) -> None:
+def _add_image_options(command: argparse.ArgumentParser, num_images: int) -> None:
     command.add_argument(
         '--images', nargs='+', metavar='PATH',
-        help="files, folders, or 'digits' (embedded), as is the default for a network trained on them")
+        help="image files or folders, or 'digits' (embedded), which is the default for a network trained on them")
     command.add_argument(
-        '--num-images', type=cli.count, default=most, metavar='N', help='at most (default: %(default)s)')
-    command.add_argument('--img-size', type=cli.count, metavar='N', help="side in pixels, else the network's")
+        '--num-images', type=cli.positive_int, default=num_images, metavar='N',
+        help='maximum number of images (default: %(default)s)')
+    command.add_argument(
+        '--img-size', type=cli.positive_int, metavar='N', help="side of the images in pixels (default: the model's)")
 
 
-def _suffixes(command: str) -> List[str]:
+def _extensions(command: str) -> List[str]:
     return list(animation.FORMATS) if command == 'animation' else ['.png']
 
 
-def check_output(args: argparse.Namespace) -> Path:
-    """The file to write.
+def check_output(output: str, extensions: List[str]) -> Path:
+    """Return the path of the file to write.
 
     Raises:
-        ValueError: It can't be written, or isn't named for a picture.
+        ValueError: If the file cannot be written, or its extension is not one of ``extensions``.
     """
-    path = Path(args.output).resolve()
-    if path.suffix.lower() not in _suffixes(args.command):
-        raise ValueError(f'--output takes the name of a {" or ".join(_suffixes(args.command))} file, got {args.output}')
+    path = Path(output).resolve()
+    if path.suffix.lower() not in extensions:
+        raise ValueError(f'--output takes the name of a {" or ".join(extensions)} file, got {output}')
     if path.exists() and not path.is_file():
-        raise ValueError(f'--output {args.output} is not a file')
+        raise ValueError(f'--output {output} is not a file')
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             return path
     except OSError as error:
-        raise ValueError(f'--output {args.output} cannot be written: {error.strerror}') from error
+        raise ValueError(f'--output {output} cannot be written: {error.strerror}') from error
 
 
-def draw_kernels(args: argparse.Namespace, path: Path) -> None:
-    network, = _inputs.networks(args)
-    figures.save_kernels(path, network.model, args.layer, args.max_layers, args.columns, args.filter)
+def draw_kernels(
+        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int, filter: int) -> None:
+    loaded, = source.load()
+    figures.save_kernels(path, loaded.model, layer, max_layers, columns, filter)
 
 
-def draw_stages(args: argparse.Namespace, path: Path) -> None:
-    figures.save_stages(path, {network.label: network.model for network in _inputs.networks(args)})
+def draw_stages(path: Path, source: ModelSource) -> None:
+    figures.save_stages(path, {loaded.label: loaded.model for loaded in source.load()})
 
 
-def draw_receptive_fields(args: argparse.Namespace, path: Path) -> None:
+def draw_receptive_fields(
+        path: Path, source: ModelSource, images: Optional[List[str]], num_images: int) -> None:
     fields: Dict[str, np.ndarray] = {}
-    for network in _inputs.networks(args):
-        images = _inputs.images(args, network)
-        if network.is_random:
-            _inputs.settle_norms(network.model, images.inputs)
-        try:
-            fields[network.label] = figures.effective_receptive_field(network.model, images.inputs)
-        except ValueError as error:
-            raise ValueError(f'{network.label}: {error}') from error
+    for loaded in source.load():
+        batch = _inputs.load_images(loaded, images, num_images, source.img_size)
+        if loaded.is_random:
+            _inputs.recalibrate_bn(loaded.model, batch.inputs)
+        with error_prefix(loaded.label):
+            fields[loaded.label] = figures.effective_receptive_field(loaded.model, batch.inputs)
     figures.save_receptive_fields(path, fields)
     print('share of the area in the smallest central square that holds a share of the contributions')
     width = max(map(len, fields))
     print(' ' * width, 'of', ' ' * 12, *(f'{100 * share:6.0f} %' for share in SHARES))
     for label, field in fields.items():
-        for of_what, values in (('the gradient', field), ('log10(1 + it)', figures.log_scaled(field))):
+        for measure, values in (('the gradient', field), ('log10(1 + it)', figures.log_scaled(field))):
             areas = [figures.central_square(values, share).area for share in SHARES]
-            print(f'{label:{width}} {of_what:15}', *(f'{100 * area:6.1f} %' for area in areas))
+            print(f'{label:{width}} {measure:15}', *(f'{100 * area:6.1f} %' for area in areas))
 
 
-def draw_heat_maps(args: argparse.Namespace, path: Path) -> None:
-    network, = _inputs.networks(args)
-    images = _inputs.images(args, network)
-    classes = None if args.index is None else [args.index] * len(images.inputs)
-    shares = grad_cam.predict(network.model, images.inputs).softmax(1)
-    maps = figures.heat_maps(network.model, images.inputs, args.layer, classes, args.method)
-    shown = shares.argmax(1).tolist() if classes is None else classes
-    titles = [
-        f'{_shortened(name)}: {_class_name(network, index)} ({100 * share[index]:.0f} %)'
-        for name, index, share in zip(images.names, shown, shares.tolist())]
-    figures.save_heat_maps(path, images.pixels, maps, titles)
+def draw_heat_maps(
+        path: Path,
+        source: ModelSource,
+        images: Optional[List[str]],
+        num_images: int,
+        layer: Optional[str],
+        index: Optional[int],
+        method: str,
+) -> None:
+    loaded, = source.load()
+    batch = _inputs.load_images(loaded, images, num_images, source.img_size)
+    classes = None if index is None else [index] * len(batch.inputs)
+    probabilities = grad_cam.predict(loaded.model, batch.inputs).softmax(1)
+    maps = figures.heat_maps(loaded.model, batch.inputs, layer, classes, method)
+    names = loaded.description.classes
+    titles = []
+    for image, label, row in zip(batch.names, classes or probabilities.argmax(1).tolist(), probabilities.tolist()):
+        name = _shorten(names[label]) if names else f'class {label}'
+        titles.append(f'{_shorten(image)}: {name} ({100 * row[label]:.0f} %)')
+    figures.save_heat_maps(path, batch.pixels, maps, titles)
 
 
-def _class_name(network: _inputs.Network, index: int) -> str:
-    return _shortened(network.classes[index]) if network.classes else f'class {index}'
-
-
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     return name if len(name) <= 24 else f'{name[:23]}…'
 
 
-def draw_animation(args: argparse.Namespace, path: Path) -> None:
-    if args.checkpoint is None:
+def draw_animation(
+        path: Path,
+        source: ModelSource,
+        layer: Optional[List[str]],
+        max_layers: int,
+        columns: int,
+        filter: int,
+        fps: float,
+        output: str,
+) -> None:
+    if source.checkpoints is None:
         raise ValueError('expected --checkpoint: two or more, or the folder of a run')
-    if args.pretrained:
-        raise ValueError('--pretrained and --checkpoint both say which weights')
+    if source.pretrained:
+        raise ValueError('--pretrained and --checkpoint both select weights: give one of them')
     snapshots = []
-    files = _inputs.snapshots_of(args.checkpoint)
+    files = _inputs.list_snapshots(source.checkpoints)
     if len({Path(file).resolve() for file in files}) < len(files):
         raise ValueError(f'expected different checkpoints, got one of them twice: {" ".join(files)}')
     for file in tqdm(files, desc='reading', unit='checkpoint', leave=False, disable=None):
-        network = _inputs.from_file(args, file)
-        snapshots.append((network.label, figures.choose_layers(network.model, args.layer, args.max_layers)))
-    format = animation.FORMATS[Path(args.output).suffix.lower()]
-    figures.save_animation(path, snapshots, args.columns, args.fps, format, args.filter)
-
-
-DRAW = {
-    'kernels': draw_kernels,
-    'stages': draw_stages,
-    'receptive-field': draw_receptive_fields,
-    'heat-map': draw_heat_maps,
-    'animation': draw_animation,
-}
+        loaded = source.load_file(file)
+        snapshots.append((loaded.label, figures.choose_layers(loaded.model, layer, max_layers)))
+    figures.save_animation(path, snapshots, columns, fps, animation.FORMATS[Path(output).suffix.lower()], filter)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     parser = create_parser()
     args = parser.parse_args(argv)
+    source = ModelSource(
+        cli.read_options(args, ModelOptions), args.checkpoint, args.pretrained, getattr(args, 'untrained', False),
+        args.use_ema, args.reparam, args.seed, getattr(args, 'img_size', None))
+    own = {name: value for name, value in vars(args).items() if name in inspect.signature(args.draw).parameters}
     try:
-        with atomic_write(check_output(args)) as temporary:
-            DRAW[args.command](args, temporary)
+        with atomic_write(check_output(args.output, _extensions(args.command))) as temporary:
+            args.draw(temporary, source, **own)
     except (torch.OutOfMemoryError, MemoryError) as error:
         parser.error(f'out of memory: {first_line(error)}; a smaller --img-size needs less')
     except (ImportError, OSError, ValueError) as error:

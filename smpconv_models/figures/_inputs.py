@@ -1,6 +1,6 @@
-"""The networks and images that the command line names."""
+"""Models and images given on the command line."""
 import re
-from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
@@ -13,90 +13,153 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smpconv_models import checkpoint
 from smpconv_models.checkpoint.description import PREPARATION
 from smpconv_models.data.digits import Digits
-from smpconv_models.training.config import DataOptions
+from smpconv_models.training.config import DataOptions, ModelOptions
 from smpconv_models.training.datasets import DECODE_ERRORS, ReadImage
-from smpconv_models.training.model_factory import (
-    choose_model,
-    create_for_checkpoint,
-    create_model,
-    model_arguments,
-    select_weights,
-)
+from smpconv_models.training.model_factory import create_model, model_arguments, open_checkpoint
 from smpconv_models.training.run_dir import RunDir
 from smpconv_models.training.tasks import ImageTask
 from smpconv_models.utils.errors import first_line
 
-from .kernels import evenly
+from .kernels import error_prefix, evenly_spaced
+
+_DEFAULT_SEED = 42
 
 
-class Network(NamedTuple):
-    """A network to look into.
+class LoadedModel(NamedTuple):
+    """Model to plot.
 
     Attributes:
-        label: What to call it.
-        model: In evaluation mode.
-        described: Description in its checkpoint; empty without.
+        label: Label in plots and messages.
+        model: Model in evaluation mode.
+        description: Description in its checkpoint; empty without a checkpoint.
         is_random: Whether its weights are initial ones.
         name: Name of the model.
         kwargs: Arguments of its constructor from the checkpoint.
     """
     label: str
     model: Any
-    described: checkpoint.Description
+    description: checkpoint.Description
     is_random: bool = False
     name: str = ''
     kwargs: Optional[Dict[str, Any]] = None
 
-    @property
-    def classes(self) -> Optional[List[str]]:
-        """Names of the classes, None if the checkpoint has none."""
-        return self.described.classes
 
-
-class Images(NamedTuple):
-    """Images as a network takes them.
+class InputBatch(NamedTuple):
+    """Images in the form that a model takes.
 
     Attributes:
-        names: Of files or of digits.
-        inputs: ``(N, C, H, W)``.
-        pixels: The same in [0, 1], to look at.
+        names: Names of the files or digits.
+        inputs: Normalized images, ``(N, C, H, W)``.
+        pixels: The same images in [0, 1], for display.
     """
     names: List[str]
     inputs: Tensor
     pixels: Tensor
 
 
-def networks(args: Namespace) -> List[Network]:
-    """Those of the checkpoints, or the one that is named; with ``--untrained`` one more, before the others.
+@dataclass(frozen=True)
+class ModelSource:
+    """Where models come from: checkpoints, or a name.
+
+    Attributes:
+        model: Options of the network.
+        checkpoints: Paths of files or run folders, None for the named model.
+        pretrained: Whether the named model gets its pretrained weights.
+        untrained: Whether to put a random model first.
+        use_ema: Prefer the EMA weights.
+        reparam: Re-parameterize the models.
+        seed: Seed of random weights, by default that of the checkpoint's run, otherwise 42.
+        img_size: Image side in pixels, by default the model's.
+    """
+    model: ModelOptions = ModelOptions()
+    checkpoints: Optional[List[str]] = None
+    pretrained: bool = False
+    untrained: bool = False
+    use_ema: bool = True
+    reparam: bool = False
+    seed: Optional[int] = None
+    img_size: Optional[int] = None
+
+    def load(self) -> List[LoadedModel]:
+        """Load the models of the checkpoints, or create the named one.
+
+        Raises:
+            ValueError: If a file or model does not exist, or they do not fit each other.
+        """
+        if self.checkpoints is None:
+            name = self.model.model
+            if name is None:
+                raise ValueError('expected --checkpoint or --model')
+            if self.untrained:
+                raise ValueError('--untrained needs --checkpoint; --model without --pretrained has random weights')
+            label = name if self.pretrained else f'{name}, untrained'
+            return [LoadedModel(label, self._create(name, {}, None), checkpoint.Description(), not self.pretrained)]
+        if self.pretrained:
+            raise ValueError('--pretrained and --checkpoint both select weights: give one of them')
+        models = [self.load_file(path) for path in map(RunDir.best_checkpoint, self.checkpoints)]
+        if self.untrained:
+            first = models[0]
+            # train.py samples the same initial weights from the seed of the run
+            seed = first.description.seed if self.seed is None else None
+            model = self._create(first.name, first.kwargs or {}, seed)
+            models.insert(0, LoadedModel('untrained', model, first.description, True))
+        labels = [loaded.label for loaded in models]
+        return [
+            loaded._replace(label=f'{loaded.label} ({index})') if labels.count(loaded.label) > 1 else loaded
+            for index, loaded in enumerate(models, 1)]
+
+    def load_file(self, path: str) -> LoadedModel:
+        """Load the model of a checkpoint of ``train.py``, of timm's script or of the original release.
+
+        Raises:
+            ValueError: If the file is no checkpoint, or its model is unknown or another one than ``--model``.
+        """
+        opened = open_checkpoint(path, self.model.model, self.use_ema)
+        torch.manual_seed(_DEFAULT_SEED if self.seed is None else self.seed)
+        model = opened.create(self._arguments(opened.name, opened.kwargs))
+        with error_prefix(path):
+            checkpoint.check_finite(model.state_dict())
+        epoch = opened.described.epoch
+        label = Path(path).name.split('.')[0] if epoch is None else f'epoch {epoch}'
+        return LoadedModel(label, self._finalize(model), opened.described, False, opened.name, opened.kwargs)
+
+    def _create(self, name: str, kwargs: Dict[str, Any], seed: Optional[int]) -> Any:
+        seeds = [value for value in (self.seed, seed, _DEFAULT_SEED) if value is not None]
+        torch.manual_seed(seeds[0])  # for initial weights
+        return self._finalize(create_model(name, pretrained=self.pretrained, **self._arguments(name, kwargs)))
+
+    def _arguments(self, name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+        return model_arguments(replace(self.model, model=name), self.img_size, None, kwargs)
+
+    def _finalize(self, model: Any) -> Any:
+        return reparameterize_model(model.eval()) if self.reparam else model.eval()
+
+
+def list_snapshots(paths: List[str]) -> List[str]:
+    """Return the given files; the folder of a run stands for its ``checkpoint-EPOCH.pth.tar``, sorted by epoch.
 
     Raises:
-        ValueError: There is no such file or model, or they don't fit each other.
+        ValueError: If a folder has no such file.
     """
-    if args.checkpoint is None:
-        if args.model is None:
-            raise ValueError('expected --checkpoint or --model')
-        if getattr(args, 'untrained', False):
-            raise ValueError('--untrained is for --checkpoint; --model without --pretrained has random weights')
-        label = args.model if args.pretrained else f'{args.model}, untrained'
-        model = _finished(_create(args, args.model, {}, args.pretrained), args)
-        return [Network(label, model, checkpoint.Description(), not args.pretrained)]
-    if args.pretrained:
-        raise ValueError('--pretrained and --checkpoint both say which weights')
-    found = [from_file(args, path) for path in map(best_of, args.checkpoint)]
-    if getattr(args, 'untrained', False):
-        first = found[0]
-        seed = first.described.seed if args.seed is None else None  # train.py samples the same weights from it
-        model = _create(args, first.name, first.kwargs or {}, seed=42 if seed is None else seed)
-        found.insert(0, Network('untrained', _finished(model, args), first.described, True))
-    return _told_apart(found)
+    found: List[str] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(str(path))
+            continue
+        numbered = [(re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', file.name), file) for file in path.iterdir()]
+        of_run = sorted((int(number[1]), str(file)) for number, file in numbered if number)
+        if not of_run:
+            raise ValueError(f'{path} has no checkpoint-EPOCH.pth.tar: train with --save-interval N to write them')
+        found += [file for _, file in of_run]
+    return found
 
 
 @torch.no_grad()
-def settle_norms(model: Any, images: Tensor) -> None:
-    """Gives batch norms the statistics of these images.
+def recalibrate_bn(model: Any, images: Tensor) -> None:
+    """Replace the running statistics of batch norms by those of these images.
 
-    Those of a new network (mean 0, variance 1) let the maps of large kernels vanish beside what bypasses them, which no
-    network in training does.
+    With the initial statistics (mean 0, variance 1) the maps of large kernels vanish beside the shortcuts, unlike in
+    any network during training.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -108,144 +171,70 @@ def settle_norms(model: Any, images: Tensor) -> None:
         norm.momentum = momentum
 
 
-def best_of(path: str) -> str:
-    """The file, or the best checkpoint where it is a run's folder."""
-    return str(RunDir(Path(path)).best if Path(path).is_dir() else path)
+def load_images(
+        loaded: LoadedModel, images: Optional[List[str]], num_images: int, img_size: Optional[int]) -> InputBatch:
+    """Load images as in a model's evaluation.
 
-
-def snapshots_of(paths: List[str]) -> List[str]:
-    """The files as they are given; of a run's folder its ``checkpoint-EPOCH.pth.tar``, by epoch.
-
-    Raises:
-        ValueError: A folder has none.
-    """
-    found: List[str] = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            found.append(str(path))
-            continue
-        numbered = [(re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', file.name), file) for file in path.iterdir()]
-        of_run = sorted((int(number[1]), str(file)) for number, file in numbered if number)
-        if not of_run:
-            raise ValueError(
-                f'{path} has no checkpoint-EPOCH.pth.tar: train.py --snapshot-interval N keeps one each N epochs')
-        found += [file for _, file in of_run]
-    return found
-
-
-def from_file(args: Namespace, path: str) -> Network:
-    """The network of a checkpoint of ``train.py``, of timm's script or of the original release.
+    Args:
+        loaded: Model that the images are for.
+        images: Paths of files and folders, or 'digits'; None for the digits if the model was trained on them.
+        num_images: Maximum number of images, evenly chosen from all.
+        img_size: Image side in pixels, by default the model's.
 
     Raises:
-        ValueError: It is no checkpoint, of no known model, or of another one than is named.
+        ValueError: If there are no images, one cannot be read, or the model takes sequences.
     """
-    loaded = checkpoint.read_file(path)
-    described = checkpoint.describe(loaded, path)
-    state_dict, _ = select_weights(loaded, path, args.use_ema)
-    name, kwargs = choose_model(args.model, described, state_dict, path)
-    torch.manual_seed(42 if args.seed is None else args.seed)
-    model = create_for_checkpoint(name, _arguments(args, name, kwargs), described, state_dict, path)
-    try:
-        checkpoint.check_finite(model.state_dict())
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
-    return Network(_label(path, described), _finished(model, args), described, False, name, kwargs)
-
-
-def _create(args: Namespace, name: str, kwargs: Dict[str, Any], pretrained: bool = False, seed: int = 42) -> Any:
-    torch.manual_seed(seed if args.seed is None else args.seed)  # of a network without weights
-    return create_model(name, pretrained=pretrained, **_arguments(args, name, kwargs))
-
-
-def _arguments(args: Namespace, name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    options = Namespace(**{**vars(args), 'model': name, 'input_size': None})
-    options.img_size = getattr(args, 'img_size', None)
-    return model_arguments(options, kwargs)
-
-
-def _finished(model: Any, args: Namespace) -> Any:
-    model = model.eval()
-    return reparameterize_model(model) if args.reparam else model
-
-
-def _label(path: str, described: checkpoint.Description) -> str:
-    """Return the epoch of the weights, or the file's name if the checkpoint has no epoch."""
-    epoch = described.epoch
-    return Path(path).name.split('.')[0] if epoch is None else f'epoch {epoch}'
-
-
-def _told_apart(found: List[Network]) -> List[Network]:
-    labels = [network.label for network in found]
-    return [
-        network._replace(label=f'{network.label} ({index + 1})') if labels.count(network.label) > 1 else network
-        for index, network in enumerate(found)]
-
-
-def images(args: Namespace, network: Network) -> Images:
-    """At most ``--num-images`` of those named, evenly over all, made ready as for the network's evaluation.
-
-    Raises:
-        ValueError: There are none, or one can't be read; the network takes sequences.
-    """
-    model: Any = network.model
+    model = loaded.model
     steps = getattr(model, 'sequence_length', None)
     if steps is not None:
         raise ValueError(
-            f'{args.command} is for networks of images, and {network.label} takes sequences of {steps} steps: expected '
-            'kernels, stages or animation')
+            f'this plot needs a network for images, and {loaded.label} takes sequences of {steps} steps: use kernels, '
+            'stages or animation')
     if model.in_chans not in (1, 3):
         raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {model.in_chans}')
-    described = network.described
-    sizes = () if args.img_size is None else ('img_size', 'input_size')  # which the user's option overrides
-    given = described.preparation(
+    sizes = () if img_size is None else ('img_size', 'input_size')  # which --img-size overrides
+    stored = loaded.description.preparation(
         [key for key in PREPARATION if key not in sizes], checkpoint.MAX_INHERITED_SIDE,
         '; --img-size overrides a size')
-    options = {**dict.fromkeys(PREPARATION), **given}
-    if args.img_size is not None:
-        options['img_size'] = args.img_size
+    options = {**dict.fromkeys(PREPARATION), **stored}
+    if img_size is not None:
+        options['img_size'] = img_size
     config = ImageTask(DataOptions(**options)).resolve_data_config(model)
     transform = create_transform(
         config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
-    exif_orientation = bool(options.get('exif_orientation'))
-    read_image = ReadImage('L' if model.in_chans == 1 else 'RGB', exif_orientation)
-    named = list(_named(args, described.dataset, read_image))
+    read_image = ReadImage('L' if model.in_chans == 1 else 'RGB', bool(options.get('exif_orientation')))
+    if images is None and loaded.description.dataset == 'digits':
+        images = ['digits']
+    if images is None:
+        raise ValueError("expected --images: files, folders, or 'digits' for the embedded ones")
+    named = list(_read_images(images, num_images, read_image))
     inputs = torch.stack([transform(image) for _, image in named])
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
-    return Images([name for name, _ in named], inputs, (inputs * std + mean).clamp(0, 1))
+    return InputBatch([name for name, _ in named], inputs, (inputs * std + mean).clamp(0, 1))
 
 
-def _named(args: Namespace, trained_on: Optional[str], read_image: ReadImage) -> Iterable[Tuple[str, Any]]:
-    if args.images == ['digits'] or (args.images is None and trained_on == 'digits'):
+def _read_images(paths: List[str], count: int, read_image: ReadImage) -> Iterable[Tuple[str, Any]]:
+    if paths == ['digits']:
         digits = Digits('validation', read_image.mode)
-        for index in evenly(list(range(len(digits))), args.num_images):
+        for index in evenly_spaced(list(range(len(digits))), count):
             image, label = digits[index]
             yield f'digit {label}', image
         return
-    if args.images is None:
-        raise ValueError("expected --images: files, folders, or 'digits' for the embedded ones")
-    for path in evenly(_files(args.images), args.num_images):
-        yield path.stem, _read(path, read_image)
-
-
-def _files(paths: List[str]) -> List[Path]:
-    endings = get_img_extensions(as_set=True)
-    found: List[Path] = []
+    extensions = get_img_extensions(as_set=True)
+    files: List[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in endings and file.is_file())
+            inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in extensions and file.is_file())
             if not inside:
-                raise ValueError(f'--images {path} has no images ({", ".join(sorted(endings))})')
-            found += inside
+                raise ValueError(f'--images {path} has no images ({", ".join(sorted(extensions))})')
+            files += inside
         elif path.exists():
-            found.append(path)
+            files.append(path)
         else:
             raise ValueError(f'--images {path}: no such file or folder')
-    return found
-
-
-def _read(path: Path, read_image: ReadImage) -> Any:
-    try:
-        return read_image(path)
-    except DECODE_ERRORS as error:
-        raise ValueError(f'--images {path} cannot be read: {first_line(error)}') from error
+    for path in evenly_spaced(files, count):
+        try:
+            yield path.stem, read_image(path)
+        except DECODE_ERRORS as error:
+            raise ValueError(f'--images {path} cannot be read: {first_line(error)}') from error

@@ -1,4 +1,4 @@
-"""What in an image speaks for a class: Grad-CAM and its kin, by the grad-cam package."""
+"""Grad-CAM and its variants: the regions of an image that support a class, by the grad-cam package."""
 from pathlib import Path
 from typing import Any, List, Optional, Sequence, Union
 
@@ -7,10 +7,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .forward import applied
-from .kernels import check_known
+from .kernels import check_layer_name
+from .receptive_field import check_inputs, forward_or_raise
 
-# Of pytorch_grad_cam, those that need no more than a layer's activations and gradients.
+# Methods of pytorch_grad_cam that need no more than a layer's activations and gradients.
 METHODS = ('GradCAM', 'GradCAMPlusPlus', 'XGradCAM', 'HiResCAM', 'LayerCAM', 'EigenGradCAM')
 
 
@@ -21,38 +21,40 @@ def heat_maps(
         classes: Optional[Sequence[int]] = None,
         method: str = 'GradCAM',
 ) -> np.ndarray:
-    """Heat maps of images by the grad-cam package: where a layer's features speak for a class.
+    """Return heat maps of the regions whose features in a layer support a class, by the grad-cam package.
 
-    Each map is enlarged to its image and stretched to [0, 1]: maps of different images don't compare. One that is zero
-    all over says that nothing there speaks for the class.
+    Each map is resized to its image and scaled to [0, 1], so maps of different images are not comparable. A map of
+    zeros means that no region supports the class.
 
     Args:
-        model: A classifier in evaluation mode; its parameters' gradients are cleared.
-        images: As the model takes them, ``(N, C, H, W)``.
-        layer: Name of a module whose output is ``(N, C', H', W')``, else that of the last stage.
-        classes: The class of each image, else the predicted ones.
+        model: Classifier in evaluation mode; the gradients of its parameters are cleared.
+        images: Inputs of the model, ``(N, C, H, W)``.
+        layer: Name of a module with output ``(N, C', H', W')``; by default the last stage.
+        classes: Class of each image; by default the predicted classes.
         method: One of :data:`METHODS`.
 
     Returns:
-        Of shape ``(N, H, W)``, float32 in [0, 1].
+        Maps of shape ``(N, H, W)``, float32 in [0, 1].
 
     Raises:
-        ImportError: The package isn't installed.
-        ValueError: There are no such layer, classes or method; the model is in training mode, can't take the images or
-            has no logits ``(N, classes)``, or not finite ones.
+        ImportError: If the package is not installed.
+        ValueError: If the layer, a class or the method does not exist; if the model is in training mode, cannot take
+            the images or has no finite logits ``(N, classes)``.
     """
     if method not in METHODS:
         raise ValueError(f'method must be one of {METHODS}, got {method!r}')
-    if model.training:
-        raise ValueError('the model must be in evaluation mode: model.eval()')
     logits = predict(model, images)
-    targets = _targets(classes, *logits.shape)
-    layer = _last_stage(model) if layer is None else layer
+    targets = None if classes is None else _targets(classes, *logits.shape)
+    if layer is None:
+        info = getattr(model, 'feature_info', None)
+        if not isinstance(info, list) or not info:
+            raise ValueError('the model has no named stages: name a layer')
+        layer = str(info[-1]['module'])
     modules = dict(model.named_modules())
-    check_known(layer, [name for name in modules if name])
-    cam = getattr(_library(), method)(model=model, target_layers=[modules[layer]])
+    check_layer_name(layer, [name for name in modules if name])
+    cam = getattr(_import_grad_cam(), method)(model=model, target_layers=[modules[layer]])
     try:
-        # images with gradients, or those of a frozen network would have none
+        # images that require gradients: a frozen network alone would have none
         maps = cam(input_tensor=images.detach().clone().requires_grad_(), targets=targets)
     except (IndexError, TypeError, ValueError, np.exceptions.AxisError) as error:
         raise ValueError(f'{layer} has no feature maps of shape (N, C, H, W) that the logits depend on') from error
@@ -64,50 +66,19 @@ def heat_maps(
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits ``(N, classes)`` of images, which must be finite.
+    """Return finite logits ``(N, classes)`` of images.
 
     Raises:
-        ValueError: The model can't take the images, or its output is something else.
+        ValueError: If the model is in training mode, cannot take the images, or has another or no finite output.
     """
-    if len(images) == 0:
-        raise ValueError('expected at least one image, got none')
-    logits = applied(model, images)
+    check_inputs(model, images)
+    logits = forward_or_raise(model, images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] == 0:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f'expected a classifier with logits of shape (N, classes), got {got}')
     if not logits.isfinite().all():
         raise ValueError('the logits are not finite')
     return logits
-
-
-def _library() -> Any:
-    try:
-        import pytorch_grad_cam
-    except ImportError as error:
-        raise ImportError(
-            f"heat maps need the grad-cam package: pip install 'smpconv_models[figures]' ({error})") from error
-    return pytorch_grad_cam
-
-
-def _targets(classes: Optional[Sequence[int]], count: int, num_classes: int) -> Optional[List[Any]]:
-    """As the package takes them; None for the predicted classes."""
-    if classes is None:
-        return None
-    if len(classes) != count:
-        raise ValueError(f'expected a class for each of {count} images, got {len(classes)}')
-    for index in classes:
-        if not 0 <= index < num_classes:
-            raise ValueError(f'the class must lie in [0, {num_classes - 1}], got {index}')
-    _library()
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    return [ClassifierOutputTarget(int(index)) for index in classes]
-
-
-def _last_stage(model: Any) -> str:
-    info = getattr(model, 'feature_info', None)
-    if not isinstance(info, list) or not info:
-        raise ValueError('the model has no named stages: name a layer')
-    return info[-1]['module']
 
 
 def save_heat_maps(
@@ -117,17 +88,17 @@ def save_heat_maps(
         titles: Sequence[str],
         columns: int = 4,
 ) -> None:
-    """A PNG of images, each beside itself under its heat map.
+    """Save a PNG of images, each beside a copy under its heat map.
 
     Args:
-        path: Where to.
-        images: To look at, ``(N, 1 or 3, H, W)`` in [0, 1].
-        maps: Of :func:`heat_maps`, ``(N, H, W)``.
-        titles: Of each image.
-        columns: Pairs in a row.
+        path: Path of the file to write.
+        images: Pixels, ``(N, 1 or 3, H, W)`` in [0, 1].
+        maps: Heat maps of :func:`heat_maps`, ``(N, H, W)``.
+        titles: Title of each image.
+        columns: Number of pairs per row.
 
     Raises:
-        ValueError: There are not as many of each, or they differ in size.
+        ValueError: If the numbers of images, maps and titles differ, or the sizes of images and maps.
     """
     if not len(images) == len(maps) == len(titles) or images.shape[-2:] != maps.shape[-2:]:
         raise ValueError(
@@ -138,16 +109,33 @@ def save_heat_maps(
     figure = Figure(figsize=(3.2 * columns, 1.85 * rows), layout='constrained')
     parts: Any = figure.subfigures(rows, columns, squeeze=False).ravel()
     for part, image, heat, title in zip(parts, images, maps, titles):
-        _draw(part, image, heat, title)
+        part.suptitle(title, fontsize=9, parse_math=False)
+        pixels = image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
+        plain, overlaid = part.subplots(1, 2)
+        plain.imshow(pixels, cmap='gray', vmin=0, vmax=1)
+        overlaid.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=1)
+        overlaid.imshow(heat, cmap='inferno', vmin=0, vmax=1, alpha=0.6)
+        for axes in (plain, overlaid):
+            axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=130, format='png')
 
 
-def _draw(part: Any, image: Tensor, heat: np.ndarray, title: str) -> None:
-    part.suptitle(title, fontsize=9, parse_math=False)
-    pixels = image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
-    alone, under = part.subplots(1, 2)
-    alone.imshow(pixels, cmap='gray', vmin=0, vmax=1)
-    under.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=1)
-    under.imshow(heat, cmap='inferno', vmin=0, vmax=1, alpha=0.6)
-    for axes in (alone, under):
-        axes.set(xticks=[], yticks=[])
+def _targets(classes: Sequence[int], count: int, num_classes: int) -> List[Any]:
+    """Return class indices in the form that the package takes."""
+    if len(classes) != count:
+        raise ValueError(f'expected a class for each of {count} images, got {len(classes)}')
+    for index in classes:
+        if not 0 <= index < num_classes:
+            raise ValueError(f'the class must lie in [0, {num_classes - 1}], got {index}')
+    _import_grad_cam()
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    return [ClassifierOutputTarget(int(index)) for index in classes]
+
+
+def _import_grad_cam() -> Any:
+    try:
+        import pytorch_grad_cam
+    except ImportError as error:
+        raise ImportError(
+            f"heat maps need the grad-cam package: pip install 'smpconv_models[figures]' ({error})") from error
+    return pytorch_grad_cam

@@ -1,17 +1,20 @@
-"""Pictures of training runs: losses and accuracy, and kernels."""
+"""Plots of training runs: losses and accuracy, kernels, and the confusion matrix."""
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from smpconv_models.layers import smp_layers
 
-from .kernels import draw_kernels, draw_rows, evenly, name_columns, views_of
-from .views import View, label_of
+from .kernels import KernelView, draw_kernel_row, draw_rows, evenly_spaced, kernel_views, layer_label
 
 Row = Dict[str, Any]
+# Numbers of classes up to which a confusion matrix names the classes, shows the counts, and needs no enlarged cells.
+_MAX_NAMED, _MAX_COUNTED, _MAX_VISIBLE = 40, 20, 250
 
 
 def save_run(
@@ -21,16 +24,16 @@ def save_run(
         max_layers: int = 6,
         columns: int = 6,
 ) -> None:
-    """A PNG of a training run: losses and accuracy over the epochs, below them kernels of the SMP layers.
+    """Save a PNG of a training run: losses and accuracy over the epochs, and kernels of the SMP layers below them.
 
     Args:
-        path: Where to.
-        rows: An epoch each, with the keys of the run's ``summary.csv``.
-        model: Whose kernels to show; without SMP layers there are the curves only.
-        max_layers: Layers shown at most, evenly over the depth; of those with points per filter, the first filter.
-        columns: Channels shown of each; over time half as many panels, twice as wide, the first for all points.
+        path: Path of the file to write.
+        rows: Metrics of each epoch, with the keys of the run's ``summary.csv``.
+        model: Model with the kernels; a model without SMP layers has the curves alone.
+        max_layers: Maximum number of layers, evenly over the depth; for points per filter, their first filter.
+        columns: Number of channels per layer; over time half as many panels, twice as wide, the first for all points.
     """
-    views = views_of(dict(evenly(list(smp_layers(model).items()), max_layers)))
+    views = kernel_views(dict(evenly_spaced(list(smp_layers(model).items()), max_layers)))
     height = 3.2 + 1.5 * len(views)
     figure = Figure(figsize=(10, height), layout='constrained')
     parts: Any = figure.subfigures(2, 1, height_ratios=(3.2, max(1.5 * len(views), 1e-3)))
@@ -41,31 +44,70 @@ def save_run(
     figure.savefig(path, dpi=130, format='png')
 
 
-def _draw_kernels(figure: Any, views: Mapping[str, View], columns: int) -> None:
-    first = next(iter(views.values()))
-    owner = 'channels of' if first.filter is None else 'input channels of a filter in'
-    figure.suptitle(f'Kernels and their points: the first {owner} some layers', fontsize=10)
-    if any(view.ndim == 1 for view in views.values()):
-        name_columns(draw_rows(figure, views, max(columns // 2 - 1, 1)), first)  # panels twice as wide
-        return
-    for row, (name, view) in zip(figure.subplots(len(views), columns, squeeze=False), views.items()):
-        row[0].set_ylabel(label_of(name, view), fontsize=7)
-        draw_kernels(row, view, True, [None] * columns)
-
-
 def save_curves(path: Union[str, Path], rows: Sequence[Row]) -> None:
-    """A PNG of losses and accuracy over the epochs, of the rows of a run's ``summary.csv``."""
+    """Save a PNG of losses and accuracy over the epochs, from the rows of a run's ``summary.csv``."""
     figure = Figure(figsize=(10, 3.2), layout='constrained')
     _draw_curves(figure.subplots(1, 2), rows)
     figure.savefig(path, dpi=130, format='png')
 
 
+def save_confusion_matrix(
+        path: Union[str, Path],
+        confusion: Tensor,
+        names: Optional[Sequence[str]] = None,
+) -> None:
+    """Save a PNG of a confusion matrix: the distribution of each class's images over the predictions.
+
+    Colors follow the square root of the share, so that rare mistakes are visible. A class without images is gray. Up to
+    40 classes are named. Up to 20 classes have their counts in the cells.
+
+    Args:
+        path: Path of the file to write.
+        confusion: Counts of shape ``(classes, classes)``, row the class, column the prediction.
+        names: Names of the classes by index; by default their indices.
+    """
+    counts = confusion.cpu().numpy()
+    images = counts.sum(1, keepdims=True)
+    shares = np.ma.array(100 * counts / np.maximum(images, 1), mask=np.broadcast_to(images == 0, counts.shape))
+    side = min(max(3., 0.35 * len(counts)), 12.)
+    figure = Figure(figsize=(side + 2, side + 1), layout='constrained')
+    axes = figure.add_subplot(facecolor='0.8')
+    colors: Any = dict(cmap='Blues', norm=PowerNorm(0.5, 0, 100))
+    picture = axes.imshow(shares, interpolation='nearest', **colors)
+    figure.colorbar(picture, label="% of a class's images", shrink=0.8)
+    axes.set(xlabel='predicted', ylabel='class')
+    axes.set_title(f'top-1 {100 * counts.trace() / images.sum():.2f} % of {images.sum()} images')
+    if len(counts) <= _MAX_NAMED:
+        labels = [name if len(name) <= 32 else f'{name[:31]}…' for name in map(str, names or range(len(counts)))]
+        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0, parse_math=False)
+        axes.set_yticks(range(len(labels)), labels, parse_math=False)
+    if len(counts) <= _MAX_COUNTED:
+        for row, column in np.argwhere(counts).tolist():
+            color = 'white' if shares[row, column] > 40 else 'black'
+            axes.text(column, row, str(counts[row, column]), ha='center', va='center', fontsize=8, color=color)
+    if len(counts) > _MAX_VISIBLE:
+        _enlarge_cells(axes, shares, colors)
+    figure.savefig(path, dpi=130, format='png')
+
+
+def _draw_kernels(figure: Any, views: Mapping[str, KernelView], columns: int) -> None:
+    first = next(iter(views.values()))
+    owner = 'channels of' if first.filter is None else 'input channels of a filter in'
+    figure.suptitle(f'Kernels and their points: the first {owner} some layers', fontsize=10)
+    if any(view.ndim == 1 for view in views.values()):
+        draw_rows(figure, views, max(columns // 2 - 1, 1))  # panels twice as wide
+        return
+    for row, (name, view) in zip(figure.subplots(len(views), columns, squeeze=False), views.items()):
+        row[0].set_ylabel(layer_label(name, view), fontsize=7)
+        draw_kernel_row(row, view, True, [None] * columns)
+
+
 def _draw_curves(axes: Sequence[Axes], rows: Sequence[Row]) -> None:
     epochs = [row['epoch'] for row in rows]
-    labels = {'train_loss': 'training', 'eval_loss': 'held out', 'ema_loss': 'held out, averaged weights'}
-    _draw_lines(axes[0], epochs, rows, labels, 'loss')
-    labels = {'eval_top1': 'held out', 'ema_top1': 'held out, averaged weights'}
-    _draw_lines(axes[1], epochs, rows, labels, 'top-1 (%)')
+    losses = {'train_loss': 'training', 'eval_loss': 'validation', 'ema_loss': 'validation, EMA weights'}
+    _draw_lines(axes[0], epochs, rows, losses, 'loss')
+    _draw_lines(
+        axes[1], epochs, rows, {'eval_top1': losses['eval_loss'], 'ema_top1': losses['ema_loss']}, 'top-1 (%)')
 
 
 def _draw_lines(axes: Axes, epochs: List[int], rows: Sequence[Row], labels: Dict[str, str], ylabel: str) -> None:
@@ -75,3 +117,13 @@ def _draw_lines(axes: Axes, epochs: List[int], rows: Sequence[Row], labels: Dict
     axes.set(xlabel='epoch', ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _enlarge_cells(axes: Axes, shares: np.ndarray, colors: Dict[str, Any]) -> None:
+    """Draw squares larger than the cells, the largest shares on top; cells off the diagonal would be invisible."""
+    rows, columns = np.ma.filled(shares, 0).nonzero()
+    order = shares[rows, columns].argsort()
+    rows, columns = rows[order], columns[order]
+    found = shares[rows, columns]
+    sizes = np.where(rows == columns, 5, 5 + found / 2)
+    axes.scatter(columns, rows, c=found, s=sizes, marker='s', linewidth=0, **colors)

@@ -1,4 +1,4 @@
-"""Points over a training run."""
+"""Animations of points over a training run."""
 import copy
 import itertools
 
@@ -13,7 +13,7 @@ from smpconv_models.figures import animation
 
 @pytest.fixture
 def snapshots():
-    """A layer whose points go to the right, and weigh more."""
+    """A layer whose points move to the right and gain weight."""
     network = SMPConvNet(depths=(1,), dims=(2,), kernel_sizes=(5,))
     found = []
     for epoch in range(3):
@@ -26,7 +26,7 @@ def snapshots():
 
 
 @pytest.mark.parametrize(('name', 'format'), [('points.gif', 'GIF'), ('points.png', 'PNG'), ('points.APNG', 'PNG')])
-def test_there_is_a_frame_for_each_snapshot(snapshots, tmp_path, name, format):
+def test_each_snapshot_has_a_frame(snapshots, tmp_path, name, format):
     figures.save_animation(tmp_path / name, snapshots, columns=1, fps=10)
     with Image.open(tmp_path / name) as picture:
         assert (picture.format, picture.n_frames) == (format, 3)
@@ -39,15 +39,15 @@ def test_there_is_a_frame_for_each_snapshot(snapshots, tmp_path, name, format):
     assert all(abs(a - b).max() > 100 for a, b in itertools.pairwise(frames))
 
 
-def test_a_frame_shows_its_points_in_colours_that_stay(snapshots, tmp_path, monkeypatch):
-    figures_drawn = []
+def test_frames_share_their_color_scales(snapshots, tmp_path, monkeypatch):
+    frames = []
     draw = animation.draw_frame
-    monkeypatch.setattr(animation, 'draw_frame', lambda *args: figures_drawn.append(draw(*args)) or figures_drawn[-1])
+    monkeypatch.setattr(animation, 'draw_frame', lambda *args: frames.append(draw(*args)) or frames[-1])
     figures.save_animation(tmp_path / 'points.gif', snapshots, columns=2)
-    assert [figure.get_suptitle() for figure in figures_drawn] == ['epoch 0', 'epoch 1', 'epoch 2']
+    assert [figure.get_suptitle() for figure in frames] == ['epoch 0', 'epoch 1', 'epoch 2']
     (_, last_layers), = snapshots[2:]
     last, = last_layers.values()
-    for figure, (_, layers) in zip(figures_drawn, snapshots):
+    for figure, (_, layers) in zip(frames, snapshots):
         layer, = layers.values()
         points, *kernels = figure.axes
         np.testing.assert_array_equal(points.collections[-1].get_offsets(), layer.coords.detach())
@@ -59,7 +59,7 @@ def test_a_frame_shows_its_points_in_colours_that_stay(snapshots, tmp_path, monk
             assert axes.images[0].get_clim() == pytest.approx((-largest, largest))
 
 
-def test_what_does_not_move(snapshots, tmp_path):
+def test_invalid_animations_are_refused(snapshots, tmp_path):
     path = tmp_path / 'points.gif'
     with pytest.raises(ValueError, match='at least 2 checkpoints, got 1'):
         figures.save_animation(path, snapshots[:1])

@@ -1,4 +1,4 @@
-"""`python -m smpconv_models.figures`, as a user calls it."""
+"""Command line of `python -m smpconv_models.figures`."""
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ def tiny(seed):
 
 
 def save(path, seed, **more):
-    """A checkpoint as train.py leaves it, of a network that was trained on the digits."""
+    """Save a checkpoint like those of train.py, of a network trained on the digits."""
     weights = tiny(seed).state_dict()
     torch.save({
         'state_dict': {name: torch.zeros_like(value) for name, value in weights.items()}, 'state_dict_ema': weights,
@@ -37,7 +37,7 @@ def save(path, seed, **more):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Of a run."""
+    """Folder of a run."""
     path = tmp_path_factory.mktemp('run')
     save(path / 'model_best.pth.tar', 0, epoch=9)
     for epoch in (10, 9, 0):
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a command that must succeed; gives what it drew with, and the picture's path."""
+    """Run a command that must succeed; return the arguments of its plots, and the path of the file."""
     def call(command, *argv, name='out.png'):
         path = tmp_path / name
         assert main([command, '--output', str(path), *map(str, argv)]) == 0
@@ -69,14 +69,14 @@ def test_kernels(run, folder):
     _, model, layers, _, columns, _ = call
     assert layers == [LAYER] and columns == 2
     expected = tiny(0).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())  # the averaged ones
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())  # the EMA weights
 
 
 def test_stages_before_and_after(run, folder):
     (call,), _ = run('stages', '--checkpoint', folder, '--untrained')
     before, after = call[1].items()
     assert (before[0], after[0]) == ('untrained', 'epoch 9')
-    torch.manual_seed(3)  # the run's
+    torch.manual_seed(3)  # the seed of the run
     expected = timm.create_model('smpconv_nano', **TINY)
     assert torch.equal(before[1].get_submodule(LAYER).coords, expected.get_submodule(LAYER).coords)
 
@@ -108,7 +108,7 @@ def test_heat_maps_of_files(run, folder, tmp_path):
     assert [title.split(' (')[0] for title in titles] == ['red: class-7', 'in: class-7']
 
 
-def test_animation_of_a_run_goes_by_epoch(run, folder):
+def test_animation_of_a_run_is_sorted_by_epoch(run, folder):
     (call,), path = run('animation', '--checkpoint', folder, '--fps', 10, '--max-layers', 1, name='out.gif')
     assert [title for title, _ in call[1]] == ['epoch 0', 'epoch 9', 'epoch 10']
     for (_, layers), seed in zip(call[1], (0, 9, 10)):
@@ -118,16 +118,16 @@ def test_animation_of_a_run_goes_by_epoch(run, folder):
         assert picture.n_frames == 3 and picture.info['duration'] == 100
 
 
-def test_the_original_releases_files_tell_their_model(run, tmp_path):
+def test_the_model_of_an_original_release_file_is_identified(run, tmp_path):
     model = randomize_(timm.create_model('smpconv_nano', num_classes=10, in_chans=1))
-    torch.save(model.state_dict(), tmp_path / 'in.pth')  # a bare state dict
+    torch.save(model.state_dict(), tmp_path / 'in.pth')  # a state dict alone
     (call,), _ = run('stages', '--checkpoint', tmp_path / 'in.pth')
     (label, found), = call[1].items()
     assert label == 'in' and found.get_classifier().out_features == 10
 
 
 def refused(capsys, tmp_path, *argv):
-    """The one line; nothing is left."""
+    """Return the one line of error output of a command that must fail and leave no file."""
     before = set(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
         main(list(map(str, argv)))
@@ -138,12 +138,13 @@ def refused(capsys, tmp_path, *argv):
 
 
 @pytest.mark.parametrize(('command', 'argv', 'message'), [
-    ('kernels', ['--checkpoint', 'RUN', '--layer', 'stages.1'], f"no layer is named 'stages.1'; near are ['{LAYER}']"),
-    ('kernels', ['--model', 'resnet18'], 'no kernels that are drawn from points'),
-    ('kernels', ['--checkpoint', 'RUN', '--reparam'], 'no kernels that are drawn from points'),
+    ('kernels', ['--checkpoint', 'RUN', '--layer', 'stages.1'],
+     f"no layer is named 'stages.1'; the nearest names are ['{LAYER}']"),
+    ('kernels', ['--model', 'resnet18'], 'no kernels that are sampled from points'),
+    ('kernels', ['--checkpoint', 'RUN', '--reparam'], 'no kernels that are sampled from points'),
     ('kernels', ['--checkpoint', 'GONE'], 'expected a checkpoint file, found nothing at GONE'),
     ('kernels', ['--checkpoint', 'RUN', '--model', 'smpconv_t'], 'the checkpoint does not fit the model'),
-    ('kernels', ['--checkpoint', 'RUN', '--pretrained'], 'both say which weights'),
+    ('kernels', ['--checkpoint', 'RUN', '--pretrained'], 'both select weights'),
     ('kernels', [], 'expected --checkpoint or --model'),
     ('kernels', ['--model', 'smpconv_x'], "no model is named 'smpconv_x'"),
     ('stages', ['--model', 'resnet18'], 'resnet18, untrained: expected depthwise convolutions'),
@@ -156,9 +157,9 @@ def refused(capsys, tmp_path, *argv):
     ('animation', ['--model', 'smpconv_nano'], 'expected --checkpoint: two or more'),
     ('animation', ['--checkpoint', 'RUN/model_best.pth.tar'], 'at least 2 checkpoints, got 1'),
     ('animation', ['--checkpoint', 'EMPTY'], 'has no checkpoint-EPOCH.pth.tar'),
-    ('animation', ['--checkpoint', 'RUN', '--reparam'], 'no kernels that are drawn from points'),
+    ('animation', ['--checkpoint', 'RUN', '--reparam'], 'no kernels that are sampled from points'),
 ])
-def test_what_is_wrong_is_one_line(folder, tmp_path, tmp_path_factory, capsys, command, argv, message):
+def test_errors_are_one_line(folder, tmp_path, tmp_path_factory, capsys, command, argv, message):
     elsewhere = tmp_path_factory.mktemp('elsewhere')
     (elsewhere / 'broken.png').write_bytes(b'no image')
     (elsewhere / 'empty').mkdir()
@@ -177,13 +178,13 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, tmp_path_factory, capsys, c
     ('kernels', 'gone/out.png', 'cannot be written: No such file or directory'),
     ('kernels', 'taken.png', 'is not a file'),
 ])
-def test_an_output_that_cannot_be_is_told_first(tmp_path, capsys, command, output, message):
+def test_an_invalid_output_is_reported_first(tmp_path, capsys, command, output, message):
     (tmp_path / 'taken.png').mkdir()
     line = refused(capsys, tmp_path, command, '--checkpoint', 'GONE', '--output', tmp_path / output)
     assert message in line
 
 
-def test_a_checkpoint_of_nan_is_told(tmp_path, capsys):
+def test_weights_that_are_not_finite_are_reported(tmp_path, capsys):
     weights = tiny(0).state_dict()
     weights['head.fc.bias'][0] = torch.nan
     torch.save({'state_dict': weights, 'model_kwargs': TINY, 'args': {'model': 'smpconv_nano'}}, tmp_path / 'in.pth')
@@ -192,22 +193,22 @@ def test_a_checkpoint_of_nan_is_told(tmp_path, capsys):
     assert 'in.pth: the checkpoint has weights that are not finite: head.fc.bias' in line
 
 
-def test_wrong_values_are_told_with_the_file(folder, tmp_path, tmp_path_factory, capsys):
+def test_wrong_values_are_reported_with_the_file(folder, tmp_path, tmp_path_factory, capsys):
     loaded = checkpoint.read_file(folder / 'model_best.pth.tar')
     path = tmp_path_factory.mktemp('elsewhere') / 'a.pth'
-    for wrong, told in (({'mean': 'x'}, 'args.mean must be'), ({'img_size': 2048}, '--img-size overrides a size')):
+    for wrong, message in (({'mean': 'x'}, 'args.mean must be'), ({'img_size': 2048}, '--img-size overrides a size')):
         torch.save({**loaded, 'args': {**loaded['args'], **wrong}}, path)
         line = refused(capsys, tmp_path, 'receptive-field', '--output', tmp_path / 'out.png', '--checkpoint', path)
-        assert f'{path}: ' in line and told in line
+        assert f'{path}: ' in line and message in line
 
 
-def test_norms_of_a_network_without_weights_know_the_images(run, folder):
-    """Else nothing of its large kernels would be seen."""
+def test_norms_of_a_random_network_have_statistics_of_the_images(run, folder):
+    """Otherwise its large kernels would contribute nothing visible."""
     (call,), _ = run('receptive-field', '--checkpoint', folder, '--untrained', '--num-images', 4)
     _, fields = call
     model, images = timm.create_model('smpconv_nano', **TINY), torch.randn(6, 1, 16, 16)
     momenta = [norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
-    _inputs.settle_norms(model, images)
+    _inputs.recalibrate_bn(model, images)
     assert not model.training and momenta == [
         norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
     first = model.stem[0]
@@ -215,23 +216,23 @@ def test_norms_of_a_network_without_weights_know_the_images(run, folder):
     torch.testing.assert_close(first.norm.running_mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(first.norm.running_var, x.var((0, 2, 3)))
     argv = ['receptive-field', '--checkpoint', str(folder), '--untrained', '--output', 'x.png']
-    bare = _inputs.networks(create_parser().parse_args(argv))[0]
-    assert bare.is_random
-    assert not np.allclose(fields['untrained'], figures.effective_receptive_field(bare.model, images))
+    random = _inputs.load_models(create_parser().parse_args(argv))[0]
+    assert random.is_random
+    assert not np.allclose(fields['untrained'], figures.effective_receptive_field(random.model, images))
 
 
-@pytest.mark.parametrize('argv, told', [
-    (['stages', '--model', 'smpconv_nano', '--untrained'], '--untrained is for --checkpoint'),
-    (['animation', '--checkpoint', 'FOLDER', '--pretrained'], 'both say which weights'),
+@pytest.mark.parametrize('argv, message', [
+    (['stages', '--model', 'smpconv_nano', '--untrained'], '--untrained needs --checkpoint'),
+    (['animation', '--checkpoint', 'FOLDER', '--pretrained'], 'both select weights'),
     (['animation', '--checkpoint', 'FOLDER/model_best.pth.tar', 'FOLDER/model_best.pth.tar'], 'one of them twice'),
     (['animation', '--checkpoint', 'FOLDER', '--fps', '0.001'], '--fps'),
     (['heat-map', '--checkpoint', 'FOLDER', '--layer', ''], "''"),
 ])
-def test_nothing_is_swallowed(folder, tmp_path, capsys, argv, told):
+def test_no_argument_is_ignored(folder, tmp_path, capsys, argv, message):
     name = 'x.gif' if argv[0] == 'animation' else 'x.png'
     with pytest.raises(SystemExit, match='2'):
         main([*(part.replace('FOLDER', str(folder)) for part in argv), '--output', str(tmp_path / name)])
-    assert told in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 SMALL = {
@@ -247,7 +248,7 @@ def small(name, seed=0):
 
 @pytest.fixture(params=SMALL)
 def points_per_filter(request, tmp_path_factory):
-    """The name of a network with points for each filter, and the folder of its run."""
+    """Name of a network with points per filter, and the folder of its run."""
     name, path = request.param, tmp_path_factory.mktemp(request.param)
     for file, epoch in (('model_best', 3), ('checkpoint-0', 0), ('checkpoint-3', 3)):
         torch.save({
@@ -257,7 +258,7 @@ def points_per_filter(request, tmp_path_factory):
     return name, path
 
 
-def test_networks_with_points_for_each_filter(run, points_per_filter):
+def test_networks_with_points_per_filter(run, points_per_filter):
     name, folder = points_per_filter
     kernels, _ = run('kernels', '--checkpoint', folder, '--filter', 2, '--max-layers', 2)
     run('stages', '--checkpoint', folder, '--untrained')
@@ -271,7 +272,7 @@ def test_networks_with_points_for_each_filter(run, points_per_filter):
     assert [title for title, _ in snapshots] == ['epoch 0', 'epoch 3']
 
 
-def test_pictures_of_images_need_a_network_for_images(run, points_per_filter, tmp_path, capsys):
+def test_plots_of_images_need_a_network_for_images(run, points_per_filter, tmp_path, capsys):
     name, folder = points_per_filter
     for command in ('receptive-field', 'heat-map'):
         argv = command, '--checkpoint', folder, '--images', 'digits', '--num-images', 2, '--img-size', 16
@@ -280,7 +281,7 @@ def test_pictures_of_images_need_a_network_for_images(run, points_per_filter, tm
             (tmp_path / 'out.png').unlink()
         else:
             line = refused(capsys, tmp_path, *argv, '--output', tmp_path / 'out.png')
-            assert f'{command} is for networks of images, and epoch 3 takes sequences of 64 steps' in line
+            assert f'{command} needs a network for images, and epoch 3 takes sequences of 64 steps' in line
 
 
 @pytest.mark.parametrize('name, file, options', [
@@ -301,18 +302,18 @@ def test_small_networks_of_the_original_release(run, tmp_path, name, file, optio
     assert list(calls[1][1]) == ['epoch 5']
 
 
-def test_a_filter_that_is_not_there_is_one_line(folder, points_per_filter, tmp_path, capsys):
+def test_a_missing_filter_is_one_line(folder, points_per_filter, tmp_path, capsys):
     _, other = points_per_filter
-    for place, message in ((folder, 'filter must be 0 in a depthwise layer'), (other, 'filter must lie in [0, 2]')):
+    for place, message in ((folder, 'filter must be 0 for a depthwise layer'), (other, 'filter must lie in [0, 2]')):
         line = refused(
             capsys, tmp_path, 'kernels', '--checkpoint', place, '--filter', 9, '--output', tmp_path / 'out.png')
         assert message in line and line.endswith('got 9')
 
 
-def test_norms_of_sequences_are_settled_too():
+def test_norms_of_sequence_networks_are_recalibrated():
     model = create_sequence_model('smpconv_sdigits', depth=1, dim=3, input_drop_rate=0.)
     sequences = torch.randn(6, 1, 64)
-    _inputs.settle_norms(model, sequences)
+    _inputs.recalibrate_bn(model, sequences)
     small_kernel = model.blocks[0].conv1.small
     x = small_kernel.conv(sequences).detach()
     torch.testing.assert_close(small_kernel.norm.running_mean, x.mean((0, 2)))

@@ -38,7 +38,8 @@ def test_deep_images_are_scaled_by_their_mode(tmp_path, mode):
     paths = files(tmp_path)
     assert len(paths) == 5
     for path in paths:
-        for image in (ReadImage(mode)(path), _inputs._read(path, ReadImage(mode))):
+        (_, in_figures), = _inputs._read_images([path], 1, ReadImage(mode))
+        for image in (ReadImage(mode)(path), in_figures):
             assert image.mode == mode
             assert np.array_equal(np.asarray(image), np.asarray(Image.fromarray(GRAY).convert(mode))), path
 

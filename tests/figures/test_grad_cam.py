@@ -22,16 +22,16 @@ def images():
 
 
 @pytest.mark.parametrize('method', ['GradCAM', 'GradCAMPlusPlus', 'XGradCAM', 'HiResCAM', 'LayerCAM', 'EigenGradCAM'])
-def test_maps_have_the_images_size(network, images, method):
+def test_maps_have_the_size_of_the_images(network, images, method):
     each = [figures.heat_maps(network, images, 'stem', [index] * 2, method) for index in range(3)]
     assert all(maps.shape == (2, 24, 40) and maps.dtype == np.float32 for maps in each)
     assert all(maps.min() >= 0 and maps.max() <= 1 for maps in each)
-    assert max(maps.std() for maps in each) > 0.01  # of what is positive, something speaks for one
+    assert max(maps.std() for maps in each) > 0.01  # at least one class is supported
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
 class Bright(nn.Module):
-    """Class 0 is what is bright, class 1 what is dark."""
+    """Class 0 is bright, class 1 is dark."""
     def __init__(self):
         super().__init__()
         self.features = nn.Conv2d(1, 2, 1, bias=False)
@@ -42,7 +42,7 @@ class Bright(nn.Module):
         return self.features(x).relu().mean((2, 3))
 
 
-def test_it_is_where_the_class_is():
+def test_the_map_is_where_the_class_is():
     image = torch.zeros(1, 1, 16, 16)
     image[..., :8], image[..., 8:] = 2., -1.
     network = Bright().eval().requires_grad_(False)  # a frozen network too
@@ -52,7 +52,7 @@ def test_it_is_where_the_class_is():
     assert dark[0, :, 8:].min() > 0.99 and dark[0, :, :8].max() < 0.01
 
 
-def test_the_last_stage_is_taken_and_the_predicted_class(network, images):
+def test_defaults_are_the_last_stage_and_the_predicted_class(network, images):
     maps = figures.heat_maps(network, images)
     predicted = network(images).argmax(1).tolist()
     np.testing.assert_array_equal(maps, figures.heat_maps(network, images, 'stages.1', predicted))
@@ -60,19 +60,19 @@ def test_the_last_stage_is_taken_and_the_predicted_class(network, images):
     assert abs(maps - figures.heat_maps(network, images, 'stages.1', other)).max() > 0.1
 
 
-def test_reparameterized_networks_have_the_same(network, images):
+def test_reparameterized_networks_have_the_same_maps(network, images):
     maps = figures.heat_maps(network, images)
     np.testing.assert_allclose(figures.heat_maps(reparameterize_model(network), images), maps, atol=1e-3)
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    (dict(layer='stages.2'), r"no layer is named 'stages.2'; near are \['stages"),
+    (dict(layer='stages.2'), r"no layer is named 'stages.2'; the nearest names are \['stages"),
     (dict(layer='head.fc'), 'head.fc has no feature maps'),
     (dict(classes=[0]), 'a class for each of 2 images, got 1'),
     (dict(classes=[0, 3]), r'class must lie in \[0, 2\], got 3'),
     (dict(method='Guess'), "one of .* got 'Guess'"),
 ])
-def test_what_cannot_be_asked(network, images, options, message):
+def test_invalid_arguments_are_refused(network, images, options, message):
     with pytest.raises(ValueError, match=message):
         figures.heat_maps(network, images, **options)
 
@@ -85,14 +85,14 @@ def test_what_cannot_be_asked(network, images, options, message):
     (lambda network, images: (network.stem, images), r'a classifier with logits of shape \(N, classes\)'),
     (lambda network, images: (nn.Sequential(nn.Flatten(), nn.Linear(2880, 2)).eval(), images), 'name a layer'),
 ], ids=['training', 'channels', 'no image', 'nan', 'no logits', 'no stages'])
-def test_what_has_none(images, change, message):
+def test_networks_and_images_without_maps_are_refused(images, change, message):
     network = SMPConvNet(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), num_classes=3).eval()
     network, images = change(network, images)
     with pytest.raises(ValueError, match=message):
         figures.heat_maps(network, images)
 
 
-def test_the_picture(tmp_path):
+def test_the_plot(tmp_path):
     maps = np.linspace(0, 1, 3 * 6 * 8, dtype='float32').reshape(3, 6, 8)
     figures.save_heat_maps(tmp_path / 'heat.png', torch.rand(3, 1, 6, 8), maps, ['a', '$b$', 'c'], columns=2)
     assert np.asarray(Image.open(tmp_path / 'heat.png').convert('RGB')).std((0, 1)).min() > 10
