@@ -99,16 +99,11 @@ def test_mnist_from_its_files(tmp_path):
 
 @pytest.mark.parametrize(('argv', 'message'), [
     (['--model', 'smpconv_nano'], 'needs a network for sequences'),
-    (['--channels-last'], '--channels-last is for images, and seq/permuted-digits has sequences'),
-    (['--cutmix', '1'], '--cutmix is for images'), (['--img-size', '32'], '--img-size is for images'),
-    (['--mean', '0.5'], '--mean is for images'), (['--aa', 'rand-m9'], '--aa is for images'),
     (['--dataset', 'seq/characters'], 'needs a folder for its files: --data-dir'),
     (['--model', 'smpconv_smnist'], r'made for sequences of (channels, steps) (1, 784)'),
     (['--in-chans', '3'], 'in_chans=1 sequence_length=64 makes one for them'),
     (['--in-chans', '3', '--model-kwargs', 'in_chans=1'], '--model-kwargs in_chans=1 contradicts 3'),
     (['--random-crop-pad', '8'], '--random-crop-pad must be below the side of the images, 8, got 8'),
-    (['--model', 'smpconv_sdigit'], 'did you mean smpconv_sdigits?'),
-    (['--dataset', 'seq/digit'], "got 'digit'; did you mean digits?"),
     (['--dataset', 'digits'], 'smpconv_sdigits is for sequences: expected --dataset seq/NAME'),
     (['--pretrained'], 'there are no pretrained weights for it'), (['--drop-path', '0.1'], 'drop_path_rate'),
     (['--val-split', 'nope'], "got 'nope'"), (['--num-classes', '3'], 'has 10 classes, the model 3'),

@@ -436,7 +436,7 @@ def test_each_rank_augments_a_stream_by_random_numbers_of_its_own():
     def draw(rank, number):
         stream = SeededIterableDataset(Numbers(), 42, None)
         stream.rank, stream.transform = rank, lambda image: random.random()
-        stream.start(number)
+        stream.start(number, 0)
         return [image for image, _ in stream]
 
     assert draw(0, 3) == draw(0, 3)
