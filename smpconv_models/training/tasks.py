@@ -13,7 +13,8 @@ from torchvision.transforms import RandomCrop
 from torchvision.transforms import v2 as transforms
 
 from smpconv_models.checkpoint import MAX_INHERITED_SIDE
-from smpconv_models.data import EMBEDDED, NAMES, create_sequence_dataset
+from smpconv_models.data import NAMES, create_sequence_dataset
+from smpconv_models.data.registry import EMBEDDED
 from smpconv_models.models import list_sequence_models
 from smpconv_models.utils.download import DownloadNeededError
 from smpconv_models.utils.errors import suggestion_suffix

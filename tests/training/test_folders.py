@@ -227,9 +227,8 @@ def test_nested_class_folders_are_reported(tmp_path, caplog):
 @pytest.mark.parametrize('top, told', [('', 0), ('train/', 0), ('{}/', 1)])
 def test_tar_files_of_nested_folders_are_reported(tmp_path, caplog, top, told):
     """Unless all folders are in one, which is how a whole folder is packed."""
-    members = [
-        (f'{top.format(label)}{name}/{file}', content) for name, label, file, content in made.samples('train')]
-    made.write_tar(tmp_path / 'train.tar', members)
+    made.write_tar(tmp_path / 'train.tar', [
+        (f'{top.format(label)}{name}/{file}', content) for name, label, file, content in made.samples('train')])
     assert opened(tmp_path).classes == list(made.CLASSES)
     assert sum('innermost folders' in message for message in caplog.messages) == told == len(caplog.messages)
 
@@ -240,9 +239,8 @@ def test_tar_files_of_absolute_and_relative_names_are_read(tmp_path, caplog, top
     made.write_tar(tmp_path / 'train.tar', members)
     dataset = opened(tmp_path)
     assert dataset.classes == list(made.CLASSES) and not caplog.messages
-    samples = dataset
-    assert all(samples.name(index).startswith(f'{tmp_path}/train.tar/') for index in range(len(samples)))
-    assert not any(isinstance(samples[0, index], Unreadable) for index in range(len(samples)))
+    assert all(dataset.name(index).startswith(f'{tmp_path}/train.tar/') for index in range(len(dataset)))
+    assert not any(isinstance(dataset[0, index], Unreadable) for index in range(len(dataset)))
 
 
 def test_tar_files_in_a_tar_file_may_have_absolute_names(tmp_path, caplog):

@@ -102,10 +102,10 @@ def test_mnist_from_its_files(tmp_path):
     (['--dataset', 'seq/characters'], 'needs a folder for its files: --data-dir'),
     (['--model', 'smpconv_smnist'], r'made for sequences of (channels, steps) (1, 784)'),
     (['--in-chans', '3'], 'in_chans=1 sequence_length=64 makes one for them'),
-    (['--in-chans', '3', '--model-kwargs', 'in_chans=1'], '--model-kwargs in_chans=1 contradicts 3'),
+    (['--in-chans', '3', '--model-kwargs', 'in_chans=1'], '--model-kwargs in_chans=1 contradicts the 3'),
     (['--random-crop-pad', '8'], '--random-crop-pad must be below the side of the images, 8, got 8'),
     (['--dataset', 'digits'], 'smpconv_sdigits is for sequences: expected --dataset seq/NAME'),
-    (['--pretrained'], 'there are no pretrained weights for it'), (['--drop-path', '0.1'], 'drop_path_rate'),
+    (['--pretrained'], 'there are no pretrained weights'), (['--drop-path', '0.1'], 'drop_path_rate'),
     (['--val-split', 'nope'], "got 'nope'"), (['--num-classes', '3'], 'has 10 classes, the model 3'),
     (['--dataset', 'seq/mnist', '--data-dir', '/nowhere', '--model', 'smpconv_smnist'], '--dataset-download'),
 ])
