@@ -181,7 +181,9 @@ def test_two_processes_train_and_evaluate_a_stream(folders, tmp_path, capsys):
     ends = launch.finish(launch.start(argv, ranks=2))
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert f'step {TRAIN // 4}/{TRAIN // 4}' in ends[0][1]
-    validate.main(['--checkpoint', str(tmp_path / 'run/last.pth.tar'), '--split', 'val', '--workers', '0'])
+    validate.main([
+        '--checkpoint', str(tmp_path / 'run/last.pth.tar'), '--dataset', 'wds/made', '--data-dir', str(folders('wds')),
+        '--split', 'val', '--workers', '0'])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result['images'] == VAL
     assert result['loss'] == pytest.approx(last_row(tmp_path / 'run')['eval_loss'], abs=1e-5)
