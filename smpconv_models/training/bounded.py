@@ -1,17 +1,16 @@
-"""DataLoaders whose workers are never waited for without a limit."""
+"""DataLoaders with a limit on each wait for their workers."""
 import threading
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Callable, Iterator, List, Optional, Type
+from typing import Any, Callable, Iterator, List, Optional
 
 from torch.utils.data import DataLoader
 
-# Seconds for workers to end after they were asked to, and for a killed one to be gone.
+# Seconds for workers to end after the request to end, and for a killed worker to end.
 _GRACE = 3.
 
 
 class BoundedLoader:
-    """DataLoader that kills its workers when they do not answer.
+    """DataLoader that kills its workers if they do not respond.
 
     PyTorch's own timeout does not cover a worker that stops while it hands over a batch, while an epoch begins, or
     when the workers should end.
@@ -53,7 +52,7 @@ class BoundedLoader:
                     except StopIteration:
                         return
                 yield batch
-        except (EOFError, OSError, RuntimeError):  # as PyTorch notices that a worker is gone
+        except (EOFError, OSError, RuntimeError):  # as PyTorch notices that a worker died
             if not limit.is_exceeded:
                 raise
             self._kill_and_join()
@@ -96,14 +95,9 @@ class BoundedLoader:
 
 
 class _Limit:
-    """Context manager that calls `act` from another thread when a block takes too long.
+    """Context manager that calls `act` from another thread if a block takes longer than a limit, in seconds.
 
-    Seconds are counted in short waits of that thread, so that a process that was stopped and continued has not used
-    them up.
-
-    Args:
-        seconds: Limit of each block.
-        act: Called when it is exceeded.
+    The thread counts seconds in short waits, so that the time in which a process was stopped does not count.
     """
 
     def __init__(self, seconds: float, act: Callable[[], None]) -> None:
@@ -119,12 +113,7 @@ class _Limit:
         self._block += 1
         self._is_inside = True
 
-    def __exit__(
-            self,
-            kind: Optional[Type[BaseException]],
-            error: Optional[BaseException],
-            traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._is_inside = False
 
     def end(self) -> None:

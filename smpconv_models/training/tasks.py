@@ -13,7 +13,8 @@ from torchvision.transforms import RandomCrop
 from torchvision.transforms import v2 as transforms
 
 from smpconv_models.checkpoint import MAX_INHERITED_SIDE
-from smpconv_models.data import EMBEDDED, NAMES, create_sequence_dataset
+from smpconv_models.data import NAMES, create_sequence_dataset
+from smpconv_models.data.registry import EMBEDDED
 from smpconv_models.models import list_sequence_models
 from smpconv_models.utils.download import DownloadNeededError
 from smpconv_models.utils.errors import suggestion_suffix
@@ -250,17 +251,7 @@ def check_classes(
         first: str = 'training',
         second: str = 'evaluation',
 ) -> None:
-    """Compare the classes of two data sets, if both are known.
-
-    Args:
-        trained: Names of the classes by index.
-        evaluated: Names of the other classes by index.
-        first: Name of the first data set in the error.
-        second: Name of the second data set.
-
-    Raises:
-        ValueError: If the classes differ by name or by index.
-    """
+    """Raise ValueError if the classes of two data sets, named `first` and `second`, differ by name or by index."""
     if trained is None or evaluated is None or list(trained) == list(evaluated):
         return
     intro = f'the classes of {first} and {second} must be the same: {len(trained)} and {len(evaluated)}'
@@ -320,15 +311,7 @@ def check_padding(padding: int, size: Tuple[int, int]) -> int:
 
 
 class PadAndRandomCrop:
-    """Random crop of an image with black pixels around it, of the image's own size.
-
-    Args:
-        size: (height, width).
-        padding: Number of pixels on each side.
-
-    Raises:
-        ValueError: If an image has another size.
-    """
+    """Random crop of ``padding`` black pixels around an image, to the image's own size (height, width)."""
 
     def __init__(self, size: Tuple[int, int], padding: int) -> None:
         self.size = size
