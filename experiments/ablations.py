@@ -269,8 +269,8 @@ def report(rows: List[Dict[str, Any]], args: argparse.Namespace, base: argparse.
 These are the ablations of section 4.4, here on `{where['dataset']}`. The network is smpconv_cifar
 ({model}), trained with {base.opt}, a learning rate of {base.lr:g},
 batches of {base.batch_size} and {base.epochs} epochs. Top-1 and mean cross-entropy are those of the validation images
-after the last epoch, as mean ± standard deviation over {args.seeds} seeds. A seed determines points, weights, augmentation
-and order.
+after the last epoch, as mean ± standard deviation over {args.seeds} seeds. A seed determines points, weights,
+augmentation and order.
 
 The paper's results are of CIFAR10, 210 epochs, and the best epoch on the test images. Their order can be compared with
 these results, but not their height. If settings differ by less than their deviations, no conclusion is possible. Below

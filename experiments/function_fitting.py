@@ -288,14 +288,14 @@ def report(rows: List[Dict[str, Any]], args: argparse.Namespace, seconds: float)
     return f"""# Points that move approximate better
 
 This is the experiment of figure 3 (section 4.1 of the paper): {args.points} points are fitted by equation 1 to two
-functions on a 51x51 grid. The table has means ± standard deviations over {args.seeds} seeds. A seed determines the initial
-points, which are the same for all arms. The paper gives no formulas; these are ours. `uniform` is sin(3πx) sin(3πy).
-`varying` is the same function of (x + 1)² / 2 - 1 and (y + 1)² / 2 - 1.
+functions on a 51x51 grid. The table has means ± standard deviations over {args.seeds} seeds. A seed determines the
+initial points, which are the same for all arms. The paper gives no formulas; these are ours. `uniform` is
+sin(3πx) sin(3πy). `varying` is the same function of (x + 1)² / 2 - 1 and (y + 1)² / 2 - 1.
 
 {table}
 The PSNR refers to the functions' range of 2. The ratio is computed for each seed. Initial radii are in units of the
-mean distance of the points, 2 / sqrt(points). Learning rates are Adam's at the first of {args.steps} steps: of the weights /
-of radii and coordinates. For each function, each arm has its own best setting. The search (`--sweep`) used 204 points,
+mean distance of the points, 2 / sqrt(points). Learning rates are Adam's at the first of {args.steps} steps: of the
+weights / of radii and coordinates. For each function, each arm has its own best setting. The search (`--sweep`) used 204 points,
 600 steps and another seed, and tried as many settings for moving as for fixed points.
 
 ![Functions, fits with their points, errors, and errors over the steps](function_fitting.png)
