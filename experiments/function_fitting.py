@@ -295,8 +295,8 @@ sin(3πx) sin(3πy). `varying` is the same function of (x + 1)² / 2 - 1 and (y 
 {table}
 The PSNR refers to the functions' range of 2. The ratio is computed for each seed. Initial radii are in units of the
 mean distance of the points, 2 / sqrt(points). Learning rates are Adam's at the first of {args.steps} steps: of the
-weights / of radii and coordinates. For each function, each arm has its own best setting. The search (`--sweep`) used 204 points,
-600 steps and another seed, and tried as many settings for moving as for fixed points.
+weights / of radii and coordinates. For each function, each arm has its own best setting. The search (`--sweep`) used
+204 points, 600 steps and another seed, and tried as many settings for moving as for fixed points.
 
 ![Functions, fits with their points, errors, and errors over the steps](function_fitting.png)
 

@@ -199,7 +199,7 @@ def _create_body(
     if returned_layers is not None:
         out_indices = tuple(layer - 1 for layer in returned_layers)
         if list(out_indices) != sorted(set(out_indices)) or min(out_indices, default=-1) < 0:
-            raise ValueError(f'returned_layers must be ascending stages, starting at 1, got {tuple(returned_layers)}')
+            raise ValueError(f'returned_layers must be stages counted from 1, ascending, got {tuple(returned_layers)}')
     try:
         body = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=out_indices, **kwargs)
     except (AssertionError, IndexError) as error:  # errors of timm's networks for a missing map

@@ -350,7 +350,7 @@ def test_norm_of_the_pyramid_is_not_touched_by_looking_at_it():
     ({'backbone': None}, 'features_only=True, got NoneType'),
     ({'returned_layers': (4, 5)}, r'smpconv_nano lacks a stage of returned_layers=\(4, 5\).*got \(3, 4\)'),
     ({'backbone': 'test_resnet', 'returned_layers': (2, 6)}, r'test_resnet lacks a map of returned_layers=\(2, 6\)'),
-    ({'returned_layers': (0, 1)}, r'ascending stages, starting at 1, got \(0, 1\)'),
+    ({'returned_layers': (0, 1)}, r'stages counted from 1, ascending, got \(0, 1\)'),
     ({'returned_layers': (3, 2)}, r'ascending, got \(3, 2\)'),
     ({'returned_layers': (2, 2)}, r'ascending, got \(2, 2\)'),
     ({'returned_layers': ()}, r'ascending, got \(\)'),
