@@ -1,4 +1,4 @@
-"""smpconv_models.detection: pyramids on any backbone, torchvision's detectors on them."""
+"""Feature pyramids on any backbone, and torchvision's detectors on them."""
 import copy
 
 import pytest
