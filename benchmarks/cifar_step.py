@@ -37,7 +37,7 @@ from torchvision.ops import DeformConv2d
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models.layers import SMPConv2d
-from smpconv_models.training import config
+from smpconv_models.training import cli
 
 OURS = 'SMPConv'
 CHECKED_IMAGES = 2
@@ -239,7 +239,7 @@ def positive(text: str) -> int:
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = config.Parser(
+    parser = cli.Parser(
         prog='cifar_step.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument('--networks', nargs='+', choices=NAMES, default=list(NAMES), metavar='NAME',

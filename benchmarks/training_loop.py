@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smpconv_models.training import build_trainer, cli, config, param_groups
+from smpconv_models.training import TrainOptions, build_trainer, cli, param_groups
 
 BARE, LOOP, AVERAGED = 'bare step', 'loop', 'loop with averaging'
 CLASSES = 10
@@ -26,20 +26,17 @@ CLASSES = 10
 
 def make_run(model: str, device: str, output: str, *more: str) -> Any:
     """What train.py would make, on the embedded digits, whose images aren't used."""
-    parser = config.Parser(prog='training_loop.py')
-    cli.add_data_options(parser)
-    cli.add_model_options(parser)
-    cli.add_device_options(parser)
-    cli.add_training_options(parser)
-    return build_trainer(parser.parse_args([
+    parser = cli.Parser(prog='training_loop.py')
+    cli.add_options(parser, *TrainOptions.groups().values())
+    return build_trainer(TrainOptions.from_args(parser.parse_args([
         '--model', model, '--dataset', 'digits', '--device', device, '--channels-last', '--smoothing', '0', '--sched',
-        'cosine', '--warmup-epochs', '0', '--workers', '0', '--output', output, *more]))
+        'cosine', '--warmup-epochs', '0', '--workers', '0', '--output', output, *more])))
 
 
 def bare_step(run: Any, images: Tensor, target: Tensor) -> Tuple[nn.Module, Callable[[], None]]:
     """A copy of the network, and what trains it without a loop."""
     model = copy.deepcopy(run.model)
-    optimizer = torch.optim.AdamW(param_groups(model, run.args.weight_decay), lr=run.args.lr)
+    optimizer = torch.optim.AdamW(param_groups(model, run.options.optimizer.weight_decay), lr=run.options.optimizer.lr)
 
     def step() -> None:
         F.cross_entropy(model(images), target).backward()
@@ -51,7 +48,7 @@ def bare_step(run: Any, images: Tensor, target: Tensor) -> Tuple[nn.Module, Call
 
 def loop_step(run: Any, images: Tensor, target: Tensor) -> Callable[[], None]:
     run.model.train()
-    return lambda: run.stepper.step(iter([(images, target)]), 0, False)
+    return lambda: run.train_step.step(iter([(images, target)]), 0, False)
 
 
 def measure_steps(model: str, batch_size: int, rounds: int, device: str) -> Dict[str, float]:

@@ -1,4 +1,4 @@
-"""smpconv_models.detection: pyramids on any backbone, torchvision's detectors on them."""
+"""Feature pyramids on any backbone, and torchvision's detectors on them."""
 import copy
 
 import pytest
@@ -303,7 +303,7 @@ def test_normalization_follows_the_channels(name, in_chans):
 @pytest.mark.parametrize('backbone', [
     'test_resnet', 'tresnet_m',
     lambda in_chans: timm.create_model('smpconv_nano', features_only=True, in_chans=in_chans),
-], ids=['by name', 'whose first convolution has other channels', 'made already'])
+], ids=['by name', 'whose first convolution has other channels', 'created'])
 def test_channels_of_any_network(backbone, in_chans):
     if isinstance(backbone, str):
         made = pyramid(backbone, in_chans=in_chans)
@@ -350,7 +350,7 @@ def test_norm_of_the_pyramid_is_not_touched_by_looking_at_it():
     ({'backbone': None}, 'features_only=True, got NoneType'),
     ({'returned_layers': (4, 5)}, r'smpconv_nano lacks a stage of returned_layers=\(4, 5\).*got \(3, 4\)'),
     ({'backbone': 'test_resnet', 'returned_layers': (2, 6)}, r'test_resnet lacks a map of returned_layers=\(2, 6\)'),
-    ({'returned_layers': (0, 1)}, r'from 1 on and ascending, got \(0, 1\)'),
+    ({'returned_layers': (0, 1)}, r'stages counted from 1, ascending, got \(0, 1\)'),
     ({'returned_layers': (3, 2)}, r'ascending, got \(3, 2\)'),
     ({'returned_layers': (2, 2)}, r'ascending, got \(2, 2\)'),
     ({'returned_layers': ()}, r'ascending, got \(\)'),
@@ -370,7 +370,7 @@ def test_pyramids_that_cannot_be(kwargs, message):
 
 @pytest.mark.parametrize('kwargs', [{'pretrained': True}, {'returned_layers': (1, 2)}, {'drop_path_rate': 0.1}])
 def test_a_ready_network_takes_no_arguments_of_its_making(kwargs):
-    with pytest.raises(ValueError, match='is made already: FeatureListNet'):
+    with pytest.raises(ValueError, match='need a backbone given by name, got a FeatureListNet'):
         pyramid(timm.create_model('smpconv_nano', features_only=True), **kwargs)
 
 
@@ -383,7 +383,7 @@ def test_class_counts_that_do_not_fit(name, count):
 
 @pytest.mark.parametrize('name', DETECTORS)
 def test_a_detector_wants_a_pyramid(name):
-    with pytest.raises(ValueError, match='made by fpn_backbone, got str'):
+    with pytest.raises(ValueError, match='created by fpn_backbone, got str'):
         getattr(detection, name)('smpconv_nano', 4)
 
 

@@ -1,4 +1,4 @@
-"""examples/train_detection.py: it trains, evaluates, goes on after a stop, and says in a line what is wrong."""
+"""Detection training: steps, evaluation, resuming, and errors of one line."""
 import copy
 import json
 import os
@@ -59,9 +59,9 @@ def test_a_run_leaves_rows_checkpoint_and_picture(example, data, tmp_path, capsy
     assert [row['epoch'] for row in rows] == [1, 2]
     assert all(0 < row['loss'] < 100 and {'AP', 'AP50', 'AR 100'} <= set(row) for row in rows)
     assert Image.open(output / 'detections.png').size[0] > 1000
-    told = capsys.readouterr().out
-    assert '7 images to train on, 3 held out, 10 classes, 2 steps an epoch' in told
-    assert told.count('AP50') == 2 and str(output / 'detections.png') in told
+    printed = capsys.readouterr().out
+    assert '7 training images, 3 validation images, 10 classes, 2 steps an epoch' in printed
+    assert printed.count('AP50') == 2 and str(output / 'detections.png') in printed
 
 
 def test_a_run_that_goes_on_ends_in_the_same_bits(example, data, tmp_path, monkeypatch, capsys):
@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(example, data, tmp_path, monke
     monkeypatch.setattr(example.Run, 'save', interrupted)
     code, line = failure(example, capsys, *argv, '--output', stopped)
     assert code == 130 and line == (
-        'train_detection.py: interrupted; --resume goes on from the last epoch that was saved\n')
+        'train_detection.py: interrupted; --resume continues after the last saved epoch\n')
     assert len(state(stopped)['rows']) == 1
     monkeypatch.setattr(example.Run, 'save', save)
     torch.manual_seed(123)
@@ -160,7 +160,7 @@ class _Broken(torch.nn.Conv2d):
     (['--trainable-layers', '9'], 'trainable_layers must lie in [0, 5]'),
     (['--out-channels', '48'], 'num_channels (48) must be divisible by num_groups (32)'),
     (['--detector', 'fasterrcnn', '--returned-layers', '2', '4'], 'twice the stride of the one before'),
-    (['--batch-size', '99'], 'a step takes 99 images, got 7 in all'),
+    (['--batch-size', '99'], 'a step needs 99 training images, got 7'),
     (['--warmup-epochs', '2'], '--warmup-epochs must be below the 2 epochs, got 2'),
     (['--min-size', '65'], '--min-size must be at most --max-size, got 65 and 64'),
     (['--opt', 'sdg'], 'sdg'),
@@ -214,7 +214,7 @@ def test_runs_that_cannot_go_on(example, data, tmp_path, capsys):
     example.main(list(map(str, argv)))
     capsys.readouterr()
     code, error = failure(example, capsys, *argv)
-    assert code == 2 and f'{run} holds a run: --resume goes on with it' in error
+    assert code == 2 and f'{run} has a run: give --resume' in error
     code, error = failure(example, capsys, *argv, '--resume', '--detector', 'retinanet')
     assert code == 2 and 'last.pth was trained with detector fcos, got retinanet' in error
     code, error = failure(example, capsys, *argv, '--resume', '--trainable-layers', '1')
@@ -266,13 +266,13 @@ def test_options_reach_what_they_are_for(example, data, tmp_path):
     assert scales == {1., 0.1} and decays == {0., 0.05}
 
 
-@pytest.mark.parametrize('argv, told', [
+@pytest.mark.parametrize('argv, message', [
     (['--milestones', '3'], '--sched multistep'), (['--sched', 'multistep', '--milestones', '11', '8'], 'ascending'),
     (['--pretrained'], '--backbone smpconv_nano'), (['--backbone', 'smpconv_nano.nope'], 'smpconv_nano.nope'),
 ])
-def test_options_that_cannot_be(example, data, tmp_path, capsys, argv, told):
+def test_invalid_options_are_refused(example, data, tmp_path, capsys, argv, message):
     code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, *argv)
-    assert code == 2 and told in error
+    assert code == 2 and message in error
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(example, tmp_path):
