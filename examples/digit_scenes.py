@@ -153,9 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('folder', type=Path)
     for split, default in (('train', 800), ('val', 200)):
         parser.add_argument(
-            f'--{split}', type=cli.bounded_number(int, 1), default=default, metavar='N', help='number of images (%(default)s)')
+            f'--{split}', type=cli.positive_int, default=default, metavar='N', help='number of images (%(default)s)')
     parser.add_argument(
-        '--size', type=cli.bounded_number(int, 48), default=128, metavar='PIXELS', help='side of the images (%(default)s)')
+        '--size', type=cli.bounded_number(int, 48), default=128, metavar='PIXELS',
+        help='side of the images (%(default)s)')
     args = parser.parse_args(argv)
     try:
         print(make(args.folder, args.train, args.val, args.size))

@@ -341,7 +341,7 @@ def replace(path: Path, write: Any) -> None:
 
 def train(run: Run) -> Dict[str, float]:
     """Train the remaining epochs and return the metrics of the last one."""
-    args, is_first = run.args, run.world.is_first
+    args, is_first = run.args, run.world.is_primary
     if is_first:
         print(f'{len(run.train_data)} training images, {len(run.val_data)} validation images, '
               f'{len(run.train_data.categories)} classes, {len(run.loader)} steps an epoch')
@@ -371,8 +371,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         run = Run(args, world)
         metrics = train(run)
-        picture = world.first_does(run.save_picture)
-        world.disconnect()
+        picture = world.run_on_primary(run.save_picture)
+        world.destroy()
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted; --resume continues after the last saved epoch\n')
     except Exception as error:
@@ -384,8 +384,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         is_wrong = run is None and isinstance(error, (OSError, ValueError))
         parser.exit(2 if is_wrong else 1, f'{parser.prog}: error: {line}\n')
     finally:
-        world.shield.lower()
-    if world.is_first:
+        world.worker_init_fn.release()
+    if world.is_primary:
         print('\nvalidation images, by pycocotools')
         for name, value in metrics.items():
             print(f'  {name:10} {value:6.3f}')

@@ -218,7 +218,7 @@ def rows_of(results: Results, args: argparse.Namespace, base: TrainOptions) -> L
                     'table': table, 'setting': setting.name, 'seed': seed, **done._asdict(),
                     'paper_top1': setting.paper_top1, 'paper_parameters': setting.paper_parameters,
                     **kwargs, 'learned': '+'.join(kwargs['learned']), 'epochs': base.run.epochs,
-                    'dataset': base.data.dataset or base.data.data_dir, **tables.environment(base.device.device),
+                    'dataset': base.data.dataset or base.data.data_dir, **tables.environment(str(base.device.device)),
                 })
     return rows
 
@@ -264,14 +264,14 @@ def command_of(args: argparse.Namespace) -> str:
 
 def report(rows: List[Dict[str, Any]], args: argparse.Namespace, base: TrainOptions) -> str:
     """Return the text of the Markdown file."""
-    where = rows[0]
+    where, batch_size = rows[0], base.data.batch_size
     model = ', '.join(f'{key} {value}' for key, value in base.model.model_kwargs.items()) or "the paper's"
     parts = [f'## Table {table}: {TITLES[table]}\n\n{table_text(rows, table)}' for table in args.tables]
     return f"""# Trained parameters and initial points: tables 6 to 9
 
 These are the ablations of section 4.4, here on `{where['dataset']}`. The network is smpconv_cifar
 ({model}), trained with {base.optimizer.opt}, a learning rate of {base.optimizer.lr:g},
-batches of {base.data.batch_size} and {base.run.epochs} epochs. Top-1 and mean cross-entropy are those of the validation images
+batches of {batch_size} and {base.run.epochs} epochs. Top-1 and mean cross-entropy are those of the validation images
 after the last epoch, as mean ± standard deviation over {args.seeds} seeds. A seed determines points, weights,
 augmentation and order.
 
@@ -340,7 +340,7 @@ def create_parser() -> argparse.ArgumentParser:
         '--tables', nargs='+', type=int, choices=tuple(SETTINGS), default=list(SETTINGS), metavar='N',
         help="numbers of the paper's tables (default: 6 7 8 9)")
     parser.add_argument(
-        '--seeds', type=cli.bounded_number(int, 1), default=3, metavar='N', help='number of seeds (default: %(default)s)')
+        '--seeds', type=cli.positive_int, default=3, metavar='N', help='number of seeds (default: %(default)s)')
     parser.add_argument(
         '--output', default='docs', metavar='DIR', help='folder for the tables and the plot (default: %(default)s)')
     parser.add_argument(
