@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from smpconv_models.training import TrainingInterrupted
+from smpconv_models.training import Trainer, TrainingInterrupted
 
 EXPERIMENTS = Path(__file__).parents[2] / 'experiments'
 TINY = [
@@ -26,7 +26,7 @@ def script(monkeypatch):
 
 def base_of(script, *arguments):
     args, args.others = script.create_parser().parse_known_args(list(arguments))
-    return script.training_args(args)
+    return script.training_options(args)
 
 
 def values(script, table, name, kernel_size=33):
@@ -132,7 +132,7 @@ def test_settings_of_several_tables_are_trained_once(script, tmp_path, monkeypat
 
 def test_errors_are_one_line_and_train_nothing(script, tmp_path, capsys, monkeypatch):
     (tmp_path / 'file').write_text('')
-    monkeypatch.setattr(script, 'train', lambda run: pytest.fail('it trained'))
+    monkeypatch.setattr(Trainer, 'train', lambda trainer: pytest.fail('it trained'))
     for arguments, message in (
             (('--tables', '5'), 'invalid choice: 5'), (('--seeds', '0'), 'must be at least 1, got 0'),
             (('--epochs', '0'), 'must be at least 1'), (('--tabels', '6'), '--tabels'),
@@ -153,10 +153,10 @@ def test_errors_are_one_line_and_train_nothing(script, tmp_path, capsys, monkeyp
     (FloatingPointError('NaN'), 1, 'error: neither_std0.05_radius0.8_points16_epochs1_seed0: NaN'),
 ])
 def test_a_run_that_ends_early_is_one_line(script, tmp_path, capsys, monkeypatch, error, code, message):
-    def train(run):
+    def train(trainer):
         raise error
 
-    monkeypatch.setattr(script, 'train', train)
+    monkeypatch.setattr(Trainer, 'train', train)
     with pytest.raises(SystemExit) as exit:
         run_tiny(script, tmp_path)
     line, = capsys.readouterr().err.splitlines()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from smpconv_models import checkpoint, figures
 from smpconv_models.figures import _inputs
-from smpconv_models.figures.__main__ import create_parser, main
+from smpconv_models.figures.__main__ import main
 from smpconv_models.models import create_sequence_model
 from smpconv_models.training import Digits
 
@@ -215,8 +215,7 @@ def test_norms_of_a_random_network_have_statistics_of_the_images(run, folder):
     x = first.conv(images)
     torch.testing.assert_close(first.norm.running_mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(first.norm.running_var, x.var((0, 2, 3)))
-    argv = ['receptive-field', '--checkpoint', str(folder), '--untrained', '--output', 'x.png']
-    random = _inputs.load_models(create_parser().parse_args(argv))[0]
+    random = _inputs.ModelSource(checkpoints=[str(folder)], untrained=True).load()[0]
     assert random.is_random
     assert not np.allclose(fields['untrained'], figures.effective_receptive_field(random.model, images))
 
@@ -281,7 +280,7 @@ def test_plots_of_images_need_a_network_for_images(run, points_per_filter, tmp_p
             (tmp_path / 'out.png').unlink()
         else:
             line = refused(capsys, tmp_path, *argv, '--output', tmp_path / 'out.png')
-            assert f'{command} needs a network for images, and epoch 3 takes sequences of 64 steps' in line
+            assert 'this plot needs a network for images, and epoch 3 takes sequences of 64 steps' in line
 
 
 @pytest.mark.parametrize('name, file, options', [
