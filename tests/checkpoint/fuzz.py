@@ -260,7 +260,7 @@ class Cases:
                 cli.read_options(parse(figures, 'kernels', '--output', 'kernels.png', *argv), ModelOptions),
                 [str(path)]).load(),
             'initial': lambda path: model_factory.load_weights(
-                self.networks[name], checkpoint.read_file(path), str(path)),
+                self.networks[name], model_factory.select_weights(checkpoint.read_file(path), path)[0], path),
             'pretrained': lambda path: timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)}
         if kind != 'safetensors':  # of which only registered sizes are known by their shapes
