@@ -70,7 +70,7 @@ MAY_IMPORT = {
     'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._backends', f'{OPS}._space_to_batch'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
     'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, UTILS),
-    'smpconv_models/checkpoint': ('torch', 'safetensors', 'huggingface_hub', UTILS),
+    'smpconv_models/checkpoint': ('torch', 'safetensors', UTILS),
     'smpconv_models/utils': ('tqdm', 'filelock'),
     'smpconv_models/utils/hub_download.py': ('huggingface_hub', UTILS),
     'smpconv_models/data': (

@@ -11,7 +11,7 @@ from .description import (
     shown,
 )
 from .files import check_file, read_file
-from .original_format import convert_original, is_original
+from .original import convert_original, is_original
 from .state_dicts import adapt, check_finite, describe_mismatch, load_into, select_state_dict
 
 __all__ = [

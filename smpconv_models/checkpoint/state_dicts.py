@@ -5,7 +5,7 @@ from typing import Any, Iterable, List, Optional, Tuple
 from torch import Tensor, nn
 
 from .description import printable, shown
-from .original_format import StateDict, convert_original, is_original
+from .original import StateDict, convert_original, is_original
 
 _logger = logging.getLogger(__name__)
 

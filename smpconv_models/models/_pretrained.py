@@ -131,7 +131,7 @@ def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Pa
         published = get_pretrained_cfg(variant)
         is_originals_repo = published is not None and cfg.hf_hub_id == published.hf_hub_id and cfg.source != 'hf-hub'
         is_obtainable = isinstance(error, hub_download.RepoNotFoundError) or original_path.exists()
-        if not (is_obtainable and is_originals_repo and variant in original.FILES):
+        if not (is_obtainable and is_originals_repo and variant in original.GDRIVE_IDS):
             raise
         _logger.warning('%s; taking the original file', error)
     return original.download_original(variant, original_path), NO_WEIGHTS.verify
