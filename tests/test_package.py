@@ -168,7 +168,7 @@ def test_backends_do_not_know_each_other():
     ('smpconv_models/checkpoint', 'from smpconv_models import layers'),
     ('smpconv_models/utils', 'import torch'),
     ('smpconv_models/utils', 'from smpconv_models import checkpoint'),
-    ('smpconv_models/data', 'from smpconv_models.checkpoint import read_file'),
+    ('smpconv_models/data', 'from smpconv_models.checkpoint import load_file'),
     ('smpconv_models/data', 'import smpconv_models.training'),
     ('train.py', 'import smpconv_models.ops._cpu'),
     ('validate.py', 'from smpconv_models.training.train_step import TrainStep'),

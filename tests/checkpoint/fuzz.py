@@ -260,7 +260,7 @@ class Cases:
                 cli.read_options(parse(figures, 'kernels', '--output', 'kernels.png', *argv), ModelOptions),
                 [str(path)]).load(),
             'initial': lambda path: model_factory.load_weights(
-                self.networks[name], model_factory.select_weights(checkpoint.read_file(path), path)[0], path),
+                self.networks[name], model_factory.select_weights(checkpoint.load_file(path), path)[0], path),
             'pretrained': lambda path: timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)}
         if kind != 'safetensors':  # of which only registered sizes are known by their shapes
@@ -272,7 +272,7 @@ class Cases:
     def inherit(self, path):
         """Read what an evaluation takes over from a checkpoint if the user names no images."""
         options = eval_options(path)
-        described = checkpoint.describe(checkpoint.read_file(path), path)
+        described = checkpoint.describe(checkpoint.load_file(path), path)
         list(map(described.__getattribute__, ('classes', 'epoch', 'seed', 'model', 'model_kwargs')))
         fill_from_checkpoint(options, described)
 
@@ -308,7 +308,7 @@ PLANTED = {  # what must be seen
     'change': lambda path: Path('/etc/passwd/x').mkdir(), 'print': lambda path: print('\x1b[31m'),
     'log': lambda path: logging.warning('a\nb'), 'lines': lambda path: print('a\n' * 100),
     'memory': lambda path: torch.ones(1 << 25), 'addresses': lambda path: torch.empty(1 << 40),
-    'message': lambda path: checkpoint.plain('a\nb', b'x')}
+    'message': lambda path: checkpoint.check_plain('a\nb', b'x')}
 
 
 def main():
