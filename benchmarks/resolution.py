@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument('--checkpoint', default='output/digits/model_best.pth.tar', metavar='FILE')
     args = parser.parse_args()
     try:
-        arguments = checkpoint.get_train_args(checkpoint.read_file(args.checkpoint))
+        arguments = checkpoint.get_train_args(checkpoint.load_file(args.checkpoint))
     except ValueError as error:
         parser.error(f'{error}; make train makes one')
     labels = torch.tensor(Digits('validation').labels)

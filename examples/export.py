@@ -121,7 +121,7 @@ def load(model: Optional[str], path: Optional[str], images: Optional[str]) -> Su
         with tempfile.TemporaryDirectory() as folder:  # converted, the file is checked and says what its images are
             hub.convert(path, Path(folder, 'model'), model)
             network = hub.load(Path(folder, 'model'))
-        dataset = checkpoint.describe(checkpoint.read_file(path, lazy=True)).dataset
+        dataset = checkpoint.describe(checkpoint.load_file(path, lazy=True)).dataset
     if network.num_classes == 0:
         raise ValueError('expected a model with a classifier, got one of 0 classes')
     config = resolve_model_data_config(network)

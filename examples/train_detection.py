@@ -215,7 +215,7 @@ class Run:
         return {**{name: getattr(self.args, name) for name in FIXED}, 'categories': self.train_data.categories}
 
     def _load(self) -> None:
-        state: Any = checkpoint.read_file(self.last)
+        state: Any = checkpoint.load_file(self.last)
         now = self._settings()
         try:
             stopped, self.rows = dict(state['settings']), list(state['rows'])

@@ -38,7 +38,7 @@ def create_parser() -> argparse.ArgumentParser:
         allow_abbrev=False)
     parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT', help='what to convert')
     parser.add_argument('folder', metavar='FOLDER', help='what to make; a new or an empty one')
-    parser.add_argument('--download', metavar='MODEL', choices=sorted(original.FILES), help='%(choices)s')
+    parser.add_argument('--download', metavar='MODEL', choices=sorted(original.GDRIVE_IDS), help='%(choices)s')
     parser.add_argument('--download-dir', metavar='DIR', help='where to (default: here)')
     parser.add_argument('--model', metavar='NAME', help='where the checkpoint does not tell')
     parser.add_argument(

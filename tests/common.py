@@ -67,4 +67,11 @@ def assert_other_shape_is_one_line(model, state_dict, key, change):
     """A state dict with one tensor changed, or made where there was none, is refused in a line."""
     state_dict[key] = change(state_dict.get(key))
     with pytest.raises(ValueError, match=r'^the checkpoint does not fit the model: [^\n]*$'):
-        checkpoint.load_into(model, state_dict)
+        load_into(model, state_dict)
+
+
+def load_into(model, loaded, use_ema=True):
+    """Load a checkpoint's weights into a model that must fit them exactly; return their key."""
+    state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
+    model.load_state_dict(checkpoint.convert_and_check(state_dict, model))
+    return key

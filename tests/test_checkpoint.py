@@ -8,7 +8,7 @@ import common
 import pytest
 import timm
 import torch
-from common import randomize_, relative_error
+from common import load_into, randomize_, relative_error
 from safetensors.torch import save_file
 
 import smpconv_models
@@ -186,7 +186,7 @@ def test_damaged_file_is_named_in_one_line_by_the_reader(tmp_path, released, dam
     path = release_file(tmp_path / 'smpconv.pth.tar', released[0])
     DAMAGES[damage](path)
     with pytest.raises(ValueError) as error:
-        checkpoint.select_state_dict(checkpoint.read_file(path))
+        checkpoint.select_state_dict(checkpoint.load_file(path))
     assert_one_line(error)
 
 
@@ -219,7 +219,7 @@ def test_truncated_safetensors(tmp_path, released, keep):
     path = tmp_path / 'model.safetensors'
     save_file(released[0], path)
     path.write_bytes(path.read_bytes()[:keep])
-    for load in (checkpoint.read_file, create):
+    for load in (checkpoint.load_file, create):
         with pytest.raises(ValueError) as error:
             load(path)
         assert_one_line(error, path)
@@ -240,7 +240,7 @@ def test_forbidden_global_is_not_executed(tmp_path, released, new_format):
     trap, path = tmp_path / 'trap', tmp_path / 'model.pth'
     torch.save(
         {'state_dict': released[0], 'args': Touch(trap)}, path, _use_new_zipfile_serialization=new_format)
-    for load in (checkpoint.read_file, create):
+    for load in (checkpoint.load_file, create):
         with pytest.raises(ValueError) as error:
             load(path)
         assert_one_line(error, path)
@@ -349,9 +349,9 @@ def test_load_into(tmp_path, released):
     state_dict, image, logits, _ = released
     path = release_file(tmp_path / 'smpconv.pth.tar', zeroed(state_dict), ema=state_dict)
     model = timm.create_model('smpconv_t', num_classes=10, **TINY).eval()
-    assert checkpoint.load_into(model, checkpoint.read_file(path)) == 'state_dict_ema'
+    assert load_into(model, checkpoint.load_file(path)) == 'state_dict_ema'
     assert relative_error(model(image), logits) < 1e-5
-    assert checkpoint.load_into(model, checkpoint.read_file(path), use_ema=False) == 'state_dict'
+    assert load_into(model, checkpoint.load_file(path), use_ema=False) == 'state_dict'
     assert not model(image).any()
 
 
@@ -359,7 +359,7 @@ def test_load_into_another_model_changes_nothing(released):
     model = timm.create_model('smpconv_t', num_classes=7, **TINY)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match='does not fit') as error:
-        checkpoint.load_into(model, released[0])
+        load_into(model, released[0])
     assert_one_line(error)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -417,7 +417,7 @@ def test_what_other_trainers_save(wrap, named, caplog):
     model = timm.create_model('smpconv_nano', num_classes=2)
     state = randomize_(model).state_dict()
     other = timm.create_model('smpconv_nano', num_classes=2)
-    checkpoint.load_into(other, wrap(state))
+    load_into(other, wrap(state))
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
     assert len(caplog.records) == 1 and named in caplog.text
 
@@ -429,5 +429,5 @@ def test_weights_of_swa(tmp_path):
     averaged.update_parameters(model)
     torch.save(averaged.state_dict(), tmp_path / 'swa.pth')
     other = timm.create_model('smpconv_nano', num_classes=2)
-    checkpoint.load_into(other, checkpoint.read_file(tmp_path / 'swa.pth'))
+    load_into(other, checkpoint.load_file(tmp_path / 'swa.pth'))
     assert torch.equal(other.head.fc.weight, model.head.fc.weight)

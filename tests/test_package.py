@@ -71,7 +71,7 @@ MAY_IMPORT = {
     'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._backends', f'{OPS}._space_to_batch'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
     'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, UTILS),
-    'smpconv_models/checkpoint': ('torch', 'safetensors', 'huggingface_hub', UTILS),
+    'smpconv_models/checkpoint': ('torch', 'safetensors', UTILS),
     'smpconv_models/utils': ('tqdm', 'filelock'),
     'smpconv_models/utils/hub_download.py': ('huggingface_hub', UTILS),
     'smpconv_models/data': (
@@ -169,7 +169,7 @@ def test_backends_do_not_know_each_other():
     ('smpconv_models/checkpoint', 'from smpconv_models import layers'),
     ('smpconv_models/utils', 'import torch'),
     ('smpconv_models/utils', 'from smpconv_models import checkpoint'),
-    ('smpconv_models/data', 'from smpconv_models.checkpoint import read_file'),
+    ('smpconv_models/data', 'from smpconv_models.checkpoint import load_file'),
     ('smpconv_models/data', 'import smpconv_models.training'),
     ('train.py', 'import smpconv_models.ops._cpu'),
     ('validate.py', 'from smpconv_models.training.train_step import TrainStep'),

@@ -43,7 +43,7 @@ class Description:
     if the file has no value for them.
 
     Args:
-        checkpoint: Value returned by :func:`read_file`.
+        checkpoint: Value returned by :func:`load_file`.
         path: Path of the checkpoint, put before the errors.
 
     Attributes:
@@ -67,7 +67,7 @@ class Description:
     @property
     def model(self) -> Optional[str]:
         """Name of the architecture."""
-        return self._argument('model', text)
+        return self._argument('model', check_text)
 
     @property
     def model_kwargs(self) -> Dict[str, Any]:
@@ -87,34 +87,34 @@ class Description:
         if classes is None or isinstance(classes, int):
             return None
         with self._named():
-            return texts('classes', classes)
+            return check_texts('classes', classes)
 
     @property
     def epoch(self) -> Optional[int]:
         """Epoch of the weights."""
         epoch = self._content.get('epoch')
         with self._named():
-            return None if epoch is None else number('epoch', epoch, -1, 10 ** 9, whole=True)
+            return None if epoch is None else check_number('epoch', epoch, -1, 10 ** 9, whole=True)
 
     @property
     def seed(self) -> Optional[int]:
         """Seed of the training run."""
-        return self._argument('seed', lambda name, value: number(name, value, 0, 2 ** 32 - 1, whole=True))
+        return self._argument('seed', lambda name, value: check_number(name, value, 0, 2 ** 32 - 1, whole=True))
 
     @property
     def dataset(self) -> Optional[str]:
         """Name of the data set of the training run."""
-        return self._argument('dataset', text)
+        return self._argument('dataset', check_text)
 
     @property
     def data_dir(self) -> Optional[str]:
         """Folder of the data set of the training run."""
-        return self._argument('data_dir', text)
+        return self._argument('data_dir', check_text)
 
     @property
     def val_split(self) -> Optional[str]:
         """Validation split of the training run."""
-        return self._argument('val_split', text)
+        return self._argument('val_split', check_text)
 
     def preparation(
             self, fields: Iterable[str] = PREPARATION, max_side: int = MAX_IMAGE_SIDE, hint: str = '',
@@ -165,7 +165,7 @@ def get_train_args(checkpoint: Any) -> Dict[str, Any]:
         return {}
     if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
         raise ValueError(f'args must be a dictionary or a namespace of options by name, got {shown(arguments)}')
-    plain('args', arguments)
+    check_plain('args', arguments)
     return arguments
 
 
@@ -182,13 +182,13 @@ def check_preparation(values: Any, prefix: str = '', max_side: int = MAX_IMAGE_S
         ValueError: If timm could not prepare images that way, or would need any amount of memory for it.
     """
     checks = {
-        'img_size': lambda name, value: number(name, value, 1, max_side, whole=True),
+        'img_size': lambda name, value: check_number(name, value, 1, max_side, whole=True),
         'input_size': lambda name, value: _input_size(name, value, max_side),
-        'mean': lambda name, value: numbers(name, value, -255, 255),
-        'std': lambda name, value: numbers(name, value, 1e-6, 255),
-        'interpolation': lambda name, value: choice(name, value, (*INTERPOLATIONS, 'random')),
-        'crop_pct': lambda name, value: number(name, value, 0.1, 2),
-        'exif_orientation': boolean,
+        'mean': lambda name, value: check_numbers(name, value, -255, 255),
+        'std': lambda name, value: check_numbers(name, value, 1e-6, 255),
+        'interpolation': lambda name, value: check_choice(name, value, (*INTERPOLATIONS, 'random')),
+        'crop_pct': lambda name, value: check_number(name, value, 0.1, 2),
+        'exif_orientation': check_boolean,
     }
     return {
         key: check(f'{prefix}{key}', values[key]) for key, check in checks.items()
@@ -238,21 +238,21 @@ def _is_bounded(value: Any) -> bool:
 def _input_size(name: str, value: Any, max_side: int) -> List[int]:
     if not isinstance(value, (list, tuple)) or len(value) != 3:
         raise ValueError(f'{name} must be (channels, height, width), got {shown(value)}')
-    sides = [number(name, side, 1, max_side, whole=True) for side in value[1:]]
-    return [number(name, value[0], 1, MAX_COUNT, whole=True), *sides]
+    sides = [check_number(name, side, 1, max_side, whole=True) for side in value[1:]]
+    return [check_number(name, value[0], 1, MAX_COUNT, whole=True), *sides]
 
 
 # --- checks of single values: each returns the value or raises ValueError with the field's name ---
 
 
-def boolean(name: str, value: Any) -> bool:
+def check_boolean(name: str, value: Any) -> bool:
     """Check a truth value."""
     if not isinstance(value, bool):
         raise ValueError(f'{name} must be true or false, got {shown(value)}')
     return value
 
 
-def number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
+def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
     """Check a number in [low, high]."""
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
@@ -261,44 +261,44 @@ def number(name: str, value: Any, low: float, high: float, whole: bool = False) 
     return value
 
 
-def numbers(name: str, value: Any, low: float, high: float) -> List[Any]:
+def check_numbers(name: str, value: Any, low: float, high: float) -> List[Any]:
     """Check a sequence of 1 to 64 numbers in [low, high]."""
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= _MAX_ENTRIES:
         raise ValueError(f'{name} must be a list of numbers, got {shown(value)}')
-    return [number(name, item, low, high) for item in value]
+    return [check_number(name, item, low, high) for item in value]
 
 
-def text(name: str, value: Any) -> str:
+def check_text(name: str, value: Any) -> str:
     """Check a text of bounded length."""
     if not isinstance(value, str) or len(value) > _MAX_TEXT:
         raise ValueError(f'{name} must be a text of at most {_MAX_TEXT} characters, got {shown(value)}')
     return value
 
 
-def texts(name: str, value: Any) -> List[str]:
+def check_texts(name: str, value: Any) -> List[str]:
     """Check a list of texts."""
     if not isinstance(value, (list, tuple)) or len(value) > MAX_COUNT:
         raise ValueError(f'{name} must be a list of names, got {shown(value)}')
-    return [text(f'{name}[{index}]', item) for index, item in enumerate(value)]
+    return [check_text(f'{name}[{index}]', item) for index, item in enumerate(value)]
 
 
-def choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
+def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
     """Check that a text is one of several."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f'{name} must be one of {choices}, got {shown(value)}')
     return value
 
 
-def plain(name: str, value: Any, depth: int = 6) -> None:
+def check_plain(name: str, value: Any, depth: int = 6) -> None:
     """Raise ValueError unless a value is made of None, booleans, numbers, texts, and lists and dictionaries of them."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return
     if depth > 0 and isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
         for key, item in value.items():
-            plain(f'{name}.{printable(str(key))}', item, depth - 1)
+            check_plain(f'{name}.{printable(str(key))}', item, depth - 1)
     elif depth > 0 and isinstance(value, (list, tuple)):
         for item in value:
-            plain(name, item, depth - 1)
+            check_plain(name, item, depth - 1)
     else:
         raise ValueError(f'{name:.200} must be plain data, got {shown(value)}')
 

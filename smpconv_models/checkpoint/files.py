@@ -23,7 +23,7 @@ from . import pickles
 _LEGACY_PICKLES = 5
 
 
-def read_file(path: Union[str, Path], lazy: bool = False) -> Any:
+def load_file(path: Union[str, Path], lazy: bool = False) -> Any:
     """Loads a checkpoint file: safetensors, or a pickle of plain data, tensors and ``argparse.Namespace`` only.
 
     Args:

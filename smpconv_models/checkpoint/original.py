@@ -1,29 +1,30 @@
-"""The original release's weight files, from Google Drive, where its authors keep them.
+"""Weights of the original release: their download, and their names and shapes in this package.
 
-The release is the code published with the paper (github.com/sangnekim/SMPConv).
+The release is the code published with the paper (github.com/sangnekim/SMPConv). Its files are pickled dictionaries on
+Google Drive. timm's CheckpointSaver wrote those of the ImageNet models; the others come from the release's own trainer,
+with the weights under ``model``.
 """
-import os
 import re
 from html.parser import HTMLParser
-from http.client import HTTPException
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Callable, Dict, List, Optional, Tuple, Union
 from urllib.parse import urlencode
 
-from huggingface_hub.utils import WeakFileLock
+from torch import Size, Tensor
 
-from smpconv_models.utils.errors import first_line
+from ..utils.download import fetch_checked, locked
+from .files import check_file
 
-from ..utils import download
-from . import check_file
+StateDict = Dict[str, Tensor]
+Rules = Tuple[Tuple[str, Union[str, Callable[[re.Match], str]]], ...]
 
-# Model -> file, of images and of sequences; of permuted MNIST under a name of its own.
-FILES = {
+# Model -> file on Google Drive. smpconv_pmnist is permuted MNIST, which has a file of its own.
+GDRIVE_IDS = {
     'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V',
     'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9',
     'smpconv_cifar': '1aKwORBf-lplfdwB8WEcBRRAL7IA4ejth',
 }
-SEQUENCE_FILES = {
+SEQUENCE_GDRIVE_IDS = {
     'smpconv_smnist': '164qRzZs1kvuoOr34FLukGIQAI7PAYWUf',
     'smpconv_pmnist': '1no63cSqPgSJIkW8-iSvrAA1pFlurOKsh',
     'smpconv_scifar10': '1ilu1Oo74B4bC8cjkoIavPqJmEK34PhYg',
@@ -33,70 +34,128 @@ SEQUENCE_FILES = {
 }
 _ADDRESS = 'https://drive.usercontent.google.com/download'
 
+# Release name -> our name, applied in order to every key. The ImageNet models of the release list mixer and FFN blocks
+# alternately; ours pair them.
+_IMAGENET: Rules = (
+    (r'^transitions\.(\d+)\.(\d+)\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.{m[2]}.'),
+    (r'^stages\.(\d+)\.blocks\.(\d+)\.',
+     lambda m: f'stages.{m[1]}.blocks.{int(m[2]) // 2}.{("mixer", "ffn")[int(m[2]) % 2]}.'),
+    (r'\.large_kernel\.smp\.', '.large_kernel.large.'),
+    (r'\.large_kernel\.small_conv\.', '.large_kernel.small.'),
+    (r'\.(prelkb_bn|preffn_bn|bn)\.', '.norm.'),
+    (r'\.weight_coord$', '.coords'),
+    (r'\.weights$', '.weight'),
+    (r'^head\.', 'head.fc.'),
+)
+
+# Networks for sequences and small images. The layers of their stem have no prefix.
+_SMALL: Rules = (
+    (r'(^|\.)cconv(\d)\.(Kernel\.)?', r'\1conv\2.large.conv.'),
+    (r'(^|\.)cconv(\d)s\.', r'\1conv\2.small.conv.'),
+    (r'(^|\.)norm(\d)\.', r'\1conv\2.large.norm.'),
+    (r'(^|\.)norm(\d)s\.', r'\1conv\2.small.norm.'),
+    (r'^conv1\.', 'stem.'),
+    (r'\.shortcut\.0\.', '.shortcut.'),
+    (r'\.weight_coord$', '.coords'),
+    (r'\.weights$', '.weight'),
+    (r'\.train_length$', '._extra_state'),
+    (r'^backbone\.', 'blocks.'),
+    (r'^finallyr\.', 'head.'),
+    (r'^out_layer\.', 'head.fc.'),
+)
+
+
+def is_original(state_dict: StateDict) -> bool:
+    """Return whether the names are those of a model of the original release."""
+    return any(key.endswith('.weight_coord') for key in state_dict)
+
+
+def convert_original(state_dict: StateDict) -> StateDict:
+    """Return a state dict of the original release under our names and shapes.
+
+    The sampling grids in the files (``kernel_coord``) are left out, as our layers compute them. The network for small
+    images lists its blocks without stages; here a stage begins where the channels change. Tensors keep shapes that the
+    release does not have.
+    """
+    is_small = any(key.endswith('.Kernel.weight_coord') for key in state_dict)
+    positions = _stages_of_blocks(state_dict) if is_small else {}
+    converted = {}
+    for key, tensor in state_dict.items():
+        if is_small:
+            if tensor.ndim > 1 and (key.endswith('.radius') or key == 'out_layer.weight'):
+                tensor = tensor.flatten(1)
+            key = re.sub(r'^blocks\.(\d+)\.', lambda m: positions.get(int(m[1]), m[0]), key)
+        elif key.endswith('.kernel_coord'):
+            continue
+        elif key.endswith(('.weight_coord', '.weights')):
+            tensor = tensor.squeeze(0)
+        elif key.endswith('.radius'):
+            tensor = tensor.flatten()
+        for pattern, replacement in _SMALL if is_small else _IMAGENET:
+            key = re.sub(pattern, replacement, key)
+        converted[key] = tensor
+    return converted
+
+
+def _stages_of_blocks(state_dict: StateDict) -> Dict[int, str]:
+    """Return our prefix of each block, ``stages.S.B.``: a stage for each run of blocks with the same channels."""
+    pattern = re.compile(r'^blocks\.(\d+)\.cconv1\.Kernel\.radius$')
+    widths = {int(found[1]): tensor.shape[:1] for key, tensor in state_dict.items() if (found := pattern.match(key))}
+    positions: Dict[int, str] = {}
+    stage, index, previous = -1, 0, Size()
+    for block, width in sorted(widths.items()):
+        stage, index = (stage, index + 1) if stage >= 0 and width == previous else (stage + 1, 0)
+        positions[block], previous = f'stages.{stage}.{index}.', width
+    return positions
+
 
 def download_original(model: str, path: Union[str, Path]) -> Path:
-    """Downloads a model's file, unless it is there; goes on where an earlier download broke off.
+    """Download a model's file unless it exists, or resume its download.
 
-    The release names no checksums; those in the file itself, of each part, are checked.
+    The release names no checksums; those of the parts in the zip file are checked.
 
     Args:
-        model: One of :data:`FILES` or :data:`SEQUENCE_FILES`.
-        path: Where to; until it is whole, under this name with ``.part`` after it.
+        model: Key of :data:`GDRIVE_IDS` or :data:`SEQUENCE_GDRIVE_IDS`.
+        path: Path of the file; until it is complete, its name ends in ``.part``.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: The release has no such model, the file can't be downloaded, or is no checkpoint.
+        ValueError: If the release has no such model, the file cannot be downloaded, or it is no checkpoint.
     """
-    files = {**FILES, **SEQUENCE_FILES}
+    files = {**GDRIVE_IDS, **SEQUENCE_GDRIVE_IDS}
     if model not in files:
         raise ValueError(f'the original release has the weights of {sorted(files)}, not of {model}')
     path = Path(path)
-    if path.exists():
-        return path
-    part = path.with_name(f'{path.name}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(path.with_name(f'{path.name}.lock')):  # every process of a training run comes here
+    query = {'id': files[model], 'export': 'download'}
+    if not path.exists():
+        with locked(path.parent, path.name):  # every process of a training run calls this
             if not path.exists():
-                _fetch(files[model], part)
-                _take(part, path)
-    except (HTTPException, OSError) as error:
-        kept = f'; what there is of it is kept in {part}' if part.exists() else ''
-        raise ValueError(f'{model} cannot be downloaded from {_ADDRESS}: {first_line(error)}{kept}') from error
+                fetch_checked(f'{_ADDRESS}?{urlencode(query)}', path, check_file, _Confirmation(files[model]))
     return path
 
 
-def _take(part: Path, path: Path) -> None:
-    try:
-        check_file(part)
-    except ValueError:
-        part.unlink()
-        raise
-    os.replace(part, path)
+class _Confirmation:
+    """Answers to the page that Google Drive sends before a large file: a form that asks for confirmation."""
 
+    def __init__(self, file_id: str, attempts: int = 2) -> None:
+        self.file_id, self.attempts = file_id, attempts
 
-def _fetch(file_id: str, part: Path) -> None:
-    """Appends what is missing. Of a large file Drive first sends a page with a form that asks whether one is sure."""
-    query: Dict[str, str] = {'id': file_id, 'export': 'download'}
-    for _ in range(3):
-        answer = download.open_resumable(f'{_ADDRESS}?{urlencode(query)}', part)
-        if answer is None:
-            return
-        with answer:
-            if answer.headers.get_content_type() != 'text/html':
-                return download.append(answer, part)
-            page = answer.read(1 << 20).decode(errors='replace')
-        form = _Form(page)
-        if form.fields.get('id') != file_id:  # a login, say
-            raise ValueError(f'Google Drive does not give the file now: {_title(page)}; try later')
-        query = form.fields
-    raise ValueError('Google Drive asks again and again whether to download; try later')
+    def __call__(self, page: str) -> str:
+        fields = _Form(page).fields
+        if fields.get('id') != self.file_id:  # a login, for example
+            found = re.search(r'<title>(.*?)</title>', page, re.S | re.I)
+            title = ' '.join(found[1].split())[:80] if found else 'it sends a page without a title'
+            raise ValueError(f'Google Drive does not give the file now: {title}; try later')
+        if not self.attempts:
+            raise ValueError('Google Drive asks again and again whether to download; try later')
+        self.attempts -= 1
+        return f'{_ADDRESS}?{urlencode(fields)}'
 
 
 class _Form(HTMLParser):
-    """The fields of a page's form, by name."""
+    """Fields of a page's form, by name."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -104,11 +163,6 @@ class _Form(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
-        given = dict(attrs)
-        if tag == 'input' and given.get('name'):
-            self.fields[str(given['name'])] = given.get('value') or ''
-
-
-def _title(page: str) -> str:
-    found = re.search(r'<title>(.*?)</title>', page, re.S | re.I)
-    return ' '.join(found[1].split())[:80] if found else 'it sends a page without a title'
+        attributes = dict(attrs)
+        if tag == 'input' and attributes.get('name'):
+            self.fields[str(attributes['name'])] = attributes.get('value') or ''

@@ -5,7 +5,7 @@ from typing import Any, Iterable, List, Optional, Tuple
 from torch import Tensor, nn
 
 from .description import printable, shown
-from .original_format import StateDict, convert_original, is_original
+from .original import StateDict, convert_original, is_original
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict,
     Wrappers' prefixes (``module.``, ``_orig_mod.``) are removed from the names.
 
     Args:
-        checkpoint: What :func:`read_file` returned.
+        checkpoint: What :func:`load_file` returned.
         use_ema: Prefer the averaged weights.
 
     Raises:
@@ -111,7 +111,7 @@ def _describe_sizes(state_dict: StateDict, own: StateDict) -> Optional[str]:
     return None
 
 
-def adapt(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> StateDict:
+def convert_and_check(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> StateDict:
     """A state dict of ours or of the original release by our names, after a check that it is the model's.
 
     Args:
@@ -128,25 +128,6 @@ def adapt(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -
     if mismatch is not None:
         raise ValueError(f'the checkpoint does not fit the model: {mismatch}')
     return state_dict
-
-
-def load_into(model: nn.Module, checkpoint: Any, use_ema: bool = True) -> str:
-    """Loads a checkpoint's weights, ours or the original release's, into a model that must fit them exactly.
-
-    Args:
-        model: Where to.
-        checkpoint: What :func:`read_file` returned.
-        use_ema: Prefer the averaged weights.
-
-    Returns:
-        The key that the weights were under ('' for a bare state dict).
-
-    Raises:
-        ValueError: There are no weights, or they are another model's; the model is left as it was.
-    """
-    state_dict, key = select_state_dict(checkpoint, use_ema)
-    model.load_state_dict(adapt(state_dict, model))
-    return key
 
 
 def check_finite(state_dict: StateDict) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smpconv_models.utils.errors import first_line
 
-from ..utils.locks import locked
+from ..utils.download import locked
 
 _logger = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ import torch
 
 from smpconv_models.utils.errors import first_line
 
-from ..utils.download import check_sha256, fetch, missing
-from ..utils.locks import locked
+from ..utils.download import check_sha256, fetch, locked, missing
 from .sequence_dataset import StoredSequences
 
 URL = 'https://archive.ics.uci.edu/static/public/175/character+trajectories.zip'

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from smpconv_models.data.digits import Digits
 
-from ..utils.download import DownloadNeededError, missing
-from ..utils.locks import locked
+from ..utils.download import DownloadNeededError, locked, missing
 from .idx import read_idx
 from .permutations import permutation
 from .sequence_dataset import StoredSequences

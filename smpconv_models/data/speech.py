@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from smpconv_models.utils.errors import first_line
 
-from ..utils.download import DownloadNeededError, check_sha256, extract_tar, fetch, missing
-from ..utils.locks import locked
+from ..utils.download import DownloadNeededError, check_sha256, extract_tar, fetch, locked, missing
 from .audio import RATE, read_wave
 from .cache import Tensors, cached
 from .mfcc import mfcc

@@ -73,7 +73,7 @@ def convert(
         raise ValueError(f'{folder} is there already: expected a new or an empty folder')
     if len(f'{source}{license}'.splitlines()) > 1:
         raise ValueError(f'expected one line each as source and licence, got {source!r} and {license!r}')
-    loaded = checkpoint.read_file(path, lazy=True)
+    loaded = checkpoint.load_file(path, lazy=True)
     try:
         state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
         described = checkpoint.describe(loaded)
@@ -133,7 +133,7 @@ def _create(name: str, kwargs: Dict[str, Any]) -> Any:
 
 def _adapted(state_dict: Dict[str, Any], network: Any) -> Dict[str, Any]:
     """The weights under our names and in the model's precision."""
-    state_dict = checkpoint.adapt(state_dict, network)
+    state_dict = checkpoint.convert_and_check(state_dict, network)
     checkpoint.check_finite(state_dict)
     dtypes = {name: value.dtype for name, value in network.state_dict().items()}
     return {name: value.to(dtypes[name]) for name, value in state_dict.items()}

@@ -39,7 +39,7 @@ def load(where: Union[str, Path], cache_dir: Any = None, **kwargs: Any) -> Any:
 
 def _fetch(repo: str, cache_dir: Any) -> Path:
     """The folder in the cache that has the configuration and the weights of a repository, both checked."""
-    weights, config = (hub_download.from_hub(repo, name, cache_dir) for name in (WEIGHTS, CONFIG))
+    weights, config = (hub_download.download_verified(repo, name, cache_dir) for name in (WEIGHTS, CONFIG))
     if weights.parent != config.parent:
         raise ValueError(f'{repo} was changed while it was downloaded: load it again')
     return config.parent

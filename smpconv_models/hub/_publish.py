@@ -88,7 +88,7 @@ def publish(
         raise ValueError(f'{repo} cannot be published: the Hub answers with a page; see HF_ENDPOINT') from error
     except (*hub_download.HUB_ERRORS, RuntimeError) as error:
         left = f' ({repo} was made, and is empty)' if made else ''
-        raise ValueError(f'{repo} cannot be published: {hub_download.reason(error)}{left}') from error
+        raise ValueError(f'{repo} cannot be published: {hub_download.error_reason(error)}{left}') from error
 
 
 def _check_folder(folder: Path) -> str:

@@ -83,7 +83,7 @@ def convert_state_dict(state_dict: StateDict, model: Any) -> StateDict:
     if model.num_classes != cfg.get('num_classes', model.num_classes):
         ignored += ['head.fc.weight', 'head.fc.bias']
     try:
-        return checkpoint.adapt(state_dict, model, ignore=ignored)
+        return checkpoint.convert_and_check(state_dict, model, ignore=ignored)
     except ValueError as error:
         raise ValueError(f'{error}{architecture_hint(state_dict)}') from error
 

@@ -149,7 +149,7 @@ def check_network(name: str, kwargs: Dict[str, Any], state_dict: Dict[str, Tenso
         _check_sampled(model)
     except _MALFORMED as error:
         raise ValueError(f'{name} cannot be created: {first_line(error)}') from error
-    checkpoint.adapt(state_dict, model)
+    checkpoint.convert_and_check(state_dict, model)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def resolve_weights(
     if path is None:  # weights in memory, or none, which timm reports
         return ResolvedWeights(overlay, {}, None, verify)
     try:  # timm's errors about a bad file are long and of many types
-        weights, _ = checkpoint.select_state_dict(checkpoint.read_file(path, lazy=True))
+        weights, _ = checkpoint.select_state_dict(checkpoint.load_file(path, lazy=True))
     except ValueError:
         verify()  # a wrong checksum explains more
         raise
@@ -124,14 +124,14 @@ def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Pa
         return None, NO_WEIGHTS.verify
     original_path = Path(cache_dir or Path(torch.hub.get_dir(), 'checkpoints'), f'{variant}.pth.tar')
     try:
-        path = hub_download.fetch(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
-        digest = _in_background(partial(hub_download.digest, path))
-        return path, lambda: hub_download.check(path, digest())  # it removes a damaged file: not while it is read
+        path = hub_download.hf_download(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
+        digest = _in_background(partial(hub_download.cached_file_digest, path))
+        return path, lambda: hub_download.verify_cached_file(path, digest())  # it removes a damaged file: not while it is read
     except ValueError as error:
         published = get_pretrained_cfg(variant)
         is_originals_repo = published is not None and cfg.hf_hub_id == published.hf_hub_id and cfg.source != 'hf-hub'
         is_obtainable = isinstance(error, hub_download.RepoNotFoundError) or original_path.exists()
-        if not (is_obtainable and is_originals_repo and variant in original.FILES):
+        if not (is_obtainable and is_originals_repo and variant in original.GDRIVE_IDS):
             raise
         _logger.warning('%s; taking the original file', error)
     return original.download_original(variant, original_path), NO_WEIGHTS.verify

@@ -49,13 +49,13 @@ class TrainState:
         if not isinstance(state, dict) or set(state) != {item.name for item in fields(cls)}:
             raise ValueError('it has no progress of a run; --initial-checkpoint takes its weights')
         for name in ('epoch', 'step', 'loss_count', 'refused', 'unreadable'):
-            description.number(f'progress.{name}', state[name], 0, 1 << 62, whole=True)
-        description.number('progress.loss_sum', state['loss_sum'], -math.inf, math.inf)
+            description.check_number(f'progress.{name}', state[name], 0, 1 << 62, whole=True)
+        description.check_number('progress.loss_sum', state['loss_sum'], -math.inf, math.inf)
         rows = state['rows']
         if not isinstance(rows, list) or len(rows) != state['epoch'] or not all(map(_is_row, rows)):
             raise ValueError(f'progress.rows must be a row of numbers for each of {state["epoch"]} epochs')
         if state['best_epoch'] is not None:
-            description.number('progress.best_epoch', state['best_epoch'], 0, len(rows) - 1, whole=True)
+            description.check_number('progress.best_epoch', state['best_epoch'], 0, len(rows) - 1, whole=True)
         return cls(**state)
 
     def state_dict(self) -> Dict[str, Any]:
@@ -195,12 +195,12 @@ def check_content(loaded: Any, path: Any) -> None:
         return
     try:
         if loaded['classes'] is not None:
-            description.texts('classes', loaded['classes'])
+            description.check_texts('classes', loaded['classes'])
         TrainState.from_state_dict(loaded['progress'])
         global_batch_size = checkpoint.get_train_args(loaded).get('global_batch_size')
-        description.number('args.global_batch_size', global_batch_size, 1, 10 ** 9, whole=True)
+        description.check_number('args.global_batch_size', global_batch_size, 1, 10 ** 9, whole=True)
         if loaded['images'] is not None:
-            description.number('images', loaded['images'], 0, 1 << 62, whole=True)
+            description.check_number('images', loaded['images'], 0, 1 << 62, whole=True)
         for key in ('state_dict', 'state_dict_ema'):
             _check_state_dict(key, loaded.get(key, {}))
         _check_optimizer(loaded['optimizer'])
@@ -208,7 +208,7 @@ def check_content(loaded: Any, path: Any) -> None:
         if not isinstance(scaler, dict):
             raise ValueError(f'amp_scaler must be a dictionary, got {description.shown(scaler)}')
         for key, value in scaler.items():
-            description.number(f'amp_scaler.{key}'[:100], value, 0, 1e38)
+            description.check_number(f'amp_scaler.{key}'[:100], value, 0, 1e38)
     except ValueError as error:
         raise ValueError(f'{path} cannot be resumed from: {error}') from error
 
@@ -242,7 +242,7 @@ def _check_values(name: str, values: Dict[Any, Any]) -> None:
     for key, value in values.items():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(item, (Tensor, torch.dtype)):
-                description.plain(f'{name}.{key}', item)
+                description.check_plain(f'{name}.{key}', item)
 
 
 # --- resuming ---

@@ -116,7 +116,7 @@ def create_model(name: Optional[str], pretrained: bool = False, **kwargs: Any) -
     check_model_name(name)
     source, repo = parse_model_name(name)
     if source == 'hf-hub':  # timm fetches the file as well, with other errors
-        hub_download.from_hub(repo, 'config.json')
+        hub_download.download_verified(repo, 'config.json')
     try:
         if name not in list_sequence_models():
             return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -178,7 +178,7 @@ def open_checkpoint(path: str, name: Optional[str] = None, use_ema: bool = True)
     Raises:
         ValueError: If the file is no checkpoint, or no known model is named and the weights fit none of this package.
     """
-    loaded = checkpoint.read_file(path)
+    loaded = checkpoint.load_file(path)
     described = checkpoint.describe(loaded, path)
     state_dict, key = select_weights(loaded, path, use_ema)
     if name is None:
@@ -214,6 +214,6 @@ def load_weights(model: nn.Module, state_dict: Dict[str, Tensor], path: str) -> 
         ValueError: If the weights are another model's, which is named if it is one of this package.
     """
     try:
-        model.load_state_dict(checkpoint.adapt(state_dict, model))
+        model.load_state_dict(checkpoint.convert_and_check(state_dict, model))
     except ValueError as error:
         raise ValueError(f'{path}: {error}{architecture_hint(state_dict)}') from error

@@ -122,7 +122,7 @@ class RunDir:
             if not path.exists():
                 continue
             try:
-                loaded = checkpoint.read_file(path)
+                loaded = checkpoint.load_file(path)
                 check_content(loaded, path)
             except ValueError as error:
                 problems.append(str(error))

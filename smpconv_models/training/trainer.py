@@ -354,7 +354,7 @@ class Trainer:
         given = None
         resume = self.options.checkpointing.resume
         if resume and not self.run_dir.has_checkpoint():  # otherwise that is of this command, which was stopped
-            given = resume, checkpoint.read_file(resume)
+            given = resume, checkpoint.load_file(resume)
             check_content(given[1], resume)
         self.run_dir.acquire()
         found = self.run_dir.load_latest() or given
@@ -414,11 +414,11 @@ class Trainer:
     def _load_weights(self, path: str, loaded: Dict[str, Any], arguments: Dict[str, Any]) -> None:
         ema, scaler = self.train_step.ema, self.train_step.scaler
         try:
-            self.model.load_state_dict(checkpoint.adapt(loaded['state_dict'], self.model))
+            self.model.load_state_dict(checkpoint.convert_and_check(loaded['state_dict'], self.model))
             if ema is not None:
                 # an EMA that is asked for only now starts from the weights
                 weights = loaded.get('state_dict_ema', loaded['state_dict'])
-                ema.module.load_state_dict(checkpoint.adapt(weights, ema.module))
+                ema.module.load_state_dict(checkpoint.convert_and_check(weights, ema.module))
             # --force-resume may have changed the optimizer, which then starts with a fresh state
             optimizer = self.options.optimizer
             if (arguments.get('opt'), arguments.get('layer_decay')) == (optimizer.opt, optimizer.layer_decay):
@@ -585,7 +585,7 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
                 'the weights were trained with, take kernel_scale')
     check_class_count(classes, model.num_classes)
     if run.initial_checkpoint:
-        state_dict, _ = select_weights(checkpoint.read_file(run.initial_checkpoint), run.initial_checkpoint)
+        state_dict, _ = select_weights(checkpoint.load_file(run.initial_checkpoint), run.initial_checkpoint)
         load_weights(model, state_dict, run.initial_checkpoint)
         try:
             checkpoint.check_finite(model.state_dict())

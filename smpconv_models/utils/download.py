@@ -1,21 +1,27 @@
-"""Downloads over HTTP that resume, checksums, and archives extracted as a whole."""
+"""Downloads over HTTP that resume, checksums, locks between processes, and archives extracted as a whole."""
 import hashlib
+import logging
 import os
 import shutil
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
+from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Optional, Union
+from typing import Callable, Iterator, Optional, Union
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .errors import first_line, unreadable_file
 
 _TIMEOUT = 30.  # seconds without a byte
-_BLOCK = 1 << 18
+_BLOCK = 1 << 18  # bytes
+_MAX_PAGE = 1 << 20  # bytes
+
+_logger = logging.getLogger(__name__)
 
 
 class DownloadNeededError(ValueError):
@@ -43,25 +49,75 @@ def missing(path: Path, url: str) -> DownloadNeededError:
     return DownloadNeededError(f'{path} is missing:', f', or put {url} there by hand')
 
 
-def fetch(url: str, path: Path, sha256: str) -> None:
-    """Downloads a file, from where an earlier attempt broke off; it has its name when it is whole.
-
-    Until then it is under this name with ``.part`` after it. Under :func:`locked`.
+@contextmanager
+def locked(folder: Path, name: str = 'download') -> Iterator[None]:
+    """Create a folder, and hold the lock of this name in it for the block. Locks of one name cannot be nested.
 
     Raises:
-        ValueError: The network, the server or the disk doesn't do, or it is another file.
+        ValueError: If the folder cannot be created or written.
+    """
+    lock = FileLock(folder / f'.{name}.lock')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            _logger.warning('another process holds the lock %s in %s; waiting for it', name, folder)
+            lock.acquire()
+    except OSError as error:
+        raise ValueError(f'{folder} cannot be written: {error.strerror or first_line(error)}') from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Download a file by :func:`fetch_checked`, and check its SHA-256."""
+    def check(part: Path) -> None:
+        if file_sha256(part) != sha256:
+            raise ValueError('it is another file, by its SHA-256')
+
+    fetch_checked(url, path, check)
+
+
+def _reject_page(page: str) -> str:
+    raise ValueError('the server sends a page in place of the file')
+
+
+def fetch_checked(
+        url: str, path: Path, check: Callable[[Path], None], confirm: Callable[[str], str] = _reject_page) -> None:
+    """Download a file, or resume its download, while the caller holds the lock of :func:`locked`.
+
+    Until the file is complete and checked, its name ends in ``.part``.
+
+    Args:
+        url: Address of the file.
+        path: Path of the file, which is replaced.
+        check: Function that raises ValueError if the complete file is not the expected one; such a file is removed.
+        confirm: Function that returns the address to ask next if the server sent this HTML page in place of the file,
+            or raises ValueError.
+
+    Raises:
+        ValueError: If the network, the server or the disk fails, or the file is not the expected one.
     """
     part = path.with_name(f'{path.name}.part')
     try:
-        answer = open_resumable(url, part)
-        if answer is not None:
-            with answer:
-                if answer.headers.get('Content-Type', '').startswith('text/html'):  # of a login, say
-                    raise ValueError('the server sends a page in place of the file')
-                append(answer, part)
-        if file_sha256(part) != sha256:
+        address: Optional[str] = url
+        while address is not None:
+            response = open_resumable(address, part)
+            address = None
+            if response is not None:
+                with response:
+                    if response.headers.get('Content-Type', '').startswith('text/html'):
+                        address = confirm(response.read(_MAX_PAGE).decode(errors='replace'))
+                    else:
+                        _append(response, part)
+        try:
+            check(part)
+        except ValueError:
             part.unlink()
-            raise ValueError('it is another file, by its SHA-256')
+            raise
         os.replace(part, path)
     except (HTTPException, OSError, ValueError) as error:
         kept = f'; what there is of it is kept in {part}' if part.exists() else ''
@@ -70,12 +126,49 @@ def fetch(url: str, path: Path, sha256: str) -> None:
             f'the file can be put at {path} by hand') from error
 
 
-def check_sha256(path: Path, sha256: str) -> None:
-    """Raises ValueError unless a file has this checksum."""
+def open_resumable(url: str, part: Path) -> Optional[HTTPResponse]:
+    """Request the bytes that follow a partial file; return None if the partial file is complete.
+
+    A server that cannot resume sends the whole file.
+
+    Raises:
+        OSError: If the network or the server fails, or the file has become shorter.
+    """
+    start = _size(part)
+    request = urllib.request.Request(url)
+    if start:
+        request.add_header('Range', f'bytes={start}-')
     try:
-        found = file_sha256(path)
-    except OSError as error:
-        raise ValueError(f'{path} cannot be read: {error.strerror or first_line(error)}') from error
+        return urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # no bytes follow
+            if error.headers.get('Content-Range') == f'bytes */{start}':
+                return None
+            raise OSError(f'the file has changed: remove what was downloaded ({start} bytes)') from error
+        raise
+
+
+def _append(response: HTTPResponse, part: Path) -> None:
+    """Append a response to the partial file, or replace its content if the server sends the whole file."""
+    start = _size(part) if response.status == 206 else 0
+    length = response.headers.get('Content-Length')
+    total = None if length is None else start + int(length)
+    with open(part, 'ab' if start else 'wb') as file, tqdm(
+            desc=part.stem, total=total, initial=start, unit='B', unit_scale=True, disable=None) as bar:
+        while block := response.read(_BLOCK):
+            file.write(block)
+            bar.update(len(block))
+    if total is not None and _size(part) != total:
+        raise OSError(f'the connection ended after {_size(part)} of {total} bytes')
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    """Raise DownloadNeededError unless a file has this checksum, or ValueError if the file cannot be read."""
+    found = file_sha256(path)
     if found != sha256:
         raise DownloadNeededError(
             f'{path} is damaged, or another file: its SHA-256 is {found}, not {sha256}; remove it and')
@@ -85,7 +178,7 @@ def file_sha256(path: Union[str, Path]) -> str:
     """Return the SHA-256 of a file, in hexadecimal.
 
     Raises:
-        ValueError: The file cannot be read.
+        ValueError: If the file cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -97,62 +190,18 @@ def file_sha256(path: Union[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def _done(part: Path) -> int:
-    """Bytes that are there of a file."""
-    return part.stat().st_size if part.exists() else 0
-
-
-def open_resumable(url: str, part: Path) -> Optional[HTTPResponse]:
-    """What a server has behind what is there of a file, or the whole where it can't; None where nothing is left.
-
-    Raises:
-        OSError: The network or the server doesn't do, or the file has become shorter.
-    """
-    start = _done(part)
-    request = urllib.request.Request(url)
-    if start:
-        request.add_header('Range', f'bytes={start}-')
-    try:
-        return urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left of it
-            if error.headers.get('Content-Range') == f'bytes */{start}':
-                return None
-            raise OSError(f'the file has changed: remove what was downloaded ({start} bytes)') from error
-        raise
-
-
-def append(answer: HTTPResponse, part: Path) -> None:
-    """Writes an answer of :func:`open_resumable` behind the bytes that are there, or in their place.
-
-    Raises:
-        OSError: The network or the disk doesn't do; what has come is kept.
-        http.client.HTTPException: The server doesn't.
-    """
-    start = _done(part) if answer.status == 206 else 0  # else it sends the whole
-    length = answer.headers.get('Content-Length')
-    total = None if length is None else start + int(length)
-    with open(part, 'ab' if start else 'wb') as file, tqdm(
-            desc=part.stem, total=total, initial=start, unit='B', unit_scale=True, disable=None) as bar:
-        while block := answer.read(_BLOCK):
-            file.write(block)
-            bar.update(len(block))
-    if total is not None and _done(part) != total:
-        raise OSError(f'the connection ended after {_done(part)} of {total} bytes')
-
-
 def extract_tar(archive: Path, folder: Path) -> None:
-    """Unpacks a tar file into a folder, which is there when all of it is.
+    """Extract a tar file into a folder that exists only once all members are extracted.
 
-    Members that would lie elsewhere, links out of the folder, devices are refused (tarfile's filter of data).
+    tarfile's ``data`` filter rejects members outside the folder, links out of the folder and devices.
 
     Args:
-        archive: The tar file, compressed or not.
-        folder: Where to; until it is whole, under this name with ``.partial`` after it.
+        archive: Path of the tar file, compressed or not.
+        folder: Path of the new folder; until all members are extracted, its name ends in ``.partial``.
 
     Raises:
-        ValueError: It is no tar file, damaged, tries to leave the folder, or the disk doesn't do; or Python is one
-            without tarfile's filters.
+        ValueError: If the file is no tar file, is damaged or has a rejected member, the disk fails, or Python is too
+            old to have tarfile's filters.
     """
     if not hasattr(tarfile, 'data_filter'):
         raise ValueError(f'{archive} cannot be unpacked safely: expected Python 3.10.12, 3.11.4 or newer')

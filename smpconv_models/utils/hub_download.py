@@ -1,8 +1,8 @@
 """Weight files from the Hugging Face Hub, checked against their checksums.
 
-The Hub's client checks a file's size alone, takes the name under which it caches a file from the server, and lets the
-HTTP library's errors through. Here a server's names are looked at first, what is cached is held against its checksum,
-and what fails is one line that says what to do.
+The Hub's client checks the size of a file only, caches it under a name that the server chooses, and lets the HTTP
+library's errors through. Here the server's names are checked before they become paths, cached files are checked against
+their checksums, and an error is one line that says what to do.
 """
 import hashlib
 import logging
@@ -34,75 +34,84 @@ from .errors import first_line
 
 _logger = logging.getLogger(__name__)
 
-# The client's, the system's, and the HTTP library's, of which the client's are made, whichever it is.
+# Errors of the client, of the system, and of either HTTP library that the client may use.
 HUB_ERRORS: Tuple[Any, ...] = (EntryNotFoundError, OSError, UnicodeEncodeError, *HfHubHTTPError.__bases__)
 
-# By status.
+# HTTP status -> advice.
 _ADVICE = {
     401: 'set HF_TOKEN to a valid token', 403: 'the token in HF_TOKEN has no access to it',
     429: 'too many requests: wait a while, or set HF_TOKEN',
 }
 
-# The Hub names a file by its SHA-256 if it is large, else as Git does.
+# The Hub names a large file by its SHA-256, other files as Git does.
 _SHA256, _GIT_SHA1 = re.compile('[0-9a-f]{64}'), re.compile('[0-9a-f]{40}')
 
 
 class RepoNotFoundError(ValueError):
-    """There is no repository of this name, or none that this user may know of."""
+    """A repository that does not exist, or that this user may not see."""
 
 
-def from_hub(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
-    """:func:`fetch` and :func:`check`."""
-    path = fetch(repo, filename, cache_dir)
-    check(path)
+def download_verified(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
+    """Download a file by :func:`hf_download` and verify it by :func:`verify_cached_file`."""
+    path = hf_download(repo, filename, cache_dir)
+    verify_cached_file(path)
     return path
 
 
-def fetch(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
-    """A file of a model repository, from the cache if it is there in the revision that the Hub has.
+def hf_download(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
+    """Download a file of a model repository, unless the cache has it in the revision that the Hub has.
 
     Args:
         repo: ``OWNER/NAME``, or ``OWNER/NAME@REVISION`` for a branch, a tag or a commit.
-        filename: In the repository.
-        cache_dir: The Hub client's, by default its own.
+        filename: Path of the file in the repository.
+        cache_dir: Folder of the cache, by default the Hub client's.
 
     Returns:
-        Its path in the cache, for :func:`check`.
+        Path in the cache, for :func:`verify_cached_file`.
 
     Raises:
-        RepoNotFoundError: No such repository.
-        ValueError: No such revision or file, no access, or no network and nothing cached.
+        RepoNotFoundError: If there is no such repository.
+        ValueError: If there is no such revision or file, no access, or no network and nothing in the cache.
     """
     name, _, revision = repo.partition('@')
-    try:
-        return _fetch(name, filename, revision or 'main', cache_dir)
-    except HFValidationError as error:
-        raise ValueError(f'{name!r} is no repository of the Hub: {first_line(error)}') from error
-
-
-def _fetch(repo: str, filename: str, revision: str, cache_dir: Union[str, Path, None]) -> Path:
+    revision = revision or 'main'
     options: Any = {'revision': revision, 'cache_dir': cache_dir}
     try:
         if constants.HF_HUB_OFFLINE:
-            return Path(hf_hub_download(repo, filename, local_files_only=True, **options))
-        name = _check_names(get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), token=get_token()))
-        path = Path(hf_hub_download(repo, filename, **options))
-        if not path.is_symlink():  # a file system without links, where the cache forgets the name
-            _check_content(path, name)
+            return Path(hf_hub_download(name, filename, local_files_only=True, **options))
+        checksum = _get_checksum(get_hf_file_metadata(hf_hub_url(name, filename, revision=revision), token=get_token()))
+        path = Path(hf_hub_download(name, filename, **options))
+        if not path.is_symlink():  # a file system without links, on which the cache does not keep the checksum
+            found = _digest(path, checksum)
+            if found != checksum:
+                _remove(path, found, checksum)
         return path
+    except HFValidationError as error:
+        raise ValueError(f'{name!r} is no repository of the Hub: {first_line(error)}') from error
     except HUB_ERRORS as error:
-        line = _explained(error, repo, filename, revision)
+        message = _error_message(error, name, filename, revision)
         try:
-            path = Path(hf_hub_download(repo, filename, local_files_only=True, **options))
+            path = Path(hf_hub_download(name, filename, local_files_only=True, **options))
         except LocalEntryNotFoundError:
             is_unknown = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-            raise (RepoNotFoundError if is_unknown else ValueError)(line) from error
-        _logger.warning('%s; the cached file is used', line)
+            raise (RepoNotFoundError if is_unknown else ValueError)(message) from error
+        _logger.warning('%s; the cached file is used', message)
         return path
 
 
-def _explained(error: BaseException, repo: str, filename: str, revision: str) -> str:
-    """What happened and what to do, in a line."""
+def _get_checksum(metadata: HfFileMetadata) -> str:
+    """Return the checksum by which the server names a file.
+
+    The client builds paths from the names. Names of another form raise OSError, as a server that is no Hub does.
+    """
+    etag, commit = metadata.etag or '', metadata.commit_hash or ''
+    if not (_SHA256.fullmatch(etag) or _GIT_SHA1.fullmatch(etag)) or not _GIT_SHA1.fullmatch(commit):
+        raise OSError(f'it does not answer as the Hub does, but names the file {etag[:80]!r} of {commit[:80]!r}')
+    return etag
+
+
+def _error_message(error: BaseException, repo: str, filename: str, revision: str) -> str:
+    """Return what failed and what to do, in one line."""
     what = f'{repo}/{filename}' + ('' if revision == 'main' else f' at {revision}')
     if constants.HF_HUB_OFFLINE:
         return f'HF_HUB_OFFLINE is set and {what} is not in the cache: unset it once'
@@ -114,67 +123,48 @@ def _explained(error: BaseException, repo: str, filename: str, revision: str) ->
         return f'{repo} has no revision {revision}'
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return f'{what} does not exist'
-    return f'{what} cannot be downloaded from {constants.ENDPOINT} ({reason(error)})'
+    return f'{what} cannot be downloaded from {constants.ENDPOINT} ({error_reason(error)})'
 
 
-def reason(error: BaseException) -> str:
-    """Why the Hub or the way to it failed, in a line that says what to do."""
+def error_reason(error: BaseException) -> str:
+    """Return why the Hub or the connection to it failed, and what to do, in one line."""
     cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ else error
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
-    if isinstance(cause, UnicodeEncodeError):  # what it sends is a token, or a name
+    if isinstance(cause, UnicodeEncodeError):  # of the token or of a name, which the client sends
         return 'there are characters other than ASCII in HF_TOKEN or in the name'
     what = f'{type(cause).__name__}: {first_line(cause)}' if status is None else f'status {status}'
-    if constants.HF_HUB_OFFLINE or getattr(cause, 'errno', None) is not None:  # this machine's: a full disk, say
+    if constants.HF_HUB_OFFLINE or getattr(cause, 'errno', None) is not None:  # of this machine, e.g. a full disk
         return what
     return f'{what}: {_ADVICE.get(status or 0, "see HF_ENDPOINT and HTTPS_PROXY")}'
 
 
-def _check_names(metadata: HfFileMetadata) -> str:
-    """The content's name. The client makes paths of them; OSError, as where there is no Hub, of others."""
-    etag, commit = metadata.etag or '', metadata.commit_hash or ''
-    if not (_SHA256.fullmatch(etag) or _GIT_SHA1.fullmatch(etag)) or not _GIT_SHA1.fullmatch(commit):
-        raise OSError(f'it does not answer as the Hub does, but names the file {etag[:80]!r} of {commit[:80]!r}')
-    return etag
+def cached_file_digest(path: Path) -> str:
+    """Return the checksum of a file in the client's cache; '' if the cache keeps no checksum to compare it with.
 
-
-def _check_content(path: Path, name: str) -> None:
-    found = _digest(path, name)
-    if found != name:
-        _remove(path, found, name)
-
-
-def digest(path: Path) -> str:
-    """The name that the content of a file of the client's cache should have; '' where the client keeps no names.
-
-    The client leads a file's name to its content, which it keeps under the checksum that the Hub gave it. From there it
-    may lead on, to where it keeps the content for several repositories, under a name of another kind.
+    The file is a link to its content, which the client names by the checksum that the Hub gave. That may be a link too,
+    to content that several repositories share, under a name of another kind.
     """
     if not path.is_symlink():  # a file system without links
         return ''
     return _digest(_blob(path), _blob(path).name)
 
 
-def _digest(path: Path, name: str) -> str:
-    """The checksum of a file, of the kind that ``name`` is: Git's or SHA-256."""
-    return git_sha1(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
-
-
-def check(path: Path, found: Optional[str] = None) -> None:
-    """Holds a file of the client's cache against the name of its content.
+def verify_cached_file(path: Path, found: Optional[str] = None) -> None:
+    """Compare a file of the client's cache with the checksum that names its content.
 
     Args:
-        path: The file.
-        found: Its :func:`digest`, where that is known already.
+        path: Path of the file.
+        found: Its :func:`cached_file_digest`, if that is known already.
 
     Raises:
-        ValueError: The content is another one (what is cached of it is removed), or the name is no checksum.
+        ValueError: If the content has another checksum (it is then removed from the cache), or its name is no checksum.
     """
-    found = digest(path) if found is None else found
+    found = cached_file_digest(path) if found is None else found
     name = _blob(path).name if found else ''
     if found == name:
         return
     if not (_SHA256.fullmatch(name) or _GIT_SHA1.fullmatch(name)):
-        path.unlink()  # a server that changed its answer after it was looked at; what it led to may be anybody's
+        path.unlink()  # the server changed its answer after the check; the link's target may be any file
         raise ValueError(f'{constants.ENDPOINT} does not answer as the Hub does: it led {path} to {name[:80]!r}')
     blob = _blob(path)
     _remove(path, found, name, blob.resolve(), blob)
@@ -184,6 +174,11 @@ def _blob(path: Path) -> Path:
     return path.parent / os.readlink(path)
 
 
+def _digest(path: Path, name: str) -> str:
+    """Return the checksum of a file, of the same kind as ``name``: Git's or SHA-256."""
+    return git_sha1(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
+
+
 def _remove(path: Path, found: str, name: str, *contents: Path) -> NoReturn:
     for damaged in (path, *contents):
         damaged.unlink(missing_ok=True)
@@ -191,5 +186,5 @@ def _remove(path: Path, found: str, name: str, *contents: Path) -> NoReturn:
 
 
 def git_sha1(content: bytes) -> str:
-    """The name that Git gives a content."""
+    """Return the name that Git gives a content."""
     return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()

@@ -44,11 +44,22 @@ import train  # noqa: E402
 import validate  # noqa: E402
 from smpconv_models import checkpoint, hub  # noqa: E402
 from smpconv_models.figures import __main__ as figures  # noqa: E402
-from smpconv_models.figures import _inputs  # noqa: E402
-from smpconv_models.training import build_trainer, cli, config, model_factory  # noqa: E402
-from smpconv_models.training import trainer as running  # noqa: E402
+from smpconv_models.figures._inputs import ModelSource  # noqa: E402
+from smpconv_models.training import (  # noqa: E402
+    DataOptions,
+    DeviceOptions,
+    EvalOptions,
+    ModelOptions,
+    TrainOptions,
+    build_trainer,
+    cli,
+    evaluate_model,
+    expand_model_list,
+    ineffective_options,
+    model_factory,
+)
 from smpconv_models.training.run_dir import RunDir  # noqa: E402
-from smpconv_models.training.validate import inherit, measure, series  # noqa: E402
+from smpconv_models.training.validate import fill_from_checkpoint  # noqa: E402
 
 TINY = dict(depths=[1], dims=[4], kernel_sizes=[7], num_classes=10, in_chans=1)
 SMALL = dict(depths=[1, 1], dims=[6, 12], num_points=8, kernel_size=9)  # of tests/golden/cifar_tiny.safetensors
@@ -144,6 +155,16 @@ def parse(program, *argv):
     return program.create_parser().parse_args([str(argument) for argument in argv])
 
 
+def eval_options(path, *argv):
+    """Return the options of validate.py for one checkpoint."""
+    args = parse(validate, *argv)
+    models, args.model = args.model, None
+    options, = expand_model_list(
+        EvalOptions(*(cli.read_options(args, group) for group in (DataOptions, ModelOptions, DeviceOptions))),
+        [str(path)], models)
+    return options
+
+
 class Cases:
     """Whole files in an empty folder, their changes and their readers."""
 
@@ -152,19 +173,22 @@ class Cases:
         for index in range(10):
             (home / f'images/val/{index}').mkdir(parents=True)
             Image.new('L', (8, 8), 20 * index).save(home / f'images/val/{index}/0.png')
-        self.run = build_trainer(parse(
+        self.trainer = build_trainer(TrainOptions.from_args(parse(
             train, '--model', 'smpconv_nano', '--dataset', 'digits', '--model-kwargs', 'depths=[1]', 'dims=[4]',
             'kernel_sizes=[7]', '--in-chans', 1, '--img-size', 32, '--mean', 0.3, '--std', 0.4, '--workers', 0,
             '--device', 'cpu', '--model-ema', '--epochs', 3, '--warmup-epochs', 0, '--output', home, '--experiment',
-            'run'))
-        for parameter in list(self.run.model.parameters())[:3]:  # which keeps cases small
+            'run')))
+        for parameter in list(self.trainer.model.parameters())[:3]:  # which keeps cases small
             parameter.grad = torch.zeros_like(parameter)
-        self.run.stepper.optimizer.step()
-        self.optimizer = self.run.stepper.optimizer.state_dict()
-        self.run.progress.next_epoch(dict(epoch=0, train_loss=1., eval_loss=1., eval_top1=50., eval_top5=100., lr=1e-3))
-        self.state = copied(self.run.state())
+        optimizer = self.trainer.train_step.optimizer
+        optimizer.step()
+        self.optimizer = optimizer.state_dict()
+        self.trainer.state.finish_epoch(
+            dict(epoch=0, train_loss=1., eval_loss=1., eval_top1=50., eval_top5=100., lr=1e-3))
+        self.trainer._save()
+        self.state = copied(torch.load(self.trainer.run_dir.last, weights_only=True))
         del self.state['state_dict_ema']  # change_state adds one
-        self.run.close()
+        self.trainer.close()
         data = load_file(ROOT / 'tests/golden/cifar_tiny.safetensors')
         self.release = {
             'args': {'model': 'smpconv_cifar', 'model_kwargs': SMALL, 'num_classes': 10}, 'epoch': 3, 'model': {
@@ -229,13 +253,14 @@ class Cases:
             argv = ['--model', name, '--model-kwargs', *(f'{key}={value}' for key, value in kwargs.items())]
         readers = {
             'inherit': self.inherit,
-            'evaluate': lambda path: measure(*series(parse(
-                validate, '--checkpoint', path, '--data-dir', self.home / 'images', '--img-size', 32, '--batch-size', 5,
-                '--workers', 0, '--device', 'cpu', *argv))),
-            'figures': lambda path: _inputs.networks(parse(
-                figures, 'kernels', '--checkpoint', path, '--output', self.home / 'kernels.png', *argv)),
+            'evaluate': lambda path: evaluate_model(eval_options(
+                path, '--data-dir', self.home / 'images', '--img-size', 32, '--batch-size', 5, '--workers', 0,
+                '--device', 'cpu', *argv)),
+            'figures': lambda path: ModelSource(
+                cli.read_options(parse(figures, 'kernels', '--output', 'kernels.png', *argv), ModelOptions),
+                [str(path)]).load(),
             'initial': lambda path: model_factory.load_weights(
-                self.networks[name], checkpoint.read_file(path), str(path)),
+                self.networks[name], model_factory.select_weights(checkpoint.load_file(path), path)[0], path),
             'pretrained': lambda path: timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)}
         if kind != 'safetensors':  # of which only registered sizes are known by their shapes
@@ -246,10 +271,10 @@ class Cases:
 
     def inherit(self, path):
         """Read what an evaluation takes over from a checkpoint if the user names no images."""
-        args, = series(parse(validate, '--checkpoint', path))
-        described = checkpoint.describe(checkpoint.read_file(path), path)
+        options = eval_options(path)
+        described = checkpoint.describe(checkpoint.load_file(path), path)
         list(map(described.__getattribute__, ('classes', 'epoch', 'seed', 'model', 'model_kwargs')))
-        inherit(args, described)
+        fill_from_checkpoint(options, described)
 
     def convert(self, path):
         shutil.rmtree(self.home / 'converted', ignore_errors=True)
@@ -257,10 +282,11 @@ class Cases:
 
     def resume(self, path, file=None):
         """Resume the one run in a folder, from its checkpoints or from a file, as train.py does."""
-        self.run.folder, self.run.args.resume = RunDir(path), file
-        self.run.stepper.optimizer.load_state_dict(self.optimizer)
-        running._take_folder(self.run, {})
-        self.run.close()
+        self.trainer.run_dir = RunDir(path)
+        self.trainer.options = self.trainer.options.with_values('checkpointing', resume=file)
+        self.trainer.train_step.optimizer.load_state_dict(self.optimizer)
+        self.trainer._acquire_run_dir({})
+        self.trainer.close()
 
     def read_holder(self, path):
         """Read which run holds a folder, as a second run does, and release the folder of another run."""
@@ -272,8 +298,8 @@ class Cases:
 
     def read_options(self, path):
         parser = train.create_parser()
-        args = config.parse_args(parser, ['--config', str(path)])
-        list(map(logging.warning, cli.without_effect(parser, args)))
+        args = cli.parse_args(parser, ['--config', str(path)])
+        list(map(logging.warning, ineffective_options(parser, args)))
 
 
 PLANTED = {  # what must be seen
@@ -282,7 +308,7 @@ PLANTED = {  # what must be seen
     'change': lambda path: Path('/etc/passwd/x').mkdir(), 'print': lambda path: print('\x1b[31m'),
     'log': lambda path: logging.warning('a\nb'), 'lines': lambda path: print('a\n' * 100),
     'memory': lambda path: torch.ones(1 << 25), 'addresses': lambda path: torch.empty(1 << 40),
-    'message': lambda path: checkpoint.plain('a\nb', b'x')}
+    'message': lambda path: checkpoint.check_plain('a\nb', b'x')}
 
 
 def main():

@@ -93,7 +93,7 @@ def view_of(new_format):
     return b'' if new_format else b'N'
 
 
-def refused(path, match=None, readers=(checkpoint.check_file, checkpoint.read_file)):
+def refused(path, match=None, readers=(checkpoint.check_file, checkpoint.load_file)):
     """Both say so in one line that names the file, with less memory than would be reserved otherwise."""
     tracemalloc.start()
     try:
@@ -114,7 +114,7 @@ def test_pickles_by_hand_are_read(tmp_path):
     """What the attacks differ from."""
     for new_format in (True, False):
         path = write(tmp_path / 'a.pth', under(tensor(storage(view=view_of(new_format)))), new_format)
-        assert torch.equal(checkpoint.read_file(path)['w'], torch.zeros(1))
+        assert torch.equal(checkpoint.load_file(path)['w'], torch.zeros(1))
 
 
 # --- code ---
@@ -259,7 +259,7 @@ def test_memo_of_a_far_place(tmp_path):
     path = write_zip(tmp_path / 'a.pth', under(b'Nr\xff\xff\xff\xff'))
     tracemalloc.start()
     try:
-        assert checkpoint.read_file(path) == {'w': None}
+        assert checkpoint.load_file(path) == {'w': None}
         assert tracemalloc.get_traced_memory()[1] < MIB
     finally:
         tracemalloc.stop()
@@ -392,12 +392,12 @@ def test_names_that_take_forever(tmp_path, body):
 
 
 def test_deep_and_circular_lists_are_read(tmp_path):
-    deep = checkpoint.read_file(write_zip(tmp_path / 'a.pth', under(b']' * 20_000 + b'a' * 19_999)))['w']
+    deep = checkpoint.load_file(write_zip(tmp_path / 'a.pth', under(b']' * 20_000 + b'a' * 19_999)))['w']
     depth = 1
     while deep:
         deep, depth = deep[0], depth + 1
     assert depth == 20_000
-    circular = checkpoint.read_file(write_zip(tmp_path / 'a.pth', under(b']q\x00h\x00a')))['w']
+    circular = checkpoint.load_file(write_zip(tmp_path / 'a.pth', under(b']q\x00h\x00a')))['w']
     assert circular[0] is circular
 
 
@@ -411,7 +411,7 @@ def test_deep_and_circular_lists_are_read(tmp_path):
     name('argparse.Namespace') + several(b'N') + b'R', b'K\x01Q', b'\x82\x01', b'\x97', b')Q',
 ])
 def test_malformed_pickles(tmp_path, new_format, body):
-    readers = (checkpoint.read_file,)  # PyTorch's reader is stricter than a look
+    readers = (checkpoint.load_file,)  # PyTorch's reader is stricter than a look
     refused(write(tmp_path / 'a.pth', under(body), new_format), readers=readers)
 
 
@@ -430,7 +430,7 @@ def test_every_truncation_of_a_legacy_file(tmp_path):
 ])
 def test_malformed_records(tmp_path, record, content):
     path = write_zip(tmp_path / 'a.pth', under(b'N'), [(record, content)])
-    refused(path, readers=(checkpoint.read_file,))
+    refused(path, readers=(checkpoint.load_file,))
 
 
 # --- archives ---
@@ -587,10 +587,10 @@ def test_every_dtype_of_safetensors_is_read_or_refused(tmp_path):
     sizes = dict(F64=8, I64=8, U64=8, C64=8, F32=4, F16=2, BF16=2, I8=1, U8=1, BOOL=1, F8_E4M3=1, F8_E5M2=1, F8_E8M0=1)
     for dtype, size in sizes.items():
         path = safe(tmp_path / 'a.safetensors', {'a': entry((8 // size,), dtype=dtype)})
-        assert checkpoint.read_file(path)['a'].nbytes == 8
+        assert checkpoint.load_file(path)['a'].nbytes == 8
     for dtype in ('F4', 'F6_E2M3', 'F6_E3M2'):
         try:
-            checkpoint.read_file(safe(tmp_path / 'a.safetensors', {'a': entry((16,), dtype=dtype)}))
+            checkpoint.load_file(safe(tmp_path / 'a.safetensors', {'a': entry((16,), dtype=dtype)}))
         except ValueError as error:
             assert str(tmp_path) in str(error)
 
@@ -616,7 +616,7 @@ def test_weights_that_are_not_finite(value, dtype):
 def test_no_weights(tmp_path, content):
     torch.save(content, tmp_path / 'a.pth')
     with pytest.raises(ValueError, match='expected') as error:
-        checkpoint.select_state_dict(checkpoint.read_file(tmp_path / 'a.pth'))
+        checkpoint.select_state_dict(checkpoint.load_file(tmp_path / 'a.pth'))
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -697,7 +697,7 @@ def test_what_is_saved_is_read(tmp_path, kind, variant):
     path = tmp_path / 'a.pth'
     torch.save(content, path, _use_new_zipfile_serialization=variant != 'legacy')
     checkpoint.check_file(path)
-    given = checkpoint.read_file(path, lazy=variant == 'lazy')
+    given = checkpoint.load_file(path, lazy=variant == 'lazy')
     same(given, content)
     if kind == 'views':
         assert len({value.untyped_storage().data_ptr() for value in given.values()}) == 1
@@ -717,7 +717,7 @@ def test_safetensors_are_read(tmp_path):
     del weights['torch.complex128'], weights['tail']
     save_file(weights, tmp_path / 'a.safetensors', metadata={'format': 'pt'})
     for lazy in (False, True):
-        given = checkpoint.read_file(tmp_path / 'a.safetensors', lazy)
+        given = checkpoint.load_file(tmp_path / 'a.safetensors', lazy)
         assert given.keys() == weights.keys()
         for key in weights:
             same(given[key], weights[key])
@@ -733,7 +733,7 @@ def test_a_data_type_is_named_and_not_called(tmp_path):
     """Checkpoints of optimizers name data types among their options."""
     path = tmp_path / 'file'
     torch.save({'momentum_dtype': torch.bfloat16}, path)
-    assert checkpoint.read_file(path) == {'momentum_dtype': torch.bfloat16}
+    assert checkpoint.load_file(path) == {'momentum_dtype': torch.bfloat16}
     with zipfile.ZipFile(path) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, 'w') as archive:

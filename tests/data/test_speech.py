@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from smpconv_models.data import audio, cache, create_sequence_dataset, mfcc, speech
-from smpconv_models.utils import download, locks
+from smpconv_models.utils import download
 
 NAMES = ('speech', 'speech-mfcc')
 
@@ -485,7 +485,7 @@ def test_without_a_place_to_keep_them_they_are_made_each_time(tmp_path, monkeypa
     if where == 'write':
         monkeypatch.setattr(os, 'replace', full)
     else:
-        monkeypatch.setattr(locks.FileLock, 'acquire', full)
+        monkeypatch.setattr(download.FileLock, 'acquire', full)
         monkeypatch.setattr(os, 'replace', full)
     kept(tmp_path / 'kept.safetensors')
     assert 'cannot be kept, and will be made each time: No space left on device' in caplog.text

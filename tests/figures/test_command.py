@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_reported(tmp_path, capsys):
 
 
 def test_wrong_values_are_reported_with_the_file(folder, tmp_path, tmp_path_factory, capsys):
-    loaded = checkpoint.read_file(folder / 'model_best.pth.tar')
+    loaded = checkpoint.load_file(folder / 'model_best.pth.tar')
     path = tmp_path_factory.mktemp('elsewhere') / 'a.pth'
     for wrong, message in (({'mean': 'x'}, 'args.mean must be'), ({'img_size': 2048}, '--img-size overrides a size')):
         torch.save({**loaded, 'args': {**loaded['args'], **wrong}}, path)

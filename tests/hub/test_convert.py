@@ -198,7 +198,7 @@ def test_a_folder_with_files_is_left_alone(tmp_path, file, capsys):
 def test_the_originals_file_is_downloaded_first(tmp_path, file, monkeypatch, capsys):
     argv = ('--download', 'smpconv_t', '--download-dir', tmp_path / 'files', tmp_path / 'folder')
     with Drive() as drive:
-        drive.files[original.FILES['smpconv_t']] = file.read_bytes()
+        drive.files[original.GDRIVE_IDS['smpconv_t']] = file.read_bytes()
         monkeypatch.setattr(original, '_ADDRESS', drive.url)
         monkeypatch.setenv('no_proxy', '127.0.0.1')
         assert run(convert, *argv) == 0

@@ -22,7 +22,7 @@ from smpconv_models.models import _pretrained
 from smpconv_models.utils import download as transfer
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7), num_classes=10)
-FILE_ID = original.FILES['smpconv_t']
+FILE_ID = original.GDRIVE_IDS['smpconv_t']
 REPO = f'{_pretrained.HUB_NAMESPACE}/smpconv_t.in1k'
 
 ADDRESS = original._ADDRESS  # before a test changes it
@@ -185,10 +185,10 @@ def ranges(drive):
 
 def test_the_files_are_the_releases():
     """Nothing here could tell if they were others."""
-    assert original.FILES == {
+    assert original.GDRIVE_IDS == {
         'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V', 'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9',
         'smpconv_cifar': '1aKwORBf-lplfdwB8WEcBRRAL7IA4ejth'}
-    assert len(original.SEQUENCE_FILES) == 6 and not set(original.SEQUENCE_FILES) & set(original.FILES)
+    assert len(original.SEQUENCE_GDRIVE_IDS) == 6 and not set(original.SEQUENCE_GDRIVE_IDS) & set(original.GDRIVE_IDS)
     assert ADDRESS == 'https://drive.usercontent.google.com/download'
 
 
@@ -215,9 +215,9 @@ def test_a_file_that_is_there(drive, path):
 
 
 def test_each_model_has_its_file(drive, content, tmp_path):
-    drive.files[original.FILES['smpconv_b']] = content
+    drive.files[original.GDRIVE_IDS['smpconv_b']] = content
     original.download_original('smpconv_b', tmp_path / 'b')
-    assert drive.asked[0][0]['id'] == original.FILES['smpconv_b'] != FILE_ID
+    assert drive.asked[0][0]['id'] == original.GDRIVE_IDS['smpconv_b'] != FILE_ID
 
 
 def test_a_model_that_is_not_in_the_release(drive, path):
@@ -234,7 +234,7 @@ def test_several_at_a_time(drive, content, path):
 
 def test_a_folder_that_cannot_be(drive, path):
     path.parent.write_bytes(b'')
-    assert 'smpconv_t' in fails(path) and not drive.asked
+    assert fails(path).startswith(f'{path.parent} cannot be written') and not drive.asked
 
 
 # --- connections that break off ---
@@ -328,7 +328,7 @@ def test_a_page(drive, path, part, page, said, begun):
         part.write_bytes(begun)
     drive.page = 200, page
     message = fails(path)
-    assert said in message and 'Google Drive' in message and 'try later' in message and len(message) < 300
+    assert said in message and 'Google Drive' in message and 'try later' in message and len(message) < 600
     assert len(drive.asked) == 1
     assert part.read_bytes() == begun if begun else not part.exists()
 

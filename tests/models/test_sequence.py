@@ -2,9 +2,8 @@
 import pytest
 import timm
 import torch
-from common import assert_frozen, assert_other_shape_is_one_line, randomize_, relative_error, released
+from common import assert_frozen, assert_other_shape_is_one_line, load_into, randomize_, relative_error, released
 
-from smpconv_models import checkpoint
 from smpconv_models.layers import points, smp_layers
 from smpconv_models.models import SMPSequenceNet, create_sequence_model, list_sequence_models
 
@@ -26,7 +25,7 @@ SHAPES = {
 def test_logits_equal_the_original(golden, name, method):
     data = golden(name)
     model = SMPSequenceNet(**TINY, conv_bias=GOLDEN[name], method=method).eval()
-    assert checkpoint.load_into(model, {'model': released(data), 'epoch': 3}) == 'model'
+    assert load_into(model, {'model': released(data), 'epoch': 3}) == 'model'
     with torch.no_grad():
         assert relative_error(model(data['input']), data['logits']) < 1e-5
 
@@ -212,7 +211,7 @@ def test_files_trained_at_another_length_are_refused(golden):
     """Shapes of points do not depend on the length: those for 16,000 steps equal those for 784."""
     model = SMPSequenceNet(**{**TINY, 'sequence_length': 61})
     with pytest.raises(ValueError, match=r'of blocks\.0\.conv1\.large\.conv are for kernels of size 60, not of 61'):
-        checkpoint.load_into(model, released(golden('sequence_tiny_nofft')))
+        load_into(model, released(golden('sequence_tiny_nofft')))
 
 
 def test_our_own_files_of_another_length_are_refused():
@@ -220,7 +219,7 @@ def test_our_own_files_of_another_length_are_refused():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     other = randomize_(SMPSequenceNet(**{**TINY, 'sequence_length': 61}))
     with pytest.raises(ValueError, match='are for kernels of size 61, not of 60'):
-        checkpoint.load_into(model, {'state_dict': other.state_dict()})
+        load_into(model, {'state_dict': other.state_dict()})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

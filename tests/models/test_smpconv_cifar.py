@@ -4,7 +4,7 @@ import json
 import pytest
 import timm
 import torch
-from common import assert_other_shape_is_one_line, randomize_, relative_error, released
+from common import assert_other_shape_is_one_line, load_into, randomize_, relative_error, released
 
 from smpconv_models import checkpoint, hub
 from smpconv_models.layers import smp_layers
@@ -36,7 +36,7 @@ def test_initial_points_are_the_papers():
 def test_logits_equal_the_original(golden, method):
     data = golden('cifar_tiny')
     model = create(method=method).eval()
-    checkpoint.load_into(model, {'model': released(data)})
+    load_into(model, {'model': released(data)})
     with torch.no_grad():
         assert relative_error(model(data['input']), data['logits']) < 1e-5
 
@@ -68,7 +68,7 @@ def test_pretrained_on_gray_images(golden, tmp_path):
     (dict(depths=(2, 1)), 'tensors missing'), (dict(kernel_size=9, num_points=9), 'of another shape')])
 def test_another_networks_weights_are_refused(golden, changes, message):
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_into(create(**changes), released(golden('cifar_tiny')))
+        load_into(create(**changes), released(golden('cifar_tiny')))
 
 
 @pytest.mark.parametrize(('key', 'change'), [
@@ -85,7 +85,7 @@ def test_files_of_other_shapes_are_one_line(golden, key, change):
 def test_points_of_other_kernels_are_refused(golden, tmp_path):
     """Their shapes are the same."""
     with pytest.raises(ValueError, match=r'points of stem\.large\.conv are for kernels of size 9, not of 11'):
-        checkpoint.load_into(create(kernel_size=11), released(golden('cifar_tiny')))
+        load_into(create(kernel_size=11), released(golden('cifar_tiny')))
     torch.save(create(kernel_size=5).state_dict(), tmp_path / 'five.pt')
     with pytest.raises(ValueError, match=r'points of stem\.large\.conv are for kernels of size 5, not of 9'):
         create(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'five.pt')))

@@ -155,7 +155,7 @@ def test_a_checkpoint_that_may_not_be_read_is_told(tmp_path, unreadable):
     path = tmp_path / 'last.pth.tar'
     torch.save({'a': 1}, path)
     unreadable.add(path)
-    for read in (checkpoint.read_file, checkpoint.check_file, file_sha256):
+    for read in (checkpoint.load_file, checkpoint.check_file, file_sha256):
         with pytest.raises(ValueError, match=f'{path} cannot be read: Permission denied'):
             read(path)
 

@@ -36,7 +36,7 @@ def test_the_next_step_after_loading_has_the_same_bits(name, tmp_path):
     for number in range(3):
         step(model, optimizer, number)
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, tmp_path / 'saved')
-    saved = checkpoint.read_file(tmp_path / 'saved')
+    saved = checkpoint.load_file(tmp_path / 'saved')
     other, loaded = make(name)
     other.load_state_dict(saved['model'])
     checkpointing._check_optimizer(saved['optimizer'])
