@@ -159,14 +159,14 @@ class _Broken(torch.nn.Conv2d):
     (['--backbone', 'smpconv_x'], "timm's name of a network"),
     (['--trainable-layers', '9'], 'trainable_layers must lie in [0, 5]'),
     (['--out-channels', '48'], 'num_channels (48) must be divisible by num_groups (32)'),
-    (['--detector', 'fasterrcnn', '--returned-layers', '2', '4'], 'twice the stride of the one before'),
+    (['--detector', 'fasterrcnn', '--returned-layers', '2', '4'], 'twice the stride of the previous one'),
     (['--batch-size', '99'], 'a step needs 99 training images, got 7'),
     (['--warmup-epochs', '2'], '--warmup-epochs must be below the 2 epochs, got 2'),
     (['--min-size', '65'], '--min-size must be at most --max-size, got 65 and 64'),
     (['--opt', 'sdg'], 'sdg'),
     (['--device', 'tpu9'], 'tpu9'),
     (['--train-split', 'train2017'], 'instances_train2017.json'),
-    (['--resume'], 'last.pth to --resume from'),
+    (['--resume'], 'cannot resume: '),
     (['--epochs', '0'], 'argument --epochs: must be at least 1'),
     (['--lr', 'nan'], 'argument --lr'),
 ])
@@ -186,7 +186,7 @@ def test_a_wrong_record_is_one_line_before_training(example, data, tmp_path, cap
     code, error = failure(example, capsys, *argv)
     assert code == 2 and error.count('\n') == 1 and 'annotation 1: bbox must have an area' in error
     assert example.main([*map(str, argv), '--skip-empty-boxes']) == 0
-    assert 'annotations without an area left out: 0 and 1' in capsys.readouterr().out
+    assert 'skipped annotations without an area: 0 and 1' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('workers', ['0', '1'])
@@ -244,7 +244,7 @@ def test_a_foreign_checkpoint_is_one_line(example, data, tmp_path, capsys, chang
     change(state)
     torch.save(state, tmp_path / 'run/last.pth')
     code, error = failure(example, capsys, *argv, '--resume')
-    assert code == 2 and 'last.pth is no checkpoint of this program' in error and len(error.strip().splitlines()) == 1
+    assert code == 2 and 'last.pth is not a checkpoint of this program' in error and len(error.strip().splitlines()) == 1
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(example, data, tmp_path):
