@@ -59,10 +59,10 @@ def _limits(path: str, errors: Dict[str, Errors], x: Tensor, weight: Tensor) -> 
     """Return the limit of the relative error of each result.
 
     A sum of n products of standard normals is about sqrt(n). The rounding errors of its partial sums, a random walk,
-    add up to less than n * eps, which is sqrt(n) * eps of the sum. This package's backends accumulate in float32 and round
-    to the dtype at the end, by a quarter of its eps on average. One eps leaves room for a few partial results of that
-    dtype. Plain conv2d may accumulate in the dtype itself, as its dx in float16 does on CPUs. Then the limit is twice
-    the error of conv2d.
+    add up to less than n * eps, which is sqrt(n) * eps of the sum. This package's backends accumulate in float32 and
+    round to the dtype at the end, by a quarter of its eps on average. One eps leaves room for a few partial results of
+    that dtype. Plain conv2d may accumulate in the dtype itself, as its dx in float16 does on CPUs. Then the limit is
+    twice the error of conv2d.
     """
     eps, accumulator_eps = torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps
     terms = {'y': weight[0].numel(), 'dx': weight[0].numel(), 'dw': x[:, 0].numel()}

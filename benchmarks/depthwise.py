@@ -8,8 +8,8 @@
 
 For each layer, depthwise_conv2d with backend 'auto' and those of --backends is compared with F.conv2d. Each is called
 with NCHW and with channels_last (nhwc) tensors. The four results are y, dx, dw, and all three as in training. First the
-functions are checked against float64; a wrong result ends the run. Then the functions are timed in turn, and the medians
-are reported. TF32 is off.
+functions are checked against float64; a wrong result ends the run. Then the functions are timed in turn, and the
+medians are reported. TF32 is off.
 
 The training steps are those of smpconv_t, of the same network with plain convolutions, and of timm's convnext_tiny, in
 float32 on the CPU and bfloat16 autocast on CUDA.
@@ -54,7 +54,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         prog='depthwise.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     names = [*CASES, TRAINING_STEP]
-    parser.add_argument('--cases', nargs='+', choices=names, metavar='NAME', help=f'cases among {", ".join(names)} (all)')
+    parser.add_argument('--cases', nargs='+', choices=names, metavar='NAME',
+                        help=f'cases among {", ".join(names)} (all)')
     parser.add_argument('--device', choices=tuple(DEFAULTS), help='device (cuda if available)')
     parser.add_argument('--dtypes', nargs='+', choices=tuple(DTYPES), metavar='DTYPE',
                         help=f'dtypes among {", ".join(DTYPES)} (float32 on the CPU, bfloat16 on CUDA)')

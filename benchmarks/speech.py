@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument(
-        '--limit', type=float, default=20., help='limit of the direct convolutions, as a multiple of the time of the FFT')
+        '--limit', type=float, default=20., help='limit of the direct convolutions, in multiples of the FFT\'s time')
     parser.add_argument('--device', default='cpu')
     args = parser.parse_args()
     is_cuda = torch.device(args.device).type == 'cuda'

@@ -67,11 +67,11 @@ def test_a_damaged_image_is_named(folders, written):
 
 
 @pytest.mark.parametrize('text', ['{"images": [', '', '[]', '3', '\xff\xfe'])
-def test_what_is_no_annotation_file_is_said(folders, written, text):
+def test_other_files_are_refused(folders, written, text):
     folder = written()
     path = folder / 'annotations' / 'instances_train.json'
     path.write_bytes(text.encode('latin-1'))
-    with pytest.raises(ValueError, match=r'is not JSON|must hold the lists') as error:
+    with pytest.raises(ValueError, match=r"is not JSON|must have COCO's lists") as error:
         folders.CocoFolder(folder, 'train')
     assert str(path) in str(error.value)
 
