@@ -6,8 +6,8 @@ An image passes these places from its file to the model in training:
 2. In a DataLoader worker, :class:`SeededDataset` seeds the random generators by (seed, epoch, index), reads the image
    from its source, converts it with :class:`ReadImage`, and applies the transform that the task has set.
 3. :class:`CollateReadable` stacks the readable samples to a batch, and lists the unreadable ones.
-4. In the main process, :class:`~.bounded.BoundedLoader` bounds the wait for the batch, :class:`CheckedLoader` reports
-   the unreadable samples and checks the class indices.
+4. In the main process, :class:`~.distributed.BoundedLoader` bounds the wait for the batch, :class:`CheckedLoader`
+   reports the unreadable samples and checks the class indices.
 5. On a GPU, timm's ``PrefetchLoader`` copies the batch to the device and normalizes it there.
 
 :class:`SeededIterableDataset` takes the place of 1 and 2 for a stream. Evaluation differs in the sampler and the
@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from . import rng
-from .bounded import BoundedLoader
 from .class_folders import shown
+from .distributed import BoundedLoader
 
 _logger = logging.getLogger(__name__)
 
