@@ -126,7 +126,8 @@ def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Pa
     try:
         path = hub_download.hf_download(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
         digest = _in_background(partial(hub_download.cached_file_digest, path))
-        return path, lambda: hub_download.verify_cached_file(path, digest())  # it removes a damaged file: not while it is read
+        # it removes a damaged file, which therefore happens after reading
+        return path, lambda: hub_download.verify_cached_file(path, digest())
     except ValueError as error:
         published = get_pretrained_cfg(variant)
         is_originals_repo = published is not None and cfg.hf_hub_id == published.hf_hub_id and cfg.source != 'hf-hub'
