@@ -167,7 +167,7 @@ def test_files_have_the_users_permissions(tmp_path, file):
 @pytest.mark.parametrize('change, told', [
     (lambda path: path.write_bytes(b'<html>'), 'HTML'),
     (lambda path: path.write_bytes(path.read_bytes()[:-500]), 'truncated or damaged'),
-    (lambda path: torch.save(timm.create_model('test_resnet').state_dict(), path), 'it is of none of'),
+    (lambda path: torch.save(timm.create_model('test_resnet').state_dict(), path), 'the weights fit none of'),
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model='resnet18')}, path),
      "got 'resnet18'"),
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model_kwargs={'x': 1})}, path),
@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_not_converted(tmp_path, released, capsy
 def test_a_folder_with_files_is_left_alone(tmp_path, file, capsys):
     (tmp_path / 'folder').mkdir()
     (tmp_path / 'folder/mine').write_text('x')
-    assert 'is there already' in refused(capsys, convert, file, tmp_path / 'folder')
+    assert 'expected a new or an empty folder' in refused(capsys, convert, file, tmp_path / 'folder')
     assert os.listdir(tmp_path / 'folder') == ['mine']
 
 
@@ -451,8 +451,8 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize('change, told', [
     (nan_weights, 'not finite: norm.weight'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b''), 'is damaged: its checksum'),
-    (lambda folder: (folder / 'README.md').unlink(), "no ['README.md']"),
-    (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b'x'), "but ['pytorch_model.bin']"),
+    (lambda folder: (folder / 'README.md').unlink(), "missing ['README.md']"),
+    (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b'x'), "unexpected ['pytorch_model.bin']"),
     (lambda folder: (folder / 'config.json').write_text('{}'), "it has no 'architecture'"),
     (lambda folder: (folder / 'config.json').write_text('[]'), 'cannot be loaded'),
     (lambda folder: (folder / 'config.json').write_text(''), 'cannot be loaded'),
@@ -520,12 +520,12 @@ def test_a_public_repository_stays_public(remote, folder, capsys):
 
 def test_a_repository_that_stays_empty_is_told(remote, folder, capsys):
     remote.fail('*/commit/*', status=403, times=None)
-    assert f'({REPO} was made, and is empty)' in refused(capsys, publish, folder, REPO, '--publish')
+    assert f'({REPO} was created, and is empty)' in refused(capsys, publish, folder, REPO, '--publish')
 
 
 def test_a_hub_that_answers_with_something_else(remote, folder, capsys):
     remote.fail('/api/models/*', body=b'[]', headers={'Content-Type': 'application/json'}, times=None)
-    assert 'does not answer as one' in refused(capsys, publish, folder, REPO, '--publish')
+    assert 'does not answer as the Hub does' in refused(capsys, publish, folder, REPO, '--publish')
 
 
 # --- the whole way ---
