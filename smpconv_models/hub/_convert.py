@@ -2,7 +2,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import timm
 import torch
@@ -74,19 +74,10 @@ def convert(
         raise ValueError(f'expected one line each as source and license, got {source!r} and {license!r}')
     loaded = checkpoint.load_file(path, lazy=True)
     try:
-        state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
-        description = checkpoint.describe(loaded)
-        network, kwargs = _create_network(description, state_dict, model)
-        state_dict = checkpoint.convert_and_check(state_dict, network)
-        checkpoint.check_finite(state_dict)
-        dtypes = {name: value.dtype for name, value in network.state_dict().items()}
-        network.load_state_dict({name: value.to(dtypes[name]) for name, value in state_dict.items()}, assign=True)
-        network.pretrained_cfg.update(_data_config(network, description.preparation()), license=license)
-        classes = description.classes
-        if classes and len(classes) != network.num_classes:
-            raise ValueError(f'expected {network.num_classes} names of classes, got {checkpoint.shown(classes)}')
+        network, kwargs, classes, key = _load_network(loaded, model, use_ema)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
+    network.pretrained_cfg.update(license=license)
     name = network.pretrained_cfg['architecture']
     images = _sample_images(network)
     logits = network(images)
@@ -99,7 +90,7 @@ def convert(
             (saved / CARD).write_text(card.format(
                 architecture=name, source=source or Path(path).name, license=license, sha256=sha256,
                 classes=network.num_classes))
-        del loaded, state_dict, network  # one model at a time
+        del loaded, network  # one model at a time
         converted = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()(images)
         difference = ((converted - logits).abs().max() / logits.abs().max().clamp_min(1e-30)).item()
         if not difference <= 1e-5:  # more than rounding, or NaN
@@ -109,6 +100,23 @@ def convert(
             if (saved / file).exists():
                 (saved / file).replace(folder / file)
     return Converted(folder, name, key, sha256, difference)
+
+
+def _load_network(
+        loaded: Any, model: Optional[str], use_ema: bool) -> Tuple[Any, Dict[str, Any], Optional[List[str]], str]:
+    """Return the network with its weights, its constructor's arguments, the class names and the weights' key."""
+    state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
+    description = checkpoint.describe(loaded)
+    network, kwargs = _create_network(description, state_dict, model)
+    state_dict = checkpoint.convert_and_check(state_dict, network)
+    checkpoint.check_finite(state_dict)
+    dtypes = {name: value.dtype for name, value in network.state_dict().items()}
+    network.load_state_dict({name: value.to(dtypes[name]) for name, value in state_dict.items()}, assign=True)
+    network.pretrained_cfg.update(_data_config(network, description.preparation()))
+    classes = description.classes
+    if classes and len(classes) != network.num_classes:
+        raise ValueError(f'expected {network.num_classes} names of classes, got {checkpoint.shown(classes)}')
+    return network, kwargs, classes, key
 
 
 def _create_network(
