@@ -38,13 +38,15 @@ def create_parser() -> argparse.ArgumentParser:
         allow_abbrev=False)
     parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT', help='checkpoint file')
     parser.add_argument('folder', metavar='FOLDER', help='new or empty folder')
-    parser.add_argument('--download', metavar='MODEL', choices=sorted(original.GDRIVE_IDS), help="convert the original release's file: %(choices)s")
+    parser.add_argument(
+        '--download', metavar='MODEL', choices=sorted(original.GDRIVE_IDS),
+        help="convert the original release's file of %(choices)s")
     parser.add_argument('--download-dir', metavar='DIR', help='folder for the download (default: the current one)')
     parser.add_argument('--model', metavar='NAME', help='model, if the checkpoint does not name it')
     parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the EMA weights')
     parser.add_argument('--source', metavar='TEXT', help="origin of the checkpoint (default: the file's name)")
-    parser.add_argument('--license', metavar='NAME', default='mit', help='license of the weights (default: %(default)s)')
+    parser.add_argument('--license', metavar='NAME', default='mit', help='license of weights (default: %(default)s)')
     return parser
 
 

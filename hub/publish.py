@@ -30,7 +30,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('repo', metavar='OWNER/NAME', help='name of the repository')
     parser.add_argument('--publish', action='store_true', help='make the changes (default: print them)')
     parser.add_argument('--force', action='store_true', help='replace other weights in the repository')
-    parser.add_argument('--private', action='store_true', help='create a private repository; an existing one must be private')
+    parser.add_argument(
+        '--private', action='store_true', help='create a private repository; an existing one must be private')
     return parser
 
 

@@ -77,15 +77,13 @@ def convert(
         network, kwargs, classes, key = _load_network(loaded, model, use_ema)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
-    network.pretrained_cfg.update(license=license)
     name = network.pretrained_cfg['architecture']
     images = _sample_images(network)
     logits = network(images)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as temporary:
         saved = Path(temporary, 'folder')
-        model_config = {'label_names': classes} if classes else {}
-        sha256 = _save(network, saved, kwargs, model_config, {'source': source, 'license': license})
+        sha256 = _save(network, saved, kwargs, classes, source, license)
         if card is not None:
             (saved / CARD).write_text(card.format(
                 architecture=name, source=source or Path(path).name, license=license, sha256=sha256,
@@ -173,17 +171,20 @@ def _sample_images(network: Any) -> torch.Tensor:
 
 
 def _save(
-        network: Any, folder: Path, kwargs: Dict[str, Any], model_config: Dict[str, Any], more: Dict[str, Any]) -> str:
-    """Save a folder as timm does, with ``more`` and the checksum in its configuration; return the checksum."""
+        network: Any, folder: Path, kwargs: Dict[str, Any], classes: Optional[List[str]], source: str, license: str,
+) -> str:
+    """Save a folder as timm does, with source, license and checksum in its configuration; return the checksum."""
+    network.pretrained_cfg.update(license=license)
+    labels = {'label_names': classes} if classes else {}
     try:
-        save_for_hf(network, str(folder), model_config=model_config, model_args=kwargs, safe_serialization=True)
+        save_for_hf(network, str(folder), model_config=labels, model_args=kwargs, safe_serialization=True)
     except SafetensorError as error:  # a full disk, for example
         raise OSError(f'{folder.parent.parent} cannot be written: {first_line(error)}') from error
     sha256 = file_sha256(folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
     # num_classes is also stored outside the arguments, and transformers reads it only there
     model_args = {name: value for name, value in config['model_args'].items() if name != 'num_classes'}
-    config = {**config, 'model_args': model_args, **more, 'sha256': sha256}
+    config = {**config, 'model_args': model_args, 'source': source, 'license': license, 'sha256': sha256}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors creates files that only their owner reads
     return sha256
