@@ -75,3 +75,29 @@ def load_into(model, loaded, use_ema=True):
     state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
     model.load_state_dict(checkpoint.convert_and_check(state_dict, model))
     return key
+
+
+class Call:
+    """Calls a function when it is unpickled by a loader that permits it."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def one_line_error(call, *args, kind=ValueError, **kwargs):
+    """Return the message of the ValueError that a call raises, which is one line."""
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    message = str(error.value)
+    assert type(error.value) is kind and message and len(message.splitlines()) == 1
+    return message
+
+
+def only_warning(caplog):
+    """Return the one line that the package logged, a warning."""
+    record, = [record for record in caplog.records if record.name.startswith('smpconv_models')]
+    assert record.levelname == 'WARNING' and len(record.getMessage().splitlines()) == 1
+    return record.getMessage()

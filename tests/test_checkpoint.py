@@ -8,7 +8,7 @@ import common
 import pytest
 import timm
 import torch
-from common import load_into, randomize_, relative_error
+from common import Call, load_into, one_line_error, randomize_, relative_error
 from safetensors.torch import save_file
 
 import smpconv_models
@@ -181,22 +181,16 @@ def assert_one_line(error, path=None):
         assert str(path) in message
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
-def test_damaged_file_is_named_in_one_line_by_the_reader(tmp_path, released, damage):
-    path = release_file(tmp_path / 'smpconv.pth.tar', released[0])
-    DAMAGES[damage](path)
-    with pytest.raises(ValueError) as error:
-        checkpoint.select_state_dict(checkpoint.load_file(path))
-    assert_one_line(error)
+def select(path):
+    return checkpoint.select_state_dict(checkpoint.load_file(path))
 
 
+@pytest.mark.parametrize('load', [select, create])
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_damaged_file_is_named_in_one_line_by_timm(tmp_path, released, damage):
+def test_damaged_file_is_reported_in_one_line(tmp_path, released, damage, load):
     path = release_file(tmp_path / 'smpconv.pth.tar', released[0])
     DAMAGES[damage](path)
-    with pytest.raises(ValueError) as error:
-        create(path)
-    assert_one_line(error)
+    one_line_error(load, path)
 
 
 SAID = {
@@ -220,30 +214,16 @@ def test_truncated_safetensors(tmp_path, released, keep):
     save_file(released[0], path)
     path.write_bytes(path.read_bytes()[:keep])
     for load in (checkpoint.load_file, create):
-        with pytest.raises(ValueError) as error:
-            load(path)
-        assert_one_line(error, path)
-
-
-class Touch:
-    """Creates a file when it is unpickled by a loader that lets it."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+        assert str(path) in one_line_error(load, path)
 
 
 @pytest.mark.parametrize('new_format', [True, False])
 def test_forbidden_global_is_not_executed(tmp_path, released, new_format):
     trap, path = tmp_path / 'trap', tmp_path / 'model.pth'
     torch.save(
-        {'state_dict': released[0], 'args': Touch(trap)}, path, _use_new_zipfile_serialization=new_format)
+        {'state_dict': released[0], 'args': Call(os.mkdir, str(trap))}, path, _use_new_zipfile_serialization=new_format)
     for load in (checkpoint.load_file, create):
-        with pytest.raises(ValueError) as error:
-            load(path)
-        assert_one_line(error, path)
+        assert str(path) in one_line_error(load, path)
         assert not trap.exists()
     torch.load(path, weights_only=False)
     assert trap.exists()  # the trap itself works

@@ -50,7 +50,7 @@ class Description:
         arguments: Arguments of the training run as in the file, unchecked.
 
     Raises:
-        ValueError: If a field is read whose value has another type or lies outside its bounds; the line names the field.
+        ValueError: If a field is read whose value has another type or lies outside its bounds; it names the field.
     """
 
     def __init__(self, checkpoint: Any = None, path: Union[str, Path] = '') -> None:

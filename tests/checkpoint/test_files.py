@@ -14,6 +14,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from common import Call
 from safetensors.torch import load_file, save_file
 
 from smpconv_models import checkpoint
@@ -118,14 +119,6 @@ def test_pickles_by_hand_are_read(tmp_path):
 
 
 # --- code ---
-
-
-class Call:
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
 
 
 @formats

@@ -34,6 +34,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
 
+from huggingface_hub import constants
+
 PIECE = 1 << 18
 LFS_SUFFIXES = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.npz', '.onnx')
 LFS_SIZE = 10_000_000
@@ -695,3 +697,22 @@ class LoopbackHub:
             fault = next((fault for fault in self.faults if fault.matches(request)), NO_FAULT)
             fault.seen += fault is not NO_FAULT
             return fault
+
+
+def set_client(monkeypatch, folder, url=None):
+    """Set up huggingface_hub in this process: no Xet, no telemetry, no token; cache in a folder of the test's."""
+    settings = dict(
+        HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False,
+        HF_HUB_CACHE=str(folder / 'cache'), HF_TOKEN_PATH=str(folder / 'token'))
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
+        monkeypatch.delenv(name, raising=False)
+    if url is not None:
+        point_client(monkeypatch, url)
+
+
+def point_client(monkeypatch, url):
+    """Let huggingface_hub in this process ask the Hub at this address."""
+    monkeypatch.setattr(constants, 'ENDPOINT', url)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import common
 import pytest
 import timm
 import torch
@@ -65,9 +66,7 @@ def namespace(**changes):
 def released(golden):
     """A state dict in the release's names, an image and its logits."""
     data = golden('imagenet_tiny')
-    state_dict = {
-        key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
-    return state_dict, data['input'], data['logits']
+    return common.released(data), data['input'], data['logits']
 
 
 @pytest.fixture
@@ -417,28 +416,19 @@ def test_publishing_sends_what_changed_and_never_the_token(remote, folder, capsy
     assert not any('hf_test' in request.path + request.query for request in remote.requests)
 
 
-def other_weights(folder):
-    weights = load_file(folder / 'model.safetensors')
-    weights['norm.weight'] = weights['norm.weight'] + 1
-    save_file(weights, folder / 'model.safetensors')
-    config = json.loads((folder / 'config.json').read_text())
-    config['sha256'] = file_sha256(folder / 'model.safetensors')
-    (folder / 'config.json').write_text(json.dumps(config))
-
-
 def test_other_weights_need_force(remote, folder, capsys):
     assert run(publish, folder, REPO, '--publish') == 0
     before = remote.files(REPO)['model.safetensors'].read_bytes()
-    other_weights(folder)
+    change_weight(folder, 1)
     assert 'has other weights: --force replaces them' in refused(capsys, publish, folder, REPO, '--publish')
     assert remote.files(REPO)['model.safetensors'].read_bytes() == before
     assert run(publish, folder, REPO, '--publish', '--force') == 0
     assert remote.files(REPO)['model.safetensors'].read_bytes() == (folder / 'model.safetensors').read_bytes()
 
 
-def nan_weights(folder):
+def change_weight(folder, change):
     weights = load_file(folder / 'model.safetensors')
-    weights['norm.weight'][0] = float('nan')
+    weights['norm.weight'][0] += change
     save_file(weights, folder / 'model.safetensors')
     change_config(folder, sha256=file_sha256(folder / 'model.safetensors'))
 
@@ -449,7 +439,7 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize('change, told', [
-    (nan_weights, 'not finite: norm.weight'),
+    (lambda folder: change_weight(folder, float('nan')), 'not finite: norm.weight'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b''), 'is damaged: its checksum'),
     (lambda folder: (folder / 'README.md').unlink(), "missing ['README.md']"),
     (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b'x'), "unexpected ['pytorch_model.bin']"),

@@ -11,9 +11,10 @@ import time
 import pytest
 import timm
 import torch
-from common import randomize_
+from common import Call, only_warning, randomize_
+from common import one_line_error as fails
 from huggingface_hub import close_session, constants, file_download
-from loopback import HTML, Fault, LoopbackHub
+from loopback import HTML, Fault, LoopbackHub, point_client, set_client
 from safetensors.torch import load_file, save_file
 
 import train
@@ -43,19 +44,8 @@ def session():
 @pytest.fixture(autouse=True)
 def client(monkeypatch, tmp_path):
     """The Hub's client of this process, without waits and tokens; its default cache is in the test's folder."""
-    settings = dict(
-        HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False,
-        HF_HUB_CACHE=str(tmp_path / 'cache'), HF_TOKEN_PATH=str(tmp_path / 'token'))
-    for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
-    for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
-        monkeypatch.delenv(name, raising=False)
+    set_client(monkeypatch, tmp_path)
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-
-
-def point_to(url, monkeypatch):
-    monkeypatch.setattr(constants, 'ENDPOINT', url)
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')
 
 
 def make(seed=0, name='smpconv_nano', **kwargs):
@@ -87,22 +77,13 @@ def folder(model, tmp_path_factory):
 @pytest.fixture
 def hub(monkeypatch, folder):
     with LoopbackHub() as hub:
-        point_to(hub.url, monkeypatch)
+        point_client(monkeypatch, hub.url)
         hub.add_repo(NAME, files_of(folder))
         yield hub
 
 
 def create(name=HUB_NAME, **kwargs):
     return timm.create_model(name, pretrained=True, **kwargs).eval()
-
-
-def fails(call, *args, kind=ValueError, **kwargs):
-    """The one line of a call's ValueError."""
-    with pytest.raises(ValueError) as error:
-        call(*args, **kwargs)
-    message = str(error.value)
-    assert type(error.value) is kind and message and len(message.splitlines()) == 1
-    return message
 
 
 def stored(root):
@@ -424,9 +405,7 @@ def test_a_file_name_that_leads_out(hub, tmp_path, filename):
 
 @pytest.mark.parametrize('repo', ['../..', 'a/b/c', '', 'owner/na me', '/etc', 'owner/..', 'owner/name@../../evil'])
 def test_a_name_of_no_repository(hub, tmp_path, repo):
-    with pytest.raises(ValueError) as error:
-        hub_download.download_verified(repo, WEIGHTS)
-    assert len(str(error.value).splitlines()) == 1
+    fails(hub_download.download_verified, repo, WEIGHTS)
     assert not stored(tmp_path)
 
 
@@ -475,12 +454,6 @@ def test_a_fault_without_a_cache(hub, folder, tmp_path, monkeypatch, name):
     assert hub_download.download_verified(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
-def only_warning(caplog):
-    record, = [record for record in caplog.records if record.name.startswith('smpconv_models')]
-    assert record.levelname == 'WARNING' and len(record.getMessage().splitlines()) == 1
-    return record.getMessage()
-
-
 @pytest.mark.parametrize('name', [name for name in FAULTS if FAULTS[name][0] != CDN])
 def test_a_fault_with_the_file_cached(hub, caplog, name):
     path = hub_download.download_verified(NAME, WEIGHTS)
@@ -504,7 +477,7 @@ def test_a_hub_that_is_dead(hub, model, monkeypatch, caplog, cached):
     with contextlib.closing(socket.socket()) as free:
         free.bind(('127.0.0.1', 0))
         url = f'http://127.0.0.1:{free.getsockname()[1]}'
-    point_to(url, monkeypatch)
+    point_client(monkeypatch, url)
     if cached:
         assert torch.equal(create()(IMAGE), model(IMAGE))
         assert url in only_warning(caplog)
@@ -626,20 +599,10 @@ def test_weights_that_are_not_finite_from_the_hub(hub, folder, tmp_path):
     assert 'not finite' in fails(create, 'hf-hub:owner/nan')
 
 
-class Touch:
-    """Creates a folder when it is unpickled by a loader that lets it."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize('dump', [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 def test_a_pickle_that_wants_to_run_code(model, tmp_path, dump):
     to, trap = save(model, tmp_path / 'saved', safe_serialization=False), tmp_path / 'trap'
-    dump({**model.state_dict(), 'x': Touch(trap)}, to / 'pytorch_model.bin')
+    dump({**model.state_dict(), 'x': Call(os.mkdir, str(trap))}, to / 'pytorch_model.bin')
     assert str(to / 'pytorch_model.bin') in fails(create, f'local-dir:{to}')
     assert not trap.exists()
 

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl
 
+import common
 import pytest
 import timm
 import torch
-from common import relative_error
+from common import Call, one_line_error, only_warning, relative_error
 from huggingface_hub import close_session, constants
-from loopback import LoopbackHub
+from loopback import LoopbackHub, set_client
 
 from smpconv_models.checkpoint import original
 from smpconv_models.models import _pretrained
@@ -125,10 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def released(golden):
-    """Of the release's code: the state dict in its names, an image, and what it makes of it."""
+    """State dict of the release's code in its names, an image, and its logits."""
     data = golden('imagenet_tiny')
-    state_dict = {key.removeprefix('state_dict.'): data[key] for key in data if key.startswith('state_dict.')}
-    return state_dict, data['input'], data['logits']
+    return common.released(data), data['input'], data['logits']
 
 
 @pytest.fixture
@@ -164,11 +164,9 @@ def download(path):
 
 
 def fails(path, call=download):
-    """The one line of a call's ValueError."""
-    with pytest.raises(ValueError) as error:
-        call(path)
-    message = str(error.value)
-    assert message and len(message.splitlines()) == 1 and not path.exists()
+    """Return the one line of a call's ValueError."""
+    message = one_line_error(call, path)
+    assert not path.exists()
     return message
 
 
@@ -353,14 +351,6 @@ def test_a_file_that_is_gone(drive, path):
     assert '404' in fails(path)
 
 
-class Trap:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, 'w')
-
-
 @pytest.mark.parametrize('damage', ['truncated', 'flipped', 'text', 'empty', 'code'])
 def test_a_file_that_is_no_checkpoint(drive, content, path, tmp_path, damage):
     """It is whole, as far as Drive says."""
@@ -368,7 +358,7 @@ def test_a_file_that_is_no_checkpoint(drive, content, path, tmp_path, damage):
     drive.files[FILE_ID] = {
         'truncated': content[:-1000], 'text': b'not a checkpoint', 'empty': b'',
         'flipped': content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
-        'code': pickle.dumps({'state_dict': Trap(tmp_path / 'trap')}, protocol=2)}[damage]
+        'code': pickle.dumps({'state_dict': Call(open, str(tmp_path / 'trap'), 'w')}, protocol=2)}[damage]
     assert 'smpconv_t.pth.tar.part' in fails(path)
     assert not names(path.parent) and not (tmp_path / 'trap').exists()
     drive.files[FILE_ID] = content
@@ -383,15 +373,9 @@ def hub(monkeypatch, tmp_path):
     """Without any repository; its client's connections, cache and token are the test's."""
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.delenv('HF_TOKEN', raising=False)
     close_session()
     with LoopbackHub() as hub:
-        settings = dict(
-            ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=hub.url + '/{repo_id}/resolve/{revision}/{filename}',
-            HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False,
-            HF_HUB_CACHE=str(tmp_path / 'cache'), HF_TOKEN_PATH=str(tmp_path / 'token'))
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
+        set_client(monkeypatch, tmp_path, hub.url)
         yield hub
     close_session()
 
@@ -401,19 +385,13 @@ def create(**kwargs):
     return timm.create_model('smpconv_t', pretrained=True, pretrained_cfg_overlay=overlay, **TINY, **kwargs).eval()
 
 
-def warning(caplog):
-    record, = [record for record in caplog.records if record.name.startswith('smpconv_models')]
-    assert record.levelname == 'WARNING' and len(record.getMessage().splitlines()) == 1
-    return record.getMessage()
-
-
 @pytest.mark.parametrize('cache_dir', [None, 'mine'])
 def test_without_a_repository_timm_loads_the_original_file(hub, drive, released, tmp_path, caplog, cache_dir):
     _, image, logits = released
     kwargs = {'cache_dir': tmp_path / cache_dir} if cache_dir else {}
     model = create(**kwargs)
     assert relative_error(model(image), logits) < 1e-5
-    assert REPO in warning(caplog) and 'original file' in warning(caplog)
+    assert REPO in only_warning(caplog) and 'original file' in only_warning(caplog)
     folder = tmp_path / cache_dir if cache_dir else tmp_path / 'torch/hub/checkpoints'
     assert model.pretrained_cfg['file'] == str(folder / 'smpconv_t.pth.tar')
     drive.asked.clear()
@@ -425,10 +403,10 @@ def test_once_there_the_original_file_needs_no_network(hub, drive, released, mon
     create()
     caplog.clear()
     hub.fail('*', status=503, times=None)
-    assert relative_error(create()(image), logits) < 1e-5 and 'status 503' in warning(caplog)
+    assert relative_error(create()(image), logits) < 1e-5 and 'status 503' in only_warning(caplog)
     caplog.clear()
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    assert relative_error(create()(image), logits) < 1e-5 and 'HF_HUB_OFFLINE' in warning(caplog)
+    assert relative_error(create()(image), logits) < 1e-5 and 'HF_HUB_OFFLINE' in only_warning(caplog)
 
 
 @pytest.mark.parametrize('overlay', [dict(hf_hub_id='owner/none', source='hf-hub'), dict(hf_hub_id='owner/none')])
