@@ -18,7 +18,7 @@ TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 
 
 
 def create(path, name='smpconv_t', num_classes=10, file_classes=10, **kwargs):
-    """By timm's public function and nothing else."""
+    """Create a model by timm's public function only."""
     return timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=file_classes),
         **dict(dict(TINY, num_classes=num_classes), **kwargs)).eval()
@@ -26,7 +26,7 @@ def create(path, name='smpconv_t', num_classes=10, file_classes=10, **kwargs):
 
 @pytest.fixture
 def released(golden):
-    """A state dict in the release's names, an image and what the release's code makes of it."""
+    """State dict in the release's names, an image, and the outputs of the release's code."""
     data = golden('imagenet_tiny')
     state_dict = common.released(data)
     return state_dict, data['input'], data['logits'], [data[f'stage.{i}'] for i in range(4)]
@@ -41,7 +41,7 @@ def zeroed(state_dict):
 
 
 def release_file(path, state_dict, ema=None, prefix='', **kwargs):
-    """As timm's CheckpointSaver of the release's time wrote it."""
+    """Write a file as timm's CheckpointSaver did when the release was made."""
     content = {
         'epoch': 3, 'arch': 'x', 'state_dict': prefixed(state_dict, prefix), 'version': 2, 'metric': 81.2,
         'optimizer': {'state': {0: {'exp_avg': torch.ones(3)}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]},
@@ -95,7 +95,7 @@ def test_our_own_file(tmp_path, released):
 
 
 def test_one_input_channel(tmp_path, released):
-    """timm sums the first kernel over the colours: the same answer for grey images."""
+    """timm sums the first kernel over the colors: the outputs for gray images stay the same."""
     state_dict, image, _, _ = released
     path = release_file(tmp_path / 'smpconv.pth.tar', state_dict)
     grey = image.mean(1, keepdim=True)
@@ -104,7 +104,7 @@ def test_one_input_channel(tmp_path, released):
 
 
 def test_other_classes(tmp_path, released):
-    """The classifier starts anew, all else is the file's."""
+    """The classifier is initialized, all other weights are the file's."""
     state_dict, image, _, stages = released
     model = create(release_file(tmp_path / 'smpconv.pth.tar', state_dict), num_classes=7)
     assert model(image).shape == (2, 7)
@@ -132,7 +132,7 @@ def test_features(tmp_path, released, feature_cls):
 
 
 def test_checkpoint_path(tmp_path, released):
-    """timm's other road, of its own scripts: load after building."""
+    """timm's scripts load weights after they create the model."""
     state_dict, image, logits, _ = released
     path = release_file(tmp_path / 'smpconv.pth.tar', state_dict)
     model = timm.create_model('smpconv_t', num_classes=10, **TINY)
@@ -345,7 +345,7 @@ def test_load_into_another_model_changes_nothing(released):
 
 
 def test_features_have_no_use_for_the_files_classes(tmp_path, released):
-    """Of whatever number, and whatever the configuration says of it."""
+    """The file may have any number of classes, and the configuration another."""
     state_dict, image, _, stages = released
     backbone = timm.create_model(
         'smpconv_t', pretrained=True, features_only=True,
@@ -403,7 +403,7 @@ def test_what_other_trainers_save(wrap, named, caplog):
 
 
 def test_weights_of_swa(tmp_path):
-    """The class itself, not its form by hand."""
+    """Weights saved by the class itself."""
     model = timm.create_model('smpconv_nano', num_classes=2)
     averaged = torch.optim.swa_utils.AveragedModel(model)
     averaged.update_parameters(model)

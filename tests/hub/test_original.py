@@ -1,4 +1,4 @@
-"""The original release's files, from a Google Drive on loopback, and when timm takes them."""
+"""Download of the original release's files from a Google Drive on loopback, and when timm loads them."""
 import contextlib
 import html
 import pickle
@@ -21,6 +21,7 @@ from loopback import LoopbackHub, set_client
 from smpconv_models.checkpoint import original
 from smpconv_models.models import _pretrained
 from smpconv_models.utils import download as transfer
+from smpconv_models.utils.hub_download import RepoNotFoundError
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7), num_classes=10)
 FILE_ID = original.GDRIVE_IDS['smpconv_t']
@@ -28,7 +29,7 @@ REPO = f'{_pretrained.HUB_NAMESPACE}/smpconv_t.in1k'
 
 ADDRESS = original._ADDRESS  # before a test changes it
 
-# As Drive's, shortened.
+# Pages of Google Drive, shortened.
 FORM = '''<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body>
 <p class="uc-warning-subcaption">smpconv.pth.tar (327M) is too large for Google to scan for viruses.</p>
 <form id="download-form" action="{action}" method="get"><input type="submit" id="uc-download-link" value="Download"/>
@@ -44,23 +45,23 @@ LOGIN = '''<html><head><TITLE>
 
 
 class Drive(ThreadingHTTPServer):
-    """Google Drive's downloads. What is set on it is how it answers."""
-    daemon_threads = False  # are waited for
+    """Google Drive's download server; its attributes set how it answers."""
+    daemon_threads = False  # the end waits for them
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), _Handler)
         self.files = {}  # id: content
-        self.large = True  # asks whether one is sure
-        self.asks_again = False  # and does not listen
+        self.large = True  # asks for confirmation
+        self.asks_again = False  # ignores the confirmation
         self.takes_ranges = True
         self.tells_length = True
-        self.page = None  # this one in place of files: status, HTML
-        self.drop = None  # after so many bytes of the next file
-        self.reset = False  # then not in order
+        self.page = None  # status and HTML of a page sent in place of files
+        self.drop = None  # number of bytes of the next file after which the connection ends
+        self.reset = False  # whether it then ends with a reset
         self.hang = None  # an Event, set when the silence may end
         self.asked = []  # query and headers of each request
         self.sent = 0  # bytes of files
-        self.errors = []  # of its own
+        self.errors = []  # errors of the server itself
         self.url = f'http://127.0.0.1:{self.server_port}/download'
 
     def __enter__(self):
@@ -74,7 +75,7 @@ class Drive(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # that is a client gone
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client has left
             self.errors.append(sys.exc_info()[1])
 
 
@@ -163,9 +164,9 @@ def download(path):
     return original.download_original('smpconv_t', path)
 
 
-def fails(path, call=download):
+def fails(path, call=download, **kwargs):
     """Return the one line of a call's ValueError."""
-    message = one_line_error(call, path)
+    message = one_line_error(call, path, **kwargs)
     assert not path.exists()
     return message
 
@@ -182,7 +183,7 @@ def ranges(drive):
 
 
 def test_the_files_are_the_releases():
-    """Nothing here could tell if they were others."""
+    """No other test would fail with other files."""
     assert original.GDRIVE_IDS == {
         'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V', 'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9',
         'smpconv_cifar': '1aKwORBf-lplfdwB8WEcBRRAL7IA4ejth'}
@@ -191,7 +192,7 @@ def test_the_files_are_the_releases():
 
 
 def test_a_large_file(drive, content, path):
-    """Drive asks whether one is sure, with a form."""
+    """Drive asks for confirmation by a form."""
     assert download(path) == path and path.read_bytes() == content
     first, second = (query for query, _ in drive.asked)
     assert first == {'id': FILE_ID, 'export': 'download'}
@@ -224,7 +225,7 @@ def test_a_model_that_is_not_in_the_release(drive, path):
 
 
 def test_several_at_a_time(drive, content, path):
-    """As the processes of a training run: one downloads, the others wait."""
+    """The processes of a training run: one downloads, the others wait."""
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(download, [path] * 4)) == [path] * 4
     assert path.read_bytes() == content and drive.sent == len(content)
@@ -247,7 +248,7 @@ def test_it_goes_on_where_it_broke_off(drive, content, path, large, reset):
     assert 'smpconv_t' in message and str(part) in message
     begun = part.stat().st_size
     assert begun <= 50_000 and content.startswith(part.read_bytes())
-    if not reset:  # what was on its way is lost then
+    if not reset:  # a reset loses the bytes under way
         assert begun == 50_000 and f'50000 of {len(content)} bytes' in message
     drive.reset, drive.sent = False, 0
     assert download(path).read_bytes() == content and not part.exists()
@@ -271,7 +272,7 @@ def test_a_server_that_knows_no_ranges(drive, content, path):
 
 
 def test_all_of_it_is_there_already(drive, content, path, part):
-    """As after a stop between the last byte and the file's check."""
+    """The download was stopped between the last byte and the check of the file."""
     part.write_bytes(content)
     assert download(path).read_bytes() == content
     assert drive.sent == 0 and not part.exists()
@@ -353,7 +354,7 @@ def test_a_file_that_is_gone(drive, path):
 
 @pytest.mark.parametrize('damage', ['truncated', 'flipped', 'text', 'empty', 'code'])
 def test_a_file_that_is_no_checkpoint(drive, content, path, tmp_path, damage):
-    """It is whole, as far as Drive says."""
+    """The number of bytes is the one that Drive announces."""
     middle = len(content) // 2
     drive.files[FILE_ID] = {
         'truncated': content[:-1000], 'text': b'not a checkpoint', 'empty': b'',
@@ -370,7 +371,7 @@ def test_a_file_that_is_no_checkpoint(drive, content, path, tmp_path, damage):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Without any repository; its client's connections, cache and token are the test's."""
+    """Hub without any repository; connections, cache and token of its client are the test's."""
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     close_session()
@@ -411,7 +412,8 @@ def test_once_there_the_original_file_needs_no_network(hub, drive, released, mon
 
 @pytest.mark.parametrize('overlay', [dict(hf_hub_id='owner/none', source='hf-hub'), dict(hf_hub_id='owner/none')])
 def test_it_is_no_replacement_for_what_somebody_asked_for(hub, drive, tmp_path, overlay):
-    assert 'owner/none' in fails(tmp_path / 'none', lambda _: create(overlay=overlay))
+    message = fails(tmp_path / 'none', lambda _: create(overlay=overlay), kind=RepoNotFoundError)
+    assert 'owner/none' in message
     assert not drive.asked
 
 
