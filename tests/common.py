@@ -1,4 +1,4 @@
-"""What several test folders need."""
+"""Helpers of several test folders."""
 import json
 from pathlib import Path
 
@@ -59,12 +59,12 @@ def assert_frozen(name, model):
 
 
 def released(data):
-    """The state dict in the release's names of what the release's code made."""
+    """Return the state dict, in the release's names, of an output of the release's code."""
     return {key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
 
 
 def assert_other_shape_is_one_line(model, state_dict, key, change):
-    """A state dict with one tensor changed, or made where there was none, is refused in a line."""
+    """Check that a state dict with one tensor changed or added is rejected in one line."""
     state_dict[key] = change(state_dict.get(key))
     with pytest.raises(ValueError, match=r'^the checkpoint does not fit the model: [^\n]*$'):
         load_into(model, state_dict)

@@ -7,13 +7,13 @@
         subprocess.run(command, env=hub.environment(home, HF_TOKEN=hub.token))
         assert [str(request) for request in hub.requests] == ['HEAD /owner/name/resolve/main/model.safetensors', ...]
 
-It speaks what models need: file metadata and contents, listings, branches and tags, repositories and commits, LFS's
+It supports what models need: file metadata and contents, listings, branches and tags, repositories and commits, LFS's
 batch interface; not datasets or spaces, pull requests, uploads in parts, or listings on several pages. Contents of
 LFS files come from a second port, `hub.cdn_url`, as the Hub's come from another host: the address under /resolve/ only
 leads there, and the client must not take its token along.
 
 Xet is never offered. A client that has hf_xet installed downloads without it then, but insists on it for uploads,
-whatever a server says: HF_HUB_DISABLE_XET=1, in `hub.environment`, makes it upload by LFS. The variable is read when
+regardless of the server: HF_HUB_DISABLE_XET=1, in `hub.environment`, makes it upload by LFS. The variable is read when
 huggingface_hub is imported; in a process that has done so, set huggingface_hub.constants.HF_HUB_DISABLE_XET.
 """
 import base64

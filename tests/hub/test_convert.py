@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder to the Hub to a model."""
+"""Conversion of checkpoints to folders, their publication on the Hub, and models from them."""
 import argparse
 import importlib.util
 import json
@@ -217,7 +217,7 @@ def test_arguments_that_contradict_each_other(capsys, argv):
 
 
 def test_a_checkpoint_of_gray_images_without_a_size(tmp_path):
-    """As train.py writes one where --img-size is left to the model."""
+    """train.py saves such a checkpoint if --img-size is not given."""
     model = randomize_(timm.create_model('smpconv_nano', num_classes=2, in_chans=1)).eval()
     torch.save({
         'state_dict': model.state_dict(), 'model_kwargs': {'num_classes': 2, 'in_chans': 1},
@@ -229,7 +229,7 @@ def test_a_checkpoint_of_gray_images_without_a_size(tmp_path):
 
 
 def test_arguments_of_timms_script_are_the_models(tmp_path):
-    """Those that no shape tells too."""
+    """Arguments that no shape shows are used as well."""
     kwargs = dict(act_layer='silu', output_stride=16)
     model = randomize_(timm.create_model('smpconv_nano', num_classes=3, global_pool='max', **kwargs)).eval()
     torch.save({'state_dict': model.state_dict(), 'args': namespace(
@@ -240,7 +240,7 @@ def test_arguments_of_timms_script_are_the_models(tmp_path):
 
 
 def test_a_model_of_large_images_is_converted_and_evaluated_on_request(tmp_path, capsys):
-    """Images of 4096 pixels are described; what an evaluation costs is for the user to choose."""
+    """A description may have images of 4096 pixels; only the user's option evaluates such large ones."""
     kwargs = dict(TINY, num_classes=10)
     model = timm.create_model('smpconv_nano', **kwargs)
     torch.save({'state_dict': model.state_dict(), 'model_kwargs': kwargs, 'args': {
@@ -284,7 +284,7 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(tmp_path, capsys, cont
 
 
 def test_outputs_that_differ_are_no_conversion(tmp_path, file, monkeypatch, capsys):
-    """What is written is read again."""
+    """The saved model is loaded and compared."""
     save_for_hf = _convert.save_for_hf
 
     def damaged(network, *args, **kwargs):
@@ -529,7 +529,7 @@ torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
 
 
 def to_release(state_dict):
-    """Under the original release's names and in its shapes."""
+    """Return a state dict under the original release's names and in its shapes."""
     converted = {}
     for key, value in state_dict.items():
         key = re.sub(r'^stages\.(\d+)\.downsample\.(\d+)', lambda m: f'transitions.{int(m[1]) - 1}.{m[2]}', key)
@@ -593,7 +593,7 @@ def test_from_the_releases_file_through_the_hub_to_a_model_in_a_fresh_process(tm
 
 
 def test_names_are_the_releases(released):
-    """What the whole way is tried on."""
+    """The names of the tests above are the release's."""
     model = timm.create_model('smpconv_t', num_classes=10, **TINY)
     model.load_state_dict(checkpoint.convert_original(released[0]))
     made = to_release(model.state_dict())
