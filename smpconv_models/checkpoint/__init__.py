@@ -1,4 +1,4 @@
-"""Checkpoints: which files may be loaded, their description, and their weights, ours or the original release's."""
+"""Checkpoints: which files may be loaded, their descriptions, and their weights, ours or the original release's."""
 from .description import (
     MAX_INHERITED_SIDE,
     Description,

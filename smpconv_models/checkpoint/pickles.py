@@ -1,32 +1,32 @@
-"""What is in a pickle of ``torch.save``, without making anything of it.
+"""Scan of the pickles of ``torch.save`` without creating their objects.
 
-Unpickling calls whatever the file names. Here each name stands for a class that does nothing, and each tensor's storage
-for its size, so that a file can be judged before any of it is believed.
+Unpickling calls the functions that the file names. Here every name is replaced by a class that does nothing, and every
+storage of a tensor by its size, so that a file can be checked before it is loaded.
 """
 import pickle
 import struct
 from typing import IO, Any, Callable, ClassVar, Dict, List, NamedTuple, Set
 
-# Everything that tensors and plain data need; all else is code.
+# Globals that tensors and plain data need; all others are unsafe.
 _PLAIN = {
-    'argparse.Namespace',  # timm's training script stores its arguments in one
+    'argparse.Namespace',  # timm's training script stores its arguments in it
     'collections.OrderedDict', 'torch.Size', 'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor',
     'torch._utils._rebuild_tensor_v2',
 }
-_DTYPES = {'torch.bfloat16', 'torch.float16', 'torch.float32', 'torch.float64'}  # options of optimizers
+_DTYPES = {'torch.bfloat16', 'torch.float16', 'torch.float32', 'torch.float64'}  # among the options of optimizers
 _TENSORS = ('torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2')
-_MAX_DIMS = 64  # what most of PyTorch's operations take
+_MAX_DIMS = 64  # as in most of PyTorch's operations
 
-# What PyTorch's own unpickler knows none of, and Python's reserves memory or calls objects of other libraries for.
+# Opcodes that PyTorch's own unpickler lacks. Python's reserves memory for them or calls objects of other libraries.
 _UNUSED = (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.FROZENSET, pickle.ADDITEMS)
 
-# Bytes of an element.
+# Storage type -> bytes of an element.
 _STORAGES = {
     'Bool': 1, 'Byte': 1, 'Char': 1, 'Untyped': 1, 'BFloat16': 2, 'Half': 2, 'Short': 2, 'Float': 4, 'Int': 4,
     'ComplexFloat': 8, 'Double': 8, 'Long': 8, 'ComplexDouble': 16,
 }
 
-# What Python's unpickler raises of a pickle that isn't one; it names no list.
+# Errors of Python's unpickler on malformed pickles, which it does not document.
 _MALFORMED = (
     pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError,
     TypeError, ValueError, struct.error,
@@ -34,20 +34,20 @@ _MALFORMED = (
 
 
 class Contents(NamedTuple):
-    """What pickles name.
+    """Contents of pickles.
 
     Attributes:
-        code: Functions and classes that plain data and tensors don't need, sorted.
+        unsafe_globals: Sorted names of functions and classes that plain data and tensors do not need.
         storages: Bytes of each tensor storage, by its key.
-        last: What the last of them holds.
+        last: Content of the last pickle.
     """
-    code: List[str]
+    unsafe_globals: List[str]
     storages: Dict[str, int]
     last: Any
 
 
 class _Inert:
-    """An instance of anything: takes all that an unpickler does to it, and does nothing."""
+    """Replacement of any object, which accepts all that an unpickler does and does nothing."""
 
     name = ''
 
@@ -67,7 +67,7 @@ class _Inert:
 
 
 class _Uncalled(_Inert):
-    """A storage's type, whose call would reserve memory, or a data type: both are only named."""
+    """Replacement of a storage's type, whose call would reserve memory, or of a dtype: neither may be called."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> '_Uncalled':
         raise pickle.UnpicklingError(f'it makes a {cls.name} of its own')
@@ -84,7 +84,10 @@ class _Parameter(_Inert):
 
 
 class _Tensor(_Parameter):
-    """Lies within its storage, which PyTorch enlarges to whatever a tensor asks for; no element is there twice."""
+    """Replacement of a tensor, which must lie within its storage and may repeat no element.
+
+    PyTorch would enlarge the storage to the size that the tensor asks for.
+    """
 
     def __init__(self, storage: Any = None, offset: Any = 0, size: Any = (), stride: Any = (), *args: Any) -> None:
         if not isinstance(storage, _Storage) or not _are_counts((offset,), size, stride) or len(size) != len(stride):
@@ -104,13 +107,13 @@ def _are_counts(*values: Any) -> bool:
 
 
 def _no_arguments(self: Any, *args: Any) -> None:
-    """Of a container, which would copy them."""
+    """Reject the arguments of a container, which would copy them."""
     if args:
         raise pickle.UnpicklingError('it fills a dictionary in one call')
 
 
 class _Bounded:
-    """A file that is asked for no more than it has: Python reserves what it asks for."""
+    """File of which no more can be read than it has: Python reserves the memory before it reads."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file, self.size = file, size
@@ -122,7 +125,7 @@ class _Bounded:
         return self.file.read(count)
 
 
-# Python's own and not C's, which reserves memory for whatever number of entries a pickle speaks of.
+# The one written in Python: that in C reserves memory for as many memo entries as a pickle claims.
 _PythonsUnpickler: Any = pickle._Unpickler
 
 
@@ -159,14 +162,14 @@ class _Unpickler(_PythonsUnpickler):
         return type('_Inert', (_Uncalled if is_uncalled else _Inert,), {'name': path})
 
     def _size(self, *values: Any) -> Any:
-        """torch.Size, which copies what it is given."""
+        """Replace torch.Size, which copies its argument."""
         result = tuple(*values)
         if len(result) > _MAX_DIMS:
             raise pickle.UnpicklingError(f'it has a tensor of {len(result)} dimensions')
         return result
 
     def _count(self, state: Any) -> None:
-        """A state is copied each time it is set, and a pickle can say so many times over."""
+        """Count the entries of a state: it is copied each time it is set, and a pickle can set it many times."""
         if not isinstance(state, dict) or any(isinstance(name, str) and name.startswith('__') for name in state):
             raise pickle.UnpicklingError('it changes what an object does')  # its __setstate__, say
         self.left -= len(state)
@@ -174,21 +177,21 @@ class _Unpickler(_PythonsUnpickler):
             raise pickle.UnpicklingError('it repeats itself')
 
     def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == 'module':  # a whole module of old: the class is code
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == 'module':  # a whole module in an old file
             return pid[1]
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage':
             raise pickle.UnpicklingError('it refers to something that is no tensor')
         _, kind, key, _, elements, *_ = pid
         size = _STORAGES.get(_storage_kind(getattr(kind, 'name', '')))
-        # A key of another type may be unlike itself (NaN), and elements of another type take forever to print
+        # a key of another type may differ from itself (NaN), and elements of another type take very long to print
         if size is None or not isinstance(key, str) or not isinstance(elements, int) or not 0 <= elements < 1 << 63:
             raise pickle.UnpicklingError('it has a storage without a type, a name or a size')
         if self.storages.setdefault(key, size * elements) != size * elements:
-            raise pickle.UnpicklingError('it has a storage of two sizes')  # PyTorch would make anew each that differs
+            raise pickle.UnpicklingError('it has a storage of two sizes')  # PyTorch would create each of them
         return _Storage(elements)
 
     def _check_keys(self, keys: Any) -> None:
-        """Tuples in tuples would be hashed by a recursion that ends the process, or never does."""
+        """Reject tuples in tuples: the recursion of their hash ends the process, or never ends."""
         if any(isinstance(key, tuple) and any(isinstance(item, tuple) for item in key) for key in keys):
             raise pickle.UnpicklingError('it has a dictionary whose names are nested')
 
@@ -210,17 +213,17 @@ class _Unpickler(_PythonsUnpickler):
 
 
 def _storage_kind(path: str) -> str:
-    """'Float' of torch.FloatStorage; '' of what is no storage."""
+    """Return 'Float' for torch.FloatStorage; '' for a name that is no storage."""
     module, _, name = path.rpartition('.')
     is_storage = module in ('torch', 'torch.storage') and name.endswith('Storage')
     return name.removesuffix('Storage') if is_storage else ''
 
 
-def inspect(file: IO[bytes], size: int, count: int = 1) -> Contents:
-    """Reads so many pickles, one after the other, of a file of this size.
+def scan_pickles(file: IO[bytes], size: int, count: int = 1) -> Contents:
+    """Scan ``count`` consecutive pickles of a file with ``size`` bytes.
 
     Raises:
-        ValueError: They are malformed.
+        ValueError: If a pickle is malformed.
     """
     names: Set[str] = set()
     storages: Dict[str, int] = {}
@@ -233,5 +236,5 @@ def inspect(file: IO[bytes], size: int, count: int = 1) -> Contents:
         names.update(unpickler.types)
         for key, claimed in unpickler.storages.items():
             storages[key] = max(storages.get(key, 0), claimed)
-    code = (name for name in names - _PLAIN - _DTYPES if _storage_kind(name) not in _STORAGES)
-    return Contents(sorted(code), storages, last)
+    unsafe = (name for name in names - _PLAIN - _DTYPES if _storage_kind(name) not in _STORAGES)
+    return Contents(sorted(unsafe), storages, last)

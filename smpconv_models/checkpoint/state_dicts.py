@@ -1,4 +1,4 @@
-"""The weights in a checkpoint, and whether they fit a model."""
+"""Weights in a checkpoint, and whether they fit a model."""
 import logging
 from typing import Any, Iterable, List, Optional, Tuple
 
@@ -9,44 +9,42 @@ from .original import StateDict, convert_original, is_original
 
 _logger = logging.getLogger(__name__)
 
-# In the order in which they are preferred: the published accuracies are the averaged weights'.
+# In the order in which they are preferred: the published accuracies are those of the EMA weights.
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _MODEL_KEYS = ('state_dict', 'model')
 _WRAPPER_PREFIXES = ('_orig_mod.', 'module.')
 
 
 def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict, str]:
-    """The weights in a loaded checkpoint and the key they were under ('' for a bare state dict).
+    """Return the weights in a loaded checkpoint and their key ('' if the checkpoint is itself a state dict).
 
-    Wrappers' prefixes (``module.``, ``_orig_mod.``) are removed from the names.
+    The prefixes of wrappers (``module.``, ``_orig_mod.``) are removed from the names.
 
     Args:
-        checkpoint: What :func:`load_file` returned.
-        use_ema: Prefer the averaged weights.
+        checkpoint: Value returned by :func:`load_file`.
+        use_ema: Prefer the EMA weights.
 
     Raises:
-        ValueError: There are no weights in it.
+        ValueError: If there are no weights in it.
     """
     if not isinstance(checkpoint, dict):
         raise ValueError(f'expected a checkpoint to be a dict, got {type(checkpoint).__name__}')
     keys = (*_EMA_KEYS, *_MODEL_KEYS) if use_ema else _MODEL_KEYS
-    # None is how timm's script leaves out the averaged weights
+    # timm's script stores None if there are no EMA weights
     found = next((key for key in keys if key in checkpoint and (checkpoint[key] is not None or key in _MODEL_KEYS)), '')
     state_dict = checkpoint[found] if found else checkpoint
     if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(
             f'expected {found or "a checkpoint"} to be a dictionary of tensors by name, got {shown(state_dict)}')
-    cleaned = {
-        _strip(key): value for key, value in state_dict.items() if isinstance(value, Tensor)}
-    cleaned = _unwrapped(cleaned)
+    cleaned = _unwrap({_strip(key): value for key, value in state_dict.items() if isinstance(value, Tensor)})
     if not cleaned:
         names = sorted(str(key)[:80] for key in checkpoint)[:8]
         raise ValueError(f'expected a state dict in the checkpoint, found the keys {names}')
     return cleaned, found
 
 
-def _unwrapped(state_dict: StateDict) -> StateDict:
-    """Return the weights alone of what other trainers save around them; each is named in a line of the log."""
+def _unwrap(state_dict: StateDict) -> StateDict:
+    """Return the weights without what other trainers add to them; the additions are logged in one line."""
     found = []
     if 'n_averaged' in state_dict:
         found.append('the count of torch.optim.swa_utils.AveragedModel is left out')
@@ -72,11 +70,11 @@ def _strip(key: str) -> str:
 
 
 def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> Optional[str]:
-    """How a state dict doesn't fit a model, in one line; None where it fits.
+    """Return in one line how a state dict differs from a model's; None if it fits.
 
     Args:
         state_dict: Tensors by our names.
-        model: The model it is meant for.
+        model: Model that it is meant for.
         ignore: Names that may differ.
     """
     ignored = set(ignore)
@@ -103,7 +101,7 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
 
 
 def _describe_sizes(state_dict: StateDict, own: StateDict) -> Optional[str]:
-    """Which points were trained at another size of their kernel; their shapes don't tell, and 0 doesn't either."""
+    """Return which points were trained for another kernel size, which their shapes do not show; 0 is unknown."""
     for key, value in own.items():
         layer, _, name = key.rpartition('.')
         if name == '_extra_state' and int(state_dict[key]) not in (0, int(value)):
@@ -112,15 +110,15 @@ def _describe_sizes(state_dict: StateDict, own: StateDict) -> Optional[str]:
 
 
 def convert_and_check(state_dict: StateDict, model: nn.Module, ignore: Iterable[str] = ()) -> StateDict:
-    """A state dict of ours or of the original release by our names, after a check that it is the model's.
+    """Return a state dict, ours or the original release's, under our names if it fits a model exactly.
 
     Args:
-        state_dict: As in the file, without wrappers' prefixes.
-        model: Which must fit it exactly.
+        state_dict: Weights as in the file, without the prefixes of wrappers.
+        model: Model to fit.
         ignore: Our names that may differ.
 
     Raises:
-        ValueError: It is another model's.
+        ValueError: If it is another model's.
     """
     if is_original(state_dict):
         state_dict = convert_original(state_dict)
@@ -131,10 +129,10 @@ def convert_and_check(state_dict: StateDict, model: nn.Module, ignore: Iterable[
 
 
 def check_finite(state_dict: StateDict) -> None:
-    """Raises ValueError where a weight is NaN or infinite; no network computes anything from those."""
+    """Raise ValueError if a weight is NaN or infinite: the model's outputs would be NaN."""
     for name, value in state_dict.items():
         if value.is_floating_point() and value.element_size() == 1:
-            value = value.half()  # which has all of their values, and a sum
-        # the sum is five times as quick, and finite values whose sum isn't are looked at one by one
+            value = value.half()  # represents all values of 8-bit types, which have no sum
+        # the sum is five times as quick; finite values whose sum overflows are checked one by one
         if not value.sum().isfinite() and not value.isfinite().all():
             raise ValueError(f'the checkpoint has weights that are not finite: {printable(name)}')

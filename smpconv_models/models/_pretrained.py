@@ -126,7 +126,7 @@ def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Pa
     try:
         path = hub_download.hf_download(cfg.hf_hub_id, cfg.hf_hub_filename or _FILES[0], cache_dir)
         digest = _in_background(partial(hub_download.cached_file_digest, path))
-        # verification removes a damaged file, so not while the file is read
+        # it removes a damaged file, which therefore happens after reading
         return path, lambda: hub_download.verify_cached_file(path, digest())
     except ValueError as error:
         published = get_pretrained_cfg(variant)
