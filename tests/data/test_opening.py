@@ -156,7 +156,7 @@ def test_numbers_that_are_not_finite_are_told(bad):
 
 
 def test_public_names_are_frozen():
-    assert data.__all__ == ['NAMES', 'SequenceDataset', 'create_sequence_dataset']
+    assert data.__all__ == ['EMBEDDED', 'NAMES', 'SequenceDataset', 'create_sequence_dataset']
     assert tuple(SHAPES) == NAMES
 
 
