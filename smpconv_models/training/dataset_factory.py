@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import get_img_extensions
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from smpconv_models.data.digits import SPLIT_SYNONYMS, Digits
+from smpconv_models.data.digits import EVAL_SYNONYMS, TRAIN_SYNONYMS, Digits
 from smpconv_models.utils.errors import first_line
 
 from .class_folders import READER_ERRORS, ClassFolders, ClassTars, Scan, listed, log_nesting, shown
@@ -168,7 +168,7 @@ def _find_split(data_dir: Optional[str], split: str) -> Path:
     timm would fall back to the root if there is none, and evaluate on the training images.
     """
     root = _check_root(data_dir, 'the folder that holds the training and validation images')
-    names = next((names for names in SPLIT_SYNONYMS if split in names), (split,))
+    names = next((names for names in (TRAIN_SYNONYMS, EVAL_SYNONYMS) if split in names), (split,))
     for choice in ((split,), names):
         for suffix in ('', '.tar'):
             paths = [root / f'{name}{suffix}' for name in choice]
@@ -266,7 +266,7 @@ def _create_torchvision(data: DataOptions, name: str, split: str) -> Union[Class
         return ClassFolders(scan, by_top_level=True)
     if data.data_dir is None:
         raise ValueError(f'--data-dir is needed: the folder of {data.dataset}')
-    known = (*SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1], 'test')
+    known = (*TRAIN_SYNONYMS, *EVAL_SYNONYMS, 'test')
     if name in _TRAIN_TEST_ONLY and split not in known:
         raise ValueError(f'split of {data.dataset} must be one of {known}, got {split!r}')
     lock: AbstractContextManager = nullcontext()

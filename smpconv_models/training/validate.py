@@ -183,7 +183,7 @@ def _check_same_images(options: EvalOptions, before: EvalOptions) -> None:
 
 
 # Data sets that come with the package: a checkpoint may name them, as that fetches and locates nothing.
-_EMBEDDED = ('digits', 'seq/digits', 'seq/permuted-digits')
+_EMBEDDED = ('digits', *(f'seq/{name}' for name in data.EMBEDDED_NAMES))
 
 
 def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOptions:
@@ -214,7 +214,7 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
             raise ValueError(
                 f'{options.checkpoint} was trained on {trained}, which is neither embedded nor an image folder '
                 'of this machine: --data-dir and --dataset name the images to evaluate')
-    elif dataset and is_sequence_dataset(dataset) and dataset.lower().removeprefix('seq/') in data.NAMES:
+    elif dataset and is_sequence_dataset(dataset) and dataset.lower().removeprefix('seq/') in data.DATASET_NAMES:
         # the user has named the folder of its files
         filled['dataset'] = dataset
     split = described.val_split if options.split is None else None
