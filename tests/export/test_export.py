@@ -143,7 +143,7 @@ def test_accuracy_on_the_digits(export, run, checkpoint, capsys):
     code, rows = run('--formats', 'torchscript', 'int8', model=('--checkpoint', str(checkpoint)))
     assert code == 0 and 'top-1' in capsys.readouterr().out.splitlines()[0]
     subject = export.load(None, str(checkpoint), None)
-    images, classes = subject.held_out
+    images, classes = subject.validation
     assert images.shape == (360, 1, 32, 32) and images.mean().abs() < 0.1  # the run's own mean was taken off
     with torch.no_grad():
         right = (subject.model(images).argmax(1) == classes).sum().item()
