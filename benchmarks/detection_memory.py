@@ -66,7 +66,7 @@ def main() -> int:
         smpconv_models.clip_radius_(model)
         peaks.append(peak_gib())
     if not loss.isfinite():
-        sys.exit(f'the loss is {loss.item()}: nothing is kept')
+        sys.exit(f'the loss is {loss.item()}: nothing is stored')
     print(f'{args.detector} with {args.backbone} at {SIZE[0]}x{SIZE[1]}, peak in GiB: '
           f'{peaks[0]:.2f} before, {peaks[1]:.2f} after one step, {peaks[-1]:.2f} after {STEPS}')
     measure.append(measure.RESULTS / 'detection_memory.jsonl', {
