@@ -50,7 +50,7 @@ def open_digits(name: str, root: Path, split: str, download: bool) -> InMemorySe
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in digits.images]))
     return InMemorySequences(
         f'split {split!r} of the digits', digits.classes, pixels.reshape(-1, 1, 64), digits.labels, _DIGITS_MEAN,
-        _DIGITS_STD, step_order(name, 64), (8, 8))
+        _DIGITS_STD, _step_order(name, 64), (8, 8))
 
 
 @register_sequence_dataset('mnist', 'permuted-mnist', splits=TRAIN_TEST)
@@ -68,7 +68,7 @@ def open_mnist(name: str, root: Path, split: str, download: bool) -> InMemorySeq
             f'found {len(labels)} from 0 to {labels.max(initial=0)}; remove both files and')
     return InMemorySequences(
         f'split {split!r} of MNIST in {root}', tuple('0123456789'), torch.tensor(pixels).reshape(-1, 1, 784),
-        labels.tolist(), _MNIST_MEAN, _MNIST_STD, step_order(name, 784), (28, 28))
+        labels.tolist(), _MNIST_MEAN, _MNIST_STD, _step_order(name, 784), (28, 28))
 
 
 @register_sequence_dataset('cifar10', splits=TRAIN_TEST)
@@ -94,19 +94,8 @@ def open_cifar10(name: str, root: Path, split: str, download: bool) -> InMemoryS
         image_size=(32, 32))
 
 
-def step_order(name: str, length: int) -> Optional[Tensor]:
-    """Return the fixed random order of a permuted data set, or None if the data set is not permuted.
-
-    Args:
-        name: Name of the data set, such as 'permuted-mnist'.
-        length: Length of its sequences.
-
-    Returns:
-        ``(length,)``, int64: step i of a permuted sequence is the element at position ``order[i]``.
-
-    Raises:
-        ValueError: If the package's file of orders is damaged.
-    """
+def _step_order(name: str, length: int) -> Optional[Tensor]:
+    """Return the position of each step in a permuted data set, ``(length,)``, or None if it is not permuted."""
     if not name.startswith('permuted-'):
         return None
     try:

@@ -23,7 +23,7 @@ def test_the_digits_are_those_of_the_image_data_set():
 def test_permuted_steps_are_the_same_in_one_order(tmp_path, name):
     root = made.make_mnist(tmp_path)
     plain, permuted = (create_sequence_dataset(prefix + name, root, 'train') for prefix in ('', 'permuted-'))
-    order = images.step_order(f'permuted-{name}', plain.shape[1])
+    order = images._step_order(f'permuted-{name}', plain.shape[1])
     assert permuted.labels == plain.labels
     for index in (0, 30):
         assert not torch.equal(permuted[index][0], plain[index][0])
@@ -62,7 +62,7 @@ def test_images_are_augmented_before_their_steps_are_put_in_order(tmp_path, name
         return pixels.reshape(1, 28, 28).flip(-1).reshape(1, 784)
 
     changed.augment = flip
-    order = images.step_order(name, 784) if name.startswith('permuted') else torch.arange(784)
+    order = images._step_order(name, 784) if name.startswith('permuted') else torch.arange(784)
     image = torch.empty(1, 784)
     image[:, order] = plain[7][0]
     assert torch.equal(changed[7][0], flip(image)[:, order])
@@ -191,7 +191,7 @@ def test_damaged_files_of_cifar10_are_told_and_mended(tmp_path, monkeypatch, ser
 
 @pytest.mark.parametrize('name, length', [('permuted-mnist', 784), ('permuted-digits', 64)])
 def test_orders_are_those_that_they_are_said_to_be(name, length):
-    assert images.step_order(name, length).tolist() == np.random.RandomState(0).permutation(length).tolist()
+    assert images._step_order(name, length).tolist() == np.random.RandomState(0).permutation(length).tolist()
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{}', '{"permuted-digits": [0, 1, 1]}', '{"permuted-digits": 3}',
@@ -201,4 +201,4 @@ def test_a_damaged_file_of_orders_is_told(tmp_path, monkeypatch, content):
     if content:
         (tmp_path / 'orders.json').write_text(content)
     with pytest.raises(ValueError, match=r"orders\.json is damaged: expected the numbers 0 to 2 as 'permuted-digits'"):
-        images.step_order('permuted-digits', 3)
+        images._step_order('permuted-digits', 3)
