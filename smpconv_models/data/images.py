@@ -78,16 +78,15 @@ def open_cifar10(name: str, root: Path, split: str, download: bool) -> InMemoryS
     The checksums of all files are compared before a file is read.
     """
     from torchvision.datasets import CIFAR10
-    is_training = split == 'train'
     if download and _damaged_cifar10_files(root):
         with locked(root), _download_errors(CIFAR10.url, root / CIFAR10.filename):
-            CIFAR10(str(root), is_training, download=True)
+            CIFAR10(str(root), split == 'train', download=True)
     damaged = _damaged_cifar10_files(root)
     if damaged:
         raise DownloadNeededError(
             f'{root / CIFAR10.base_folder}: {damaged[0]} is missing or damaged ({len(damaged)} such files):',
             f', or unpack {CIFAR10.url} in {root} by hand')
-    found = CIFAR10(str(root), is_training)
+    found = CIFAR10(str(root), split == 'train')
     pixels = torch.from_numpy(found.data.transpose(0, 3, 1, 2).reshape(-1, 3, 1024).copy())
     return InMemorySequences(
         f'split {split!r} of CIFAR10 in {root}', found.classes, pixels, found.targets, _CIFAR10_MEAN, _CIFAR10_STD,

@@ -149,8 +149,7 @@ class InMemorySequences(SequenceDataset):
             self, description: str, classes: Sequence[str], data: Tensor, labels: Sequence[int], mean: Any, std: Any,
             order: Optional[Tensor] = None, image_size: Optional[Tuple[int, int]] = None, files: Sequence[str] = (),
     ) -> None:
-        channels, length = data.shape[1:]
-        super().__init__(description, classes, (channels, length), labels, mean, std, files)
+        super().__init__(description, classes, (data.shape[1], data.shape[2]), labels, mean, std, files)
         self.image_size = image_size
         bad: List[int] = (~data.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:

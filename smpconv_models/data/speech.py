@@ -88,8 +88,7 @@ def load_wav(path: Path) -> Tensor:
     except (EOFError, wave.Error) as error:
         raise ValueError(f'{path} is not a WAV file or is damaged: {first_line(error)}') from error
     if found != (1, 16, RATE):
-        raise ValueError(f'{path}: expected 1 channel of 16 bits at {RATE} Hz, found {found[0]} of {found[1]} at '
-                         f'{found[2]} Hz')
+        raise ValueError(f'{path}: expected (channels, bits, Hz) of (1, 16, {RATE}), found {found}')
     if not 0 < count <= RATE:
         raise ValueError(f'{path}: expected 1 to {RATE} samples, found {count}')
     if len(content) != 2 * count:
@@ -166,8 +165,7 @@ def _split_files(folder: Path) -> _SplitFiles:
     empty = sorted(set(WORDS) - {name.partition('/')[0] for name in present})
     if empty:
         raise DownloadNeededError(
-            f'{folder}: expected a folder of wav files for each of {WORDS}, found none for {empty}; remove {folder} '
-            'and')
+            f'{folder}: expected WAV files for each of {WORDS}, found none for {empty}; remove {folder} and')
     lists = {split: _read_list(folder / file) for split, file in _LISTS.items()}
     twice = sorted(lists['validation'] & lists['test'])
     if twice:

@@ -49,9 +49,9 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
     (b'<html>' * 100, 'is not a WAV file or is damaged: file does not start with RIFF id'),
     (made.sound(0)[:20], 'is not a WAV file or is damaged'),
     (made.sound(0)[:9000], 'is damaged: expected 32000 bytes of sound by its header, found 8956'),
-    (made.sound(0, channels=2), 'expected 1 channel of 16 bits at 16000 Hz, found 2 of 16 at 16000 Hz'),
-    (made.sound(0, width=1), 'found 1 of 8 at 16000 Hz'),
-    (made.sound(0, rate=8000), 'found 1 of 16 at 8000 Hz'),
+    (made.sound(0, channels=2), r'expected \(channels, bits, Hz\) of \(1, 16, 16000\), found \(2, 16, 16000\)'),
+    (made.sound(0, width=1), r'found \(1, 8, 16000\)'),
+    (made.sound(0, rate=8000), r'found \(1, 16, 8000\)'),
     (made.sound(0, samples=16001), 'expected 1 to 16000 samples, found 16001'),
     (made.sound(0, samples=0), 'expected 1 to 16000 samples, found 0'),
 ])
@@ -299,7 +299,7 @@ def test_an_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('change, told', [
-    (lambda folder: shutil.rmtree(folder / 'left'), r"of wav files for each of .*found none for \['left'\]"),
+    (lambda folder: shutil.rmtree(folder / 'left'), r"WAV files for each of .*found none for \['left'\]"),
     (lambda folder: [path.unlink() for path in (folder / 'up').iterdir()], r"none for \['up'\]; remove .* and pass"),
     (lambda folder: (folder / 'testing_list.txt').unlink(), 'testing_list.txt, the list of a split, cannot be read: '),
     (lambda folder: (folder / 'validation_list.txt').write_bytes(b'\xff\xfe'), 'validation_list.txt, the list of a'),
