@@ -24,6 +24,11 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def below(folder):
+    """Return the paths of everything in a folder except locks."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.suffix != '.lock')
+
+
 # --- MNIST and CIFAR10 ---
 
 
