@@ -19,24 +19,24 @@ def kept(path, make=lambda: dict(KEPT), key='1'):
     return path
 
 
-@pytest.mark.parametrize('change, told', [
+@pytest.mark.parametrize('change, message', [
     (lambda content: content[:50], 'cannot be read'),
     (lambda content: b'', 'cannot be read'),
     (lambda content: b'<html>' * 100, 'cannot be read'),
     (lambda content: content[:-1] + bytes([content[-1] ^ 1]), 'is damaged: its checksum differs'),
     (lambda content: (2 ** 62).to_bytes(8, 'little') + content[8:], 'cannot be read'),
 ])
-def test_a_damaged_cache_is_made_anew_loudly(tmp_path, caplog, change, told):
+def test_a_damaged_cache_is_computed_again_with_a_warning(tmp_path, caplog, change, message):
     path = kept(tmp_path / 'kept.safetensors')
     path.write_bytes(change(path.read_bytes()))
     kept(path)
-    message, = caplog.messages
-    assert f'{path} {told}' in message and 'recomputing it' in message and '\n' not in message
+    line, = caplog.messages
+    assert f'{path} {message}' in line and 'recomputing it' in line and '\n' not in line
     kept(path, lambda: pytest.fail('made again'))
     assert made.below(tmp_path) == ['kept.safetensors']
 
 
-def test_a_cache_of_another_key_is_made_anew(tmp_path):
+def test_a_cache_of_another_key_is_computed_again(tmp_path):
     path = kept(tmp_path / 'kept.safetensors')
     made_again = []
     kept(path, lambda: made_again.append(1) or dict(KEPT), key='2')

@@ -67,45 +67,6 @@ def test_the_splits_are_stratified_and_fixed():
     assert {split: part[:4].tolist() for split, part in parts.items()} == FROZEN
 
 
-# --- downloads ---
-
-
-def test_a_download_is_kept(tmp_path, monkeypatch):
-    path = made.publish_characters(tmp_path / 'published.zip', monkeypatch)
-    root = tmp_path / 'data'
-    first = create_sequence_dataset('characters', root, 'test', download=True)
-    path.unlink()
-    again = create_sequence_dataset('characters', root, 'test', download=True)
-    assert torch.equal(first[3][0], again[3][0]) and len(first) == 36
-
-
-@pytest.mark.parametrize('change', ['missing', 'html', 'truncated'])
-def test_a_failed_download_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch, change):
-    path = made.publish_characters(tmp_path / 'published.zip', monkeypatch)
-    content = path.read_bytes()
-    path.unlink()
-    if change != 'missing':
-        path.write_bytes(b'<html>login</html>' if change == 'html' else content[:5000])
-    root = tmp_path / 'data'
-    told = r'^file://[^\n]*zip cannot be downloaded \([^\n]*; the file can be put at [^\n]*trajectories.zip by hand$'
-    with pytest.raises(ValueError, match=told):
-        create_sequence_dataset('characters', root, 'train', download=True)
-    assert [file.name for file in root.iterdir() if file.name != '.download.lock'] == []
-    path.write_bytes(content)
-    assert len(create_sequence_dataset('characters', root, 'train', download=True)) == 168
-
-
-def test_a_file_of_another_checksum_is_not_parsed(tmp_path, monkeypatch):
-    path = made.publish_characters(tmp_path / characters.ARCHIVE, monkeypatch)
-    content = bytearray(path.read_bytes())
-    content[1000] ^= 1
-    path.write_bytes(content)
-    monkeypatch.setattr('scipy.io.loadmat', lambda *args, **options: pytest.fail('parsed'))
-    for download in (False, True):
-        with pytest.raises(ValueError, match=r'zip is damaged, or another file: its SHA-256 is .*remove it and pass'):
-            create_sequence_dataset('characters', tmp_path, 'train', download)
-
-
 # --- contents ---
 
 
@@ -123,7 +84,7 @@ def with_value(value):
     return change
 
 
-@pytest.mark.parametrize('content, told', [
+@pytest.mark.parametrize('content, message', [
     (lambda: b'', 'cannot be read: '),
     (lambda: b'<html>' * 200, 'cannot be read: '),
     (lambda: made.mat(*made.letters())[:3000], 'cannot be read: '),
@@ -141,17 +102,17 @@ def with_value(value):
     (lambda: changed(7, lambda letter: letter[:, :0]), r'letter 7 .*is empty'),
     (lambda: changed(7, lambda letter: 'text'), r'letter 7 .*found <U4'),
 ])
-def test_damaged_contents_are_told(opened, content, told):
-    with pytest.raises(ValueError, match=f'^[^\n]*{told}[^\n]*$'):
+def test_damaged_contents_are_reported(opened, content, message):
+    with pytest.raises(ValueError, match=f'^[^\n]*{message}[^\n]*$'):
         opened(content=content())
 
 
-def test_another_archive_is_told(opened):
+def test_another_archive_is_reported(opened):
     with pytest.raises(ValueError, match=r'cannot be read: KeyError .*mixoutALL_shifted.mat'):
         opened(member='other.mat')
 
 
-def test_other_variables_are_told(opened):
+def test_other_variables_are_reported(opened):
     file = io.BytesIO()
     scipy.io.savemat(file, {'mixout': np.ones((3, 4))})
     with pytest.raises(ValueError, match=r"expected mixout, consts.key and consts.charlabels in .*found \['mixout'\]"):
@@ -162,7 +123,7 @@ def test_other_variables_are_told(opened):
         opened(content=file.getvalue())
 
 
-def test_a_still_channel_is_told(opened):
+def test_a_still_channel_is_reported(opened):
     found, labels = made.letters()
     for letter in found:
         letter[1] = 0

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from smpconv_models import data
-from smpconv_models.data import DATASET_NAMES, SequenceDataset, create_sequence_dataset
+from smpconv_models.data import DATASET_NAMES, SequenceDataset, characters, create_sequence_dataset, speech
 from smpconv_models.data.registry import InMemorySequences
 
 SHAPES = {
@@ -103,10 +103,65 @@ def test_validation_means_the_test_images_where_there_are_two_parts(root):
         assert found.labels == expected.labels and torch.equal(found[5][0], expected[5][0])
 
 
-# --- what is refused ---
+# --- downloads ---
 
 
-@pytest.mark.parametrize('name, root, split, told', [
+def publish(name, folder, server, patch):
+    """Publish a data set and return the published files."""
+    if name in ('mnist', 'cifar10'):
+        return sorted(getattr(made, f'publish_{name}')(server, patch).iterdir())
+    return [getattr(made, f'publish_{name.removesuffix("-mfcc")}')(folder / 'published' / 'file', patch)]
+
+
+@pytest.mark.parametrize('name', ['mnist', 'cifar10', 'characters', 'speech', 'speech-mfcc'])
+def test_missing_files_are_downloaded_once(tmp_path, monkeypatch, server, name):
+    files, root = publish(name, tmp_path, server, monkeypatch), tmp_path / 'data'
+    first = create_sequence_dataset(name, root, 'test', download=True)
+    for file in files:
+        file.unlink()
+    (root / speech.ARCHIVE).unlink(missing_ok=True)  # the unpacked folder is enough
+    for download in (False, True):
+        assert torch.equal(create_sequence_dataset(name, root, 'test', download)[3][0], first[3][0])
+    assert not [path for path in made.below(root) if '.part' in path]
+
+
+@pytest.mark.parametrize('name', ['mnist', 'cifar10', 'characters', 'speech'])
+@pytest.mark.parametrize('change', ['missing', 'html', 'truncated'])
+def test_after_a_failed_download_the_next_succeeds(tmp_path, monkeypatch, server, name, change):
+    file, *_ = publish(name, tmp_path, server, monkeypatch)
+    content, root = file.read_bytes(), tmp_path / 'data'
+    file.unlink()
+    if change != 'missing':
+        file.write_bytes(b'<html>login</html>' if change == 'html' else content[:len(content) // 2])
+    message = (rf'^[^\n]*/{file.parent.name}/[^\n]*cannot be downloaded[^\n]* \([^\n]*; (it|the file) can be put at '
+               rf'{root}[^\n]* by hand$')
+    with pytest.raises(ValueError, match=message):
+        create_sequence_dataset(name, root, 'test', download=True)
+    with pytest.raises(ValueError, match='pass download=True'):
+        create_sequence_dataset(name, root, 'test')
+    assert name in ('mnist', 'cifar10') or made.below(root) == []  # torchvision keeps files that are complete
+    file.write_bytes(content)
+    assert len(create_sequence_dataset(name, root, 'test', download=True)) > 0
+
+
+@pytest.mark.parametrize('name, module', [('characters', characters), ('speech', speech)])
+def test_a_file_of_another_checksum_is_not_parsed(tmp_path, monkeypatch, name, module):
+    path = getattr(made, f'publish_{name}')(tmp_path / module.ARCHIVE, monkeypatch)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for parser in ('scipy.io.loadmat', 'tarfile.open'):
+        monkeypatch.setattr(parser, lambda *args, **options: pytest.fail('parsed'))
+    for download in (False, True):
+        with pytest.raises(ValueError, match=r' is damaged, or another file: its SHA-256 is .*remove it and pass'):
+            create_sequence_dataset(name, tmp_path, 'train', download)
+    assert made.below(tmp_path) == [path.name]
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize('name, root, split, message', [
     ('mnits', '.', 'train', r"one of \('characters', .*got 'mnits'; did you mean mnist\?$"),
     ('', '.', 'train', r"one of \('characters', .*got ''$"),
     ('digits', None, 'test', r"split of digits must be one of \('train', .*got 'test'$"),
@@ -116,39 +171,39 @@ def test_validation_means_the_test_images_where_there_are_two_parts(root):
     ('mnist', '', 'train', "mnist needs a folder .*: root is ''$"),
     ('mnist', __file__, 'train', 'mnist needs a folder .*: root is the file .*test_registry.py$'),
 ])
-def test_mistakes_are_told(name, root, split, told):
-    with pytest.raises(ValueError, match=told):
+def test_mistakes_are_reported(name, root, split, message):
+    with pytest.raises(ValueError, match=message):
         create_sequence_dataset(name, root, split)
 
 
-@pytest.mark.parametrize('name, told', [
+@pytest.mark.parametrize('name, message', [
     ('mnist', 'train-images-idx3-ubyte is missing: pass download=True, or put https?://.*gz, unpacked, there by hand$'),
     ('cifar10', r'data_batch_1 is missing or damaged \(7 such files\): pass download=True, or unpack \S+://.*hand$'),
     ('characters', r'trajectories.zip is missing: pass download=True, or put \S+://.* there by hand$'),
     ('speech', r'v0.02.tar.gz is missing: pass download=True, or put https://storage.* there by hand$'),
     ('speech-mfcc', r'v0.02.tar.gz is missing: pass download=True'),
 ])
-def test_missing_files_are_told(tmp_path, name, told):
+def test_missing_files_are_reported(tmp_path, name, message):
     """And nothing is made where nothing was asked for."""
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         create_sequence_dataset(name, tmp_path / 'none', 'train')
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('name', ['mnist', 'cifar10', 'characters', 'speech'])
-def test_a_folder_that_cannot_be_made_is_told(tmp_path, name):
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path, name):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match=r'file/data cannot be written: Not a directory$'):
         create_sequence_dataset(name, tmp_path / 'file' / 'data', 'train', download=True)
 
 
-def test_a_missing_class_is_told():
+def test_a_missing_class_is_reported():
     with pytest.raises(ValueError, match=r"^it has no sequence of 1 of 3 classes: \['b'\]$"):
         InMemorySequences('it', 'abc', torch.zeros(3, 1, 5), [0, 2, 2], 0, 1)
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_numbers_that_are_not_finite_are_told(bad):
+def test_numbers_that_are_not_finite_are_reported(bad):
     data = torch.zeros(3, 2, 5)
     data[1, 1, 4] = bad
     with pytest.raises(ValueError, match=r'^it has NaN or inf in 1 of 3 sequences, such as \[1\]$'):

@@ -40,7 +40,7 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
     assert not found[4:].any()  # a shorter clip ends in silence
 
 
-@pytest.mark.parametrize('content, told', [
+@pytest.mark.parametrize('content, message', [
     (b'', 'is not a WAV file or is damaged: EOFError'),
     (b'<html>' * 100, 'is not a WAV file or is damaged: file does not start with RIFF id'),
     (made.sound(0)[:20], 'is not a WAV file or is damaged'),
@@ -51,8 +51,8 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
     (made.sound(0, samples=16001), 'expected 1 to 16000 samples, found 16001'),
     (made.sound(0, samples=0), 'expected 1 to 16000 samples, found 0'),
 ])
-def test_damaged_sound_is_told(tmp_path, content, told):
-    with pytest.raises(ValueError, match=f'^[^\n]*clip.wav[^\n]*{told}[^\n]*$'):
+def test_damaged_sound_is_reported(tmp_path, content, message):
+    with pytest.raises(ValueError, match=f'^[^\n]*clip.wav[^\n]*{message}[^\n]*$'):
         speech.load_wav(written(tmp_path, content))
 
 
@@ -228,7 +228,7 @@ def test_members_that_leave_the_folder_are_refused(tmp_path, monkeypatch, member
 
 @pytest.mark.parametrize('change', [lambda content: content[:len(content) // 2], lambda content: b'x' * 5000,
                                     lambda content: b''])
-def test_damaged_archives_are_told(tmp_path, monkeypatch, change):
+def test_damaged_archives_are_reported(tmp_path, monkeypatch, change):
     """Were their checksums right."""
     path = made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
     path.write_bytes(change(path.read_bytes()))
@@ -264,7 +264,7 @@ def test_an_interrupted_unpacking_leaves_nothing_and_the_next_succeeds(tmp_path,
 
 
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('change, told', [
+@pytest.mark.parametrize('change, message', [
     (lambda folder: shutil.rmtree(folder / 'left'), r"WAV files for each of .*found none for \['left'\]"),
     (lambda folder: [path.unlink() for path in (folder / 'up').iterdir()], r"none for \['up'\]; remove .* and pass"),
     (lambda folder: (folder / 'testing_list.txt').unlink(), 'testing_list.txt, the list of a split, cannot be read: '),
@@ -278,9 +278,9 @@ def test_an_interrupted_unpacking_leaves_nothing_and_the_next_succeeds(tmp_path,
      r"expected the clips .*'test': 10}, found .*'test': 9}; remove .* and pass download=True"),
     (lambda folder: next((folder / 'no').glob('*0_*.wav')).unlink(), r"expected the clips {'train': 30, .*'train': 29"),
 ])
-def test_damaged_folders_are_told(tmp_path, name, change, told):
+def test_damaged_folders_are_reported(tmp_path, name, change, message):
     change(made.make_speech(tmp_path))
-    with pytest.raises(ValueError, match=f'^[^\n]*{told}[^\n]*$'):
+    with pytest.raises(ValueError, match=f'^[^\n]*{message}[^\n]*$'):
         create_sequence_dataset(name, tmp_path, 'test')
 
 
@@ -290,9 +290,9 @@ def test_a_damaged_clip_is_an_error_of_its_item(tmp_path, caplog):
     os.truncate(folder / 'yes' / names[0], 3000)
     (folder / 'yes' / names[1]).write_bytes(b'')
     dataset = create_sequence_dataset('speech', tmp_path, 'train')
-    message, = caplog.messages
-    assert 'skipped 2 of 30 clips in mean and standard deviation, such as: ' in message
-    assert f'{folder}/yes/{names[0]} is damaged' in message
+    line, = caplog.messages
+    assert 'skipped 2 of 30 clips in mean and standard deviation, such as: ' in line
+    assert f'{folder}/yes/{names[0]} is damaged' in line
     by_name = {os.path.basename(dataset.name(index)): index for index in range(len(dataset))}
     for name in names[:2]:
         with pytest.raises(ValueError, match=f'yes/{name} is'):
@@ -315,7 +315,7 @@ def test_a_damaged_clip_has_no_coefficients(tmp_path):
     assert len(create_sequence_dataset('speech-mfcc', tmp_path, 'train')) == 30
 
 
-def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+def test_a_file_that_may_not_be_read_is_reported(tmp_path, monkeypatch):
     made.make_speech(tmp_path)
 
     def refuse(path):
@@ -326,7 +326,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
         create_sequence_dataset('speech-mfcc', tmp_path, 'train')
 
 
-def test_statistics_are_made_anew_when_a_damaged_clip_is_mended(tmp_path, caplog):
+def test_statistics_are_computed_again_when_a_damaged_clip_is_mended(tmp_path, caplog):
     path = next((made.make_speech(tmp_path) / 'yes').glob('*1_*.wav'))
     content = path.read_bytes()
     path.write_bytes(content[:3000])
@@ -363,7 +363,7 @@ def test_held_out_coefficients_need_no_training_clips_once_they_are_kept(tmp_pat
     assert torch.equal(create_sequence_dataset('speech-mfcc', tmp_path, 'test')[2][0], first)
 
 
-def test_coefficients_of_other_files_are_computed_anew(tmp_path, caplog):
+def test_coefficients_of_other_files_are_computed_again(tmp_path, caplog):
     folder = made.make_speech(tmp_path)
     create_sequence_dataset('speech-mfcc', tmp_path, 'train')
     path = next((folder / 'yes').glob('*2_*.wav'))
