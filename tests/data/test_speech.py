@@ -20,6 +20,11 @@ from smpconv_models.utils import download
 NAMES = ('speech', 'speech-mfcc')
 
 
+@pytest.fixture
+def folder(tmp_path):
+    return made.make_speech(tmp_path)
+
+
 # --- sound files ---
 
 
@@ -97,8 +102,7 @@ def test_silence_is_the_floor_in_the_first_coefficient():
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_the_splits_are_the_lists(tmp_path, name):
-    folder = made.make_speech(tmp_path)
+def test_the_splits_are_the_lists(tmp_path, folder, name):
     files = {}
     for split, each in made.EACH.items():
         dataset = create_sequence_dataset(name, tmp_path, split)
@@ -112,8 +116,7 @@ def test_the_splits_are_the_lists(tmp_path, name):
         assert {file[len(str(folder)) + 1:] for file in files[split]} == listed
 
 
-def test_items_are_the_files_normalised_by_all_training_samples(tmp_path):
-    made.make_speech(tmp_path)
+def test_items_are_the_files_normalised_by_all_training_samples(tmp_path, folder):
     train, test = (create_sequence_dataset('speech', tmp_path, split) for split in ('train', 'test'))
     samples = torch.stack([speech.load_wav(train.name(index)) for index in range(30)]).double()
     std, mean = torch.std_mean(samples, correction=0)
@@ -121,8 +124,7 @@ def test_items_are_the_files_normalised_by_all_training_samples(tmp_path):
     torch.testing.assert_close(test[4][0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_coefficients_are_normalised_each_over_the_training_split(tmp_path):
-    made.make_speech(tmp_path)
+def test_coefficients_are_normalised_each_over_the_training_split(tmp_path, folder):
     train, test = (create_sequence_dataset('speech-mfcc', tmp_path, split) for split in ('train', 'test'))
     found = speech.mfcc(torch.stack([speech.load_wav(train.name(index)) for index in range(30)])).double()
     std, mean = torch.std_mean(found, dim=(0, 2), correction=0)
@@ -278,14 +280,13 @@ def test_an_interrupted_unpacking_leaves_nothing_and_the_next_succeeds(tmp_path,
      r"expected the clips .*'test': 10}, found .*'test': 9}; remove .* and pass download=True"),
     (lambda folder: next((folder / 'no').glob('*0_*.wav')).unlink(), r"expected the clips {'train': 30, .*'train': 29"),
 ])
-def test_damaged_folders_are_reported(tmp_path, name, change, message):
-    change(made.make_speech(tmp_path))
+def test_damaged_folders_are_reported(tmp_path, folder, name, change, message):
+    change(folder)
     with pytest.raises(ValueError, match=f'^[^\n]*{message}[^\n]*$'):
         create_sequence_dataset(name, tmp_path, 'test')
 
 
-def test_a_damaged_clip_is_an_error_of_its_item(tmp_path, caplog):
-    folder = made.make_speech(tmp_path)
+def test_a_damaged_clip_is_an_error_of_its_item(tmp_path, folder, caplog):
     names = sorted(path.name for path in (folder / 'yes').iterdir())
     os.truncate(folder / 'yes' / names[0], 3000)
     (folder / 'yes' / names[1]).write_bytes(b'')
@@ -303,8 +304,7 @@ def test_a_damaged_clip_is_an_error_of_its_item(tmp_path, caplog):
         dataset[by_name[names[2]]]
 
 
-def test_a_damaged_clip_has_no_coefficients(tmp_path):
-    folder = made.make_speech(tmp_path)
+def test_a_damaged_clip_has_no_coefficients(tmp_path, folder):
     path = sorted((folder / 'stop').iterdir())[1]
     content, before = path.read_bytes(), made.below(tmp_path)
     path.write_bytes(content[:3000])
@@ -315,8 +315,7 @@ def test_a_damaged_clip_has_no_coefficients(tmp_path):
     assert len(create_sequence_dataset('speech-mfcc', tmp_path, 'train')) == 30
 
 
-def test_a_file_that_may_not_be_read_is_reported(tmp_path, monkeypatch):
-    made.make_speech(tmp_path)
+def test_a_file_that_may_not_be_read_is_reported(tmp_path, folder, monkeypatch):
 
     def refuse(path):
         raise PermissionError(13, 'Permission denied', str(path))
@@ -326,18 +325,7 @@ def test_a_file_that_may_not_be_read_is_reported(tmp_path, monkeypatch):
         create_sequence_dataset('speech-mfcc', tmp_path, 'train')
 
 
-def test_statistics_are_computed_again_when_a_damaged_clip_is_mended(tmp_path, caplog):
-    path = next((made.make_speech(tmp_path) / 'yes').glob('*1_*.wav'))
-    content = path.read_bytes()
-    path.write_bytes(content[:3000])
-    before = create_sequence_dataset('speech', tmp_path, 'test')[0][0]
-    path.write_bytes(content)
-    assert not torch.equal(create_sequence_dataset('speech', tmp_path, 'test')[0][0], before)
-    assert 'speech-statistics.safetensors was computed from other files or by another version;' in caplog.text
-
-
-def test_silence_alone_is_no_training_split(tmp_path, monkeypatch):
-    made.make_speech(tmp_path)
+def test_silence_alone_is_no_training_split(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(speech, 'load_wav', lambda path: torch.zeros(16000))
     with pytest.raises(ValueError, match='has no sound to train on: 30 of 30 clips are readable'):
         create_sequence_dataset('speech', tmp_path, 'train')
@@ -346,27 +334,20 @@ def test_silence_alone_is_no_training_split(tmp_path, monkeypatch):
 # --- cached coefficients ---
 
 
-def test_coefficients_are_computed_once(tmp_path, monkeypatch):
-    made.make_speech(tmp_path)
+def test_coefficients_are_computed_once(tmp_path, folder, monkeypatch):
     first = {split: create_sequence_dataset('speech-mfcc', tmp_path, split) for split in made.EACH}
     monkeypatch.setattr(speech, 'mfcc', lambda samples: pytest.fail('computed again'))
     for split, dataset in first.items():
         again = create_sequence_dataset('speech-mfcc', tmp_path, split)
         assert again.labels == dataset.labels and torch.equal(again[2][0], dataset[2][0])
+    (folder.parent / 'speech-mfcc-train.safetensors').unlink()  # the file of the test split has the statistics
+    assert torch.equal(create_sequence_dataset('speech-mfcc', tmp_path, 'test')[2][0], first['test'][2][0])
 
 
-def test_held_out_coefficients_need_no_training_clips_once_they_are_kept(tmp_path, monkeypatch):
-    made.make_speech(tmp_path)
-    first = create_sequence_dataset('speech-mfcc', tmp_path, 'test')[2][0]
-    (tmp_path / 'SpeechCommands' / 'speech-mfcc-train.safetensors').unlink()
-    monkeypatch.setattr(speech, 'mfcc', lambda samples: pytest.fail('computed again'))
-    assert torch.equal(create_sequence_dataset('speech-mfcc', tmp_path, 'test')[2][0], first)
-
-
-def test_coefficients_of_other_files_are_computed_again(tmp_path, caplog):
-    folder = made.make_speech(tmp_path)
-    create_sequence_dataset('speech-mfcc', tmp_path, 'train')
-    path = next((folder / 'yes').glob('*2_*.wav'))
-    path.write_bytes(made.sound(77))
-    create_sequence_dataset('speech-mfcc', tmp_path, 'train')
-    assert 'speech-mfcc-train.safetensors was computed from other files or by another version;' in caplog.text
+@pytest.mark.parametrize('name, file', [('speech', 'speech-statistics'), ('speech-mfcc', 'speech-mfcc-train')])
+def test_tensors_of_other_files_are_computed_again(tmp_path, folder, caplog, name, file):
+    path = next((folder / 'yes').glob('*1_*.wav'))
+    before = create_sequence_dataset(name, tmp_path, 'train')[0][0]
+    path.write_bytes(made.sound(77, 12000))
+    assert not torch.equal(create_sequence_dataset(name, tmp_path, 'train')[0][0], before)
+    assert f'{file}.safetensors was computed from other files or by another version; recomputing it' in caplog.text
