@@ -99,9 +99,9 @@ def test_damaged_files_of_mnist_are_reported(tmp_path, file, change, message):
     assert len(create_sequence_dataset('mnist', tmp_path, 'test')) == 20
 
 
-def test_a_flipped_bit_in_the_published_file_is_reported(tmp_path, monkeypatch):
-    made.make_mnist(tmp_path)
-    made.sizes_as_published(monkeypatch)
+def test_a_file_of_the_published_size_with_another_checksum_is_reported(tmp_path, monkeypatch):
+    content = made.make_mnist(tmp_path).joinpath('MNIST', 'raw', IMAGES).read_bytes()
+    monkeypatch.setitem(images._MNIST_FILES, IMAGES, ((28, 28), len(content), '6bbc9ace898e44ae57da46a324031adb'))
     with pytest.raises(ValueError, match='ubyte is damaged: its MD5 is not 6bbc9ace898e44ae57da46a324031adb; remove'):
         create_sequence_dataset('mnist', tmp_path, 'train')
 

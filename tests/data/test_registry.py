@@ -1,5 +1,6 @@
 """The data sets by name, and what all have in common."""
 import ast
+import math
 import pickle
 from pathlib import Path
 
@@ -22,7 +23,7 @@ SPLITS.update(dict.fromkeys(('digits', 'permuted-digits'), ('train', 'validation
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory, server):
-    """All data sets in a folder."""
+    """Return a folder with the files of all data sets."""
     root = tmp_path_factory.mktemp('sequences')
     with pytest.MonkeyPatch.context() as patch:
         made.make_mnist(root)
@@ -90,17 +91,12 @@ def test_a_transform_is_applied():
     assert torch.equal(dataset[4][0], -plain)
 
 
-@pytest.mark.parametrize('split, same', [
-    ('training', 'train'), ('val', 'validation'), ('eval', 'validation'), ('testing', 'test')])
-def test_splits_go_by_timms_names(root, split, same):
-    found, expected = (create_sequence_dataset('characters', root, name) for name in (split, same))
-    assert found.labels == expected.labels and torch.equal(found[0][0], expected[0][0])
-
-
-def test_validation_means_the_test_images_where_there_are_two_parts(root):
-    for name in ('mnist', 'cifar10'):
-        found, expected = (create_sequence_dataset(name, root, split) for split in ('validation', 'test'))
-        assert found.labels == expected.labels and torch.equal(found[5][0], expected[5][0])
+@pytest.mark.parametrize('name, split, same', [
+    ('characters', 'training', 'train'), ('characters', 'val', 'validation'), ('characters', 'eval', 'validation'),
+    ('characters', 'testing', 'test'), ('mnist', 'validation', 'test'), ('cifar10', 'validation', 'test')])
+def test_splits_have_the_synonyms_of_timm(root, name, split, same):
+    found, expected = (create_sequence_dataset(name, root, each) for each in (split, same))
+    assert found.labels == expected.labels and torch.equal(found[5][0], expected[5][0])
 
 
 # --- downloads ---
@@ -184,7 +180,7 @@ def test_mistakes_are_reported(name, root, split, message):
     ('speech-mfcc', r'v0.02.tar.gz is missing: pass download=True'),
 ])
 def test_missing_files_are_reported(tmp_path, name, message):
-    """And nothing is made where nothing was asked for."""
+    """Without a download, nothing is written."""
     with pytest.raises(ValueError, match=message):
         create_sequence_dataset(name, tmp_path / 'none', 'train')
     assert list(tmp_path.iterdir()) == []
@@ -197,17 +193,16 @@ def test_a_folder_that_cannot_be_made_is_reported(tmp_path, name):
         create_sequence_dataset(name, tmp_path / 'file' / 'data', 'train', download=True)
 
 
-def test_a_missing_class_is_reported():
-    with pytest.raises(ValueError, match=r"^it has no sequence of 1 of 3 classes: \['b'\]$"):
-        InMemorySequences('it', 'abc', torch.zeros(3, 1, 5), [0, 2, 2], 0, 1)
-
-
-@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_numbers_that_are_not_finite_are_reported(bad):
-    data = torch.zeros(3, 2, 5)
-    data[1, 1, 4] = bad
-    with pytest.raises(ValueError, match=r'^it has NaN or inf in 1 of 3 sequences, such as \[1\]$'):
-        InMemorySequences('it', 'ab', data, [0, 1, 1], 0, 1)
+@pytest.mark.parametrize('value, labels, message', [
+    (0, [0, 2, 2], r"has no sequence of 1 of 3 classes: \['b'\]"),
+    (math.nan, [0, 1, 2], r'has NaN or inf in 1 of 3 sequences, such as \[1\]'),
+    (math.inf, [0, 1, 2], r'has NaN or inf in 1 of 3 sequences, such as \[1\]'),
+])
+def test_missing_classes_and_values_that_are_not_finite_are_reported(value, labels, message):
+    sequences = torch.zeros(3, 2, 5)
+    sequences[1, 1, 4] = value
+    with pytest.raises(ValueError, match=f'^it {message}$'):
+        InMemorySequences('it', 'abc', sequences, labels, 0, 1)
 
 
 def test_public_names_are_frozen():
