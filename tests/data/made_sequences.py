@@ -33,7 +33,7 @@ def below(folder):
 
 
 def mnist_files(counts=(('train', 40), ('t10k', 20))):
-    """The four files, unpacked: name -> bytes."""
+    """Return the four unpacked files: name -> bytes."""
     files = {}
     for part, count in counts:
         labels = np.arange(count, dtype='uint8') % 10
@@ -52,13 +52,13 @@ def make_mnist(root):
 
 
 def published(server):
-    """A new folder of the server, and its address."""
+    """Return a new folder of the server, and its address."""
     folder = Path(tempfile.mkdtemp(dir=server[0]))
     return folder, f'{server[1]}/{folder.name}'
 
 
 def publish_mnist(server, patch):
-    """A mirror of the packed files, for torchvision; its folder."""
+    """Return the folder of a mirror from which torchvision downloads the packed files."""
     from torchvision.datasets import MNIST
     folder, address = published(server)
     resources = []
@@ -72,7 +72,7 @@ def publish_mnist(server, patch):
 
 
 def publish_cifar10(server, patch):
-    """The archive, for torchvision; its folder. A pixel of image i is i + 2 row + column + 16 channel."""
+    """Return the folder of the archive for torchvision. Pixels of image i are i + 2 row + column + 16 channel."""
     from torchvision.datasets import CIFAR10
     folder, address = published(server)
     names = [f'data_batch_{number}' for number in range(1, 6)] + ['test_batch']
@@ -105,7 +105,7 @@ def add(archive, name, content):
 
 
 def letters(each=12):
-    """Trajectories between zeros, as the file has them, and their labels, from 1."""
+    """Return letters padded with zeros, as in the published file, and their labels from 1."""
     generator = np.random.default_rng(0)
     found, labels = [], []
     for label in range(1, len(LETTERS) + 1):
@@ -118,7 +118,7 @@ def letters(each=12):
 
 
 def mat(found, labels, key=LETTERS):
-    """The file's content, as MATLAB 5 writes it."""
+    """Return the content of a MATLAB 5 file."""
     cell = np.empty((1, len(found)), object)
     for index, letter in enumerate(found):
         cell[0, index] = letter
@@ -132,7 +132,7 @@ def mat(found, labels, key=LETTERS):
 
 
 def publish_characters(path, patch, content=None, member='mixoutALL_shifted.mat'):
-    """The archive."""
+    """Write the archive and make it the published file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('trajectories.names', 'Character Trajectories')
@@ -146,7 +146,7 @@ def publish_characters(path, patch, content=None, member='mixoutALL_shifted.mat'
 
 
 def sound(index, samples=16000, channels=1, width=2, rate=16000):
-    """A wav file's bytes."""
+    """Return the bytes of a WAV file."""
     generator = np.random.default_rng(index)
     time = np.arange(samples) / 16000
     values = 8000 * np.sin(2 * np.pi * (200 + 50 * index) * time) + generator.normal(0, 300, samples)
@@ -159,7 +159,7 @@ def sound(index, samples=16000, channels=1, width=2, rate=16000):
 
 @functools.lru_cache(maxsize=1)
 def clips():
-    """Name -> bytes of all files of the folder; the third of the training clips is shorter than a second."""
+    """Return all files of the folder: name -> bytes. The third training clip of a word is shorter than a second."""
     files, lists = {}, {part: [] for part in EACH}
     for number, word in enumerate((*speech.WORDS, 'bed')):
         for index, part in enumerate(part for part, count in EACH.items() for _ in range(count)):
@@ -182,7 +182,7 @@ def make_speech(root, files=None):
 
 
 def publish_speech(path, patch, extra=()):
-    """The archive, whose members begin with ./, and members of others' making."""
+    """Write an archive whose members begin with ./, and `extra` members, and make it the published file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, 'w:gz', compresslevel=0) as archive:
         for name, content in clips().items():

@@ -44,7 +44,7 @@ def test_a_cache_of_another_key_is_computed_again(tmp_path):
     assert made_again == [1]
 
 
-def test_a_cache_is_read_by_whom_the_umask_lets(tmp_path):
+def test_the_file_has_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         path = kept(tmp_path / 'kept.safetensors')
@@ -53,7 +53,7 @@ def test_a_cache_is_read_by_whom_the_umask_lets(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_of_many_processes_one_makes_them(tmp_path):
+def test_one_of_many_processes_computes(tmp_path):
     calls = []
 
     def make():
@@ -76,15 +76,13 @@ def test_a_failure_leaves_no_cache(tmp_path):
 
 
 @pytest.mark.parametrize('where', ['write', 'lock'])
-def test_without_a_place_to_keep_them_they_are_made_each_time(tmp_path, monkeypatch, caplog, where):
+def test_if_the_file_cannot_be_written_tensors_are_computed_on_each_use(tmp_path, monkeypatch, caplog, where):
     def full(*args, **options):
         raise OSError(28, 'No space left on device')
 
-    if where == 'write':
-        monkeypatch.setattr(os, 'replace', full)
-    else:
+    monkeypatch.setattr(os, 'replace', full)
+    if where == 'lock':
         monkeypatch.setattr(locks.FileLock, 'acquire', full)
-        monkeypatch.setattr(os, 'replace', full)
     kept(tmp_path / 'kept.safetensors')
     assert 'cannot be written, and is recomputed on each use: No space left on device' in caplog.text
     assert made.below(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Character Trajectories: how letters are fitted and divided, and damaged files."""
+"""Character Trajectories: lengths of letters, splits, and damaged files."""
 import io
 
 import made_sequences as made
@@ -13,7 +13,7 @@ from smpconv_models.data import characters, create_sequence_dataset
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
-    """Opens what is published with these contents."""
+    """Return a function that publishes a file of given contents and opens a split."""
     def open_(split='train', **published):
         made.publish_characters(tmp_path / characters.ARCHIVE, monkeypatch, **published)
         return create_sequence_dataset('characters', tmp_path, split)

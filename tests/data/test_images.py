@@ -1,4 +1,4 @@
-"""Images as sequences: what is read of them, and damaged files."""
+"""Images as sequences: pixels, orders, and damaged files."""
 import os
 
 import made_sequences as made
@@ -10,7 +10,7 @@ from smpconv_models.data import create_sequence_dataset, images
 from smpconv_models.data.digits import Digits
 
 
-def test_the_digits_are_those_of_the_image_data_set():
+def test_digits_equal_those_of_the_image_data_set():
     for split, count in (('train', 1437), ('validation', 360)):
         digits, found = Digits(split), create_sequence_dataset('digits', None, split)
         assert len(found) == count and found.labels == digits.labels
@@ -69,12 +69,6 @@ def test_images_are_augmented_before_their_steps_are_put_in_order(tmp_path, name
     assert shapes[0] == ((1, 784), torch.uint8)
 
 
-def test_only_images_have_a_size(tmp_path):
-    assert create_sequence_dataset('permuted-digits', None, 'train').image_size == (8, 8)
-    made.make_speech(tmp_path)
-    assert create_sequence_dataset('speech', tmp_path, 'test').image_size is None
-
-
 # --- damaged files ---
 
 IMAGES, LABELS = 'train-images-idx3-ubyte', 'train-labels-idx1-ubyte'
@@ -94,34 +88,32 @@ def test_damaged_files_of_mnist_are_reported(tmp_path, file, change, message):
     path = made.make_mnist(tmp_path) / 'MNIST' / 'raw' / file
     change(path)
     for download in (False, True):
-        with pytest.raises(ValueError, match=f'^[^\n]*{file} is damaged: {message}|{message}'):
+        with pytest.raises(ValueError, match=f'^[^\n]*{file} is damaged: [^\n]*{message}'):
             create_sequence_dataset('mnist', tmp_path, 'train', download)
     assert len(create_sequence_dataset('mnist', tmp_path, 'test')) == 20
 
 
 def test_a_file_of_the_published_size_with_another_checksum_is_reported(tmp_path, monkeypatch):
     content = made.make_mnist(tmp_path).joinpath('MNIST', 'raw', IMAGES).read_bytes()
-    monkeypatch.setitem(images._MNIST_FILES, IMAGES, ((28, 28), len(content), '6bbc9ace898e44ae57da46a324031adb'))
+    monkeypatch.setitem(images._MNIST_FILES, IMAGES, ((28, 28), len(content), images._MNIST_FILES[IMAGES][2]))
     with pytest.raises(ValueError, match='ubyte is damaged: its MD5 is not 6bbc9ace898e44ae57da46a324031adb; remove'):
         create_sequence_dataset('mnist', tmp_path, 'train')
 
 
-def test_labels_of_other_images_are_reported(tmp_path):
-    folder = made.make_mnist(tmp_path) / 'MNIST' / 'raw'
-    labels = folder / LABELS
-    content = labels.read_bytes()
-    labels.write_bytes(made.mnist_files((('train', 30),))[LABELS])
-    with pytest.raises(ValueError, match=r'expected a label from 0 to 9 for each of 40 images .*found 30 from 0 to 9'):
-        create_sequence_dataset('mnist', tmp_path, 'train')
-    labels.write_bytes(content[:-1] + b'\x0a')
-    with pytest.raises(ValueError, match='found 40 from 0 to 10'):
-        create_sequence_dataset('mnist', tmp_path, 'train')
-    labels.write_bytes(content[:8] + bytes(value % 9 for value in content[8:]))
-    with pytest.raises(ValueError, match=r"no sequence of 1 of 10 classes: \['9'\]"):
+@pytest.mark.parametrize('change, message', [
+    (lambda content: made.mnist_files((('train', 30),))[LABELS],
+     r'expected a label from 0 to 9 for each of 40 images .*found 30 from 0 to 9; remove both files and pass'),
+    (lambda content: content[:-1] + b'\x0a', 'found 40 from 0 to 10'),
+    (lambda content: content[:8] + bytes(value % 9 for value in content[8:]), "1 of 10 classes: .'9'.$"),
+])
+def test_labels_of_other_images_are_reported(tmp_path, change, message):
+    path = made.make_mnist(tmp_path) / 'MNIST' / 'raw' / LABELS
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
         create_sequence_dataset('mnist', tmp_path, 'train')
 
 
-def test_an_unpacking_that_broke_off_is_mended_by_a_download(tmp_path, monkeypatch, server):
+def test_an_interrupted_unpacking_is_repaired_by_a_download(tmp_path, monkeypatch, server):
     made.publish_mnist(server, monkeypatch)
     root = tmp_path / 'data'
     create_sequence_dataset('mnist', root, 'train', download=True)
@@ -158,7 +150,7 @@ def test_damaged_files_of_cifar10_are_reported_and_replaced(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize('name, length', [('permuted-mnist', 784), ('permuted-digits', 64)])
-def test_orders_are_those_that_they_are_said_to_be(name, length):
+def test_orders_are_numpys_permutations_of_seed_0(name, length):
     assert images._step_order(name, length).tolist() == np.random.RandomState(0).permutation(length).tolist()
 
 

@@ -1,4 +1,4 @@
-"""The data sets by name, and what all have in common."""
+"""The data sets by name, and properties that all data sets share."""
 import ast
 import math
 import pickle
@@ -41,6 +41,7 @@ def test_items_are_sequences_of_a_shape_with_their_class(root, name):
         assert isinstance(dataset, SequenceDataset) and dataset.shape == SHAPES[name]
         assert len(dataset) == len(dataset.labels) and set(dataset.labels) == set(range(len(dataset.classes)))
         assert len(dataset.classes) == (20 if name == 'characters' else 10)
+        assert dataset.image_size == {64: (8, 8), 784: (28, 28), 1024: (32, 32)}.get(dataset.shape[1])
         for index in (0, len(dataset) - 1):
             sequence, label = dataset[index]
             assert sequence.shape == SHAPES[name] and sequence.dtype == torch.float32 and sequence.isfinite().all()
@@ -167,7 +168,7 @@ def test_a_file_of_another_checksum_is_not_parsed(tmp_path, monkeypatch, name, m
     ('mnist', '', 'train', "mnist needs a folder .*: root is ''$"),
     ('mnist', __file__, 'train', 'mnist needs a folder .*: root is the file .*test_registry.py$'),
 ])
-def test_mistakes_are_reported(name, root, split, message):
+def test_wrong_arguments_are_reported(name, root, split, message):
     with pytest.raises(ValueError, match=message):
         create_sequence_dataset(name, root, split)
 
@@ -187,7 +188,7 @@ def test_missing_files_are_reported(tmp_path, name, message):
 
 
 @pytest.mark.parametrize('name', ['mnist', 'cifar10', 'characters', 'speech'])
-def test_a_folder_that_cannot_be_made_is_reported(tmp_path, name):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path, name):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match=r'file/data cannot be written: Not a directory$'):
         create_sequence_dataset(name, tmp_path / 'file' / 'data', 'train', download=True)
@@ -210,7 +211,7 @@ def test_public_names_are_frozen():
     assert tuple(sorted(SHAPES)) == DATASET_NAMES
 
 
-def test_heavy_libraries_are_imported_where_they_are_used():
+def test_heavy_libraries_are_imported_on_use():
     heavy = {'scipy', 'sklearn', 'torchvision'}
     for path in Path(data.__file__).parent.glob('*.py'):
         for node in ast.parse(path.read_text()).body:

@@ -1,4 +1,4 @@
-"""Speech Commands: the sound files, the splits, the coefficients that are kept, and damaged folders."""
+"""Speech Commands: sound files, coefficients, splits, the archive, and damaged folders."""
 import io
 import math
 import os
@@ -77,7 +77,7 @@ TOLERANCE = 64 * math.sqrt(2 / 64) * (14 + 100) * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_coefficients_are_torchaudios(golden, dtype):
+def test_coefficients_equal_torchaudios(golden, dtype):
     read = golden('mfcc')
     found = speech.mfcc(read['samples'].to(dtype) / 2 ** 15)
     assert found.dtype == dtype
@@ -135,13 +135,13 @@ def test_coefficients_are_normalised_each_over_the_training_split(tmp_path, fold
 # --- the archive ---
 
 
-def test_an_archive_that_was_put_there_by_hand_is_unpacked(tmp_path, monkeypatch):
+def test_an_existing_archive_is_unpacked(tmp_path, monkeypatch):
     made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
     assert len(create_sequence_dataset('speech', tmp_path, 'train')) == 30
 
 
-def test_of_many_processes_one_downloads(tmp_path, monkeypatch):
-    """Threads here: a lock of another file handle is another process's."""
+def test_one_of_many_processes_downloads(tmp_path, monkeypatch):
+    """Threads stand for processes: each has a file handle of its own for the lock."""
     made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
     fetched, unpacked = [], []
 
@@ -231,7 +231,6 @@ def test_members_that_leave_the_folder_are_refused(tmp_path, monkeypatch, member
 @pytest.mark.parametrize('change', [lambda content: content[:len(content) // 2], lambda content: b'x' * 5000,
                                     lambda content: b''])
 def test_damaged_archives_are_reported(tmp_path, monkeypatch, change):
-    """Were their checksums right."""
     path = made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
     path.write_bytes(change(path.read_bytes()))
     monkeypatch.setattr(speech, 'SHA256', made.sha256(path))
