@@ -173,9 +173,9 @@ def clips():
     return files
 
 
-def make_speech(root, files=None):
+def make_speech(root):
     folder = root / 'SpeechCommands' / 'speech_commands_v0.02'
-    for name, content in (clips() if files is None else files).items():
+    for name, content in clips().items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
