@@ -36,6 +36,11 @@ def copied(value):
     return [copied(item) for item in value] if isinstance(value, list) else value
 
 
+def widened(tensor):
+    """Return a tensor with arithmetic: float8 has none."""
+    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
 def change_value(value, draw):
     """Return a copy with one value, key or entry changed."""
     node = value = copied(value)
@@ -56,7 +61,8 @@ def change_value(value, draw):
             node[key] = draw.choice([
                 torch.Tensor.double, torch.Tensor.half, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.flatten,
                 torch.Tensor.to_sparse, torch.Tensor.squeeze, lambda own: own[None], lambda own: own.flatten()[:0],
-                lambda own: own * torch.nan, lambda own: own - torch.inf, lambda own: own - 5])(node[key])
+                lambda own: widened(own) * torch.nan, lambda own: widened(own) - torch.inf,
+                lambda own: widened(own) - 5])(node[key])
         else:
             node[key] = draw.choice(VALUES + TEXTS)
         return value

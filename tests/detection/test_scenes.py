@@ -101,7 +101,7 @@ def test_nothing_half_made_stays(scenes, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('argv', 'line'), [
     (['--size', '20'], 'argument --size: must be at least 48, got 20'),
-    (['--train', '0'], 'argument --train: must be at least 1, got 0'),
+    (['--train', '0'], 'argument --train: must be at least 1 and at most 1e+09, got 0'),
 ])
 def test_bad_arguments_are_one_line(scenes, tmp_path, capsys, argv, line):
     with pytest.raises(SystemExit) as end:

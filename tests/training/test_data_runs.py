@@ -216,4 +216,5 @@ def test_a_mistake_is_one_line(folders, tmp_path, capsys, name, more, message):
 def test_figures_read_deep_images_as_training_does(tmp_path):
     from smpconv_models.figures import _inputs
     for path in files(tmp_path):
-        assert np.array_equal(np.asarray(_inputs._read(path, ReadImage('L'))), GRAY), path
+        (_, image), = _inputs._read_images([str(path)], 1, ReadImage('L'))
+        assert np.array_equal(np.asarray(image), GRAY), path
