@@ -494,7 +494,7 @@ class Stream:
 ])
 def test_streams_must_be_whole(files, capsys, monkeypatch, said, labels, options, expected):
     dataset = IterableImageDataset('', reader=Stream(said, labels))
-    monkeypatch.setattr(LIBRARY.sources, 'open_dataset', lambda *args, **kwargs: dataset)
+    monkeypatch.setattr(LIBRARY.dataset_factory, 'open_dataset', lambda *args, **kwargs: dataset)
     argv = ('--checkpoint', files[0], *ON, *options)
     if isinstance(expected, str):
         assert expected in refused(validate.main, capsys, *argv)
