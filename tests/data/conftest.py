@@ -1,4 +1,4 @@
-"""Fixtures for sequences."""
+"""Fixtures for tests of data sets."""
 import functools
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -6,13 +6,14 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import made_sequences as made
 import pytest
 
-from smpconv_models.data import speech
+from smpconv_models.data import images, speech
 
 
 @pytest.fixture(autouse=True)
-def clips_that_were_made(monkeypatch):
-    """As many as the published ones are."""
+def made_files_count_as_published(monkeypatch):
+    """Replace the numbers of published clips and the checksums of published images by those of the made files."""
     monkeypatch.setattr(speech, 'CLIPS', {split: 10 * each for split, each in made.EACH.items()})
+    monkeypatch.setattr(images, 'MNIST_MD5', made.mnist_md5())
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -22,7 +23,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope='session')
 def server(tmp_path_factory):
-    """A folder and its address, on this machine: torchvision takes no file:// as an address."""
+    """Serve a new folder on this machine, as torchvision accepts no file:// address; return both."""
     folder = tmp_path_factory.mktemp('served')
     with ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
