@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Creates or updates a repository of the Hugging Face Hub with a folder that hub/convert.py has made.
+"""Create or update a repository of the Hugging Face Hub with a folder of hub/convert.py.
 
-    python hub/publish.py FOLDER OWNER/NAME              says what it would do
-    python hub/publish.py FOLDER OWNER/NAME --publish    does it
+    python hub/publish.py FOLDER OWNER/NAME              prints the changes
+    python hub/publish.py FOLDER OWNER/NAME --publish    makes them
 
-The token is the Hub client's: of HF_TOKEN, or of `hf auth login`. It is never taken as an argument, and never shown.
+The token is the Hub client's: HF_TOKEN, or that of `hf auth login`. It is never an argument, and never printed.
 
-Exit codes: 0 done, or nothing to do, 2 a folder, a name or a token that won't do, or the Hub refuses, 130 interrupted.
+Exit codes: 0 finished, 2 wrong folder, name or token, or the Hub refuses, 130 interrupted.
 """
 import argparse
 import os
@@ -14,7 +14,7 @@ import signal
 import sys
 from typing import List, Optional
 
-if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+if __name__ == '__main__':  # Ctrl-C while PyTorch is imported ends without a traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'publish.py: interrupted\n'), os._exit(130)))
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
@@ -26,11 +26,12 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='publish.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument('folder', metavar='FOLDER', help='what to send')
-    parser.add_argument('repo', metavar='OWNER/NAME', help='where to')
-    parser.add_argument('--publish', action='store_true', help='do it')
-    parser.add_argument('--force', action='store_true', help='replace other weights that are there')
-    parser.add_argument('--private', action='store_true', help='make the repository so; one that is there must be')
+    parser.add_argument('folder', metavar='FOLDER', help='folder of hub/convert.py')
+    parser.add_argument('repo', metavar='OWNER/NAME', help='name of the repository')
+    parser.add_argument('--publish', action='store_true', help='make the changes (default: print them)')
+    parser.add_argument('--force', action='store_true', help='replace other weights in the repository')
+    parser.add_argument(
+        '--private', action='store_true', help='create a private repository; an existing one must be private')
     return parser
 
 
@@ -53,7 +54,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     elif all(change == 'same' for change in done.changes.values()):
         print(f'{done.repo} is up to date')
     else:
-        print('nothing was sent; --publish does it')
+        print('nothing was sent; --publish makes these changes')
     return 0
 
 

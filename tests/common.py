@@ -1,4 +1,4 @@
-"""What several test folders need."""
+"""Helpers of several test folders."""
 import json
 from pathlib import Path
 
@@ -59,12 +59,12 @@ def assert_frozen(name, model):
 
 
 def released(data):
-    """The state dict in the release's names of what the release's code made."""
+    """Return the state dict, in the release's names, of an output of the release's code."""
     return {key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
 
 
 def assert_other_shape_is_one_line(model, state_dict, key, change):
-    """A state dict with one tensor changed, or made where there was none, is refused in a line."""
+    """Check that a state dict with one tensor changed or added is rejected in one line."""
     state_dict[key] = change(state_dict.get(key))
     with pytest.raises(ValueError, match=r'^the checkpoint does not fit the model: [^\n]*$'):
         load_into(model, state_dict)
@@ -75,3 +75,29 @@ def load_into(model, loaded, use_ema=True):
     state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
     model.load_state_dict(checkpoint.convert_and_check(state_dict, model))
     return key
+
+
+class Call:
+    """Calls a function when it is unpickled by a loader that permits it."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def one_line_error(call, *args, kind=ValueError, **kwargs):
+    """Return the message of the ValueError that a call raises, which is one line."""
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    message = str(error.value)
+    assert type(error.value) is kind and message and len(message.splitlines()) == 1
+    return message
+
+
+def only_warning(caplog):
+    """Return the one line that the package logged, a warning."""
+    record, = [record for record in caplog.records if record.name.startswith('smpconv_models')]
+    assert record.levelname == 'WARNING' and len(record.getMessage().splitlines()) == 1
+    return record.getMessage()

@@ -24,7 +24,7 @@ sys.exit(3)
 
 
 def run(redirection, **environment):
-    """Exit code of the script, standard output and error of the shell."""
+    """Return the exit code of the script, and standard output and error of the shell."""
     done = subprocess.run(
         ['bash', '-c', f'"{sys.executable}" -c "$0" {redirection}', SCRIPT], capture_output=True, timeout=60,
         env={**os.environ, **environment})

@@ -1,8 +1,8 @@
-"""Read the description in a checkpoint: its network, the preparation of its images and its training run.
+"""Description in a checkpoint: its network, the preparation of its images and its training run.
 
-Described values are typed and bounded before they are used. A file does not choose what is fetched or run. Of the data
-that a file names, :func:`smpconv_models.training.validate.inherit` opens only an embedded data set, or an image folder
-that exists on this machine.
+Described values are checked for type and bounds before they are used. A file does not choose what is fetched or run: of
+the data that it names, :func:`smpconv_models.training.validate.fill_from_checkpoint` opens only an embedded data set or
+an image folder that exists on this machine.
 """
 import logging
 import re
@@ -44,14 +44,13 @@ class Description:
 
     Args:
         checkpoint: Value returned by :func:`load_file`.
-        path: Path of the checkpoint, put before the errors.
+        path: Path of the checkpoint, with which errors begin.
 
     Attributes:
         arguments: Arguments of the training run as in the file, unchecked.
 
     Raises:
-        ValueError: On reading a field, if its value has another type or lies outside its bounds; the line names the
-            field.
+        ValueError: If a field is read whose value has another type or lies outside its bounds; it names the field.
     """
 
     def __init__(self, checkpoint: Any = None, path: Union[str, Path] = '') -> None:
@@ -124,7 +123,7 @@ class Description:
         Args:
             fields: Names of the fields to read, of those of :func:`check_preparation`.
             max_side: Largest side of an image, in pixels.
-            hint: Text put behind the errors.
+            hint: Text with which errors end.
         """
         with self._named(hint):
             return check_preparation({key: self.arguments.get(key) for key in fields}, 'args.', max_side)
@@ -144,7 +143,7 @@ class Description:
 
 
 def describe(checkpoint: Any, path: Union[str, Path] = '') -> Description:
-    """Return the :class:`Description` in a loaded checkpoint; ``path`` is put before its errors."""
+    """Return the :class:`Description` in a loaded checkpoint; errors begin with ``path``."""
     return Description(checkpoint, path)
 
 
@@ -175,11 +174,11 @@ def check_preparation(values: Any, prefix: str = '', max_side: int = MAX_IMAGE_S
     Args:
         values: Dictionary with any of ``img_size``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
             ``exif_orientation``.
-        prefix: Text put before a field's name in errors.
+        prefix: Text before a field's name in errors.
         max_side: Largest side of an image, in pixels.
 
     Raises:
-        ValueError: If timm could not prepare images that way, or would need any amount of memory for it.
+        ValueError: If timm could not prepare images that way, or would need unbounded memory for it.
     """
     checks = {
         'img_size': lambda name, value: check_number(name, value, 1, max_side, whole=True),
@@ -199,7 +198,7 @@ def check_model_kwargs(kwargs: Any, name: str = 'model_kwargs') -> Dict[str, Any
     """Return a constructor's arguments if they are plain, bounded and describe a network.
 
     Raises:
-        ValueError: If an argument is nested too deeply, too large, or would have timm load or wrap something.
+        ValueError: If an argument is nested too deeply, too large, or would make timm load or wrap something.
     """
     if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
         raise ValueError(f'{name} must be a dictionary of arguments, got {shown(kwargs)}')
@@ -213,7 +212,7 @@ def check_model_kwargs(kwargs: Any, name: str = 'model_kwargs') -> Dict[str, Any
 
 
 def _parts(name: str, value: Any, depth: int = _MAX_DEPTH) -> Iterator[Any]:
-    """Yield the keys and the leaves of a constructor's arguments; a container below the largest depth is a leaf."""
+    """Yield keys and leaves of a constructor's arguments; a container at the maximum depth is a leaf."""
     if depth and isinstance(value, dict):
         for key, item in value.items():
             if isinstance(key, str) and _NOT_OF_NETWORK.fullmatch(key):
@@ -304,7 +303,7 @@ def check_plain(name: str, value: Any, depth: int = 6) -> None:
 
 
 def is_empty_text(value: Any) -> bool:
-    """Whether a value is timm's way to leave a text option open."""
+    """Return whether a value is an empty text, by which timm leaves an option open."""
     return isinstance(value, str) and not value
 
 
@@ -318,7 +317,7 @@ class _Bounded(reprlib.Repr):
         self.maxstring = 80
 
     def repr_int(self, value: int, level: int) -> str:
-        # thousands of digits take long to print, or raise
+        # printing thousands of digits takes long, or raises
         return repr(value) if value.bit_length() <= 128 else f'a number of {value.bit_length()} bits'
 
     def repr_instance(self, value: Any, level: int) -> str:

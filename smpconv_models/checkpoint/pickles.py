@@ -177,7 +177,7 @@ class _Unpickler(_PythonsUnpickler):
             raise pickle.UnpicklingError('it repeats itself')
 
     def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == 'module':  # a module saved whole by an old version; its class is unsafe
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == 'module':  # a whole module in an old file
             return pid[1]
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage':
             raise pickle.UnpicklingError('it refers to something that is no tensor')

@@ -1,6 +1,6 @@
-"""Weights as folders of the Hugging Face Hub: safetensors, ``config.json``, a card.
+"""Weights as folders for the Hugging Face Hub: safetensors, ``config.json``, a card.
 
-timm reads them: ``timm.create_model('local-dir:FOLDER', pretrained=True)``, or ``'hf-hub:OWNER/NAME'`` when published.
+timm loads them: ``timm.create_model('local-dir:FOLDER', pretrained=True)``, or ``'hf-hub:OWNER/NAME'`` once published.
 """
 from ._convert import Converted, convert
 from ._load import load

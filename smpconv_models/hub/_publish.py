@@ -1,4 +1,4 @@
-"""Repositories of the Hub from folders."""
+"""Publication of folders as repositories of the Hub."""
 import json
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Union
@@ -12,18 +12,17 @@ from smpconv_models.utils.errors import first_line
 
 from ._load import CARD, CONFIG, WEIGHTS, load
 
-# Files of weights, by their suffixes.
-_WEIGHTS = ('.bin', '.ckpt', '.h5', '.msgpack', '.onnx', '.pkl', '.pt', '.pth', '.safetensors', '.tar')
+_WEIGHT_SUFFIXES = ('.bin', '.ckpt', '.h5', '.msgpack', '.onnx', '.pkl', '.pt', '.pth', '.safetensors', '.tar')
 
 
 class Publication(NamedTuple):
-    """What publishing does, or would do.
+    """Changes of a repository, made or planned.
 
     Attributes:
         repo: ``OWNER/NAME``.
-        creates: Whether the repository is made.
-        changes: File name -> 'new', 'changed', 'same', or 'removed' of other weights.
-        url: Of the commit; None of a dry run, or where nothing changes.
+        creates: Whether the repository is new.
+        changes: File name -> 'new', 'changed', 'same', or 'removed' for other weights.
+        url: Address of the commit; None in a dry run or if nothing changes.
     """
     repo: str
     creates: bool
@@ -38,22 +37,21 @@ def publish(
         force: bool = False,
         private: bool = False,
 ) -> Publication:
-    """Creates or updates a repository of the Hugging Face Hub with a folder that :func:`convert` has made.
+    """Create or update a repository of the Hugging Face Hub with a folder of :func:`convert`.
 
-    Only the weights in safetensors, the configuration and the card are sent, in which ``OWNER/NAME`` becomes the
-    repository's. The token is the Hub client's own: of
-    ``HF_TOKEN``, or of ``hf auth login``.
+    Only the safetensors weights, the configuration and the card are sent; ``OWNER/NAME`` in the card becomes the
+    repository's name. The token is the Hub client's: ``HF_TOKEN``, or that of ``hf auth login``.
 
     Args:
-        folder: What to send.
+        folder: Folder to send.
         repo: ``OWNER/NAME``.
-        dry_run: Look at both, and send nothing.
-        force: Replace other weights that are there, whatever they are called.
-        private: Make the repository so; one that is there must be.
+        dry_run: Only compare folder and repository.
+        force: Replace other weights in the repository, under any name.
+        private: Create a private repository; an existing one must be private.
 
     Raises:
-        ValueError: The folder is not whole, has weights that aren't finite or other files; the repository has other
-            weights, no token is set, or the Hub refuses.
+        ValueError: If the folder is incomplete, has weights that are not finite or other files; the repository has
+            other weights, no token is set, or the Hub refuses.
     """
     folder = Path(folder)
     sha256 = _check_folder(folder)
@@ -64,10 +62,13 @@ def publish(
         CARD: (folder / CARD).read_bytes().replace(b'OWNER/NAME', repo.encode())}
     names = {WEIGHTS: sha256, **{file: hub_download.git_sha1(content) for file, content in texts.items()}}
     client = HfApi()
-    made = False
+    is_created = False
     try:
-        _check_token(client)
-        info = _info(client, repo)
+        token = get_token()
+        if token is None:
+            raise ValueError('publishing needs a token: set HF_TOKEN, or run hf auth login')
+        client.whoami(token=token)
+        info = _model_info(client, repo)
         planned = _plan(repo, info, names, force, private)
         files = [file for file, change in planned.changes.items() if change in ('new', 'changed')]
         removed = [file for file, change in planned.changes.items() if change == 'removed']
@@ -75,7 +76,7 @@ def publish(
             return planned
         if info is None:
             client.create_repo(repo, private=private, exist_ok=True)
-            made = True
+            is_created = True
         commit = client.create_commit(
             repo,
             [CommitOperationAdd(file, texts.get(file, str(folder / file))) for file in files]
@@ -85,22 +86,22 @@ def publish(
     except HFValidationError as error:
         raise ValueError(f'{repo!r} is no name for a repository: {first_line(error)}') from error
     except json.JSONDecodeError as error:
-        raise ValueError(f'{repo} cannot be published: the Hub answers with a page; see HF_ENDPOINT') from error
+        raise ValueError(f'{repo} cannot be published: the server sends a page; see HF_ENDPOINT') from error
     except (*hub_download.HUB_ERRORS, RuntimeError) as error:
-        left = f' ({repo} was made, and is empty)' if made else ''
+        left = f' ({repo} was created, and is empty)' if is_created else ''
         raise ValueError(f'{repo} cannot be published: {hub_download.error_reason(error)}{left}') from error
 
 
 def _check_folder(folder: Path) -> str:
-    """Raises ValueError unless it can be sent; the checksum of its weights."""
+    """Return the checksum of the weights; raise ValueError if the folder cannot be sent."""
     if not folder.is_dir():
-        raise ValueError(f'{folder} is no folder; hub/convert.py makes one')
-    missing = [name for name in (WEIGHTS, CONFIG, CARD) if not (folder / name).is_file()]
-    others = sorted(path.name for path in folder.iterdir() if path.name not in (WEIGHTS, CONFIG, CARD))
-    others = [name for name in others if not name.startswith('.')]
+        raise ValueError(f'{folder} is no folder; hub/convert.py creates one')
+    files = (WEIGHTS, CONFIG, CARD)
+    missing = [name for name in files if not (folder / name).is_file()]
+    others = sorted(path.name for path in folder.iterdir() if path.name not in files and not path.name.startswith('.'))
     if missing or others:
-        raise ValueError(f'{folder} must have {WEIGHTS}, {CONFIG} and {CARD}: no {missing}, but {others[:5]}')
-    load(folder)  # of a configuration and weights that are whole, finite and go together
+        raise ValueError(f'{folder} must have {", ".join(files)}: missing {missing}, unexpected {others[:5]}')
+    load(folder)  # raises if configuration and weights are incomplete, not finite or do not fit
     expected = json.loads((folder / CONFIG).read_text(encoding='utf-8')).get('sha256')
     sha256 = file_sha256(folder / WEIGHTS)
     if sha256 != expected:
@@ -108,39 +109,33 @@ def _check_folder(folder: Path) -> str:
     return sha256
 
 
-def _check_token(client: HfApi) -> None:
-    token = get_token()
-    if token is None:
-        raise ValueError('publishing needs a token: set HF_TOKEN, or run hf auth login')
-    client.whoami(token=token)
-
-
-def _info(client: HfApi, repo: str) -> Optional[ModelInfo]:
-    """What the Hub has; None where there is no such repository."""
+def _model_info(client: HfApi, repo: str) -> Optional[ModelInfo]:
+    """Return what the Hub knows of a repository; None if there is none."""
     try:
         return client.model_info(repo, files_metadata=True)
     except RepositoryNotFoundError:
         return None
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f'{repo} cannot be published: the Hub does not answer as one; see HF_ENDPOINT') from error
+        raise ValueError(
+            f'{repo} cannot be published: the server does not answer as the Hub does; see HF_ENDPOINT') from error
 
 
 def _plan(repo: str, info: Optional[ModelInfo], names: Dict[str, str], force: bool, private: bool) -> Publication:
     if info is None:
         return Publication(repo, True, dict.fromkeys(names, 'new'))
     if private and not info.private:
-        raise ValueError(f'{repo} is there already, for everybody to see: --private cannot change that')
-    there = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    changes = {file: _change(name, there.get(file)) for file, name in names.items()}
-    others: List[str] = [file for file in there if file.endswith(_WEIGHTS) and file not in names]
+        raise ValueError(f'{repo} exists and is public: --private cannot change that')
+    published = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    changes = {file: _compare(name, published.get(file)) for file, name in names.items()}
+    others: List[str] = [file for file in published if file.endswith(_WEIGHT_SUFFIXES) and file not in names]
     if (others or changes[WEIGHTS] == 'changed') and not force:
         named = f' ({", ".join(others[:5])})' if others else ''
         raise ValueError(f'{repo} has other weights{named}: --force replaces them')
     return Publication(repo, False, {**changes, **dict.fromkeys(others, 'removed')})
 
 
-def _change(name: str, there: Any) -> str:
-    """Of a content, by the Hub's name for it: the SHA-256 of what is large, else Git's."""
-    if there is None:
+def _compare(name: str, published: Any) -> str:
+    """Return the change of a file, from the Hub's name for its content: SHA-256 for large files, Git's for others."""
+    if published is None:
         return 'new'
-    return 'same' if name == (there.lfs.sha256 if there.lfs else there.blob_id) else 'changed'
+    return 'same' if name == (published.lfs.sha256 if published.lfs else published.blob_id) else 'changed'

@@ -1,1 +1,1 @@
-"""Downloads, atomic writes, locks, error lines and standard streams: what several subpackages need."""
+"""Downloads, locks, atomic writes, error messages and standard streams, shared by several subpackages."""

@@ -12,10 +12,10 @@ from typing import Any, Dict, Iterator, List, Sequence
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``, which takes its name at the end of the block, on the disk by then.
+    """Yield a temporary path for the block; its file is then flushed to the disk and renamed to ``path``.
 
     Args:
-        path: What to replace; a link is replaced, not what it points to.
+        path: Path of the file to replace; a link is replaced, not its target.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(handle)
@@ -24,7 +24,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp creates files that only their owner reads
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
@@ -33,26 +35,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_temporaries(paths: Sequence[Path]) -> None:
-    """Removes what a killed process was writing for these files."""
+    """Remove the temporary files that a killed process left beside these files."""
     for path in paths:
         for temporary in path.parent.glob(f'.{glob.escape(path.name)}.*'):
             temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == 'nt':  # a folder can't be opened there
+    if os.name == 'nt':  # which cannot open a folder
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
@@ -70,6 +66,6 @@ def save_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Writes JSON for people and programs."""
+    """Write a value as indented JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + '\n')

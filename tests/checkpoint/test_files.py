@@ -1,4 +1,4 @@
-"""Files that were made to harm, and all that torch.save and safetensors make otherwise."""
+"""Hostile files, and all kinds of files that torch.save and safetensors write."""
 import argparse
 import io
 import json
@@ -14,6 +14,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from common import Call
 from safetensors.torch import load_file, save_file
 
 from smpconv_models import checkpoint
@@ -82,19 +83,19 @@ def write_legacy(path, body, keys=None, data=ONE_FLOAT):
 
 
 def write(path, body, new_format, elements=1):
-    """In either format, with a storage of so many floats."""
+    """Write either format, with a storage of ``elements`` floats."""
     if new_format:
         return write_zip(path, body, [('data/0', bytes(4 * elements))])
     return write_legacy(path, body, data=struct.pack('<q', elements) + bytes(4 * elements))
 
 
 def view_of(new_format):
-    """The last part of a storage's description, which the old format has alone."""
+    """Return the last part of a storage's description, which only the legacy format has."""
     return b'' if new_format else b'N'
 
 
 def refused(path, match=None, readers=(checkpoint.check_file, checkpoint.load_file)):
-    """Both say so in one line that names the file, with less memory than would be reserved otherwise."""
+    """Check that readers reject a file in one line that names it, without much memory."""
     tracemalloc.start()
     try:
         for reader in readers:
@@ -111,21 +112,13 @@ formats = pytest.mark.parametrize('new_format', [True, False], ids=['zip', 'lega
 
 
 def test_pickles_by_hand_are_read(tmp_path):
-    """What the attacks differ from."""
+    """The harmless file from which the attacks differ."""
     for new_format in (True, False):
         path = write(tmp_path / 'a.pth', under(tensor(storage(view=view_of(new_format)))), new_format)
         assert torch.equal(checkpoint.load_file(path)['w'], torch.zeros(1))
 
 
 # --- code ---
-
-
-class Call:
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
 
 
 @formats
@@ -332,7 +325,7 @@ def test_one_storage_of_two_sizes(tmp_path, new_format):
 @formats
 @pytest.mark.parametrize('key', [b'G' + struct.pack('>d', float('nan')), number(0), several(text('0'))])
 def test_storage_that_is_unlike_itself(tmp_path, new_format, key):
-    """NaN isn't NaN: PyTorch would read its record once for each time it is named."""
+    """NaN differs from NaN: PyTorch would read the record each time that the key occurs."""
     path = tmp_path / 'a.pth'
     body = under(several(*[storage(MIB, 'torch.ByteStorage', key, view_of(new_format))] * 20))
     if new_format:
@@ -344,7 +337,7 @@ def test_storage_that_is_unlike_itself(tmp_path, new_format, key):
 
 @pytest.mark.parametrize('keys', [b']', b']' + text('1') + b'a', b'N', b']K\x01a'])
 def test_legacy_storage_without_content(tmp_path, keys):
-    """It would be whatever was in memory."""
+    """PyTorch would leave its memory uninitialized."""
     refused(write_legacy(tmp_path / 'a.pth', under(tensor(storage(view=b'N'))), keys), 'not those')
 
 
@@ -411,7 +404,7 @@ def test_deep_and_circular_lists_are_read(tmp_path):
     name('argparse.Namespace') + several(b'N') + b'R', b'K\x01Q', b'\x82\x01', b'\x97', b')Q',
 ])
 def test_malformed_pickles(tmp_path, new_format, body):
-    readers = (checkpoint.load_file,)  # PyTorch's reader is stricter than a look
+    readers = (checkpoint.load_file,)  # PyTorch's reader is stricter than the scan
     refused(write(tmp_path / 'a.pth', under(body), new_format), readers=readers)
 
 
@@ -565,7 +558,7 @@ def test_malformed_safetensors(tmp_path, kind):
     SAFE[kind](path)
     refused(path, 'is there twice' if kind == 'duplicate' else 'not a whole safetensors file')
     if kind == 'duplicate':
-        assert set(load_file(path)) == {'a'}  # which of the two, nobody knows
+        assert set(load_file(path)) == {'a'}  # one of the two, unspecified
 
 
 def test_large_header_of_safetensors(tmp_path):
@@ -707,7 +700,7 @@ def test_what_is_saved_is_read(tmp_path, kind, variant):
 
 @formats
 def test_sets_and_bytes_are_refused_by_name(tmp_path, new_format):
-    """Nothing of ours or timm's has any; in torch.save's protocol each is a call."""
+    """Neither our files nor timm's have any; each is a call in torch.save's protocol."""
     torch.save({'a': {1}, 'b': b'x'}, tmp_path / 'a.pth', _use_new_zipfile_serialization=new_format)
     refused(tmp_path / 'a.pth', r'__builtin__\.set, _codecs\.encode')
 

@@ -7,13 +7,13 @@
         subprocess.run(command, env=hub.environment(home, HF_TOKEN=hub.token))
         assert [str(request) for request in hub.requests] == ['HEAD /owner/name/resolve/main/model.safetensors', ...]
 
-It speaks what models need: file metadata and contents, listings, branches and tags, repositories and commits, LFS's
+It supports what models need: file metadata and contents, listings, branches and tags, repositories and commits, LFS's
 batch interface; not datasets or spaces, pull requests, uploads in parts, or listings on several pages. Contents of
 LFS files come from a second port, `hub.cdn_url`, as the Hub's come from another host: the address under /resolve/ only
 leads there, and the client must not take its token along.
 
 Xet is never offered. A client that has hf_xet installed downloads without it then, but insists on it for uploads,
-whatever a server says: HF_HUB_DISABLE_XET=1, in `hub.environment`, makes it upload by LFS. The variable is read when
+regardless of the server: HF_HUB_DISABLE_XET=1, in `hub.environment`, makes it upload by LFS. The variable is read when
 huggingface_hub is imported; in a process that has done so, set huggingface_hub.constants.HF_HUB_DISABLE_XET.
 """
 import base64
@@ -33,6 +33,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
+
+from huggingface_hub import constants
 
 PIECE = 1 << 18
 LFS_SUFFIXES = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.npz', '.onnx')
@@ -695,3 +697,22 @@ class LoopbackHub:
             fault = next((fault for fault in self.faults if fault.matches(request)), NO_FAULT)
             fault.seen += fault is not NO_FAULT
             return fault
+
+
+def set_client(monkeypatch, folder, url=None):
+    """Set up huggingface_hub in this process: no Xet, no telemetry, no token; cache in a folder of the test's."""
+    settings = dict(
+        HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False,
+        HF_HUB_CACHE=str(folder / 'cache'), HF_TOKEN_PATH=str(folder / 'token'))
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
+        monkeypatch.delenv(name, raising=False)
+    if url is not None:
+        point_client(monkeypatch, url)
+
+
+def point_client(monkeypatch, url):
+    """Let huggingface_hub in this process ask the Hub at this address."""
+    monkeypatch.setattr(constants, 'ENDPOINT', url)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')

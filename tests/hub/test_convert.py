@@ -1,4 +1,4 @@
-"""From a checkpoint to a folder to the Hub to a model."""
+"""Conversion of checkpoints to folders, their publication on the Hub, and models from them."""
 import argparse
 import importlib.util
 import json
@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import common
 import pytest
 import timm
 import torch
@@ -65,9 +66,7 @@ def namespace(**changes):
 def released(golden):
     """A state dict in the release's names, an image and its logits."""
     data = golden('imagenet_tiny')
-    state_dict = {
-        key.removeprefix('state_dict.'): value for key, value in data.items() if key.startswith('state_dict.')}
-    return state_dict, data['input'], data['logits']
+    return common.released(data), data['input'], data['logits']
 
 
 @pytest.fixture
@@ -167,7 +166,7 @@ def test_files_have_the_users_permissions(tmp_path, file):
 @pytest.mark.parametrize('change, told', [
     (lambda path: path.write_bytes(b'<html>'), 'HTML'),
     (lambda path: path.write_bytes(path.read_bytes()[:-500]), 'truncated or damaged'),
-    (lambda path: torch.save(timm.create_model('test_resnet').state_dict(), path), 'it is of none of'),
+    (lambda path: torch.save(timm.create_model('test_resnet').state_dict(), path), 'the weights fit none of'),
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model='resnet18')}, path),
      "got 'resnet18'"),
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model_kwargs={'x': 1})}, path),
@@ -191,7 +190,7 @@ def test_weights_that_are_not_finite_are_not_converted(tmp_path, released, capsy
 def test_a_folder_with_files_is_left_alone(tmp_path, file, capsys):
     (tmp_path / 'folder').mkdir()
     (tmp_path / 'folder/mine').write_text('x')
-    assert 'is there already' in refused(capsys, convert, file, tmp_path / 'folder')
+    assert 'expected a new or an empty folder' in refused(capsys, convert, file, tmp_path / 'folder')
     assert os.listdir(tmp_path / 'folder') == ['mine']
 
 
@@ -218,7 +217,7 @@ def test_arguments_that_contradict_each_other(capsys, argv):
 
 
 def test_a_checkpoint_of_gray_images_without_a_size(tmp_path):
-    """As train.py writes one where --img-size is left to the model."""
+    """train.py saves such a checkpoint if --img-size is not given."""
     model = randomize_(timm.create_model('smpconv_nano', num_classes=2, in_chans=1)).eval()
     torch.save({
         'state_dict': model.state_dict(), 'model_kwargs': {'num_classes': 2, 'in_chans': 1},
@@ -230,7 +229,7 @@ def test_a_checkpoint_of_gray_images_without_a_size(tmp_path):
 
 
 def test_arguments_of_timms_script_are_the_models(tmp_path):
-    """Those that no shape tells too."""
+    """Arguments that no shape shows are used as well."""
     kwargs = dict(act_layer='silu', output_stride=16)
     model = randomize_(timm.create_model('smpconv_nano', num_classes=3, global_pool='max', **kwargs)).eval()
     torch.save({'state_dict': model.state_dict(), 'args': namespace(
@@ -241,7 +240,7 @@ def test_arguments_of_timms_script_are_the_models(tmp_path):
 
 
 def test_a_model_of_large_images_is_converted_and_evaluated_on_request(tmp_path, capsys):
-    """Images of 4096 pixels are described; what an evaluation costs is for the user to choose."""
+    """A description may have images of 4096 pixels; only the user's option evaluates such large ones."""
     kwargs = dict(TINY, num_classes=10)
     model = timm.create_model('smpconv_nano', **kwargs)
     torch.save({'state_dict': model.state_dict(), 'model_kwargs': kwargs, 'args': {
@@ -285,7 +284,7 @@ def test_what_a_checkpoint_says_of_itself_is_not_believed(tmp_path, capsys, cont
 
 
 def test_outputs_that_differ_are_no_conversion(tmp_path, file, monkeypatch, capsys):
-    """What is written is read again."""
+    """The saved model is loaded and compared."""
     save_for_hf = _convert.save_for_hf
 
     def damaged(network, *args, **kwargs):
@@ -417,28 +416,19 @@ def test_publishing_sends_what_changed_and_never_the_token(remote, folder, capsy
     assert not any('hf_test' in request.path + request.query for request in remote.requests)
 
 
-def other_weights(folder):
-    weights = load_file(folder / 'model.safetensors')
-    weights['norm.weight'] = weights['norm.weight'] + 1
-    save_file(weights, folder / 'model.safetensors')
-    config = json.loads((folder / 'config.json').read_text())
-    config['sha256'] = file_sha256(folder / 'model.safetensors')
-    (folder / 'config.json').write_text(json.dumps(config))
-
-
 def test_other_weights_need_force(remote, folder, capsys):
     assert run(publish, folder, REPO, '--publish') == 0
     before = remote.files(REPO)['model.safetensors'].read_bytes()
-    other_weights(folder)
+    change_weight(folder, 1)
     assert 'has other weights: --force replaces them' in refused(capsys, publish, folder, REPO, '--publish')
     assert remote.files(REPO)['model.safetensors'].read_bytes() == before
     assert run(publish, folder, REPO, '--publish', '--force') == 0
     assert remote.files(REPO)['model.safetensors'].read_bytes() == (folder / 'model.safetensors').read_bytes()
 
 
-def nan_weights(folder):
+def change_weight(folder, change):
     weights = load_file(folder / 'model.safetensors')
-    weights['norm.weight'][0] = float('nan')
+    weights['norm.weight'][0] += change
     save_file(weights, folder / 'model.safetensors')
     change_config(folder, sha256=file_sha256(folder / 'model.safetensors'))
 
@@ -449,10 +439,10 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize('change, told', [
-    (nan_weights, 'not finite: norm.weight'),
+    (lambda folder: change_weight(folder, float('nan')), 'not finite: norm.weight'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b''), 'is damaged: its checksum'),
-    (lambda folder: (folder / 'README.md').unlink(), "no ['README.md']"),
-    (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b'x'), "but ['pytorch_model.bin']"),
+    (lambda folder: (folder / 'README.md').unlink(), "missing ['README.md']"),
+    (lambda folder: (folder / 'pytorch_model.bin').write_bytes(b'x'), "unexpected ['pytorch_model.bin']"),
     (lambda folder: (folder / 'config.json').write_text('{}'), "it has no 'architecture'"),
     (lambda folder: (folder / 'config.json').write_text('[]'), 'cannot be loaded'),
     (lambda folder: (folder / 'config.json').write_text(''), 'cannot be loaded'),
@@ -520,12 +510,12 @@ def test_a_public_repository_stays_public(remote, folder, capsys):
 
 def test_a_repository_that_stays_empty_is_told(remote, folder, capsys):
     remote.fail('*/commit/*', status=403, times=None)
-    assert f'({REPO} was made, and is empty)' in refused(capsys, publish, folder, REPO, '--publish')
+    assert f'({REPO} was created, and is empty)' in refused(capsys, publish, folder, REPO, '--publish')
 
 
 def test_a_hub_that_answers_with_something_else(remote, folder, capsys):
     remote.fail('/api/models/*', body=b'[]', headers={'Content-Type': 'application/json'}, times=None)
-    assert 'does not answer as one' in refused(capsys, publish, folder, REPO, '--publish')
+    assert 'does not answer as the Hub does' in refused(capsys, publish, folder, REPO, '--publish')
 
 
 # --- the whole way ---
@@ -539,7 +529,7 @@ torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
 
 
 def to_release(state_dict):
-    """Under the original release's names and in its shapes."""
+    """Return a state dict under the original release's names and in its shapes."""
     converted = {}
     for key, value in state_dict.items():
         key = re.sub(r'^stages\.(\d+)\.downsample\.(\d+)', lambda m: f'transitions.{int(m[1]) - 1}.{m[2]}', key)
@@ -603,7 +593,7 @@ def test_from_the_releases_file_through_the_hub_to_a_model_in_a_fresh_process(tm
 
 
 def test_names_are_the_releases(released):
-    """What the whole way is tried on."""
+    """The names of the tests above are the release's."""
     model = timm.create_model('smpconv_t', num_classes=10, **TINY)
     model.load_state_dict(checkpoint.convert_original(released[0]))
     made = to_release(model.state_dict())

@@ -1,4 +1,4 @@
-"""Pretrained weights from the Hugging Face Hub and from folders: what is loaded, and what is said where it can't be."""
+"""Pretrained weights from the Hugging Face Hub and from folders: which are loaded, and the errors for others."""
 import contextlib
 import json
 import os
@@ -11,9 +11,10 @@ import time
 import pytest
 import timm
 import torch
-from common import randomize_
+from common import Call, only_warning, randomize_
+from common import one_line_error as fails
 from huggingface_hub import close_session, constants, file_download
-from loopback import HTML, Fault, LoopbackHub
+from loopback import HTML, Fault, LoopbackHub, point_client, set_client
 from safetensors.torch import load_file, save_file
 
 import train
@@ -32,7 +33,7 @@ IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope='module', autouse=True)
 def session():
-    """The client's connections, made anew: they may know other proxies."""
+    """Fresh connections of the client: old ones may use other proxies."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv('NO_PROXY', '127.0.0.1')
         close_session()
@@ -43,19 +44,8 @@ def session():
 @pytest.fixture(autouse=True)
 def client(monkeypatch, tmp_path):
     """The Hub's client of this process, without waits and tokens; its default cache is in the test's folder."""
-    settings = dict(
-        HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False,
-        HF_HUB_CACHE=str(tmp_path / 'cache'), HF_TOKEN_PATH=str(tmp_path / 'token'))
-    for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
-    for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
-        monkeypatch.delenv(name, raising=False)
+    set_client(monkeypatch, tmp_path)
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-
-
-def point_to(url, monkeypatch):
-    monkeypatch.setattr(constants, 'ENDPOINT', url)
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')
 
 
 def make(seed=0, name='smpconv_nano', **kwargs):
@@ -87,7 +77,7 @@ def folder(model, tmp_path_factory):
 @pytest.fixture
 def hub(monkeypatch, folder):
     with LoopbackHub() as hub:
-        point_to(hub.url, monkeypatch)
+        point_client(monkeypatch, hub.url)
         hub.add_repo(NAME, files_of(folder))
         yield hub
 
@@ -96,23 +86,14 @@ def create(name=HUB_NAME, **kwargs):
     return timm.create_model(name, pretrained=True, **kwargs).eval()
 
 
-def fails(call, *args, kind=ValueError, **kwargs):
-    """The one line of a call's ValueError."""
-    with pytest.raises(ValueError) as error:
-        call(*args, **kwargs)
-    message = str(error.value)
-    assert type(error.value) is kind and message and len(message.splitlines()) == 1
-    return message
-
-
 def stored(root):
-    """What there is under a folder but the client's locks and marks: names, without the links to files."""
+    """Return the names of the files in a folder, without links and the client's locks and marks."""
     found = {path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file() and not path.is_symlink()}
     return {name for name in found if '.lock' not in name and not name.endswith('CACHEDIR.TAG')}
 
 
 def blobs(tmp_path):
-    """Contents in the cache, whole or not."""
+    """Return the names of the contents in the cache, complete or not."""
     return {name for name in stored(tmp_path) if '/refs/' not in name}
 
 
@@ -178,7 +159,7 @@ def test_other_classes_and_none(source, model):
 
 
 def test_one_input_channel(source, model):
-    """timm sums the first kernel over the colours: the same answer for grey images."""
+    """timm sums the first kernel over the colors: the outputs for gray images stay the same."""
     grey = IMAGE[:, :1]
     torch.testing.assert_close(create(source, in_chans=1)(grey), model(grey.expand(-1, 3, -1, -1)))
 
@@ -198,7 +179,7 @@ def test_cache_dir(hub, model, tmp_path):
 
 
 def test_weights_in_the_configuration_are_not_taken(tmp_path, model, folder):
-    """Of a folder or repository, the weights are in the file."""
+    """The weights of a folder or repository are those in its file."""
     config = json.loads((folder / CONFIG).read_text())
     config['pretrained_cfg'].update(state_dict={'a': 1}, file='/etc/hostname', custom_load=True)
     (tmp_path / CONFIG).write_text(json.dumps(config))
@@ -240,7 +221,7 @@ print(model.pretrained_cfg['hf_hub_id'], model.pretrained_cfg['file'])
 
 
 def test_a_plain_name(hub, model):
-    """As with the process of its own, but what the loaded model says of itself."""
+    """Like the test in a fresh process, but checks the config of the loaded model."""
     repo = f'{_pretrained.HUB_NAMESPACE}/smpconv_t.in1k'
     plain = make(name='smpconv_t', num_classes=1000)
     hub.add_repo(repo, files_of_state(plain, hub))
@@ -272,7 +253,7 @@ def test_the_second_load_downloads_nothing(hub, model):
 
 
 def test_a_file_that_another_revision_has_too(hub, tmp_path):
-    """The cache learns which revision main is now, for when there is no network."""
+    """The cache stores which revision main is, for a later load without network."""
     first = hub_download.download_verified(NAME, CONFIG)
     second = hub.commit(NAME, {CONFIG: b'{}'})
     assert hub_download.download_verified(f'{NAME}@{second}', CONFIG) != first
@@ -304,7 +285,7 @@ def test_offline_without_a_cache(hub, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(('filename', 'pattern'), [(WEIGHTS, CDN), (CONFIG, '*/config.json')])
 def test_a_bit_flipped_on_the_way(hub, folder, tmp_path, filename, pattern):
-    """LFS files go by SHA-256, small ones by Git's SHA-1."""
+    """LFS files are named by SHA-256, small files by Git's SHA-1."""
     fault = hub.fail(pattern, flip=100, method='GET')
     message = fails(hub_download.download_verified, NAME, filename)
     assert 'checksum' in message and filename in message and str(tmp_path / 'cache') in message and fault.seen == 1
@@ -327,7 +308,7 @@ def test_a_bit_flipped_in_the_cache(hub, folder, tmp_path, monkeypatch, filename
 
 @pytest.mark.parametrize('damage', [False, True])
 def test_content_that_several_repositories_share(hub, folder, tmp_path, damage):
-    """Of what it got by Xet the client leads the blob on, to a file that is named by a hash of Xet's."""
+    """For a download by Xet the blob is a link, to a file that is named by a hash of Xet's."""
     path = hub_download.download_verified(NAME, WEIGHTS)
     blob, shared = path.resolve(), tmp_path / 'cache/blobs/ab' / ('ab' * 32)
     shared.parent.mkdir(parents=True)
@@ -355,7 +336,7 @@ def test_a_bit_flipped_is_told_by_timm(hub, model):
 
 @pytest.mark.slow  # 8 s: several programs
 def test_a_bit_flipped_in_the_cache_is_told_whoever_is_first(hub, tmp_path):
-    """The checksum is computed beside; the file is there until it has been read."""
+    """The checksum is computed in parallel; the file is removed only after it was read."""
     for _ in range(5):
         create()
         flip(hub_download.download_verified(NAME, WEIGHTS).resolve())
@@ -392,7 +373,7 @@ def test_a_path_in_place_of_a_checksum(hub, tmp_path, filename, kind, name):
 
 
 def test_a_path_in_the_answer_to_the_client(hub, folder, tmp_path):
-    """Which asks again. What it writes then is not read."""
+    """The client asks again; the file that it then writes is not read."""
     class Later(Fault):
         asked = 0
 
@@ -401,7 +382,7 @@ def test_a_path_in_the_answer_to_the_client(hub, folder, tmp_path):
             return self.asked > 1 and super().matches(request)
 
     mine = tmp_path / 'mine'
-    mine.write_bytes(b'mine')  # which the client takes for the file; one that isn't there it would write
+    mine.write_bytes(b'mine')  # the client takes it for the file; it would write one that does not exist
     hub.faults.append(Later('*/resolve/*', times=None, etag=f'"{mine}"'))
     assert 'does not answer as the Hub does' in fails(hub_download.download_verified, NAME, WEIGHTS)
     assert mine.read_bytes() == b'mine'
@@ -410,7 +391,7 @@ def test_a_path_in_the_answer_to_the_client(hub, folder, tmp_path):
 
 
 def test_a_commit_in_the_answer_that_there_is_no_file(hub, tmp_path):
-    """The client makes a mark under that name."""
+    """The client creates a mark under that name."""
     hub.fail('*', times=None, headers={'X-Repo-Commit': str(tmp_path / 'evil')})
     assert 'none.bin does not exist' in fails(hub_download.download_verified, NAME, 'none.bin')
     assert not stored(tmp_path)
@@ -424,16 +405,14 @@ def test_a_file_name_that_leads_out(hub, tmp_path, filename):
 
 @pytest.mark.parametrize('repo', ['../..', 'a/b/c', '', 'owner/na me', '/etc', 'owner/..', 'owner/name@../../evil'])
 def test_a_name_of_no_repository(hub, tmp_path, repo):
-    with pytest.raises(ValueError) as error:
-        hub_download.download_verified(repo, WEIGHTS)
-    assert len(str(error.value).splitlines()) == 1
+    fails(hub_download.download_verified, repo, WEIGHTS)
     assert not stored(tmp_path)
 
 
 # --- a server that fails ---
 
 
-# Where, how, and what is said besides the repository and the file.
+# Name -> pattern of paths, arguments of the fault, text in the error beside the repository and the file.
 FAULTS = {
     '401': (HEAD, dict(status=401), 'HF_TOKEN'),
     '401_of_the_contents': (CDN, dict(status=401), 'HF_TOKEN'),
@@ -475,12 +454,6 @@ def test_a_fault_without_a_cache(hub, folder, tmp_path, monkeypatch, name):
     assert hub_download.download_verified(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
-def only_warning(caplog):
-    record, = [record for record in caplog.records if record.name.startswith('smpconv_models')]
-    assert record.levelname == 'WARNING' and len(record.getMessage().splitlines()) == 1
-    return record.getMessage()
-
-
 @pytest.mark.parametrize('name', [name for name in FAULTS if FAULTS[name][0] != CDN])
 def test_a_fault_with_the_file_cached(hub, caplog, name):
     path = hub_download.download_verified(NAME, WEIGHTS)
@@ -492,7 +465,7 @@ def test_a_fault_with_the_file_cached(hub, caplog, name):
 
 
 def test_a_fault_that_passes(hub, folder):
-    """The client asks a few times again."""
+    """The client retries a few times."""
     hub.fail(CDN, status=429, times=3)
     assert hub_download.download_verified(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
@@ -504,7 +477,7 @@ def test_a_hub_that_is_dead(hub, model, monkeypatch, caplog, cached):
     with contextlib.closing(socket.socket()) as free:
         free.bind(('127.0.0.1', 0))
         url = f'http://127.0.0.1:{free.getsockname()[1]}'
-    point_to(url, monkeypatch)
+    point_client(monkeypatch, url)
     if cached:
         assert torch.equal(create()(IMAGE), model(IMAGE))
         assert url in only_warning(caplog)
@@ -514,7 +487,7 @@ def test_a_hub_that_is_dead(hub, model, monkeypatch, caplog, cached):
 
 
 def test_a_cache_that_cannot_be_written(hub, tmp_path):
-    """Which is no fault of the network."""
+    """The error does not blame the network."""
     (tmp_path / 'file').write_bytes(b'')
     message = fails(hub_download.download_verified, NAME, WEIGHTS, tmp_path / 'file')
     assert f'{NAME}/{WEIGHTS}' in message and str(tmp_path / 'file') in message and 'HF_ENDPOINT' not in message
@@ -578,7 +551,7 @@ def test_the_token_stays_with_the_hub(hub, monkeypatch):
 
 
 def copy(folder, to, change=None, **config):
-    """A saved model's folder with something of it changed."""
+    """Copy the folder of a saved model with changed weights or configuration."""
     to.mkdir()
     weights = load_file(folder / WEIGHTS)
     if change:
@@ -603,7 +576,7 @@ def test_a_folders_checksum(folder, model, tmp_path):
     flip(to / WEIGHTS)
     message = fails(create, f'local-dir:{to}')
     assert 'checksum' in message and str(to / WEIGHTS) in message
-    assert (to / WEIGHTS).exists()  # the user's, not ours to remove
+    assert (to / WEIGHTS).exists()  # a user's file is not removed
 
 
 def test_weights_of_another_architecture(folder, tmp_path):
@@ -626,26 +599,16 @@ def test_weights_that_are_not_finite_from_the_hub(hub, folder, tmp_path):
     assert 'not finite' in fails(create, 'hf-hub:owner/nan')
 
 
-class Touch:
-    """Creates a folder when it is unpickled by a loader that lets it."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize('dump', [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 def test_a_pickle_that_wants_to_run_code(model, tmp_path, dump):
     to, trap = save(model, tmp_path / 'saved', safe_serialization=False), tmp_path / 'trap'
-    dump({**model.state_dict(), 'x': Touch(trap)}, to / 'pytorch_model.bin')
+    dump({**model.state_dict(), 'x': Call(os.mkdir, str(trap))}, to / 'pytorch_model.bin')
     assert str(to / 'pytorch_model.bin') in fails(create, f'local-dir:{to}')
     assert not trap.exists()
 
 
 def test_no_weights_are_taken_from_a_url(tmp_path):
-    """timm's own loader would unpickle what is there."""
+    """timm's own loader would unpickle the download."""
     message = fails(create, 'smpconv_nano', pretrained_cfg_overlay=dict(url='http://127.0.0.1:9/weights.pth'))
     assert 'http://127.0.0.1:9/weights.pth' in message and '`file`' in message
 

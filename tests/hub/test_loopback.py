@@ -87,14 +87,14 @@ def told(requests):
 
 
 def run(script, env, *args):
-    """A script in a fresh process; what it printed."""
+    """Run a script in a fresh process; return the lines that it printed."""
     done = subprocess.run([sys.executable, '-c', script, *args], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def raw(url, method='GET', path=FILE, **headers):
-    """A request without the client: status, headers and body."""
+    """Send a request without the client; return status, headers and body."""
     connection = http.client.HTTPConnection(url.removeprefix('http://'), timeout=30)
     connection.request(method, path, headers=headers)
     response = connection.getresponse()

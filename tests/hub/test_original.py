@@ -1,4 +1,4 @@
-"""The original release's files, from a Google Drive on loopback, and when timm takes them."""
+"""Download of the original release's files from a Google Drive on loopback, and when timm loads them."""
 import contextlib
 import html
 import pickle
@@ -10,16 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl
 
+import common
 import pytest
 import timm
 import torch
-from common import relative_error
+from common import Call, one_line_error, only_warning, relative_error
 from huggingface_hub import close_session, constants
-from loopback import LoopbackHub
+from loopback import LoopbackHub, set_client
 
 from smpconv_models.checkpoint import original
 from smpconv_models.models import _pretrained
 from smpconv_models.utils import download as transfer
+from smpconv_models.utils.hub_download import RepoNotFoundError
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), kernel_sizes=(13, 11, 9, 7), num_classes=10)
 FILE_ID = original.GDRIVE_IDS['smpconv_t']
@@ -27,7 +29,7 @@ REPO = f'{_pretrained.HUB_NAMESPACE}/smpconv_t.in1k'
 
 ADDRESS = original._ADDRESS  # before a test changes it
 
-# As Drive's, shortened.
+# Pages of Google Drive, shortened.
 FORM = '''<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body>
 <p class="uc-warning-subcaption">smpconv.pth.tar (327M) is too large for Google to scan for viruses.</p>
 <form id="download-form" action="{action}" method="get"><input type="submit" id="uc-download-link" value="Download"/>
@@ -43,23 +45,23 @@ LOGIN = '''<html><head><TITLE>
 
 
 class Drive(ThreadingHTTPServer):
-    """Google Drive's downloads. What is set on it is how it answers."""
-    daemon_threads = False  # are waited for
+    """Google Drive's download server; its attributes set how it answers."""
+    daemon_threads = False  # the end waits for them
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), _Handler)
         self.files = {}  # id: content
-        self.large = True  # asks whether one is sure
-        self.asks_again = False  # and does not listen
+        self.large = True  # asks for confirmation
+        self.asks_again = False  # ignores the confirmation
         self.takes_ranges = True
         self.tells_length = True
-        self.page = None  # this one in place of files: status, HTML
-        self.drop = None  # after so many bytes of the next file
-        self.reset = False  # then not in order
+        self.page = None  # status and HTML of a page sent in place of files
+        self.drop = None  # number of bytes of the next file after which the connection ends
+        self.reset = False  # whether it then ends with a reset
         self.hang = None  # an Event, set when the silence may end
         self.asked = []  # query and headers of each request
         self.sent = 0  # bytes of files
-        self.errors = []  # of its own
+        self.errors = []  # errors of the server itself
         self.url = f'http://127.0.0.1:{self.server_port}/download'
 
     def __enter__(self):
@@ -73,7 +75,7 @@ class Drive(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # that is a client gone
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client has left
             self.errors.append(sys.exc_info()[1])
 
 
@@ -125,10 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def released(golden):
-    """Of the release's code: the state dict in its names, an image, and what it makes of it."""
+    """State dict of the release's code in its names, an image, and its logits."""
     data = golden('imagenet_tiny')
-    state_dict = {key.removeprefix('state_dict.'): data[key] for key in data if key.startswith('state_dict.')}
-    return state_dict, data['input'], data['logits']
+    return common.released(data), data['input'], data['logits']
 
 
 @pytest.fixture
@@ -163,12 +164,10 @@ def download(path):
     return original.download_original('smpconv_t', path)
 
 
-def fails(path, call=download):
-    """The one line of a call's ValueError."""
-    with pytest.raises(ValueError) as error:
-        call(path)
-    message = str(error.value)
-    assert message and len(message.splitlines()) == 1 and not path.exists()
+def fails(path, call=download, **kwargs):
+    """Return the one line of a call's ValueError."""
+    message = one_line_error(call, path, **kwargs)
+    assert not path.exists()
     return message
 
 
@@ -184,7 +183,7 @@ def ranges(drive):
 
 
 def test_the_files_are_the_releases():
-    """Nothing here could tell if they were others."""
+    """No other test would fail with other files."""
     assert original.GDRIVE_IDS == {
         'smpconv_t': '1xT9Y4cAj4I6rmNJ28-Mh4_APcsEqeJ1V', 'smpconv_b': '16gd2KFnK1fgdEpOulnCYo2KaPl547zT9',
         'smpconv_cifar': '1aKwORBf-lplfdwB8WEcBRRAL7IA4ejth'}
@@ -193,7 +192,7 @@ def test_the_files_are_the_releases():
 
 
 def test_a_large_file(drive, content, path):
-    """Drive asks whether one is sure, with a form."""
+    """Drive asks for confirmation by a form."""
     assert download(path) == path and path.read_bytes() == content
     first, second = (query for query, _ in drive.asked)
     assert first == {'id': FILE_ID, 'export': 'download'}
@@ -226,7 +225,7 @@ def test_a_model_that_is_not_in_the_release(drive, path):
 
 
 def test_several_at_a_time(drive, content, path):
-    """As the processes of a training run: one downloads, the others wait."""
+    """The processes of a training run: one downloads, the others wait."""
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(download, [path] * 4)) == [path] * 4
     assert path.read_bytes() == content and drive.sent == len(content)
@@ -249,7 +248,7 @@ def test_it_goes_on_where_it_broke_off(drive, content, path, large, reset):
     assert 'smpconv_t' in message and str(part) in message
     begun = part.stat().st_size
     assert begun <= 50_000 and content.startswith(part.read_bytes())
-    if not reset:  # what was on its way is lost then
+    if not reset:  # a reset loses the bytes under way
         assert begun == 50_000 and f'50000 of {len(content)} bytes' in message
     drive.reset, drive.sent = False, 0
     assert download(path).read_bytes() == content and not part.exists()
@@ -273,7 +272,7 @@ def test_a_server_that_knows_no_ranges(drive, content, path):
 
 
 def test_all_of_it_is_there_already(drive, content, path, part):
-    """As after a stop between the last byte and the file's check."""
+    """The download was stopped between the last byte and the check of the file."""
     part.write_bytes(content)
     assert download(path).read_bytes() == content
     assert drive.sent == 0 and not part.exists()
@@ -353,22 +352,14 @@ def test_a_file_that_is_gone(drive, path):
     assert '404' in fails(path)
 
 
-class Trap:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, 'w')
-
-
 @pytest.mark.parametrize('damage', ['truncated', 'flipped', 'text', 'empty', 'code'])
 def test_a_file_that_is_no_checkpoint(drive, content, path, tmp_path, damage):
-    """It is whole, as far as Drive says."""
+    """The number of bytes is the one that Drive announces."""
     middle = len(content) // 2
     drive.files[FILE_ID] = {
         'truncated': content[:-1000], 'text': b'not a checkpoint', 'empty': b'',
         'flipped': content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
-        'code': pickle.dumps({'state_dict': Trap(tmp_path / 'trap')}, protocol=2)}[damage]
+        'code': pickle.dumps({'state_dict': Call(open, str(tmp_path / 'trap'), 'w')}, protocol=2)}[damage]
     assert 'smpconv_t.pth.tar.part' in fails(path)
     assert not names(path.parent) and not (tmp_path / 'trap').exists()
     drive.files[FILE_ID] = content
@@ -380,18 +371,12 @@ def test_a_file_that_is_no_checkpoint(drive, content, path, tmp_path, damage):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Without any repository; its client's connections, cache and token are the test's."""
+    """Hub without any repository; connections, cache and token of its client are the test's."""
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.delenv('HF_TOKEN', raising=False)
     close_session()
     with LoopbackHub() as hub:
-        settings = dict(
-            ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=hub.url + '/{repo_id}/resolve/{revision}/{filename}',
-            HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_OFFLINE=False,
-            HF_HUB_CACHE=str(tmp_path / 'cache'), HF_TOKEN_PATH=str(tmp_path / 'token'))
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
+        set_client(monkeypatch, tmp_path, hub.url)
         yield hub
     close_session()
 
@@ -401,19 +386,13 @@ def create(**kwargs):
     return timm.create_model('smpconv_t', pretrained=True, pretrained_cfg_overlay=overlay, **TINY, **kwargs).eval()
 
 
-def warning(caplog):
-    record, = [record for record in caplog.records if record.name.startswith('smpconv_models')]
-    assert record.levelname == 'WARNING' and len(record.getMessage().splitlines()) == 1
-    return record.getMessage()
-
-
 @pytest.mark.parametrize('cache_dir', [None, 'mine'])
 def test_without_a_repository_timm_loads_the_original_file(hub, drive, released, tmp_path, caplog, cache_dir):
     _, image, logits = released
     kwargs = {'cache_dir': tmp_path / cache_dir} if cache_dir else {}
     model = create(**kwargs)
     assert relative_error(model(image), logits) < 1e-5
-    assert REPO in warning(caplog) and 'original file' in warning(caplog)
+    assert REPO in only_warning(caplog) and 'original file' in only_warning(caplog)
     folder = tmp_path / cache_dir if cache_dir else tmp_path / 'torch/hub/checkpoints'
     assert model.pretrained_cfg['file'] == str(folder / 'smpconv_t.pth.tar')
     drive.asked.clear()
@@ -425,15 +404,16 @@ def test_once_there_the_original_file_needs_no_network(hub, drive, released, mon
     create()
     caplog.clear()
     hub.fail('*', status=503, times=None)
-    assert relative_error(create()(image), logits) < 1e-5 and 'status 503' in warning(caplog)
+    assert relative_error(create()(image), logits) < 1e-5 and 'status 503' in only_warning(caplog)
     caplog.clear()
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    assert relative_error(create()(image), logits) < 1e-5 and 'HF_HUB_OFFLINE' in warning(caplog)
+    assert relative_error(create()(image), logits) < 1e-5 and 'HF_HUB_OFFLINE' in only_warning(caplog)
 
 
 @pytest.mark.parametrize('overlay', [dict(hf_hub_id='owner/none', source='hf-hub'), dict(hf_hub_id='owner/none')])
 def test_it_is_no_replacement_for_what_somebody_asked_for(hub, drive, tmp_path, overlay):
-    assert 'owner/none' in fails(tmp_path / 'none', lambda _: create(overlay=overlay))
+    message = fails(tmp_path / 'none', lambda _: create(overlay=overlay), kind=RepoNotFoundError)
+    assert 'owner/none' in message
     assert not drive.asked
 
 
