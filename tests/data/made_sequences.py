@@ -1,4 +1,4 @@
-"""Small data sets of sequences in their published formats."""
+"""Small data sets of sequences, in the forms in which they are published."""
 import functools
 import gzip
 import hashlib
@@ -64,13 +64,13 @@ def make_mnist(root):
 
 
 def published(server):
-    """Return a new folder of the server, and its address."""
+    """A new folder of the server, and its address."""
     folder = Path(tempfile.mkdtemp(dir=server[0]))
     return folder, f'{server[1]}/{folder.name}'
 
 
 def publish_mnist(server, patch):
-    """Return the folder of a mirror that torchvision downloads the packed files from."""
+    """A mirror of the packed files, for torchvision; its folder."""
     from torchvision.datasets import MNIST
     folder, address = published(server)
     resources = []
@@ -84,7 +84,7 @@ def publish_mnist(server, patch):
 
 
 def publish_cifar10(server, patch):
-    """Return the folder of torchvision's archive. A pixel of image i is i + 2 row + column + 16 channel."""
+    """The archive, for torchvision; its folder. A pixel of image i is i + 2 row + column + 16 channel."""
     from torchvision.datasets import CIFAR10
     folder, address = published(server)
     names = [f'data_batch_{number}' for number in range(1, 6)] + ['test_batch']
@@ -117,7 +117,7 @@ def add(archive, name, content):
 
 
 def letters(each=12):
-    """Return trajectories padded with zeros, and their labels, which start at 1."""
+    """Trajectories between zeros, as the file has them, and their labels, from 1."""
     generator = np.random.default_rng(0)
     found, labels = [], []
     for label in range(1, len(LETTERS) + 1):
@@ -130,7 +130,7 @@ def letters(each=12):
 
 
 def mat(found, labels, key=LETTERS):
-    """Return the content of a file of MATLAB 5."""
+    """The file's content, as MATLAB 5 writes it."""
     cell = np.empty((1, len(found)), object)
     for index, letter in enumerate(found):
         cell[0, index] = letter
@@ -149,7 +149,7 @@ def whole_mat():
 
 
 def publish_characters(path, patch, content=None, member='mixoutALL_shifted.mat'):
-    """Write the archive, and take it for the published one."""
+    """The archive."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('trajectories.names', 'Character Trajectories')
@@ -163,7 +163,7 @@ def publish_characters(path, patch, content=None, member='mixoutALL_shifted.mat'
 
 
 def sound(index, samples=16000, channels=1, width=2, rate=16000):
-    """Return the bytes of a wav file."""
+    """A wav file's bytes."""
     generator = np.random.default_rng(index)
     time = np.arange(samples) / 16000
     values = 8000 * np.sin(2 * np.pi * (200 + 50 * index) * time) + generator.normal(0, 300, samples)
@@ -176,7 +176,7 @@ def sound(index, samples=16000, channels=1, width=2, rate=16000):
 
 @functools.lru_cache(maxsize=1)
 def clips():
-    """Return the bytes of all files by name. The third training clip of a word is shorter than a second."""
+    """Name -> bytes of all files of the folder; the third of the training clips is shorter than a second."""
     files, lists = {}, {part: [] for part in EACH}
     for number, word in enumerate((*speech.WORDS, 'bed')):
         for index, part in enumerate(part for part, count in EACH.items() for _ in range(count)):
@@ -199,7 +199,7 @@ def make_speech(root, files=None):
 
 
 def publish_speech(path, patch, extra=()):
-    """Write the archive, whose members begin with ./, with further members; take it for the published one."""
+    """The archive, whose members begin with ./, and members of others' making."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, 'w:gz', compresslevel=0) as archive:
         for name, content in clips().items():

@@ -1,4 +1,4 @@
-"""Data sets by name, and behavior that all data sets share."""
+"""The data sets by name, and what all have in common."""
 import ast
 import pickle
 from pathlib import Path
@@ -22,7 +22,7 @@ SPLITS.update(dict.fromkeys(('digits', 'permuted-digits'), ('train', 'validation
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory, server):
-    """Return a folder with all data sets."""
+    """All data sets in a folder."""
     root = tmp_path_factory.mktemp('sequences')
     with pytest.MonkeyPatch.context() as patch:
         made.make_mnist(root)
@@ -34,7 +34,7 @@ def root(tmp_path_factory, server):
 
 
 @pytest.mark.parametrize('name', DATASET_NAMES)
-def test_items_are_sequences_with_their_class(root, name):
+def test_items_are_sequences_of_a_shape_with_their_class(root, name):
     for split in SPLITS[name]:
         dataset = create_sequence_dataset(name, root, split)
         assert isinstance(dataset, SequenceDataset) and dataset.shape == SHAPES[name]
@@ -49,16 +49,16 @@ def test_items_are_sequences_with_their_class(root, name):
 
 
 @pytest.mark.parametrize('name', ['digits', 'permuted-digits', 'characters', 'speech-mfcc', 'speech'])
-def test_the_training_split_is_normalized(root, name):
+def test_the_training_split_is_normalised(root, name):
     dataset = create_sequence_dataset(name, root, 'train')
     found = torch.stack([dataset[index][0] for index in range(len(dataset))]).double()
     std, mean = torch.std_mean(found, dim=(0, 2), correction=0)
-    # float32 rounds mean and deviation: about 1e-7 of values that are up to 20 deviations away
+    # float32's rounding of mean and deviation, some 1e-7 of numbers that are up to 20 deviations off
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
     torch.testing.assert_close(std, torch.ones_like(std), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('name', [name for name in DATASET_NAMES if name != 'cifar10'])  # its made splits are equal
+@pytest.mark.parametrize('name', [name for name in DATASET_NAMES if name != 'cifar10'])  # whose made splits are alike
 def test_splits_share_nothing(root, name):
     seen = []
     for split in SPLITS[name]:
@@ -68,14 +68,14 @@ def test_splits_share_nothing(root, name):
 
 
 @pytest.mark.parametrize('name', ['permuted-mnist', 'cifar10', 'characters', 'speech-mfcc', 'speech'])
-def test_data_sets_can_be_pickled(root, name):
+def test_data_sets_are_pickled(root, name):
     dataset = create_sequence_dataset(name, root, 'test')
     again = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(again[3][0], dataset[3][0]) and again.labels == dataset.labels
     assert again.name(3) == dataset.name(3)
 
 
-def test_dataloader_workers_read_the_same_items(root):
+def test_workers_of_a_loader_read_them(root):
     dataset = create_sequence_dataset('speech', root, 'train')
     sequences, labels = zip(*DataLoader(dataset, batch_size=10, num_workers=2))
     assert torch.equal(torch.cat(sequences), torch.stack([dataset[index][0] for index in range(30)]))
@@ -92,18 +92,18 @@ def test_a_transform_is_applied():
 
 @pytest.mark.parametrize('split, same', [
     ('training', 'train'), ('val', 'validation'), ('eval', 'validation'), ('testing', 'test')])
-def test_splits_have_timms_names(root, split, same):
+def test_splits_go_by_timms_names(root, split, same):
     found, expected = (create_sequence_dataset('characters', root, name) for name in (split, same))
     assert found.labels == expected.labels and torch.equal(found[0][0], expected[0][0])
 
 
-def test_validation_names_the_test_images_of_data_sets_with_two_splits(root):
+def test_validation_means_the_test_images_where_there_are_two_parts(root):
     for name in ('mnist', 'cifar10'):
         found, expected = (create_sequence_dataset(name, root, split) for split in ('validation', 'test'))
         assert found.labels == expected.labels and torch.equal(found[5][0], expected[5][0])
 
 
-# --- errors ---
+# --- what is refused ---
 
 
 @pytest.mark.parametrize('name, root, split, told', [
@@ -116,7 +116,7 @@ def test_validation_names_the_test_images_of_data_sets_with_two_splits(root):
     ('mnist', '', 'train', "mnist needs a folder .*got ''$"),
     ('mnist', __file__, 'train', 'mnist needs a folder .*got a file: .*test_create_sequence_dataset.py$'),
 ])
-def test_invalid_arguments_are_refused(name, root, split, told):
+def test_mistakes_are_told(name, root, split, told):
     with pytest.raises(ValueError, match=told):
         create_sequence_dataset(name, root, split)
 
@@ -128,27 +128,27 @@ def test_invalid_arguments_are_refused(name, root, split, told):
     ('speech', r'v0.02.tar.gz is missing: pass download=True, or put https://storage.* there by hand$'),
     ('speech-mfcc', r'v0.02.tar.gz is missing: pass download=True'),
 ])
-def test_missing_files_are_named(tmp_path, name, told):
-    """Without a download, no folder is created."""
+def test_missing_files_are_told(tmp_path, name, told):
+    """And nothing is made where nothing was asked for."""
     with pytest.raises(ValueError, match=told):
         create_sequence_dataset(name, tmp_path / 'none', 'train')
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('name', ['mnist', 'cifar10', 'characters', 'speech'])
-def test_a_folder_that_cannot_be_created_is_named(tmp_path, name):
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, name):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match=r'file/data cannot be written: Not a directory$'):
         create_sequence_dataset(name, tmp_path / 'file' / 'data', 'train', download=True)
 
 
-def test_a_missing_class_is_named():
+def test_a_missing_class_is_told():
     with pytest.raises(ValueError, match=r"^it has no sequence of 1 of 3 classes: \['b'\]$"):
         InMemorySequences('it', 'abc', torch.zeros(3, 1, 5), [0, 2, 2], 0, 1)
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_values_that_are_not_finite_are_refused(bad):
+def test_numbers_that_are_not_finite_are_told(bad):
     data = torch.zeros(3, 2, 5)
     data[1, 1, 4] = bad
     with pytest.raises(ValueError, match=r'^it has NaN or inf in 1 of 3 sequences, such as \[1\]$'):
@@ -160,7 +160,7 @@ def test_public_names_are_frozen():
     assert tuple(SHAPES) == DATASET_NAMES
 
 
-def test_heavy_libraries_are_imported_on_use():
+def test_heavy_libraries_are_imported_where_they_are_used():
     heavy = {'scipy', 'sklearn', 'torchvision'}
     for path in Path(data.__file__).parent.glob('*.py'):
         for node in ast.parse(path.read_text()).body:

@@ -1,4 +1,4 @@
-"""Images as sequences: pixels, permutations, downloads, and damaged files."""
+"""Images as sequences: what is read of them, and damaged files."""
 import os
 
 import made_sequences as made
@@ -10,7 +10,7 @@ from smpconv_models.data import create_sequence_dataset, images
 from smpconv_models.data.digits import Digits
 
 
-def test_digits_equal_the_image_data_set():
+def test_the_digits_are_those_of_the_image_data_set():
     for split, count in (('train', 1437), ('validation', 360)):
         digits, found = Digits(split), create_sequence_dataset('digits', None, split)
         assert len(found) == count and found.labels == digits.labels
@@ -51,7 +51,7 @@ def test_cifar10_is_read_row_by_row_in_three_channels(tmp_path, monkeypatch, ser
 
 
 @pytest.mark.parametrize('name', ['mnist', 'permuted-mnist'])
-def test_images_are_augmented_before_their_steps_are_permuted(tmp_path, name):
+def test_images_are_augmented_before_their_steps_are_put_in_order(tmp_path, name):
     plain, changed = (
         create_sequence_dataset(name, made.make_mnist(tmp_path / str(index)), 'train') for index in range(2))
     assert plain.image_size == (28, 28) and plain.augment is None
@@ -79,7 +79,7 @@ def test_only_images_have_a_size(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mnist', 'cifar10'])
-def test_missing_files_are_downloaded_once(tmp_path, monkeypatch, server, name):
+def test_what_is_missing_is_downloaded_once(tmp_path, monkeypatch, server, name):
     published = getattr(made, f'publish_{name}')(server, monkeypatch)
     first = create_sequence_dataset(name, tmp_path / 'data', 'train', download=True)
     for file in published.iterdir():
@@ -90,7 +90,7 @@ def test_missing_files_are_downloaded_once(tmp_path, monkeypatch, server, name):
 
 @pytest.mark.parametrize('name', ['mnist', 'cifar10'])
 @pytest.mark.parametrize('change', ['missing', 'html', 'truncated'])
-def test_a_failed_download_is_one_line_and_the_next_succeeds(tmp_path, monkeypatch, server, name, change):
+def test_a_failed_download_is_a_line_and_the_next_succeeds(tmp_path, monkeypatch, server, name, change):
     folder = getattr(made, f'publish_{name}')(server, monkeypatch)
     file = sorted(folder.iterdir())[0]
     content = file.read_bytes()
@@ -149,7 +149,7 @@ def test_a_file_of_mnist_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         create_sequence_dataset('mnist', tmp_path, 'train')
 
 
-def test_a_download_replaces_a_truncated_file_after_its_removal(tmp_path, monkeypatch, server):
+def test_an_unpacking_that_broke_off_is_mended_by_a_download(tmp_path, monkeypatch, server):
     made.publish_mnist(server, monkeypatch)
     root = tmp_path / 'data'
     create_sequence_dataset('mnist', root, 'train', download=True)
@@ -161,7 +161,7 @@ def test_a_download_replaces_a_truncated_file_after_its_removal(tmp_path, monkey
     assert len(create_sequence_dataset('mnist', root, 'train', download=True)) == 40
 
 
-def test_a_damaged_file_beside_a_missing_file_is_named(tmp_path):
+def test_a_damaged_file_beside_a_missing_one_is_told_by_name(tmp_path):
     folder = made.make_mnist(tmp_path) / 'MNIST' / 'raw'
     os.truncate(folder / IMAGES, 100)
     (folder / LABELS).unlink()
@@ -169,7 +169,7 @@ def test_a_damaged_file_beside_a_missing_file_is_named(tmp_path):
         create_sequence_dataset('mnist', tmp_path, 'train', download=True)
 
 
-def test_damaged_files_of_cifar10_are_named_and_downloaded_again(tmp_path, monkeypatch, server):
+def test_damaged_files_of_cifar10_are_told_and_mended(tmp_path, monkeypatch, server):
     made.publish_cifar10(server, monkeypatch)
     root = tmp_path / 'data'
     create_sequence_dataset('cifar10', root, 'train', download=True)
@@ -186,13 +186,13 @@ def test_damaged_files_of_cifar10_are_named_and_downloaded_again(tmp_path, monke
 
 
 @pytest.mark.parametrize('name, length', [('permuted-mnist', 784), ('permuted-digits', 64)])
-def test_permutations_are_numpys_of_seed_0(name, length):
+def test_orders_are_those_that_they_are_said_to_be(name, length):
     assert images.permutation(name, length).tolist() == np.random.RandomState(0).permutation(length).tolist()
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{}', '{"permuted-digits": [0, 1, 1]}', '{"permuted-digits": 3}',
                                      '{"permuted-digits": ["a"]}'])
-def test_a_damaged_file_of_permutations_is_refused(tmp_path, monkeypatch, content):
+def test_a_damaged_file_of_orders_is_told(tmp_path, monkeypatch, content):
     monkeypatch.setattr(images, '_PERMUTATIONS', tmp_path / 'orders.json')
     if content:
         (tmp_path / 'orders.json').write_text(content)

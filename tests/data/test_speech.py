@@ -9,24 +9,20 @@ import made_sequences as made
 import numpy as np
 import pytest
 import torch
+from made_sequences import files_below
 
 from smpconv_models.data import create_sequence_dataset, speech
 
 NAMES = ('speech', 'speech-mfcc')
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Folder of the made words, in the folder of the data set."""
-    return made.make_speech(tmp_path)
-
-
 # --- sound files ---
 
 
-def read(tmp_path, content):
-    (tmp_path / 'clip.wav').write_bytes(content)
-    return speech.read_wav(tmp_path / 'clip.wav')
+def written(tmp_path, content):
+    path = tmp_path / 'clip.wav'
+    path.write_bytes(content)
+    return path
 
 
 def test_samples_are_between_minus_one_and_one(tmp_path):
@@ -34,7 +30,7 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
     with wave.open(file, 'wb') as out:
         out.setparams((1, 2, 16000, 0, 'NONE', ''))
         out.writeframes(np.array([-2 ** 15, 2 ** 15 - 1, 0, 256], '<i2').tobytes())
-    found = read(tmp_path, file.getvalue())
+    found = speech.read_wav(written(tmp_path, file.getvalue()))
     assert found.dtype == torch.float32 and found.shape == (16000,)
     assert found[:4].tolist() == [-1, 1 - 2 ** -15, 0, 2 ** -7]
     assert not found[4:].any()  # a shorter clip ends in silence
@@ -50,12 +46,17 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
     (made.sound(0, rate=8000), 'found 1 of 16 at 8000 Hz'),
     (made.sound(0, samples=16001), 'expected 1 to 16000 samples, found 16001'),
     (made.sound(0, samples=0), 'expected 1 to 16000 samples, found 0'),
-    (made.sound(0)[:40] + (2 ** 32 - 2).to_bytes(4, 'little'),  # a header of any size takes no memory
-     'expected 1 to 16000 samples, found 2147483647'),
 ])
-def test_damaged_sound_is_refused(tmp_path, content, told):
+def test_damaged_sound_is_told(tmp_path, content, told):
     with pytest.raises(ValueError, match=f'^[^\n]*clip.wav[^\n]*{told}[^\n]*$'):
-        read(tmp_path, content)
+        speech.read_wav(written(tmp_path, content))
+
+
+def test_a_header_of_any_size_takes_no_memory(tmp_path):
+    content = bytearray(made.sound(0))
+    content[40:44] = (2 ** 32 - 2).to_bytes(4, 'little')  # of the data
+    with pytest.raises(ValueError, match='expected 1 to 16000 samples, found 2147483647'):
+        speech.read_wav(written(tmp_path, bytes(content)))
 
 
 # --- cepstral coefficients ---
@@ -92,7 +93,8 @@ def test_silence_has_the_logarithm_of_the_offset_in_its_first_coefficient():
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_splits_are_the_lists_of_the_archive(tmp_path, folder, name):
+def test_the_splits_are_the_lists(tmp_path, name):
+    folder = made.make_speech(tmp_path)
     files = {}
     for split, each in made.EACH.items():
         dataset = create_sequence_dataset(name, tmp_path, split)
@@ -106,14 +108,22 @@ def test_splits_are_the_lists_of_the_archive(tmp_path, folder, name):
         assert {file[len(str(folder)) + 1:] for file in files[split]} == listed
 
 
-@pytest.mark.parametrize('name, transform, dim', [
-    ('speech', lambda samples: samples.unsqueeze(-2), None), ('speech-mfcc', speech.mfcc, (0, 2))])
-def test_items_are_normalized_by_statistics_of_the_training_split(tmp_path, folder, name, transform, dim):
-    train, test = (create_sequence_dataset(name, tmp_path, split) for split in ('train', 'test'))
-    found = torch.stack([transform(speech.read_wav(train.name(index))) for index in range(30)]).double()
-    std, mean = torch.std_mean(found, dim=dim, correction=0)
-    expected = (transform(speech.read_wav(test.name(4))) - mean.reshape(-1, 1)) / std.reshape(-1, 1)
-    torch.testing.assert_close(test[4][0], expected.float(), atol=1e-5 if dim is None else 1e-4, rtol=1e-4)
+def test_items_are_the_files_normalised_by_all_training_samples(tmp_path):
+    made.make_speech(tmp_path)
+    train, test = (create_sequence_dataset('speech', tmp_path, split) for split in ('train', 'test'))
+    samples = torch.stack([speech.read_wav(train.name(index)) for index in range(30)]).double()
+    std, mean = torch.std_mean(samples, correction=0)
+    expected = ((speech.read_wav(test.name(4)).double() - mean) / std).float().unsqueeze(0)
+    torch.testing.assert_close(test[4][0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_coefficients_are_normalised_each_over_the_training_split(tmp_path):
+    made.make_speech(tmp_path)
+    train, test = (create_sequence_dataset('speech-mfcc', tmp_path, split) for split in ('train', 'test'))
+    found = speech.mfcc(torch.stack([speech.read_wav(train.name(index)) for index in range(30)])).double()
+    std, mean = torch.std_mean(found, dim=(0, 2), correction=0)
+    expected = ((speech.mfcc(speech.read_wav(test.name(4))) - mean[:, None]) / std[:, None]).float()
+    torch.testing.assert_close(test[4][0], expected, atol=1e-4, rtol=1e-4)
 
 
 # --- folders ---
@@ -134,13 +144,14 @@ def test_items_are_normalized_by_statistics_of_the_training_split(tmp_path, fold
      r"expected the clips .*'test': 10}, found .*'test': 9}; remove .* and pass download=True"),
     (lambda folder: next((folder / 'no').glob('*0_*.wav')).unlink(), r"expected the clips {'train': 30, .*'train': 29"),
 ])
-def test_damaged_folders_are_refused(tmp_path, folder, name, change, told):
-    change(folder)
+def test_damaged_folders_are_told(tmp_path, name, change, told):
+    change(made.make_speech(tmp_path))
     with pytest.raises(ValueError, match=f'^[^\n]*{told}[^\n]*$'):
         create_sequence_dataset(name, tmp_path, 'test')
 
 
-def test_a_damaged_clip_is_an_error_of_its_item(tmp_path, folder, caplog):
+def test_a_damaged_clip_is_an_error_of_its_item(tmp_path, caplog):
+    folder = made.make_speech(tmp_path)
     names = sorted(path.name for path in (folder / 'yes').iterdir())
     os.truncate(folder / 'yes' / names[0], 3000)
     (folder / 'yes' / names[1]).write_bytes(b'')
@@ -157,18 +168,25 @@ def test_a_damaged_clip_is_an_error_of_its_item(tmp_path, folder, caplog):
         dataset[by_name[names[2]]]
 
 
-def test_a_damaged_clip_has_no_coefficients(tmp_path, folder):
+def test_a_damaged_clip_has_no_coefficients(tmp_path):
+    folder = made.make_speech(tmp_path)
     path = sorted((folder / 'stop').iterdir())[1]
     content = path.read_bytes()
     path.write_bytes(content[:3000])
     with pytest.raises(ValueError, match=f'^{path} is damaged'):
         create_sequence_dataset('speech-mfcc', tmp_path, 'train')
-    assert list(folder.parent.glob('*.safetensors')) == []
+    assert files_below(tmp_path / 'SpeechCommands') == below_folder(folder)
     path.write_bytes(content)
     assert len(create_sequence_dataset('speech-mfcc', tmp_path, 'train')) == 30
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path, folder, monkeypatch):
+def below_folder(folder):
+    return sorted([folder.name, *(f'{folder.name}/{name}' for name in files_below(folder))])
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    made.make_speech(tmp_path)
+
     def refuse(path):
         raise PermissionError(13, 'Permission denied', str(path))
 
@@ -177,30 +195,47 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, folder, monkeypatch):
         create_sequence_dataset('speech-mfcc', tmp_path, 'train')
 
 
-def test_a_training_split_of_silence_is_refused(tmp_path, folder, monkeypatch):
+def test_statistics_are_made_anew_when_a_damaged_clip_is_mended(tmp_path, caplog):
+    path = next((made.make_speech(tmp_path) / 'yes').glob('*1_*.wav'))
+    content = path.read_bytes()
+    path.write_bytes(content[:3000])
+    before = create_sequence_dataset('speech', tmp_path, 'test')[0][0]
+    path.write_bytes(content)
+    assert not torch.equal(create_sequence_dataset('speech', tmp_path, 'test')[0][0], before)
+    assert 'speech-statistics.safetensors is of other files or of another version; recomputing it' in caplog.text
+
+
+def test_silence_alone_is_no_training_split(tmp_path, monkeypatch):
+    made.make_speech(tmp_path)
     monkeypatch.setattr(speech, 'read_wav', lambda path: torch.zeros(16000))
     with pytest.raises(ValueError, match='has no sound to train on: 30 files, 30 could be read'):
         create_sequence_dataset('speech', tmp_path, 'train')
 
 
-# --- cached tensors ---
+# --- what is kept ---
 
 
-def test_coefficients_are_computed_once(tmp_path, folder, monkeypatch):
+def test_coefficients_are_computed_once(tmp_path, monkeypatch):
+    made.make_speech(tmp_path)
     first = {split: create_sequence_dataset('speech-mfcc', tmp_path, split) for split in made.EACH}
     monkeypatch.setattr(speech, 'mfcc', lambda samples: pytest.fail('computed again'))
     for split, dataset in first.items():
         again = create_sequence_dataset('speech-mfcc', tmp_path, split)
         assert again.labels == dataset.labels and torch.equal(again[2][0], dataset[2][0])
-    (folder.parent / 'speech-mfcc-train.safetensors').unlink()  # the test split has the statistics, too
-    assert torch.equal(create_sequence_dataset('speech-mfcc', tmp_path, 'test')[2][0], first['test'][2][0])
 
 
-@pytest.mark.parametrize('name, file', [('speech', 'speech-statistics'), ('speech-mfcc', 'speech-mfcc-test')])
-def test_tensors_of_changed_files_are_recomputed(tmp_path, folder, caplog, name, file):
-    path = next((folder / 'yes').glob('*1_*.wav'))
-    path.write_bytes(made.sound(77, samples=4000))
-    before = create_sequence_dataset(name, tmp_path, 'test')[0][0]
+def test_held_out_coefficients_need_no_training_clips_once_they_are_kept(tmp_path, monkeypatch):
+    made.make_speech(tmp_path)
+    first = create_sequence_dataset('speech-mfcc', tmp_path, 'test')[2][0]
+    (tmp_path / 'SpeechCommands' / 'speech-mfcc-train.safetensors').unlink()
+    monkeypatch.setattr(speech, 'mfcc', lambda samples: pytest.fail('computed again'))
+    assert torch.equal(create_sequence_dataset('speech-mfcc', tmp_path, 'test')[2][0], first)
+
+
+def test_coefficients_of_other_files_are_computed_anew(tmp_path, caplog):
+    folder = made.make_speech(tmp_path)
+    create_sequence_dataset('speech-mfcc', tmp_path, 'train')
+    path = next((folder / 'yes').glob('*2_*.wav'))
     path.write_bytes(made.sound(77))
-    assert not torch.equal(create_sequence_dataset(name, tmp_path, 'test')[0][0], before)
-    assert f'{file}.safetensors is of other files or of another version; recomputing it' in caplog.text
+    create_sequence_dataset('speech-mfcc', tmp_path, 'train')
+    assert 'speech-mfcc-train.safetensors is of other files or of another version; recomputing it' in caplog.text
