@@ -1,4 +1,4 @@
-"""The embedded digits, a data set that needs no download."""
+"""The embedded digits: the data set that needs no download."""
 from typing import Any, Tuple
 
 from PIL import Image
@@ -9,17 +9,17 @@ SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 
 
 
 class Digits(Dataset):
-    """Handwritten digits that scikit-learn contains: 1,797 gray images of 8x8 pixels, 10 classes.
+    """Handwritten digits, as scikit-learn ships them: 1,797 gray images of 8x8 pixels, 10 classes.
 
-    The validation split is a fixed, stratified 20 % (360 images).
+    A stratified fifth (360 images) is held out as the validation split; the division is fixed.
 
     Args:
-        split: 'train' or 'validation', or a synonym that timm accepts.
-        mode: Mode of the PIL images, 'L' (gray) or 'RGB'.
-        transform: Function of the PIL image; timm's loader sets it.
+        split: 'train' or 'validation', or a synonym that timm knows.
+        mode: PIL's mode of the images, 'L' (gray) or 'RGB'.
+        transform: Applied to the PIL image; timm's loader sets it.
 
     Raises:
-        ValueError: If the split is unknown or scikit-learn is not installed.
+        ValueError: Another split's name, or scikit-learn isn't installed.
     """
 
     classes = tuple('0123456789')

@@ -1,149 +1,110 @@
 """Images as sequences of their pixels, row by row: the digits, MNIST, CIFAR10."""
-import json
 import tarfile
 import zlib
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.download import DownloadNeededError, locked, missing
-from ..utils.errors import unreadable_file
-from .digits import Digits
-from .sequence_dataset import InMemorySequences
+from smpconv_models.data.digits import Digits
 
-# Normalization in units of the pixels, 0 to 255. The digits' numbers are those of their training split. MNIST's are
-# the common ones of its training images. CIFAR10 has ImageNet's, as in the original release.
+from ..utils.download import DownloadNeededError, locked, missing
+from .idx import read_idx
+from .permutations import permutation
+from .sequence_dataset import StoredSequences
+
+# In the pixels' numbers, 0 to 255. Of the digits' training split, counted; of MNIST's training images as everybody
+# gives them; of ImageNet's for CIFAR10, as the original release has it.
 _DIGITS_MEAN, _DIGITS_STD = 77.885591, 95.869077
 _MNIST_MEAN, _MNIST_STD = 0.1307 * 255, 0.3081 * 255
 _CIFAR10_MEAN, _CIFAR10_STD = (
     255 * torch.tensor(numbers).unsqueeze(1) for numbers in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
-# MD5 of MNIST's unpacked files. torchvision has the checksums of the packed files only, and takes a file whose
-# unpacking was interrupted for complete.
-MNIST_MD5 = {
-    'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
-    'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
-    't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea',
-    't10k-labels-idx1-ubyte': '27ae3e4e09519cfbb04c329615203637',
-}
 
-# Orders made by numpy.random.RandomState(0).permutation(length), a stream that NumPy has frozen. The original release
-# samples the order of its permuted MNIST from NumPy's global generator, which its commands seed with 0. Its code
-# samples nothing from that generator before, so its order should be the same.
-_PERMUTATIONS = Path(__file__).with_name('permutations.json')
-
-
-def open_digits(root: Path, split: str, download: bool, permuted: bool) -> InMemorySequences:
-    """Open the embedded digits: 8x8 gray pixels as 64 steps; 1,437 for training, 360 for validation."""
-    digits = Digits(split)
+def open_digits(split: str, permuted: bool) -> StoredSequences:
+    """The embedded digits: 8x8 pixels of gray as 64 steps; 1,437 for training, 360 held out."""
+    digits = Digits('train' if split == 'train' else 'validation')
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in digits.images]))
-    return InMemorySequences(
+    return StoredSequences(
         f'split {split!r} of the digits', digits.classes, pixels.reshape(-1, 1, 64), digits.labels,
-        _DIGITS_MEAN, _DIGITS_STD, permutation('permuted-digits', 64) if permuted else None, (8, 8))
+        _DIGITS_MEAN, _DIGITS_STD, _order('permuted-digits', 64, permuted), (8, 8))
 
 
-def open_mnist(root: Path, split: str, download: bool, permuted: bool) -> InMemorySequences:
-    """Open MNIST from torchvision's folder, ``root/MNIST/raw``: 28x28 gray pixels as 784 steps; 60,000 and 10,000.
+def _order(name: str, length: int, permuted: bool) -> Optional[Tensor]:
+    return permutation(name, length) if permuted else None
 
-    The files are compared with their checksums before they are read.
-    """
-    from torchvision.datasets import mnist
+
+def open_mnist(root: Path, split: str, download: bool, permuted: bool) -> StoredSequences:
+    """MNIST from torchvision's folder, ``root/MNIST/raw``: 28x28 pixels of gray as 784 steps; 60,000 and 10,000."""
     folder = root / 'MNIST' / 'raw'
-    own = [name for name in MNIST_MD5 if name.startswith('train' if split == 'train' else 't10k')]
-    absent = next((folder / name for name in own if not (folder / name).is_file()), None)
+    files = {
+        part: {folder / f'{part}-images-idx3-ubyte': (28, 28), folder / f'{part}-labels-idx1-ubyte': ()}
+        for part in ('train', 't10k')}
+    own = files['train' if split == 'train' else 't10k']
+    absent = [path for path in own if not path.is_file()]
     if absent:
-        mirrors = mnist.MNIST.mirrors
-        if not download:
-            raise missing(absent, f'{mirrors[0]}{absent.name}.gz, unpacked,')
-        for name in MNIST_MD5:
-            if (folder / name).is_file():  # torchvision would fail at a damaged file without naming it
-                _check_mnist(folder / name)
-        with locked(root), _named_errors(' or '.join(mirrors), folder):
-            mnist.MNIST(str(root), download=True)
-    for name in own:
-        _check_mnist(folder / name)
-    images, labels = (str(folder / name) for name in own)
-    return InMemorySequences(
-        f'split {split!r} of MNIST in {root}', tuple('0123456789'), mnist.read_image_file(images).reshape(-1, 1, 784),
-        mnist.read_label_file(labels).tolist(), _MNIST_MEAN, _MNIST_STD,
-        permutation('permuted-mnist', 784) if permuted else None, (28, 28))
+        _fetch_mnist(root, {**files['train'], **files['t10k']}, absent[0], download)
+    pixels, labels = (read_idx(path, item) for path, item in own.items())
+    if len(pixels) != len(labels) or labels.max(initial=0) > 9:
+        raise DownloadNeededError(
+            f'{folder}: expected a label from 0 to 9 for each of {len(pixels)} images of split {split!r}, '
+            f'found {len(labels)} from 0 to {labels.max(initial=0)}; remove both files and')
+    return StoredSequences(
+        f'split {split!r} of MNIST in {root}', tuple('0123456789'), torch.tensor(pixels).reshape(-1, 1, 784),
+        labels.tolist(), _MNIST_MEAN, _MNIST_STD, _order('permuted-mnist', 784, permuted), (28, 28))
 
 
-def _check_mnist(path: Path) -> None:
-    from torchvision.datasets.utils import check_md5
-    md5 = MNIST_MD5[path.name]
-    try:
-        is_published = check_md5(str(path), md5)
-    except OSError as error:
-        raise unreadable_file(path, error) from error
-    if not is_published:
-        raise DownloadNeededError(f'{path} is damaged, or another file: its MD5 is not {md5}; remove it and')
+def _fetch_mnist(root: Path, files: Dict[Path, Tuple[int, ...]], absent: Path, download: bool) -> None:
+    from torchvision.datasets import MNIST
+    if not download:
+        raise missing(absent, f'{MNIST.mirrors[0]}{absent.name}.gz, unpacked,')
+    for path, item in files.items():
+        if path.is_file():  # torchvision would fail at a damaged one of either part, and not say of which
+            read_idx(path, item)
+    with locked(root), _told(' or '.join(MNIST.mirrors), absent.parent):
+        MNIST(str(root), download=True)
 
 
-def open_cifar10(root: Path, split: str, download: bool) -> InMemorySequences:
-    """Open CIFAR10 from torchvision's folder, ``root/cifar-10-batches-py``: 32x32 pixels as 1,024 steps.
+def open_cifar10(root: Path, split: str, download: bool) -> StoredSequences:
+    """CIFAR10 from torchvision's folder, ``root/cifar-10-batches-py``: 32x32 pixels as 1,024 steps; 50,000 and 10,000.
 
-    The splits have 50,000 and 10,000 images. All files are compared with their checksums before one is read.
+    torchvision holds all files against their checksums before it reads one.
     """
     from torchvision.datasets import CIFAR10
-    folder, is_training = root / CIFAR10.base_folder, split == 'train'
-    if download and _bad_cifar10_files(folder):
-        with locked(root), _named_errors(CIFAR10.url, root / CIFAR10.filename):
+    is_training = split == 'train'
+    if download and _cifar10_lacks(root):
+        with locked(root), _told(CIFAR10.url, root / CIFAR10.filename):
             CIFAR10(str(root), is_training, download=True)
-    bad = _bad_cifar10_files(folder)
-    if bad:
+    absent = _cifar10_lacks(root)
+    if absent:
         raise DownloadNeededError(
-            f'{folder} lacks {bad[0]}, or it is damaged ({len(bad)} such files):',
+            f'{root / CIFAR10.base_folder} lacks {absent[0]}, or it is damaged ({len(absent)} such files):',
             f', or unpack {CIFAR10.url} in {root} by hand')
     found = CIFAR10(str(root), is_training)
     pixels = torch.from_numpy(found.data.transpose(0, 3, 1, 2).reshape(-1, 3, 1024).copy())
-    return InMemorySequences(
+    return StoredSequences(
         f'split {split!r} of CIFAR10 in {root}', found.classes, pixels, found.targets, _CIFAR10_MEAN, _CIFAR10_STD,
         image_size=(32, 32))
 
 
-def _bad_cifar10_files(folder: Path) -> List[str]:
+def _cifar10_lacks(root: Path) -> List[str]:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
     files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta['filename'], CIFAR10.meta['md5']]]
+    folder = root / CIFAR10.base_folder
     return [name for name, md5 in files if not check_integrity(str(folder / name), md5)]
 
 
 @contextmanager
-def _named_errors(url: str, path: Path) -> Iterator[None]:
-    """Raise torchvision's failures to download or unpack as ValueErrors of one line."""
+def _told(url: str, path: Path) -> Iterator[None]:
+    """torchvision's failures to download or unpack, in a line."""
     try:
         yield
     except (EOFError, HTTPException, OSError, RuntimeError, ValueError, tarfile.TarError, zlib.error) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise ValueError(
             f'{url} cannot be downloaded or unpacked ({reason}); it can be put at {path} by hand') from error
-
-
-def permutation(name: str, length: int) -> Tensor:
-    """Return the fixed order of a permuted data set: step i is the element at position ``order[i]``.
-
-    Args:
-        name: Name of the data set, 'permuted-mnist' or 'permuted-digits'.
-        length: Length of its sequences.
-
-    Returns:
-        ``(length,)``, int64.
-
-    Raises:
-        ValueError: If the package's file of orders is damaged.
-    """
-    try:
-        order = json.loads(_PERMUTATIONS.read_text())[name]
-        is_order = sorted(order) == list(range(length))
-    except (OSError, LookupError, TypeError, ValueError):
-        is_order = False
-    if not is_order:
-        raise ValueError(
-            f'{_PERMUTATIONS} is damaged: expected the numbers 0 to {length - 1} as {name!r}; reinstall the package')
-    return torch.tensor(order)

@@ -7,39 +7,37 @@ from torch.utils.data import Dataset
 
 
 class SequenceDataset(Dataset):
-    """Normalized sequences and their classes, as :func:`create_sequence_dataset` returns them.
+    """Sequences and their classes, normalised; :func:`create_sequence_dataset` makes them.
 
-    An item is a float32 tensor of shape ``shape``, after ``transform`` if it is set, and the index of its class.
-    Sequences that are images, read row by row, have an ``image_size`` (height, width). If ``augment`` is set, it is
-    called first, with the pixels in the order of the image: uint8, of shape ``shape``.
+    An item is a float32 tensor of shape ``shape`` (what ``transform`` makes of it, where that is set) and the index of
+    its class. Sequences that are images, read row by row, have an ``image_size`` (height, width), and are given to
+    ``augment``, where that is set, before all else: their pixels of shape ``shape`` in the order of the image, uint8.
 
     Args:
-        description: Description of the data set, for errors.
-        classes: Names of the classes by index.
+        what: What it is, for errors.
+        classes: Names, by index.
         shape: (channels, length).
-        labels: Index of the class of each sequence.
-        mean: Value subtracted from a sequence, a number or ``(channels, 1)``.
-        std: Value by which the difference is divided, a number or ``(channels, 1)``.
-        names: Names of the sequences, such as the paths of their files.
+        labels: Of each sequence, the index of its class.
+        mean: What is taken from a sequence, a number or ``(channels, 1)``.
+        std: What it is divided by then, likewise.
 
     Raises:
-        ValueError: If a class has no sequence.
+        ValueError: A class has no sequence.
     """
 
     def __init__(
             self,
-            description: str,
+            what: str,
             classes: Sequence[str],
             shape: Tuple[int, int],
             labels: Sequence[int],
             mean: Any,
             std: Any,
-            names: Optional[Sequence[str]] = None,
     ) -> None:
         absent = sorted(set(range(len(classes))) - set(labels))
         if absent:
             raise ValueError(
-                f'{description} has no sequence of {len(absent)} of {len(classes)} classes: '
+                f'{what} has no sequence of {len(absent)} of {len(classes)} classes: '
                 f'{[classes[label] for label in absent[:8]]}')
         self.classes = tuple(classes)
         self.shape = shape
@@ -49,7 +47,6 @@ class SequenceDataset(Dataset):
         self.augment: Any = None
         self._mean = torch.as_tensor(mean, dtype=torch.float32)
         self._std = torch.as_tensor(std, dtype=torch.float32)
-        self._names = names
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,31 +56,34 @@ class SequenceDataset(Dataset):
         return (sequence if self.transform is None else self.transform(sequence)), self.labels[index]
 
     def name(self, index: int) -> str:
-        """Return the name of a sequence: the path of its file if it has one."""
-        return self._names[index] if self._names else f'sequence {index}'
+        """What a sequence is called: its file, where it has one."""
+        return f'sequence {index}'
 
     def _read(self, index: int) -> Tensor:
-        """Return a sequence before normalization, float32 of shape ``shape``."""
+        """A sequence before it is normalised, float32 of shape ``shape``."""
         raise NotImplementedError
 
 
-class InMemorySequences(SequenceDataset):
-    """Sequences in memory, in the dtype of their source.
+class StoredSequences(SequenceDataset):
+    """Sequences in memory, in the numbers that they come in.
 
     Args:
+        what: As in :class:`SequenceDataset`.
+        classes: As in :class:`SequenceDataset`.
         data: ``(N, channels, length)``, uint8 or float32.
-        order: ``(length,)``, the position from which each step is taken; None keeps the order.
-        image_size: (height, width) if the sequences are images.
-
-    The other arguments are those of :class:`SequenceDataset`.
+        labels: As in :class:`SequenceDataset`.
+        mean: As in :class:`SequenceDataset`.
+        std: As in :class:`SequenceDataset`.
+        order: ``(length,)``, the position from which each step is taken; as it is by default.
+        image_size: (height, width), where the sequences are images.
 
     Raises:
-        ValueError: If a class has no sequence, or a value is not finite.
+        ValueError: A class has no sequence, or a number isn't finite.
     """
 
     def __init__(
             self,
-            description: str,
+            what: str,
             classes: Sequence[str],
             data: Tensor,
             labels: Sequence[int],
@@ -91,16 +91,14 @@ class InMemorySequences(SequenceDataset):
             std: Any,
             order: Optional[Tensor] = None,
             image_size: Optional[Tuple[int, int]] = None,
-            names: Optional[Sequence[str]] = None,
     ) -> None:
         channels, length = data.shape[1:]
-        super().__init__(description, classes, (channels, length), labels, mean, std, names)
+        super().__init__(what, classes, (channels, length), labels, mean, std)
         self.image_size = image_size
         finite = data.isfinite().flatten(1).all(1)
         if not finite.all():
             bad: List[int] = (~finite).nonzero().flatten().tolist()
-            raise ValueError(
-                f'{description} has NaN or inf in {len(bad)} of {len(data)} sequences, such as {bad[:4]}')
+            raise ValueError(f'{what} has NaN or inf in {len(bad)} of {len(data)} sequences, such as {bad[:4]}')
         self._data = data
         self._order = order
 

@@ -13,7 +13,7 @@ from torchvision.transforms import RandomCrop
 from torchvision.transforms import v2 as transforms
 
 from smpconv_models.checkpoint import MAX_INHERITED_SIDE
-from smpconv_models.data import DATASET_NAMES, EMBEDDED, create_sequence_dataset
+from smpconv_models.data import EMBEDDED, NAMES, create_sequence_dataset
 from smpconv_models.models import list_sequence_models
 from smpconv_models.utils.download import DownloadNeededError
 from smpconv_models.utils.errors import suggestion_suffix
@@ -89,7 +89,7 @@ class ImageTask(Task):
         name = values.get('model')
         if name in list_sequence_models():
             raise ValueError(
-                f'{name} is for sequences: expected --dataset seq/NAME, NAME one of {DATASET_NAMES}, got '
+                f'{name} is for sequences: expected --dataset seq/NAME, NAME one of {NAMES}, got '
                 f'{self.data.dataset or "a folder of images"}')
 
     def create_dataset(self, split: str, in_chans: int, is_training: bool) -> Any:
@@ -194,7 +194,7 @@ class SequenceTask(Task):
         if not split:
             raise ValueError('the name of a split must not be empty')
         _, _, name = (self.data.dataset or '').lower().partition('/')
-        if name in DATASET_NAMES and name not in EMBEDDED and not self.data.data_dir:
+        if name in NAMES and name not in EMBEDDED and not self.data.data_dir:
             raise ValueError(f'--dataset {self.data.dataset} needs a folder for its files: --data-dir')
         try:
             source = create_sequence_dataset(name, self.data.data_dir, split, self.data.dataset_download)

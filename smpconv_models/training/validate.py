@@ -212,7 +212,7 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
             raise ValueError(
                 f'{options.checkpoint} was trained on {trained}, which is neither embedded nor an image folder '
                 'of this machine: --data-dir and --dataset name the images to evaluate')
-    elif dataset and is_sequence_dataset(dataset) and dataset.lower().removeprefix('seq/') in data.DATASET_NAMES:
+    elif dataset and is_sequence_dataset(dataset) and dataset.lower().removeprefix('seq/') in data.NAMES:
         # the user has named the folder of its files
         filled['dataset'] = dataset
     split = described.val_split if options.split is None else None

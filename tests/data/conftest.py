@@ -1,4 +1,4 @@
-"""Fixtures for tests of data sets."""
+"""Fixtures for sequences."""
 import functools
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -6,14 +6,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import made_sequences as made
 import pytest
 
-from smpconv_models.data import images, speech
+from smpconv_models.data import speech
 
 
 @pytest.fixture(autouse=True)
-def made_files_count_as_published(monkeypatch):
-    """Replace the numbers of published clips and the checksums of published images by those of the made files."""
+def clips_that_were_made(monkeypatch):
+    """As many as the published ones are."""
     monkeypatch.setattr(speech, 'CLIPS', {split: 10 * each for split, each in made.EACH.items()})
-    monkeypatch.setattr(images, 'MNIST_MD5', made.mnist_md5())
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -23,7 +22,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope='session')
 def server(tmp_path_factory):
-    """Serve a new folder on this machine, as torchvision accepts no file:// address; return both."""
+    """A folder and its address, on this machine: torchvision takes no file:// as an address."""
     folder = tmp_path_factory.mktemp('served')
     with ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()

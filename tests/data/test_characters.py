@@ -40,7 +40,7 @@ def test_what_is_longer_is_cut_at_the_end():
 
 def test_each_channel_is_normalised_over_the_training_letters(opened):
     found, labels = made.letters()
-    train, _ = characters._split_indices(np.array(labels) - 1, 'train')
+    train, _ = characters._indices(np.array(labels) - 1, 'train')
     fitted = np.stack([characters._fit(letter) for letter in found])
     mean, std = fitted[train].mean((0, 2)), fitted[train].std((0, 2))
     dataset = opened()
@@ -57,7 +57,7 @@ FROZEN = {
 
 def test_the_splits_are_stratified_and_fixed():
     labels = np.repeat(np.arange(20), 143)[:2858]  # as many as the published file has
-    parts = {split: characters._split_indices(labels, split)[1] for split in ('train', 'validation', 'test')}
+    parts = {split: characters._indices(labels, split)[1] for split in ('train', 'validation', 'test')}
     assert [len(part) for part in parts.values()] == [2000, 429, 429]
     assert sorted(np.concatenate(list(parts.values()))) == list(range(2858))
     for part in parts.values():
@@ -65,6 +65,45 @@ def test_the_splits_are_stratified_and_fixed():
         assert counts.max() - counts.min() <= 2
     # frozen: another version of scikit-learn must not divide otherwise
     assert {split: part[:4].tolist() for split, part in parts.items()} == FROZEN
+
+
+# --- downloads ---
+
+
+def test_a_download_is_kept(tmp_path, monkeypatch):
+    path = made.publish_characters(tmp_path / 'published.zip', monkeypatch)
+    root = tmp_path / 'data'
+    first = create_sequence_dataset('characters', root, 'test', download=True)
+    path.unlink()
+    again = create_sequence_dataset('characters', root, 'test', download=True)
+    assert torch.equal(first[3][0], again[3][0]) and len(first) == 36
+
+
+@pytest.mark.parametrize('change', ['missing', 'html', 'truncated'])
+def test_a_failed_download_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch, change):
+    path = made.publish_characters(tmp_path / 'published.zip', monkeypatch)
+    content = path.read_bytes()
+    path.unlink()
+    if change != 'missing':
+        path.write_bytes(b'<html>login</html>' if change == 'html' else content[:5000])
+    root = tmp_path / 'data'
+    told = r'^file://[^\n]*zip cannot be downloaded \([^\n]*; the file can be put at [^\n]*trajectories.zip by hand$'
+    with pytest.raises(ValueError, match=told):
+        create_sequence_dataset('characters', root, 'train', download=True)
+    assert [file.name for file in root.iterdir() if file.name != '.download.lock'] == []
+    path.write_bytes(content)
+    assert len(create_sequence_dataset('characters', root, 'train', download=True)) == 168
+
+
+def test_a_file_of_another_checksum_is_not_parsed(tmp_path, monkeypatch):
+    path = made.publish_characters(tmp_path / characters.ARCHIVE, monkeypatch)
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr('scipy.io.loadmat', lambda *args, **options: pytest.fail('parsed'))
+    for download in (False, True):
+        with pytest.raises(ValueError, match=r'zip is damaged, or another file: its SHA-256 is .*remove it and pass'):
+            create_sequence_dataset('characters', tmp_path, 'train', download)
 
 
 # --- contents ---

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smpconv_models.data import create_sequence_dataset, images
+from smpconv_models.data import create_sequence_dataset, permutations
 from smpconv_models.data.digits import Digits
 
 
@@ -23,7 +23,7 @@ def test_the_digits_are_those_of_the_image_data_set():
 def test_permuted_steps_are_the_same_in_one_order(tmp_path, name):
     root = made.make_mnist(tmp_path)
     plain, permuted = (create_sequence_dataset(prefix + name, root, 'train') for prefix in ('', 'permuted-'))
-    order = images.permutation(f'permuted-{name}', plain.shape[1])
+    order = permutations.permutation(f'permuted-{name}', plain.shape[1])
     assert permuted.labels == plain.labels
     for index in (0, 30):
         assert not torch.equal(permuted[index][0], plain[index][0])
@@ -62,7 +62,7 @@ def test_images_are_augmented_before_their_steps_are_put_in_order(tmp_path, name
         return pixels.reshape(1, 28, 28).flip(-1).reshape(1, 784)
 
     changed.augment = flip
-    order = images.permutation(name, 784) if name.startswith('permuted') else torch.arange(784)
+    order = permutations.permutation(name, 784) if name.startswith('permuted') else torch.arange(784)
     image = torch.empty(1, 784)
     image[:, order] = plain[7][0]
     assert torch.equal(changed[7][0], flip(image)[:, order])
@@ -110,42 +110,46 @@ def test_a_failed_download_is_a_line_and_the_next_succeeds(tmp_path, monkeypatch
 # --- damaged files ---
 
 IMAGES, LABELS = 'train-images-idx3-ubyte', 'train-labels-idx1-ubyte'
-PUBLISHED_MD5 = images.MNIST_MD5  # before a fixture replaces them
 
 
-@pytest.mark.parametrize('file', [IMAGES, LABELS])
-@pytest.mark.parametrize('change', [
-    lambda content: content[:-1], lambda content: b'', lambda content: content + b'more', lambda content: b'<html>',
-    lambda content: content[:30] + bytes([content[30] ^ 1]) + content[31:],
+@pytest.mark.parametrize('file, change, told', [
+    (IMAGES, lambda path: os.truncate(path, 20000), r'its header tells 31376 bytes, it has 20000; remove it and pass'),
+    (LABELS, lambda path: os.truncate(path, 30), 'its header tells 48 bytes, it has 30'),
+    (LABELS, lambda path: path.write_bytes(b''), 'it does not begin as a file of bytes in 1 dimensions does'),
+    (IMAGES, lambda path: path.write_bytes(b'<html>no such file</html>'), 'does not begin as a file of bytes in 3'),
+    (IMAGES, lambda path: path.write_bytes(made.mnist_files()[LABELS]), 'does not begin as a file of bytes in 3'),
+    (IMAGES, lambda path: path.write_bytes(path.read_bytes() + b'more'), 'its header tells 31376 bytes, it has 31380'),
+    (IMAGES, lambda path: path.write_bytes(path.read_bytes()[:8] + bytes([0, 0, 0, 14]) + path.read_bytes()[12:]),
+     r'expected items of shape \(28, 28\), found \(14, 28\)'),
 ])
-def test_damaged_files_of_mnist_are_not_parsed(tmp_path, monkeypatch, file, change):
+def test_damaged_files_of_mnist_are_told(tmp_path, file, change, told):
     path = made.make_mnist(tmp_path) / 'MNIST' / 'raw' / file
-    path.write_bytes(change(path.read_bytes()))
-    assert len(create_sequence_dataset('mnist', tmp_path, 'test')) == 20
-    for reader in ('read_image_file', 'read_label_file'):
-        monkeypatch.setattr(f'torchvision.datasets.mnist.{reader}', lambda path: pytest.fail('parsed'))
-    told = rf'^[^\n]*{file} is damaged, or another file: its MD5 is not \w+; remove it and pass download=True$'
+    change(path)
     for download in (False, True):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=f'^[^\n]*{file} is damaged: {told}|{told}'):
             create_sequence_dataset('mnist', tmp_path, 'train', download)
+    assert len(create_sequence_dataset('mnist', tmp_path, 'test')) == 20
 
 
-def test_checksums_of_mnist_are_those_of_the_published_files():
-    assert PUBLISHED_MD5 == {
-        'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
-        'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
-        't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea',
-        't10k-labels-idx1-ubyte': '27ae3e4e09519cfbb04c329615203637'}
-
-
-def test_a_file_of_mnist_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_a_flipped_bit_in_the_published_file_is_told(tmp_path, monkeypatch):
     made.make_mnist(tmp_path)
+    made.sizes_as_published(monkeypatch)
+    with pytest.raises(ValueError, match='ubyte is damaged: its MD5 is not 6bbc9ace898e44ae57da46a324031adb; remove'):
+        create_sequence_dataset('mnist', tmp_path, 'train')
 
-    def refuse(path, md5):
-        raise PermissionError(13, 'Permission denied', path)
 
-    monkeypatch.setattr('torchvision.datasets.utils.check_md5', refuse)
-    with pytest.raises(ValueError, match=rf'{IMAGES} cannot be read: Permission denied$'):
+def test_labels_of_other_images_are_told(tmp_path):
+    folder = made.make_mnist(tmp_path) / 'MNIST' / 'raw'
+    labels = folder / LABELS
+    content = labels.read_bytes()
+    labels.write_bytes(made.mnist_files((('train', 30),))[LABELS])
+    with pytest.raises(ValueError, match=r'expected a label from 0 to 9 for each of 40 images .*found 30 from 0 to 9'):
+        create_sequence_dataset('mnist', tmp_path, 'train')
+    labels.write_bytes(content[:-1] + b'\x0a')
+    with pytest.raises(ValueError, match='found 40 from 0 to 10'):
+        create_sequence_dataset('mnist', tmp_path, 'train')
+    labels.write_bytes(content[:8] + bytes(value % 9 for value in content[8:]))
+    with pytest.raises(ValueError, match=r"no sequence of 1 of 10 classes: \['9'\]"):
         create_sequence_dataset('mnist', tmp_path, 'train')
 
 
@@ -187,14 +191,14 @@ def test_damaged_files_of_cifar10_are_told_and_mended(tmp_path, monkeypatch, ser
 
 @pytest.mark.parametrize('name, length', [('permuted-mnist', 784), ('permuted-digits', 64)])
 def test_orders_are_those_that_they_are_said_to_be(name, length):
-    assert images.permutation(name, length).tolist() == np.random.RandomState(0).permutation(length).tolist()
+    assert permutations.permutation(name, length).tolist() == np.random.RandomState(0).permutation(length).tolist()
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{}', '{"permuted-digits": [0, 1, 1]}', '{"permuted-digits": 3}',
                                      '{"permuted-digits": ["a"]}'])
 def test_a_damaged_file_of_orders_is_told(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(images, '_PERMUTATIONS', tmp_path / 'orders.json')
+    monkeypatch.setattr(permutations, '_PATH', tmp_path / 'orders.json')
     if content:
         (tmp_path / 'orders.json').write_text(content)
     with pytest.raises(ValueError, match=r"orders\.json is damaged: expected the numbers 0 to 2 as 'permuted-digits'"):
-        images.permutation('permuted-digits', 3)
+        permutations.permutation('permuted-digits', 3)

@@ -1,19 +1,27 @@
-"""Speech Commands: sound files, coefficients, splits, cached coefficients, and damaged folders."""
+"""Speech Commands: the sound files, the splits, the coefficients that are kept, and damaged folders."""
 import io
-import math
 import os
 import shutil
+import tarfile
+import threading
+import time
+import urllib.response
 import wave
 
 import made_sequences as made
 import numpy as np
 import pytest
 import torch
-from made_sequences import files_below
 
-from smpconv_models.data import create_sequence_dataset, speech
+from smpconv_models.data import audio, cache, create_sequence_dataset, mfcc, speech
+from smpconv_models.utils import download
 
 NAMES = ('speech', 'speech-mfcc')
+
+
+def below(folder):
+    """All that lies in a folder, but for locks."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.suffix != '.lock')
 
 
 # --- sound files ---
@@ -30,7 +38,7 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
     with wave.open(file, 'wb') as out:
         out.setparams((1, 2, 16000, 0, 'NONE', ''))
         out.writeframes(np.array([-2 ** 15, 2 ** 15 - 1, 0, 256], '<i2').tobytes())
-    found = speech.read_wav(written(tmp_path, file.getvalue()))
+    found = audio.read_wave(written(tmp_path, file.getvalue()))
     assert found.dtype == torch.float32 and found.shape == (16000,)
     assert found[:4].tolist() == [-1, 1 - 2 ** -15, 0, 2 ** -7]
     assert not found[4:].any()  # a shorter clip ends in silence
@@ -40,7 +48,7 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
     (b'', 'is no sound file, or damaged: EOFError'),
     (b'<html>' * 100, 'is no sound file, or damaged: file does not start with RIFF id'),
     (made.sound(0)[:20], 'is no sound file, or damaged'),
-    (made.sound(0)[:9000], 'is damaged: expected 32000 bytes of sound by its header, found 8956'),
+    (made.sound(0)[:9000], 'is damaged: its header tells 32000 bytes of sound, it has 8956'),
     (made.sound(0, channels=2), 'expected 1 channel of 16 bits at 16000 Hz, found 2 of 16 at 16000 Hz'),
     (made.sound(0, width=1), 'found 1 of 8 at 16000 Hz'),
     (made.sound(0, rate=8000), 'found 1 of 16 at 8000 Hz'),
@@ -49,44 +57,14 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
 ])
 def test_damaged_sound_is_told(tmp_path, content, told):
     with pytest.raises(ValueError, match=f'^[^\n]*clip.wav[^\n]*{told}[^\n]*$'):
-        speech.read_wav(written(tmp_path, content))
+        audio.read_wave(written(tmp_path, content))
 
 
 def test_a_header_of_any_size_takes_no_memory(tmp_path):
     content = bytearray(made.sound(0))
     content[40:44] = (2 ** 32 - 2).to_bytes(4, 'little')  # of the data
     with pytest.raises(ValueError, match='expected 1 to 16000 samples, found 2147483647'):
-        speech.read_wav(written(tmp_path, bytes(content)))
-
-
-# --- cepstral coefficients ---
-
-# For float32. A coefficient is a sum of 64 logarithms with factors of at most sqrt(2 / 64). The error of a logarithm is
-# a rounding of its magnitude, at most 14 (of the offset 1e-6), plus the relative error of its energy, about 100
-# roundings: a transform of 200 samples, squared, in bands beside much stronger bands.
-TOLERANCE = 64 * math.sqrt(2 / 64) * (14 + 100) * torch.finfo(torch.float32).eps
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_coefficients_equal_torchaudios(golden, dtype):
-    read = golden('mfcc')
-    found = speech.mfcc(read['samples'].to(dtype) / 2 ** 15)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), read['coefficients'], atol=TOLERANCE, rtol=0)
-
-
-def test_a_second_has_161_steps_of_20():
-    samples = torch.randn(2, 3, 16000, generator=torch.Generator().manual_seed(0))
-    found = speech.mfcc(samples)
-    assert found.shape == (2, 3, 20, 161)
-    torch.testing.assert_close(found[1, 2], speech.mfcc(samples[1, 2]), atol=TOLERANCE, rtol=0)
-
-
-def test_silence_has_the_logarithm_of_the_offset_in_its_first_coefficient():
-    found = speech.mfcc(torch.zeros(16000, dtype=torch.float64))
-    expected = torch.zeros(20, 161, dtype=torch.float64)
-    expected[0] = math.log(1e-6) * math.sqrt(64)
-    torch.testing.assert_close(found, expected)
+        audio.read_wave(written(tmp_path, bytes(content)))
 
 
 # --- splits ---
@@ -111,19 +89,209 @@ def test_the_splits_are_the_lists(tmp_path, name):
 def test_items_are_the_files_normalised_by_all_training_samples(tmp_path):
     made.make_speech(tmp_path)
     train, test = (create_sequence_dataset('speech', tmp_path, split) for split in ('train', 'test'))
-    samples = torch.stack([speech.read_wav(train.name(index)) for index in range(30)]).double()
+    samples = torch.stack([audio.read_wave(train.name(index)) for index in range(30)]).double()
     std, mean = torch.std_mean(samples, correction=0)
-    expected = ((speech.read_wav(test.name(4)).double() - mean) / std).float().unsqueeze(0)
+    expected = ((audio.read_wave(test.name(4)).double() - mean) / std).float().unsqueeze(0)
     torch.testing.assert_close(test[4][0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_coefficients_are_normalised_each_over_the_training_split(tmp_path):
     made.make_speech(tmp_path)
     train, test = (create_sequence_dataset('speech-mfcc', tmp_path, split) for split in ('train', 'test'))
-    found = speech.mfcc(torch.stack([speech.read_wav(train.name(index)) for index in range(30)])).double()
+    found = mfcc.mfcc(torch.stack([audio.read_wave(train.name(index)) for index in range(30)])).double()
     std, mean = torch.std_mean(found, dim=(0, 2), correction=0)
-    expected = ((speech.mfcc(speech.read_wav(test.name(4))) - mean[:, None]) / std[:, None]).float()
+    expected = ((mfcc.mfcc(audio.read_wave(test.name(4))) - mean[:, None]) / std[:, None]).float()
     torch.testing.assert_close(test[4][0], expected, atol=1e-4, rtol=1e-4)
+
+
+# --- the archive ---
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_an_archive_is_downloaded_and_unpacked_once(tmp_path, monkeypatch, name):
+    path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    root = tmp_path / 'data'
+    first = create_sequence_dataset(name, root, 'test', download=True)
+    path.unlink()
+    (root / speech.ARCHIVE).unlink()
+    for permitted in (False, True):
+        assert torch.equal(create_sequence_dataset(name, root, 'test', permitted)[3][0], first[3][0])
+    assert not list(root.rglob('*.partial'))
+
+
+def test_an_archive_that_was_put_there_by_hand_is_unpacked(tmp_path, monkeypatch):
+    made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
+    assert len(create_sequence_dataset('speech', tmp_path, 'train')) == 30
+
+
+def test_of_many_processes_one_downloads(tmp_path, monkeypatch):
+    """Threads here: a lock of another file handle is another process's."""
+    made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    fetched, unpacked = [], []
+
+    def fetch(*args):
+        fetched.append(args)
+        time.sleep(0.2)
+        download.fetch(*args)
+
+    def extract_tar(*args):
+        unpacked.append(args)
+        download.extract_tar(*args)
+
+    monkeypatch.setattr(speech, 'fetch', fetch)
+    monkeypatch.setattr(speech, 'extract_tar', extract_tar)
+    found = []
+    threads = [threading.Thread(target=
+        lambda: found.append(create_sequence_dataset('speech', tmp_path / 'data', 'test', True)))
+               for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(dataset) for dataset in found] == [10] * 3 and len(fetched) == len(unpacked) == 1
+
+
+@pytest.mark.parametrize('change', ['missing', 'html', 'truncated'])
+def test_a_failed_download_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch, change):
+    path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    content = path.read_bytes()
+    path.unlink()
+    if change != 'missing':
+        path.write_bytes(b'<html>login</html>' if change == 'html' else content[:-1000])
+    root = tmp_path / 'data'
+    told = r'^file://[^\n]*gz cannot be downloaded \([^\n]*; the file can be put at [^\n]*v0.02.tar.gz by hand$'
+    with pytest.raises(ValueError, match=told):
+        create_sequence_dataset('speech', root, 'train', download=True)
+    assert below(root) == []
+    path.write_bytes(content)
+    assert len(create_sequence_dataset('speech', root, 'train', download=True)) == 30
+
+
+def test_a_download_goes_on_where_it_broke_off_and_what_was_unpacked_is_removed(tmp_path, monkeypatch):
+    path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    content = path.read_bytes()
+    asked = []
+
+    def open_resumable(url, part):
+        start = part.stat().st_size
+        asked.append(start)
+        answer = urllib.response.addinfourl(
+            io.BytesIO(content[start:]), {'Content-Length': len(content) - start}, url, 206)
+        return answer
+
+    monkeypatch.setattr(download, 'open_resumable', open_resumable)
+    root = tmp_path / 'data'
+    left = root / 'SpeechCommands' / 'speech_commands_v0.02.partial' / 'yes' / 'old.wav'
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b'')
+    (root / f'{speech.ARCHIVE}.part').write_bytes(content[:1000])
+    create_sequence_dataset('speech', root, 'train', download=True)
+    assert asked == [1000]
+    assert not list(root.rglob('*.part*')) and not list(root.rglob('old.wav'))
+    assert (root / speech.ARCHIVE).read_bytes() == content
+
+
+def test_a_server_that_cannot_resume_sends_the_whole(tmp_path, monkeypatch):
+    path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)  # file:// is one
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / f'{speech.ARCHIVE}.part').write_bytes(b'of another try')
+    create_sequence_dataset('speech', tmp_path / 'data', 'train', download=True)
+    assert (tmp_path / 'data' / speech.ARCHIVE).read_bytes() == path.read_bytes()
+
+
+def test_a_page_in_place_of_the_file_keeps_what_has_come(tmp_path, monkeypatch):
+    made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    monkeypatch.setattr(download, 'open_resumable', lambda url, part: urllib.response.addinfourl(
+        io.BytesIO(b'<html>log in'), {'Content-Type': 'text/html; charset=utf-8'}, url, 200))
+    part = tmp_path / 'data' / f'{speech.ARCHIVE}.part'
+    part.parent.mkdir()
+    part.write_bytes(b'what has come')
+    with pytest.raises(ValueError, match=r'the server sends a page in place of the file.; what there is .*\.part; the'):
+        create_sequence_dataset('speech', tmp_path / 'data', 'train', download=True)
+    assert part.read_bytes() == b'what has come'
+
+
+def test_a_connection_that_ends_keeps_what_has_come(tmp_path, monkeypatch):
+    path = made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)
+    content = path.read_bytes()
+    monkeypatch.setattr(download, 'open_resumable', lambda url, part: urllib.response.addinfourl(
+        io.BytesIO(content[:1000]), {'Content-Length': len(content)}, url, 206))
+    told = f'the connection ended after 1000 of {len(content)} bytes.; what there is of it is kept in .*gz.part; the'
+    with pytest.raises(ValueError, match=told):
+        create_sequence_dataset('speech', tmp_path / 'data', 'train', download=True)
+    assert below(tmp_path / 'data') == [f'{speech.ARCHIVE}.part']
+
+
+def test_another_archive_is_not_unpacked(tmp_path, monkeypatch):
+    path = made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    for permitted in (False, True):
+        with pytest.raises(ValueError, match=r'gz is damaged, or another file: its SHA-256 is .*remove it and pass'):
+            create_sequence_dataset('speech', tmp_path, 'train', permitted)
+    assert below(tmp_path) == [speech.ARCHIVE]
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize('member', [
+    tarfile.TarInfo('../outside.wav'), tarfile.TarInfo('./yes/../../../outside.wav'),
+    link('yes/link.wav', '../../../x'), link('yes/link.wav', '/etc/passwd'),
+    link('yes/link.wav', '../../x', tarfile.LNKTYPE),
+    link('yes/pipe.wav', '', tarfile.FIFOTYPE),
+], ids=lambda member: f'{member.name}-{member.linkname}')
+def test_members_that_leave_the_folder_are_refused(tmp_path, monkeypatch, member):
+    made.publish_speech(tmp_path / 'root' / speech.ARCHIVE, monkeypatch, extra=[member])
+    with pytest.raises(ValueError, match=r'^[^\n]*gz cannot be unpacked to [^\n]*: \w+Error [^\n]*$'):
+        create_sequence_dataset('speech', tmp_path / 'root', 'train')
+    assert below(tmp_path) == ['root', 'root/SpeechCommands', f'root/{speech.ARCHIVE}']
+
+
+@pytest.mark.parametrize('change', [lambda content: content[:len(content) // 2], lambda content: b'x' * 5000,
+                                    lambda content: b''])
+def test_damaged_archives_are_told(tmp_path, monkeypatch, change):
+    """Were their checksums right."""
+    path = made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
+    path.write_bytes(change(path.read_bytes()))
+    monkeypatch.setattr(speech, 'SHA256', made.sha256(path))
+    with pytest.raises(ValueError, match=r'^[^\n]*gz cannot be unpacked to [^\n]*v0.02: \w+Error [^\n]*$'):
+        create_sequence_dataset('speech', tmp_path, 'train')
+    assert below(tmp_path) == ['SpeechCommands', speech.ARCHIVE]
+
+
+def test_a_full_disk_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch):
+    made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
+    extract, calls = tarfile.TarFile.extract, []
+
+    def full(*args, **options):
+        calls.append(args)
+        if len(calls) > 5:
+            raise OSError(28, 'No space left on device', 'x.wav')
+        extract(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, 'extract', full)
+        with pytest.raises(ValueError, match=r'^[^\n]*cannot be unpacked to [^\n]*No space left on device[^\n]*$'):
+            create_sequence_dataset('speech', tmp_path, 'train')
+    assert below(tmp_path) == ['SpeechCommands', speech.ARCHIVE]
+    assert len(create_sequence_dataset('speech', tmp_path, 'train')) == 30
+
+
+def test_an_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
+    made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tarfile.TarFile, 'extract', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        create_sequence_dataset('speech', tmp_path, 'train')
+    assert below(tmp_path) == ['SpeechCommands', speech.ARCHIVE]
 
 
 # --- folders ---
@@ -175,13 +343,13 @@ def test_a_damaged_clip_has_no_coefficients(tmp_path):
     path.write_bytes(content[:3000])
     with pytest.raises(ValueError, match=f'^{path} is damaged'):
         create_sequence_dataset('speech-mfcc', tmp_path, 'train')
-    assert files_below(tmp_path / 'SpeechCommands') == below_folder(folder)
+    assert below(tmp_path / 'SpeechCommands') == below_folder(folder)
     path.write_bytes(content)
     assert len(create_sequence_dataset('speech-mfcc', tmp_path, 'train')) == 30
 
 
 def below_folder(folder):
-    return sorted([folder.name, *(f'{folder.name}/{name}' for name in files_below(folder))])
+    return sorted([folder.name, *(f'{folder.name}/{name}' for name in below(folder))])
 
 
 def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
@@ -190,7 +358,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, 'Permission denied', str(path))
 
-    monkeypatch.setattr(speech, 'read_wav', refuse)
+    monkeypatch.setattr(speech, 'read_wave', refuse)
     with pytest.raises(ValueError, match=r'^[^\n]*\.wav cannot be read: Permission denied$'):
         create_sequence_dataset('speech-mfcc', tmp_path, 'train')
 
@@ -202,12 +370,12 @@ def test_statistics_are_made_anew_when_a_damaged_clip_is_mended(tmp_path, caplog
     before = create_sequence_dataset('speech', tmp_path, 'test')[0][0]
     path.write_bytes(content)
     assert not torch.equal(create_sequence_dataset('speech', tmp_path, 'test')[0][0], before)
-    assert 'speech-statistics.safetensors is of other files or of another version; recomputing it' in caplog.text
+    assert 'speech-statistics.safetensors is of other files or of another version; it is made anew' in caplog.text
 
 
 def test_silence_alone_is_no_training_split(tmp_path, monkeypatch):
     made.make_speech(tmp_path)
-    monkeypatch.setattr(speech, 'read_wav', lambda path: torch.zeros(16000))
+    monkeypatch.setattr(speech, 'read_wave', lambda path: torch.zeros(16000))
     with pytest.raises(ValueError, match='has no sound to train on: 30 files, 30 could be read'):
         create_sequence_dataset('speech', tmp_path, 'train')
 
@@ -238,4 +406,87 @@ def test_coefficients_of_other_files_are_computed_anew(tmp_path, caplog):
     path = next((folder / 'yes').glob('*2_*.wav'))
     path.write_bytes(made.sound(77))
     create_sequence_dataset('speech-mfcc', tmp_path, 'train')
-    assert 'speech-mfcc-train.safetensors is of other files or of another version; recomputing it' in caplog.text
+    assert 'speech-mfcc-train.safetensors is of other files or of another version; it is made anew' in caplog.text
+
+
+KEPT = {'a': torch.arange(6.).reshape(2, 3), 'b': torch.tensor(2.)}
+
+
+def kept(path, make=lambda: dict(KEPT), key='1'):
+    found = cache.cached(path, key, make)
+    assert found.keys() == KEPT.keys() and all(torch.equal(found[name], KEPT[name]) for name in KEPT)
+    return path
+
+
+@pytest.mark.parametrize('change, told', [
+    (lambda content: content[:50], 'cannot be read'),
+    (lambda content: b'', 'cannot be read'),
+    (lambda content: b'<html>' * 100, 'cannot be read'),
+    (lambda content: content[:-1] + bytes([content[-1] ^ 1]), 'is damaged: its checksum differs'),
+    (lambda content: (2 ** 62).to_bytes(8, 'little') + content[8:], 'cannot be read'),
+])
+def test_a_damaged_cache_is_made_anew_loudly(tmp_path, caplog, change, told):
+    path = kept(tmp_path / 'kept.safetensors')
+    path.write_bytes(change(path.read_bytes()))
+    kept(path)
+    message, = caplog.messages
+    assert f'{path} {told}' in message and 'it is made anew' in message and '\n' not in message
+    kept(path, lambda: pytest.fail('made again'))
+    assert below(tmp_path) == ['kept.safetensors']
+
+
+def test_a_cache_of_another_key_is_made_anew(tmp_path):
+    path = kept(tmp_path / 'kept.safetensors')
+    made_again = []
+    kept(path, lambda: made_again.append(1) or dict(KEPT), key='2')
+    kept(path, lambda: pytest.fail('made again'), key='2')
+    assert made_again == [1]
+
+
+def test_a_cache_is_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = kept(tmp_path / 'kept.safetensors')
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_of_many_processes_one_makes_them(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        time.sleep(0.2)
+        return dict(KEPT)
+
+    threads = [threading.Thread(target=kept, args=(tmp_path / 'kept.safetensors', make)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [1]
+
+
+def test_a_failure_leaves_no_cache(tmp_path):
+    def fail():
+        raise ValueError('no')
+
+    with pytest.raises(ValueError, match='no'):
+        cache.cached(tmp_path / 'kept.safetensors', '1', fail)
+    assert below(tmp_path) == []
+
+
+@pytest.mark.parametrize('where', ['write', 'lock'])
+def test_without_a_place_to_keep_them_they_are_made_each_time(tmp_path, monkeypatch, caplog, where):
+    def full(*args, **options):
+        raise OSError(28, 'No space left on device')
+
+    if where == 'write':
+        monkeypatch.setattr(os, 'replace', full)
+    else:
+        monkeypatch.setattr(download.FileLock, 'acquire', full)
+        monkeypatch.setattr(os, 'replace', full)
+    kept(tmp_path / 'kept.safetensors')
+    assert 'cannot be kept, and will be made each time: No space left on device' in caplog.text
+    assert below(tmp_path) == []

@@ -1,28 +1,8 @@
 """Fixtures for tests of training."""
-import functools
-import hashlib
 import logging
 import signal
-import tempfile
-from pathlib import Path
 
-import made
 import pytest
-
-from smpconv_models.data import images
-
-
-@functools.lru_cache(maxsize=1)
-def _made_mnist_md5():
-    with tempfile.TemporaryDirectory() as folder:
-        files = (made.make_mnist(Path(folder)) / 'MNIST' / 'raw').iterdir()
-        return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(autouse=True)
-def made_files_count_as_published(monkeypatch):
-    """Replace the checksums of MNIST by those of the made files."""
-    monkeypatch.setattr(images, 'MNIST_MD5', _made_mnist_md5())
 
 
 @pytest.fixture

@@ -148,14 +148,14 @@ def test_refusals(argv, message, tmp_path, capsys):
 def test_a_sequence_that_is_not_finite_is_named(tmp_path, capsys, monkeypatch):
     """Before the first step, with nothing written."""
     from smpconv_models.data import images
-    original = images.InMemorySequences.__init__
+    original = images.StoredSequences.__init__
 
     def damaged(self, what, classes, data, *rest, **kwargs):
         data = data.float()
         data[7, 0, 3] = torch.nan
         original(self, what, classes, data, *rest, **kwargs)
 
-    monkeypatch.setattr(images.InMemorySequences, '__init__', damaged)
+    monkeypatch.setattr(images.StoredSequences, '__init__', damaged)
     line = refused(train.main, capsys, *TINY, '--output', tmp_path)
     assert 'NaN or inf in 1 of' in line and '7' in line
     assert list(tmp_path.iterdir()) == []
