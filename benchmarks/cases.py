@@ -1,11 +1,11 @@
-"""The depthwise layers that are measured, by name. Maps are those of 224x224 images unless the name says otherwise."""
+"""Depthwise layers to measure, by name, on the maps of 224x224 images unless the name has another size."""
 from dataclasses import dataclass
 from typing import List, Optional, Sequence
 
 
 @dataclass(frozen=True)
 class Case:
-    """A square kernel over a map of ``height`` x ``width``; a layer that ``network`` has ``times`` times."""
+    """Depthwise layer with a square kernel on a map of ``height`` x ``width``; ``network`` has it ``times`` times."""
     name: str
     channels: int
     height: int
@@ -38,7 +38,7 @@ CASES = {case.name: case for case in [
     *_stages('mobile51', 'smpconv_mobile51', MOBILE, (51, 49, 47, 13), (2, 2, 2, 2)),
     *_stages('convnext', 'convnext_tiny', T, (7, 7, 7, 7), (3, 3, 9, 3)),
     *_stages('t_batch1', None, T, (31, 29, 27, 13), (0, 0, 0, 0), batch=1),
-    # the first two stages on images of 800x1216, as detectors take them
+    # the first two stages on images of 800x1216, a usual size in detection
     Case('detection_200x304', 96, 200, 304, 31, batch=1),
     Case('detection_100x152', 192, 100, 152, 29, batch=1),
     # T's stem, and the 5x5 branches beside its large kernels

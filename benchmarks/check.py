@@ -1,4 +1,4 @@
-"""No time without a right result: the functions that are to be timed, held to float64."""
+"""Check of functions against float64 before they are timed."""
 import math
 from typing import Dict, Iterator, Tuple
 
@@ -7,23 +7,24 @@ from layer import RETURNED, Functions, plain
 from torch import Tensor
 
 CHANNELS = 8
-LOOSEST = 0.05  # a larger relative error is another meaning, whatever the precision
+LOOSEST = 0.05  # a larger relative error is a wrong result at any precision
 
 Errors = Dict[str, float]  # by result
 
 
 class WrongResultError(Exception):
-    """A function that was to be timed computes something else."""
+    """A function to be timed has a wrong result."""
 
 
 def check(paths: Dict[str, Functions], x: Tensor, weight: Tensor, grad: Tensor) -> Dict[str, Errors]:
-    """Calls every function; the error of each path in y, dx and dw, the worst of those that return it.
+    """Call every function and return the largest error of each path in y, dx and dw.
 
-    Errors are relative, in the Frobenius norm. The truth is computed for a few channels, evenly chosen: those of a
-    depthwise convolution are independent. The functions do all of theirs, and every element must be finite.
+    Errors are relative, in the Frobenius norm. The exact result is computed for a few evenly spaced channels, because
+    the channels of a depthwise convolution are independent. The functions compute all channels, and every element must
+    be finite.
 
     Raises:
-        WrongResultError: An error is above its limit, or NaN.
+        WrongResultError: If an error is above its limit, or NaN.
     """
     channels = torch.linspace(0, len(weight) - 1, min(CHANNELS, len(weight)), device=x.device).round().long()
     exact = _exact(x[:, channels].double(), weight[channels].double(), grad[:, channels].double())
@@ -36,7 +37,7 @@ def check(paths: Dict[str, Functions], x: Tensor, weight: Tensor, grad: Tensor) 
             for result, tensor in zip(RETURNED[name], function()):
                 given = tensor.detach().index_select(0 if result == 'dw' else 1, channels).double()
                 error = relative_error(given, exact[result]) if tensor.isfinite().all() else math.nan
-                if not error <= limits[result]:  # NaN is not
+                if not error <= limits[result]:  # also for NaN
                     raise WrongResultError(
                         f'{result} of {path} is wrong: relative error {error:.1e}, limit {limits[result]:.1e}')
                 errors[path][result] = max(errors[path][result], error)
@@ -55,12 +56,13 @@ def _exact(x: Tensor, weight: Tensor, grad: Tensor) -> Dict[str, Tensor]:
 
 
 def _limits(path: str, errors: Dict[str, Errors], x: Tensor, weight: Tensor) -> Errors:
-    """The relative error that each result may have.
+    """Return the limit of the relative error of each result.
 
-    A sum of n products of standard normals is about sqrt(n), and the roundings of its partial sums, a random walk, add
-    up to less than n * eps, so to sqrt(n) * eps of the sum. Ours accumulate in float32 and round to the dtype at the
-    end, by a quarter of its eps on average: one eps leaves room for a few partial results of that dtype. Plain conv2d
-    may accumulate in the dtype itself (its dx in float16 does on CPUs); then ours may err by twice as much as it does.
+    A sum of n products of standard normals is about sqrt(n). The rounding errors of its partial sums, a random walk,
+    add up to less than n * eps, which is sqrt(n) * eps of the sum. This package's backends accumulate in float32 and
+    round to the dtype at the end, by a quarter of its eps on average. One eps leaves room for a few partial results of
+    that dtype. Plain conv2d may accumulate in the dtype itself, as its dx in float16 does on CPUs. Then the limit is
+    twice the error of conv2d.
     """
     eps, accumulator_eps = torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps
     terms = {'y': weight[0].numel(), 'dx': weight[0].numel(), 'dw': x[:, 0].numel()}
@@ -77,6 +79,6 @@ def _of_plain(errors: Dict[str, Errors], result: str) -> Iterator[float]:
 
 
 def _poison(*tensors: Tensor) -> None:
-    """NaN in memory that is handed out next, so that an element which nobody writes is not an earlier right result."""
+    """Fill memory with NaN before it is reused, so that an unwritten element cannot hold an earlier correct result."""
     held: Tuple[Tensor, ...] = tuple(torch.full_like(tensor, math.nan) for tensor in tensors * 2)
     del held

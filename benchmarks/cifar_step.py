@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
-"""Table 1 of the paper: the network for CIFAR10, and the same with deformable or with plain 3x3 convolutions.
+"""Measure table 1 of the paper: the network for CIFAR10 against deformable and plain 3x3 convolutions.
 
     python benchmarks/cifar_step.py --device cuda [--method fft]        batches of 64 images of 32x32, as in the paper
-    python benchmarks/cifar_step.py                                     of 4 images on the CPU, in some five minutes
+    python benchmarks/cifar_step.py                                     batches of 4 on the CPU, in about five minutes
     python benchmarks/cifar_step.py --networks SMPConv 'plain 3x3' --batch-size 64
 
-The networks are smpconv_cifar and, in place of each of its large kernels with the small one beside it:
-- a plain convolution of 3x3;
-- a modulated deformable one (torchvision.ops.DeformConv2d with a mask) of 3x3, 5x5 or 7x7, offsets and mask by a
-  convolution of the same size that starts at zero. So counted, the parameters are those of the paper's table.
+The networks are smpconv_cifar and variants. In a variant, one convolution replaces each large kernel and the parallel
+small one:
+- a plain 3x3 convolution;
+- a modulated deformable convolution of 3x3, 5x5 or 7x7 (torchvision.ops.DeformConv2d with a mask). A convolution of the
+  same size, initialized to zero, predicts offsets and mask. The numbers of parameters are those of the paper's table.
 
-Training: forward, backward and Adam. Evaluation: forward. float32, all networks in turn. Before that, smpconv_cifar by
-FFT and directly is compared with float64, the deformable convolutions at their start with plain ones, and all gradients
-must be finite. Appends to cifar_step.jsonl in --results.
+Training is forward, backward and Adam; evaluation is forward. All networks run in turn in float32. Before that, the FFT
+and the direct convolutions of smpconv_cifar are compared with float64, and the initial deformable convolutions with
+plain ones. All gradients must be finite. Appends to cifar_step.jsonl in --results.
 
-On a CPU, where deformable convolutions take seconds for an image, batches are of 4, and each function is timed three
-times, the least that a median takes. What a step costs whatever its batch, such as drawing the kernels and their
-transforms, so weighs more than in the paper's batches of 64: to the disadvantage of SMPConv.
+On a CPU, deformable convolutions take seconds for an image. There the batch size is 4, and each function is timed three
+times, the minimum for a median. Costs that do not depend on the batch size, such as sampling the kernels and their
+transforms, then weigh more than with the paper's batches of 64. This is a disadvantage for SMPConv.
 
 Exit codes: 0 done, 1 a result is wrong, 2 wrong arguments, 130 interrupted.
 """
@@ -37,15 +38,15 @@ from torchvision.ops import DeformConv2d
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models.layers import SMPConv2d
-from smpconv_models.training import config
+from smpconv_models.training import cli
 
 OURS = 'SMPConv'
 CHECKED_IMAGES = 2
-FLOAT32_ERROR = 1e-5  # the limit of the other benchmarks for whole networks in float32
+FLOAT32_ERROR = 1e-5  # limit of the other benchmarks for whole networks in float32
 
 
 class Paper(NamedTuple):
-    """A line of table 1, measured on an RTX3090."""
+    """Row of table 1, measured on an RTX3090."""
     parameters: str
     seconds_per_epoch: float
     images_per_second: float
@@ -63,7 +64,7 @@ PAPER = {
 
 
 class Deformable(nn.Module):
-    """A modulated deformable convolution that predicts its own offsets and mask, at first 0 and 1/2."""
+    """Modulated deformable convolution that predicts its offsets and mask, initially 0 and 1/2."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ def count(network: nn.Module) -> int:
 
 
 def check(networks: Dict[str, nn.Module], size: int, device: torch.device) -> None:
-    """Raises WrongResultError where something else would be timed than is said."""
+    """Raise WrongResultError if a network computes a wrong result."""
     images, labels = random_images(CHECKED_IMAGES, size, device)
     if OURS in networks:
         check_methods(networks[OURS], images)
@@ -124,11 +125,11 @@ def check(networks: Dict[str, nn.Module], size: int, device: torch.device) -> No
 
 @torch.no_grad()
 def check_methods(network: nn.Module, images: Tensor) -> None:
-    """The FFT and the direct sum, whichever is timed."""
+    """Check both the FFT and the direct convolution against float64."""
     exact = with_method(network, 'direct').double()(images.double())
     for method in ('direct', 'fft'):
         error = relative_error(with_method(network, method)(images).double(), exact)
-        if not error <= FLOAT32_ERROR:  # NaN is not
+        if not error <= FLOAT32_ERROR:  # also for NaN
             raise WrongResultError(f'{OURS} by {method} is wrong: relative error {error:.1e}, limit {FLOAT32_ERROR}')
 
 
@@ -142,7 +143,7 @@ def with_method(network: nn.Module, method: str) -> nn.Module:
 
 @torch.no_grad()
 def check_deformable(name: str, module: Deformable, size: int) -> None:
-    """Without offsets it is a plain convolution, of which the mask takes half."""
+    """Check against half a plain convolution, which equals zero offsets and a mask of 1/2."""
     weight = module.conv.weight
     x = torch.randn(1, weight.shape[1], size, size, device=weight.device)
     expected = F.conv2d(x, weight / 2, padding=weight.shape[2] // 2)
@@ -185,7 +186,7 @@ def make_evaluation(network: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 def measure_all(args: argparse.Namespace) -> Dict[str, Any]:
-    """A row: parameters and seconds of each network."""
+    """Measure all networks and return a row with their parameters and seconds."""
     device = torch.device(args.device)
     networks = {name: make_network(name, args.method).to(device) for name in args.networks}
     check(networks, args.img_size, device)
@@ -202,7 +203,7 @@ def measure_all(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def text(row: Dict[str, Any]) -> str:
-    """Ratios are of the time that SMPConv takes, in the paper as here."""
+    """Return the table; ratios are relative to SMPConv, both here and in the paper."""
     lines = [
         '| network | parameters | training step (ms) | / SMPConv | evaluation (images/s) | / SMPConv '
         '| paper: parameters | s/epoch | / SMPConv | images/s | / SMPConv |', '|' + ' --- |' * 11]
@@ -239,22 +240,23 @@ def positive(text: str) -> int:
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = config.Parser(
+    parser = cli.Parser(
         prog='cifar_step.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument('--networks', nargs='+', choices=NAMES, default=list(NAMES), metavar='NAME',
-                        help=f'of {", ".join(NAMES)} (all)')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='(%(default)s)')
+                        help=f'networks among {", ".join(NAMES)} (all)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='device (%(default)s)')
     parser.add_argument('--method', choices=('auto', 'direct', 'fft'), default='auto',
-                        help="of SMPConv's convolutions (%(default)s)")
-    parser.add_argument('--batch-size', type=positive, metavar='N', help='(4 on the CPU, 64 on CUDA)')
-    parser.add_argument('--img-size', type=positive, default=32, metavar='N', help='(%(default)s)')
+                        help="method of SMPConv's convolutions (%(default)s)")
+    parser.add_argument('--batch-size', type=positive, metavar='N', help='batch size (4 on the CPU, 64 on CUDA)')
+    parser.add_argument('--img-size', type=positive, default=32, metavar='N', help='side of the images (%(default)s)')
     parser.add_argument('--rounds', type=positive, metavar='N',
-                        help=f'calls of each function that are timed ({measure.MIN_ROUNDS} on the CPU, 51 on CUDA)')
-    parser.add_argument('--results', type=Path, metavar='DIR', default=measure.RESULTS, help='(benchmarks/results)')
+                        help=f'timed calls of each function ({measure.MIN_ROUNDS} on the CPU, 51 on CUDA)')
+    parser.add_argument('--results', type=Path, metavar='DIR', default=measure.RESULTS,
+                        help='folder to write to (benchmarks/results)')
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('there is no CUDA device')
+        parser.error('--device cuda: PyTorch finds no such device')
     args.batch_size = args.batch_size or (64 if args.device == 'cuda' else 4)
     args.rounds = args.rounds or (51 if args.device == 'cuda' else measure.MIN_ROUNDS)
     try:

@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""The depthwise convolution beside PyTorch's, layer by layer, and whole training steps.
+"""Measure the depthwise convolution against PyTorch's, layer by layer, and whole training steps.
 
-    python benchmarks/depthwise.py                          everything; on CUDA where there is one, else on the CPU
+    python benchmarks/depthwise.py                          everything; on CUDA if available, otherwise on the CPU
     python benchmarks/depthwise.py --cases t_56 t_28        some layers
     python benchmarks/depthwise.py --cases training_step    the networks only
     python benchmarks/depthwise.py --dtypes bfloat16 float16 float32
 
-A layer: depthwise_conv2d with backend 'auto', and those of --backends, beside F.conv2d, each called with NCHW and with
-channels_last (nhwc) tensors. Four results: y, dx, dw, and all three as training computes them. First the very
-functions that are to be timed are checked against float64; a wrong one ends the run. Then they are timed in turn, and
-medians taken. float32 means float32: TF32 is off.
+For each layer, depthwise_conv2d with backend 'auto' and those of --backends is compared with F.conv2d. Each is called
+with NCHW and with channels_last (nhwc) tensors. The four results are y, dx, dw, and all three as in training. First the
+functions are checked against float64; a wrong result ends the run. Then the functions are timed in turn, and the
+medians are reported. TF32 is off.
 
-A training step: smpconv_t, the same network with plain convolutions, and timm's convnext_tiny; float32 on the CPU,
-bfloat16 autocast on CUDA.
+The training steps are those of smpconv_t, of the same network with plain convolutions, and of timm's convnext_tiny, in
+float32 on the CPU and bfloat16 autocast on CUDA.
 
-Appends to depthwise.jsonl and training_step.jsonl in --results. A run of all cases also draws the picture there.
+Appends to depthwise.jsonl and training_step.jsonl in --results. A run of all cases also saves a plot there.
 
-The last table has ratios of times, lower is better: y of auto over the better of plain's two layouts; auto over plain
-in the same layout, the worst of y, dx, dw and all, marked SLOWER above 1.05.
+The last table has ratios of times; lower is better. They are y of auto over the faster of plain's two layouts, and auto
+over plain in the same layout, for the worst of y, dx, dw and all. Ratios above 1.05 are marked SLOWER.
 
 Exit codes: 0 done, 1 a result is wrong, 2 wrong arguments, 3 out of memory, 130 interrupted.
 """
@@ -43,7 +43,7 @@ DEFAULTS = {'cpu': dict(batch_size=8, dtypes=['float32']), 'cuda': dict(batch_si
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line, without the usage."""
+    """Parser with errors of one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: error: {message}\n')
@@ -54,19 +54,22 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         prog='depthwise.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     names = [*CASES, TRAINING_STEP]
-    parser.add_argument('--cases', nargs='+', choices=names, metavar='NAME', help=f'of {", ".join(names)} (all)')
-    parser.add_argument('--device', choices=tuple(DEFAULTS), help='(cuda where there is one)')
+    parser.add_argument('--cases', nargs='+', choices=names, metavar='NAME',
+                        help=f'cases among {", ".join(names)} (all)')
+    parser.add_argument('--device', choices=tuple(DEFAULTS), help='device (cuda if available)')
     parser.add_argument('--dtypes', nargs='+', choices=tuple(DTYPES), metavar='DTYPE',
-                        help=f'of {", ".join(DTYPES)} (float32 on the CPU, bfloat16 on CUDA)')
-    parser.add_argument('--backends', nargs='+', metavar='NAME', help="besides 'auto' (triton where it runs)")
-    parser.add_argument('--batch-size', type=_positive(int), metavar='N', help='(8 on the CPU, 64 on CUDA)')
+                        help=f'dtypes among {", ".join(DTYPES)} (float32 on the CPU, bfloat16 on CUDA)')
+    parser.add_argument('--backends', nargs='+', metavar='NAME', help="backends besides 'auto' (triton if available)")
+    parser.add_argument('--batch-size', type=_positive(int), metavar='N', help='batch size (8 on the CPU, 64 on CUDA)')
     parser.add_argument('--rounds', type=_positive(int), metavar='N', default=51,
-                        help='calls of each function that are timed, at most (%(default)s)')
+                        help='maximum number of timed calls of each function (%(default)s)')
     parser.add_argument('--seconds', type=_positive(float), metavar='S', default=0.5,
-                        help='after which a function drops out, though not before its third call; a training step '
-                             'after ten times as long (%(default)s)')
-    parser.add_argument('--results', type=Path, metavar='DIR', default=measure.RESULTS, help='(benchmarks/results)')
-    parser.add_argument('--picture', type=Path, metavar='FILE', help='(depthwise_DEVICE.png in --results)')
+                        help='total time after which a function drops out, but not before its third call; ten times as '
+                             'much for a training step (%(default)s)')
+    parser.add_argument('--results', type=Path, metavar='DIR', default=measure.RESULTS,
+                        help='folder to write to (benchmarks/results)')
+    parser.add_argument('--picture', type=Path, metavar='FILE',
+                        help='plot to write (depthwise_DEVICE.png in --results)')
     args = parser.parse_args(argv)
     _complete(parser, args)
     return args
@@ -78,14 +81,14 @@ def _positive(kind: type) -> Any:
         if not value > 0:
             raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
         return value
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    parse.__name__ = kind.__name__  # the name in argparse's message
     return parse
 
 
 def _complete(parser: Parser, args: argparse.Namespace) -> None:
-    """Defaults that depend on other options, and what only the machine can tell."""
+    """Set defaults that depend on other options, and check what depends on the machine."""
     if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('there is no CUDA device')
+        parser.error('--device cuda: PyTorch finds no such device')
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     for name, value in DEFAULTS[args.device].items():
         if getattr(args, name) is None:
@@ -108,10 +111,10 @@ def _complete(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def measure_layer(case: Case, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
-    """A row: errors and seconds of every path.
+    """Measure a layer and return a row with the errors and seconds of every path.
 
     Raises:
-        WrongResultError: Nothing was timed.
+        WrongResultError: If a result is wrong; then nothing is timed.
     """
     batch = case.batch or args.batch_size
     inputs = layer.make_inputs(case, batch, DTYPES[dtype], torch.device(args.device))

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What memory a detector takes in training, on one image of detection's usual size, on the CPU.
+"""Measure the memory of a detector in training on the CPU, on one image of a usual size in detection.
 
     python benchmarks/detection_memory.py [--backbone smpconv_mobile31 --detector fasterrcnn --grad-checkpointing]
 
-The process's largest resident set, with all that Python and PyTorch hold, after one step of forward, backward and
-AdamW on an 800x1333 image with twenty boxes, and after more of them: glibc's allocator doesn't give back all that a
-step has freed (more of it with MALLOC_MMAP_THRESHOLD_=1000000 in the environment, which is noted). All layers are
-trained, and no batch norm is frozen, which takes the most; --fine-tuning trains the last three with frozen norms, as is
-usual with pretrained weights. Appends to benchmarks/results/detection_memory.jsonl.
+Reports the largest resident set of the process, including Python and PyTorch, after one step of forward, backward and
+AdamW on an 800x1333 image with twenty boxes, and after more steps. glibc's allocator does not return all freed memory;
+it returns more with MALLOC_MMAP_THRESHOLD_=1000000 in the environment, which is recorded. By default all layers are
+trained and no batch norm is frozen, which takes the most memory. --fine-tuning trains the last three layers with frozen
+norms, as is usual with pretrained weights. Appends to benchmarks/results/detection_memory.jsonl.
 """
 import argparse
 import os
@@ -30,13 +30,13 @@ STEPS = 4
 
 
 def peak_gib() -> float:
-    """The largest resident set of this process so far."""
+    """Return the largest resident set of this process so far."""
     unit = 1 if sys.platform == 'darwin' else 2 ** 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def target() -> Any:
-    """Boxes over the whole image, of 32 pixels a side and more."""
+    """Return boxes over the whole image, with sides of at least 32 pixels."""
     corners = torch.rand(BOXES, 2) * torch.tensor([SIZE[1] - 400, SIZE[0] - 400])
     sides = 32 + torch.rand(BOXES, 2) * 368
     return {'boxes': torch.cat([corners, corners + sides], 1), 'labels': torch.randint(1, 91, (BOXES,))}
@@ -66,7 +66,7 @@ def main() -> int:
         smpconv_models.clip_radius_(model)
         peaks.append(peak_gib())
     if not loss.isfinite():
-        sys.exit(f'the loss is {loss.item()}: nothing is kept')
+        sys.exit(f'the loss is {loss.item()}: nothing is stored')
     print(f'{args.detector} with {args.backbone} at {SIZE[0]}x{SIZE[1]}, peak in GiB: '
           f'{peaks[0]:.2f} before, {peaks[1]:.2f} after one step, {peaks[-1]:.2f} after {STEPS}')
     measure.append(measure.RESULTS / 'detection_memory.jsonl', {

@@ -1,18 +1,18 @@
-"""The least time in which an H200 could do a depthwise convolution in half precision.
+"""Roofline: minimum time of a depthwise convolution in half precision on an H200.
 
-Every byte is moved once, or every product of the block-Toeplitz form goes through the tensor cores, whichever takes
-longer. In that form an 8x8 block of outputs is one matrix product with the pixels that reach it: the input rows that
-any of its rows needs, of the 8-wide column blocks that any of its columns needs, none outside the map. A map that one
-kernel covers from every pixel is one product of all its pixels with all its pixels.
+This is the time to move every byte once, or to compute all products of the block-Toeplitz form on the tensor cores,
+whichever is longer. In that form, an 8x8 block of outputs is one matrix product with the pixels that contribute to it.
+These are all input rows that the block's rows need, in the 8-wide column blocks that its columns need, within the map.
+If one kernel covers the map from every pixel, there is one product of all pixels with all pixels.
 """
-BYTES_PER_SECOND = 4.3e12  # measured, as are the products: bfloat16 matrix multiplication
+BYTES_PER_SECOND = 4.3e12  # both measured, the products with bfloat16 matrix multiplication
 OPERATIONS_PER_SECOND = 790e12
 _ELEMENT_BYTES = 2
 _BLOCK = 8
 
 
 def seconds(batch: int, channels: int, height: int, width: int, kernel: int) -> float:
-    """Of y, and of dx and dw too: each reads or writes two maps, and has the same products."""
+    """Return the minimum seconds of y, dx or dw: each reads or writes two maps, and has the same products."""
     outputs = batch * channels * height * width
     moving = 2 * outputs * _ELEMENT_BYTES / BYTES_PER_SECOND
     multiplying = 2 * outputs * products_per_output(height, width, kernel) / OPERATIONS_PER_SECOND
@@ -22,13 +22,13 @@ def seconds(batch: int, channels: int, height: int, width: int, kernel: int) -> 
 def products_per_output(height: int, width: int, kernel: int) -> float:
     if max(height, width) <= (kernel + 1) // 2:
         return height * width
-    rows = sum(_reach(first, height, kernel // 2) for first in range(0, height, _BLOCK))
+    rows = sum(_positions_near(first, height, kernel // 2) for first in range(0, height, _BLOCK))
     blocks_aside = -(-(kernel // 2) // _BLOCK)
     map_width = -(-width // _BLOCK) * _BLOCK
-    columns = sum(_reach(first, map_width, blocks_aside * _BLOCK) for first in range(0, width, _BLOCK))
+    columns = sum(_positions_near(first, map_width, blocks_aside * _BLOCK) for first in range(0, width, _BLOCK))
     return rows * columns * _BLOCK ** 2 / (height * width)
 
 
-def _reach(first: int, size: int, margin: int) -> int:
-    """How many of ``size`` positions lie within ``margin`` of the block that begins at ``first``."""
+def _positions_near(first: int, size: int, margin: int) -> int:
+    """Return how many of ``size`` positions lie within ``margin`` of the block that starts at ``first``."""
     return min(first + _BLOCK + margin, size) - max(first - margin, 0)

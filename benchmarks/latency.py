@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How long a re-parameterized model takes for one image, beside another network of timm's.
+"""Measure the time of a re-parameterized model for one image against another network of timm.
 
     python benchmarks/latency.py [--model smpconv_t] [--against convnext_tiny] [--img-size 224] [--rounds 51]
 
-Evaluation, batch 1, float32, channels_last, on the CPU, in one run. The outputs before and after re-parameterizing are
-compared first. Appends to benchmarks/results/latency.jsonl.
+Evaluation, batch 1, float32, channels_last, on the CPU, in one run. The outputs before and after re-parameterization
+are compared first. Appends to benchmarks/results/latency.jsonl.
 """
 import argparse
 import sys
@@ -20,7 +20,7 @@ import smpconv_models  # noqa: F401 (registers the models with timm)
 
 @torch.inference_mode()
 def time_image(name: str, against: str, size: int, rounds: int) -> Dict[str, float]:
-    """Median seconds of both."""
+    """Return the median seconds of both networks."""
     channels_last: Dict[str, torch.memory_format] = {'memory_format': torch.channels_last}
     image = torch.randn(1, 3, size, size).to(**channels_last)
     model = timm.create_model(name).eval()

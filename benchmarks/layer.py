@@ -1,4 +1,4 @@
-"""What is timed of one layer: the operation under several names, and its four results as functions."""
+"""Functions to time for one layer: the operation by several backends, and its four results."""
 from typing import Callable, Dict, Sequence, Tuple
 
 import torch
@@ -11,7 +11,7 @@ import smpconv_models
 Operation = Callable[[Tensor, Tensor], Tensor]
 Functions = Dict[str, Callable[[], Tuple[Tensor, ...]]]
 
-# what the function of each name returns
+# Results of the function of each name.
 RETURNED = {'y': ('y',), 'dx': ('dx',), 'dw': ('dw',), 'all': ('y', 'dx', 'dw')}
 FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
 
@@ -21,21 +21,21 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def operations(backends: Sequence[str]) -> Dict[str, Operation]:
-    """Plain conv2d, and ours by backend: 'auto' and those named."""
+    """Return plain conv2d, and depthwise_conv2d with backend 'auto' and the given ones."""
     def ours(backend: str) -> Operation:
         return lambda x, weight: smpconv_models.depthwise_conv2d(x, weight, backend=backend)
     return {'plain': plain, **{backend: ours(backend) for backend in ('auto', *backends)}}
 
 
 def make_inputs(case: Case, batch: int, dtype: torch.dtype, device: torch.device) -> Tuple[Tensor, Tensor, Tensor]:
-    """x, weight and the gradient of y: standard normals, NCHW."""
+    """Return x, weight and the gradient of y: standard normals, NCHW."""
     image, kernel = (batch, case.channels, case.height, case.width), (case.channels, 1, case.kernel, case.kernel)
     x, weight, grad = (torch.randn(shape, device=device).to(dtype) for shape in (image, kernel, image))
     return x, weight, grad
 
 
 def paths(backends: Sequence[str], x: Tensor, weight: Tensor, grad: Tensor) -> Dict[str, Functions]:
-    """The functions of every operation in every layout, as 'operation/layout'; plain's come first."""
+    """Return the functions of every operation in every layout, by 'operation/layout'; plain comes first."""
     return {
         f'{name}/{layout}': functions(
             operation, x.contiguous(memory_format=memory), weight, grad.contiguous(memory_format=memory))
@@ -45,7 +45,7 @@ def paths(backends: Sequence[str], x: Tensor, weight: Tensor, grad: Tensor) -> D
 
 
 def functions(operation: Operation, x: Tensor, weight: Tensor, grad: Tensor) -> Functions:
-    """Each computes its results whenever it is called; dx and dw alone are the backward pass of a kept forward."""
+    """Return functions that compute their results at each call; dx and dw are backward passes of a stored forward."""
     x_leaf, weight_leaf = x.detach().requires_grad_(), weight.detach().requires_grad_()
     y_of_x, y_of_weight = operation(x_leaf, weight), operation(x, weight_leaf)
 

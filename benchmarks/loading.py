@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What pretrained weights cost beside the model and the file alone.
+"""Measure the cost of pretrained weights against creating the model and reading the file.
 
     python benchmarks/loading.py [--model smpconv_t] [--rounds 11]
 
-In one run, from a cache of the Hub's client that holds the model's own initial weights, offline: creating the model
-with pretrained=True (checksum, a look into the file, timm's loading), beside creating it and reading the same file
-with safetensors' load_file; as it is, for features, and with 10 classes. The weights are compared first. Appends to
-benchmarks/results/loading.jsonl.
+The benchmark fills a cache of the Hub's client with the model's own initial weights and runs offline. It measures the
+creation of the model with pretrained=True, which includes checksum, validation and timm's loading. In the same run it
+measures creating the model and reading the same file with safetensors' load_file. Both are repeated for features
+and for 10 classes. The weights are compared first. Appends to benchmarks/results/loading.jsonl.
 """
 import argparse
 import hashlib
@@ -27,7 +27,7 @@ KWARGS: Tuple[Dict[str, Any], ...] = ({}, {'features_only': True}, {'num_classes
 
 
 def fill(cache: str, model: torch.nn.Module) -> Path:
-    """The model's weights as the Hub's client keeps them; the path that leads to them."""
+    """Store the model's weights in the layout of the Hub's cache, and return the path of the file."""
     repository = Path(cache, 'models--' + model.pretrained_cfg['hf_hub_id'].replace('/', '--'))
     commit = '0' * 40
     for folder in ('blobs', 'refs', f'snapshots/{commit}'):
@@ -55,7 +55,7 @@ def time_loading(name: str, path: Path, cache: str, rounds: int, kwargs: Dict[st
     for key, value in pretrained().state_dict().items():
         is_new = key.startswith('head') and 'num_classes' in kwargs
         if not is_new and not torch.equal(value, saved[key.replace('_', '.')]):
-            sys.exit(f'{key} is not what was saved: nothing is timed')
+            sys.exit(f'{key} differs from the saved weights: nothing is timed')
     return measure.interleaved({'alone': alone, 'pretrained': pretrained}, rounds)
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Which convolutions are quicker by FFT than directly, and whether `method='auto'` takes the quicker way.
+"""Measure which convolutions are faster by FFT, and whether `method='auto'` selects the faster method.
 
     python benchmarks/long_conv.py [--device cuda] [--rounds 5]
 
-Forward pass and both gradients, float32, of the paper's layers (30 channels and a batch of 64 over sequences as long as
-the kernel; 24 channels and 8 images of 32x32) and of others, for kernels of growing size, all ways in turn after their
-results were compared. Prints how many times as quick as the direct sum the others are; appends to
-benchmarks/results/long_conv.jsonl.
+Measures the forward pass and both gradients in float32 for kernels of growing size. The layers are the paper's and
+others; the paper's have 30 channels and batch 64 over sequences as long as the kernel, or 24 channels and 8 images of
+32x32. The methods run in turn after their results were compared. Prints the speed-ups over the direct convolution, and
+appends to benchmarks/results/long_conv.jsonl.
 """
 import argparse
 import sys
@@ -21,7 +21,7 @@ from smpconv_models.layers import causal_conv1d, fft_conv2d
 
 
 class Case(NamedTuple):
-    """A convolution: batch, channels in and out, size of the input, size of the kernel."""
+    """Convolution: batch, channels in and out, size of the input, size of the kernel."""
     batch: int
     channels: int
     size: Tuple[int, ...]
@@ -52,7 +52,7 @@ CASES = [
 
 
 def measured(case: Case, device: str, rounds: int) -> Dict[str, float]:
-    """Seconds of forward pass and gradients, by method."""
+    """Return the seconds of forward pass and gradients by method."""
     convolve = causal_conv1d if len(case.size) == 1 else fft_conv2d
     x = torch.randn(case.batch, case.channels, *case.size, device=device, requires_grad=True)
     weight = torch.randn(case.channels, case.channels, *case.kernel, device=device, requires_grad=True)
@@ -64,7 +64,7 @@ def measured(case: Case, device: str, rounds: int) -> Dict[str, float]:
 
     for fft, direct in zip(both('fft'), both('direct')):
         error = relative_error(fft, direct)
-        if not error <= 1e-4:  # NaN is none
+        if not error <= 1e-4:  # also for NaN
             sys.exit(f'{case}: the FFT differs by {error:.1e}: nothing is timed')
     methods = ('fft', 'direct', 'auto')
     return measure.interleaved({method: (lambda method=method: both(method)) for method in methods}, rounds, 5., device)
@@ -80,7 +80,7 @@ def main() -> int:
         seconds = measured(case, args.device, args.rounds)
         ratio, auto = (seconds['direct'] / seconds[method] for method in ('fft', 'auto'))
         tqdm.write(
-            f'{case!s:32} direct {seconds["direct"] * 1e3:8.1f} ms  FFT {ratio:5.2f} times as quick, auto {auto:5.2f}')
+            f'{case!s:32} direct {seconds["direct"] * 1e3:8.1f} ms  FFT {ratio:5.2f} times as fast, auto {auto:5.2f}')
         measure.append(measure.RESULTS / 'long_conv.jsonl', {**case._asdict(), 'seconds': seconds}, args.device)
     return 0
 

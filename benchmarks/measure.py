@@ -1,4 +1,4 @@
-"""Measuring side by side, and keeping what was measured."""
+"""Measure functions side by side, and store the results."""
 import importlib.metadata
 import json
 import math
@@ -29,16 +29,17 @@ def interleaved(
         seconds: float = math.inf,
         device: Device = 'cpu',
 ) -> Dict[Name, float]:
-    """Median seconds of each function, called in turn so that what disturbs the machine disturbs all alike.
+    """Return the median seconds of each function; they are called in turn, so that disturbances affect all equally.
 
-    The order of each turn is random, for every function also meets what the one before it left in caches and in the
-    allocator: 0.8 ms after a slow one of 48 ms, 0.2 ms after others, for the same forward pass on a CPU.
+    The order of each round is random, because a function also depends on the caches and the allocator state that the
+    previous one left. The same forward pass on a CPU took 0.8 ms after a slow function of 48 ms, and 0.2 ms after
+    others.
 
     Args:
-        functions: What to call, by name.
-        rounds: Calls of each, after one that isn't timed.
-        seconds: A function that has taken so long in all drops out, though not before it was timed three times.
-        device: Where the functions work; on CUDA the time is the device's own, with nothing of theirs in its L2.
+        functions: Functions by name.
+        rounds: Number of timed calls of each function, after one that is not timed.
+        seconds: Total time after which a function drops out, but not before it was timed three times.
+        device: Device of the functions. On CUDA this is the time on the device, with a cold L2 cache.
     """
     stopwatch = _stopwatch(torch.device(device))
     times: Dict[Name, List[float]] = {name: [] for name in functions}
@@ -52,7 +53,7 @@ def interleaved(
 
 
 def _stopwatch(device: torch.device) -> Callable[[Function], float]:
-    """The seconds that one call takes on ``device``, as a function of what to call."""
+    """Return a function that measures the seconds of one call on ``device``."""
     return _cuda_stopwatch(device) if device.type == 'cuda' else _cpu_seconds
 
 
@@ -81,7 +82,7 @@ def _cuda_stopwatch(device: torch.device) -> Callable[[Function], float]:
 
 
 def environment(device: Device = 'cpu') -> Dict[str, Any]:
-    """On what and when."""
+    """Return device, versions and date."""
     device = torch.device(device)
     common = {
         'date': date.today().isoformat(),
@@ -98,7 +99,7 @@ def environment(device: Device = 'cpu') -> Dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's family and widest vectors: names that clouds give are less telling."""
+    """Return the processor's family and vector width, because names in clouds are less informative."""
     return f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores'
 
 
@@ -110,7 +111,7 @@ def _version(package: str) -> Union[str, None]:
 
 
 def append(path: Path, row: Dict[str, Any], device: Device = 'cpu') -> Dict[str, Any]:
-    """Adds a row to the file with :func:`environment` before it, and returns the whole."""
+    """Append a row, preceded by :func:`environment`, to the file and return it."""
     row = {**environment(device), **row}
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a') as out:

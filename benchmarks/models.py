@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What drawing the kernels costs a whole network, and what creating one costs.
+"""Measure the cost of sampling the kernels in a whole network, and of creating a network.
 
     python benchmarks/models.py [--model smpconv_t] [--batch-size 8] [--rounds 11]
 
-Evaluation, float32, channels_last, on the CPU, in one run:
-- the model, drawing its kernels in every pass;
-- the same network with `nn.Conv2d` of the same kernels in place of every depthwise layer (outputs compared first);
-- the model re-parameterized.
-And the creation of the model beside timm's convnext_tiny. Appends to benchmarks/results/models.jsonl.
+Evaluation, float32, channels_last, on the CPU, in one run, after the outputs were compared:
+- the model, which samples its kernels in every pass;
+- the same network with `nn.Conv2d` of the same kernels in place of every depthwise layer;
+- the re-parameterized model.
+Also measures the creation of the model against timm's convnext_tiny. Appends to benchmarks/results/models.jsonl.
 """
 import argparse
 import copy
@@ -24,7 +24,7 @@ import smpconv_models
 
 
 def with_plain_convolutions(model: nn.Module) -> nn.Module:
-    """A copy in which every depthwise layer of this package is an ``nn.Conv2d`` of the same values."""
+    """Return a copy with an ``nn.Conv2d`` of the same kernel for every depthwise layer of this package."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in parent.named_children():

@@ -1,7 +1,7 @@
-"""What the rows of benchmarks/results/depthwise.jsonl say: times side by side, ratios, sums over networks, a picture.
+"""Report of benchmarks/results/depthwise.jsonl: times side by side, ratios, sums over networks, and a plot.
 
-A path is an operation and the layout it was called with: plain is `F.conv2d`, auto this package's choice, other names
-are its backends; nhwc is channels_last. Results are y, dx, dw, and all three as one training step computes them.
+A path is an operation and the layout of its input. plain is `F.conv2d`, auto this package's selection, and other names
+are its backends; nhwc is channels_last. Results are y, dx, dw, and all three as computed by one training step.
 """
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -19,16 +19,16 @@ NOISE = 1.05  # ratios up to this are called equal
 Row = Dict[str, Any]
 
 
-# --- what follows from a row ---
+# --- numbers of a row ---
 
 
 def speed_up(row: Row, result: str, layout: str) -> float:
-    """Of auto over plain, in the same layout."""
+    """Return the speed-up of auto over plain in the same layout."""
     return row['seconds'][f'plain/{layout}'][result] / row['seconds'][f'auto/{layout}'][result]
 
 
 def worst(row: Row, layout: str) -> Tuple[float, str]:
-    """The largest auto/plain in the same layout, and whose."""
+    """Return the largest ratio of auto to plain in the same layout, and its result."""
     return max((1 / speed_up(row, result, layout), result) for result in RESULTS)
 
 
@@ -41,7 +41,7 @@ def over_better_plain(row: Row, path: str, result: str) -> float:
 
 
 def floor_seconds(row: Row, result: str) -> float:
-    """See floors.py. Three results have three floors; a fused pass that shares the reading could go below."""
+    """Return the minimum of floors.py. Three results need three times as much; a fused pass could need less."""
     if 'layers' in row:
         return sum(layer['times'] * floor_seconds(layer, result) for layer in row['layers'])
     floor = floors.seconds(*(row[key] for key in ('batch', 'channels', 'height', 'width', 'kernel')))
@@ -53,7 +53,7 @@ def has_floor(row: Row) -> bool:
 
 
 def sums(rows: Sequence[Row]) -> List[Row]:
-    """A row for each network and dtype of which every layer is there: the seconds of all, as often as they occur."""
+    """Return a row with the total seconds for each network and dtype that has rows for all layers."""
     groups = defaultdict(list)
     for row in rows:
         if row['network'] is not None:
@@ -75,7 +75,7 @@ def _sum(group: List[Row]) -> Row:
 
 
 def times(rows: Sequence[Row]) -> str:
-    """Four lines for each row: seconds by path, speed-ups, and how near the floor."""
+    """Return four lines for each row: seconds by path, speed-ups, and shares of the minimum."""
     return _table([_headings(rows[0]), *(line for row in rows for line in _lines(row))])
 
 
@@ -112,10 +112,10 @@ def _number(value: float) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> str:
-    """A line for each row with what must not be slower, as ratios of times: lower is better.
+    """Return a line for each row with ratios of times that must not be above 1.
 
-    y of auto over the better of plain's two layouts; auto over plain in the same layout, the worst of y, dx, dw, all;
-    y, dx, dw, all of the named backends over the better of plain's two layouts.
+    The ratios are y of auto over the faster of plain's two layouts; auto over plain in the same layout, for the worst
+    of y, dx, dw and all; and y, dx, dw and all of the named backends over the faster of plain's two layouts.
     """
     named = [path for path in rows[0]['seconds'] if path.partition('/')[0] not in ('plain', 'auto')]
     headings = [
@@ -140,7 +140,7 @@ def _verdict(row: Row, named: Sequence[str]) -> List[str]:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, all others to the right; wide enough for tables of single rows to line up."""
+    """Return a table, left-aligned in the first column, with a minimum width that aligns tables of single rows."""
     first, *others = [max(map(len, column)) for column in zip(*lines)]
     first = max(first, 36)
     return '\n'.join(
@@ -149,11 +149,11 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-# --- as a picture ---
+# --- as a plot ---
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Speed-ups over plain `F.conv2d` in the same layout: a panel for each dtype and layout, a group for each row."""
+    """Plot speed-ups over `F.conv2d` in the same layout: a panel per dtype and layout, a group of bars per row."""
     dtypes = list(dict.fromkeys(row['dtype'] for row in rows))
     most = max(sum(row['dtype'] == dtype for row in rows) for dtype in dtypes)
     figure = Figure(figsize=(12, len(dtypes) * (1.5 + 0.42 * most)), layout='constrained')
@@ -171,7 +171,7 @@ def _draw(axes: Any, rows: Sequence[Row], layout: str) -> None:
     height = 0.8 / len(RESULTS)
     for i, result in enumerate(RESULTS):
         positions = [y + (i - (len(RESULTS) - 1) / 2) * height for y in range(len(rows))]
-        # bars begin at 1: to the right is faster, to the left slower
+        # bars start at 1: faster to the right, slower to the left
         widths = [speed_up(row, result, layout) - 1 for row in rows]
         axes.barh(positions, widths, height, left=1, label=result)
     axes.axvline(1, color='black', linewidth=0.8)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Memory and time of the network for raw speech, whose kernels are as long as its sequences of 16,000 steps.
+"""Measure memory and time of the network for raw speech, with kernels as long as its 16,000 steps.
 
     python benchmarks/speech.py [--batch-size 2] [--limit 20] [--device cuda]
 
-A forward and a backward pass of the whole network, float32, after both ways were compared on one layer of its kind:
-first by FFT, with the largest resident set of the process (on CUDA: the largest memory of the device), all that Python
-and PyTorch hold included; then with the direct convolutions, which are given up at the end of a layer after `--limit`
-times as long. Appends to benchmarks/results/speech.jsonl.
+Measures a forward and a backward pass of the whole network in float32, after FFT and direct convolution were compared
+on one such layer. The FFT comes first. Its memory is the largest resident set of the process, including Python and
+PyTorch; on CUDA it is the largest memory of the device. The direct convolutions follow. They are stopped at the end of
+a layer after `--limit` times the time of the FFT. Appends to benchmarks/results/speech.jsonl.
 """
 import argparse
 import sys
@@ -23,11 +23,11 @@ from smpconv_models.layers import causal_conv1d
 
 
 class OutOfTime(Exception):
-    """A pass takes longer than it is worth."""
+    """A pass has reached its time limit."""
 
 
 def compare(device: str) -> None:
-    """Both ways on one layer with a quarter of the steps, results and gradients."""
+    """Compare results and gradients of both methods on one layer with a quarter of the steps."""
     leaves = [torch.randn(*shape, device=device, requires_grad=True) for shape in ((1, 2, 4000), (3, 2, 4000))]
     results = []
     for method in ('fft', 'direct'):
@@ -39,7 +39,7 @@ def compare(device: str) -> None:
 
 
 def one_pass(method: str, batch_size: int, device: str, limit: Optional[float] = None) -> Tuple[float, bool]:
-    """Seconds of a forward and a backward pass, or until the first layer's end after so many; whether it ended."""
+    """Return the seconds of a forward and a backward pass, and whether it finished within the limit."""
     torch.manual_seed(0)
     model = smpconv_models.create_sequence_model('smpconv_speech', method=method).to(device)
     x = torch.randn(batch_size, 1, model.sequence_length, device=device)
@@ -57,7 +57,7 @@ def one_pass(method: str, batch_size: int, device: str, limit: Optional[float] =
         loss = model(x).square().sum()
         loss.backward()
         if not loss.isfinite():
-            sys.exit('the loss is not finite: nothing is kept')
+            sys.exit('the loss is not finite: nothing is stored')
         return time.perf_counter() - start, True
     except OutOfTime:
         return time.perf_counter() - start, False
@@ -66,7 +66,8 @@ def one_pass(method: str, batch_size: int, device: str, limit: Optional[float] =
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch-size', type=int, default=2)
-    parser.add_argument('--limit', type=float, default=20., help='times the FFT\'s seconds for the direct way')
+    parser.add_argument(
+        '--limit', type=float, default=20., help='limit of the direct convolutions, in multiples of the FFT\'s time')
     parser.add_argument('--device', default='cpu')
     args = parser.parse_args()
     is_cuda = torch.device(args.device).type == 'cuda'
@@ -76,10 +77,10 @@ def main() -> int:
     peak = torch.cuda.max_memory_allocated() / 2 ** 30 if is_cuda else peak_gib()
     fft = sorted(seconds)[1]
     if is_cuda:
-        one_pass('direct', args.batch_size, args.device)  # its first call looks for an algorithm
+        one_pass('direct', args.batch_size, args.device)  # its first call searches for an algorithm
     direct, ended = one_pass('direct', args.batch_size, args.device, args.limit * fft)
     print(f'FFT: {fft:.1f} s, peak {peak:.2f} GiB ({before:.2f} before); '
-          f'direct: {"" if ended else "given up after "}{direct:.0f} s, {"" if ended else "more than "}'
+          f'direct: {"" if ended else "stopped after "}{direct:.0f} s, {"" if ended else "more than "}'
           f'{direct / fft:.1f} times as long')
     measure.append(measure.RESULTS / 'speech.jsonl', {
         'batch_size': args.batch_size, 'fft_seconds': seconds, 'direct_seconds': direct, 'direct_ended': ended,

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What the training loop adds to a step: train.py's beside a bare forward, backward and optimizer step.
+"""Measure the overhead of the training loop over forward, backward and optimizer step alone.
 
     python benchmarks/training_loop.py [--model smpconv_mobile31] [--batch-size 16] [--rounds 11] [--device cpu]
 
-The same network, images and AdamW, in one run; both must have taken the same step before anything is timed. No images
-are loaded or mixed, nothing is averaged; the third row averages the weights too, as the recipes do. Appends to
+Both use the same network, images and AdamW in one run, and must have made the same step before anything is timed. The
+loop loads no images, and has no mixup and no EMA. The third row adds the EMA, as the recipes do. Appends to
 benchmarks/results/training_loop.jsonl.
 """
 import argparse
@@ -18,28 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smpconv_models.training import build_trainer, cli, config, param_groups
+from smpconv_models.training import TrainOptions, build_trainer, cli, param_groups
 
-BARE, LOOP, AVERAGED = 'bare step', 'loop', 'loop with averaging'
+PLAIN, LOOP, EMA = 'step alone', 'loop', 'loop with EMA'
 CLASSES = 10
 
 
 def make_run(model: str, device: str, output: str, *more: str) -> Any:
-    """What train.py would make, on the embedded digits, whose images aren't used."""
-    parser = config.Parser(prog='training_loop.py')
-    cli.add_data_options(parser)
-    cli.add_model_options(parser)
-    cli.add_device_options(parser)
-    cli.add_training_options(parser)
-    return build_trainer(parser.parse_args([
+    """Build the trainer of train.py on the embedded digits, whose images are not used."""
+    parser = cli.Parser(prog='training_loop.py')
+    cli.add_options(parser, *TrainOptions.groups().values())
+    return build_trainer(TrainOptions.from_args(parser.parse_args([
         '--model', model, '--dataset', 'digits', '--device', device, '--channels-last', '--smoothing', '0', '--sched',
-        'cosine', '--warmup-epochs', '0', '--workers', '0', '--output', output, *more]))
+        'cosine', '--warmup-epochs', '0', '--workers', '0', '--output', output, *more])))
 
 
-def bare_step(run: Any, images: Tensor, target: Tensor) -> Tuple[nn.Module, Callable[[], None]]:
-    """A copy of the network, and what trains it without a loop."""
+def plain_step(run: Any, images: Tensor, target: Tensor) -> Tuple[nn.Module, Callable[[], None]]:
+    """Return a copy of the network and a function that trains it without a loop."""
     model = copy.deepcopy(run.model)
-    optimizer = torch.optim.AdamW(param_groups(model, run.args.weight_decay), lr=run.args.lr)
+    optimizer = torch.optim.AdamW(param_groups(model, run.options.optimizer.weight_decay), lr=run.options.optimizer.lr)
 
     def step() -> None:
         F.cross_entropy(model(images), target).backward()
@@ -51,33 +48,33 @@ def bare_step(run: Any, images: Tensor, target: Tensor) -> Tuple[nn.Module, Call
 
 def loop_step(run: Any, images: Tensor, target: Tensor) -> Callable[[], None]:
     run.model.train()
-    return lambda: run.stepper.step(iter([(images, target)]), 0, False)
+    return lambda: run.train_step.step(iter([(images, target)]), 0, False)
 
 
 def measure_steps(model: str, batch_size: int, rounds: int, device: str) -> Dict[str, float]:
-    """Median seconds of each way to take a step."""
+    """Return the median seconds of each kind of step."""
     with tempfile.TemporaryDirectory() as output:
         run = make_run(model, device, output, '--experiment', 'loop')
-        averaged = make_run(model, device, output, '--experiment', 'averaged', '--model-ema')
+        with_ema = make_run(model, device, output, '--experiment', 'ema', '--model-ema')
         size = run.model.pretrained_cfg['input_size'][-1]
         images = torch.randn(batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
         target = torch.randint(CLASSES, (batch_size,), device=device)
         run.model.train()
-        bare, step = bare_step(run, images, target)
+        plain, step = plain_step(run, images, target)
         steps = {
-            BARE: step, LOOP: loop_step(run, images, target), AVERAGED: loop_step(averaged, images, target)}
-        for name in (BARE, LOOP):
+            PLAIN: step, LOOP: loop_step(run, images, target), EMA: loop_step(with_ema, images, target)}
+        for name in (PLAIN, LOOP):
             steps[name]()
-        check_same(bare, run.model)
+        check_same(plain, run.model)
         seconds = measure.interleaved(steps, rounds, device=device)
         run.close()
-        averaged.close()
+        with_ema.close()
     return seconds
 
 
-def check_same(bare: nn.Module, looped: nn.Module) -> None:
-    """Both have taken one step from the same weights; only the radii's rate differs, which is a tenth in the loop."""
-    for (name, first), second in zip(bare.named_parameters(), looped.parameters()):
+def check_same(plain: nn.Module, looped: nn.Module) -> None:
+    """Exit if the weights differ after one step; only the learning rate of the radii differs, a tenth in the loop."""
+    for (name, first), second in zip(plain.named_parameters(), looped.parameters()):
         if not name.endswith('radius') and not torch.equal(first, second):
             sys.exit(f'{name} differs after one step: nothing is timed')
 
@@ -94,7 +91,7 @@ def main() -> int:
         measure.RESULTS / 'training_loop.jsonl',
         {'model': args.model, 'batch': args.batch_size, 'optimizer': 'adamw', 'seconds': seconds}, args.device)
     for name, value in seconds.items():
-        print(f'{name:20} {value * 1e3:9.1f} ms   {value / seconds[BARE]:.3f} x')
+        print(f'{name:20} {value * 1e3:9.1f} ms   {value / seconds[PLAIN]:.3f} x')
     return 0
 
 

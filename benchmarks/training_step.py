@@ -19,10 +19,10 @@ CHECKED_IMAGES = 2
 
 
 def run(batch: int, device: torch.device, rounds: int, seconds: float) -> Dict[str, Any]:
-    """A row: the seconds of each network's step.
+    """Measure the step of each network and return a row.
 
     Raises:
-        WrongResultError: Our gradients are further from float64's than twice plain convolutions' are.
+        WrongResultError: If the error of the gradients against float64 is above twice that of plain convolutions.
     """
     networks = make_networks(device)
     check_gradients(networks, device)
@@ -46,14 +46,14 @@ def text(row: Dict[str, Any]) -> str:
 
 
 def make_networks(device: Any) -> Dict[str, nn.Module]:
-    """Without stochastic depth, which would give each another amount of work."""
+    """Create the networks without stochastic depth, which would vary the amount of work."""
     ours = timm.create_model('smpconv_t', drop_path_rate=0., device=device)
     networks = {OURS: ours, PLAIN: with_plain_convolutions(ours), OTHER: timm.create_model(OTHER, device=device)}
     return {name: network.train().to(memory_format=torch.channels_last) for name, network in networks.items()}
 
 
 def with_plain_convolutions(model: nn.Module) -> nn.Module:
-    """A copy with the same weights in which every layer of this package calls ``F.conv2d``."""
+    """Return a copy with the same weights in which every layer of this package calls ``F.conv2d``."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, (smpconv_models.SMPDepthwiseConv2d, smpconv_models.DepthwiseConv2d)):
@@ -62,12 +62,12 @@ def with_plain_convolutions(model: nn.Module) -> nn.Module:
 
 
 def check_gradients(networks: Dict[str, nn.Module], device: torch.device) -> None:
-    """Of all weights together, for few images, so that float64 takes seconds."""
+    """Check the gradients of all weights together, for few images, so that float64 takes seconds."""
     images, labels = _random_images(CHECKED_IMAGES, device)
     exact = _gradients(copy.deepcopy(networks[PLAIN]).double(), images.double(), labels)
     ours, plain = (
         relative_error(_gradients(networks[name], images, labels).double(), exact) for name in (OURS, PLAIN))
-    if not ours <= 2 * plain:  # NaN is not
+    if not ours <= 2 * plain:  # also for NaN
         raise WrongResultError(
             f'gradients of {OURS} are wrong: relative error {ours:.1e}, with plain conv2d {plain:.1e}')
 

@@ -1,4 +1,4 @@
-"""Detection data in COCO format: looked through before it is used, read by torchvision, evaluated by pycocotools.
+"""Detection data in COCO format: validated first, read by torchvision, evaluated by pycocotools.
 
     FOLDER/SPLIT/IMAGES    FOLDER/annotations/instances_SPLIT.json
 """
@@ -27,23 +27,23 @@ Detections = Dict[str, torch.Tensor]
 
 
 class CocoFolder(Dataset):
-    """One split of a folder: images in [0, 1] and targets as torchvision's detectors take them.
+    """Split of a data set: images in [0, 1] and targets for torchvision's detectors.
 
-    Labels count from 1 in the order of the categories' ids. Crowds are no targets.
+    Labels count from 1 in the order of the categories' ids. Crowd annotations are not targets.
 
     Args:
-        folder: Of the data set.
-        split: train2017, say.
-        skip_empty_boxes: Leave out annotations whose box has no area within the image, instead of refusing them.
-        augment: A transform (v2) of image and target, each time they are read.
+        folder: Folder of the data set.
+        split: Name of the split, e.g. train2017.
+        skip_empty_boxes: Whether to skip annotations whose box has no area within the image, instead of refusing them.
+        augment: Transform (v2) of image and target, applied at each read.
 
     Attributes:
         coco: pycocotools' index of the annotations.
         categories: Names by id, ascending.
-        skipped: Annotations left out.
+        skipped: Number of skipped annotations.
 
     Raises:
-        ValueError: A record is wrong; it is named.
+        ValueError: If a record is wrong; the message names it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class CocoFolder(Dataset):
         return image, {'image_id': self.ids[index], **target}
 
     def results(self, image_id: int, detections: Detections) -> List[Record]:
-        """An image's detections as COCO has them in a file of results."""
+        """Return an image's detections as records of a COCO results file."""
         corners = detections['boxes'].double().cpu().numpy()
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
         ids = list(self.categories)
@@ -97,7 +97,7 @@ class CocoFolder(Dataset):
             for box, label, score in zip(boxes, detections['labels'].tolist(), detections['scores'].tolist())]
 
     def metrics(self, results: Sequence[Record]) -> Dict[str, float]:
-        """COCO's twelve figures of the whole split, by pycocotools; -1 where there is nothing to find."""
+        """Return COCO's twelve metrics of the whole split, by pycocotools; -1 for a metric without objects."""
         from pycocotools.cocoeval import COCOeval
         with quiet():
             evaluation = COCOeval(self.coco, self._index(results), 'bbox')
@@ -111,32 +111,32 @@ class CocoFolder(Dataset):
         from pycocotools.coco import COCO
         if results:
             return self.coco.loadRes(list(results))
-        nothing = COCO()  # loadRes takes no empty list
-        nothing.dataset = {**self.coco.dataset, 'annotations': []}
-        nothing.createIndex()
-        return nothing
+        empty = COCO()  # loadRes takes no empty list
+        empty.dataset = {**self.coco.dataset, 'annotations': []}
+        empty.createIndex()
+        return empty
 
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """pycocotools prints what it does."""
+    """Suppress the output of pycocotools."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def check(path: Path, images: Path, skip_empty_boxes: bool = False) -> Record:
-    """Looks through an annotation file and the headers of its images.
+    """Validate an annotation file and the headers of its images.
 
     Args:
-        path: The file.
-        images: Where its images are.
-        skip_empty_boxes: Leave them out instead of refusing them.
+        path: Path of the annotation file.
+        images: Folder of the images.
+        skip_empty_boxes: Whether to skip annotations with an empty box instead of refusing them.
 
     Returns:
-        What the file holds, its annotations numbered from 1, with an area and iscrowd where they lack them.
+        Content of the file, with annotations numbered from 1 that all have an area and iscrowd.
 
     Raises:
-        ValueError: With the first record that is wrong.
+        ValueError: If a record is wrong; the message names the first one.
     """
     content = _read(path)
     found = {name: _by_id(path, name, content[name]) for name in ('images', 'annotations', 'categories')}
@@ -150,15 +150,15 @@ def check(path: Path, images: Path, skip_empty_boxes: bool = False) -> Record:
     kept: List[Record] = []
     for annotation, record in found['annotations'].items():
         if _has_area(record, f'{path}: annotation {annotation}', found['images'], found['categories']):
-            # pycocotools takes id 0 for none, and needs what other programs leave out
+            # pycocotools reads id 0 as no match, and needs fields that other programs omit
             _, _, width, height = record['bbox']
             kept.append({'iscrowd': 0, 'area': width * height, **record, 'id': len(kept) + 1})
         elif not skip_empty_boxes:
             image = found['images'][record['image_id']]
             raise ValueError(
                 f'{path}: annotation {annotation}: bbox must have an area within the {image["width"]}x'
-                f'{image["height"]} pixels of image {image["id"]}, got {record["bbox"]}; --skip-empty-boxes leaves '
-                'such annotations out')
+                f'{image["height"]} pixels of image {image["id"]}, got {record["bbox"]}; --skip-empty-boxes '
+                'skips such annotations')
     return {**content, 'annotations': kept}
 
 
@@ -167,12 +167,12 @@ def _read(path: Path) -> Record:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f'annotations cannot be read: {error}') from error
-    except (RecursionError, ValueError) as error:  # of JSON, and of its encoding
+    except (RecursionError, ValueError) as error:  # errors of JSON and of its encoding
         raise ValueError(f'{path} is not JSON: {error}') from error
     for name in ('images', 'annotations', 'categories'):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f'{path} must hold the lists images, annotations and categories, as COCO has them; '
-                             f'{name} is missing or no list')
+            raise ValueError(f'{path} must have COCO\'s lists images, annotations and categories; '
+                             f'{name} is missing or not a list')
     return content
 
 
@@ -198,27 +198,28 @@ def _need(record: Any, where: str, **types: Any) -> None:
 def _check_image(record: Record, where: str, images: Path) -> None:
     _need(record, where, file_name=str, width=int, height=int)
     file = images / record['file_name']
-    told = record['width'], record['height']
+    expected = record['width'], record['height']
     try:
         with Image.open(file) as image:
             size = image.size
     except FileNotFoundError:
-        raise ValueError(f'{where}: there is no {file}') from None
+        raise ValueError(f'{where}: {file} does not exist') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f'{where}: {file} cannot be read as an image: {error}') from error
-    if size != told:
-        raise ValueError(f'{where}: {file} must have {told[0]}x{told[1]} pixels as told, got {size[0]}x{size[1]}')
+    if size != expected:
+        raise ValueError(
+            f'{where}: {file} must have {expected[0]}x{expected[1]} pixels, as in the record, got {size[0]}x{size[1]}')
     if min(size) < 2:
         raise ValueError(f'{where}: {file} must have at least 2x2 pixels, got {size[0]}x{size[1]}')
 
 
 def _has_area(record: Record, where: str, images: Dict[int, Record], categories: Dict[int, Record]) -> bool:
-    """Whether the box has one within the image."""
+    """Return whether the box has an area within the image."""
     _need(record, where, image_id=int, category_id=int, bbox=list)
     if record['image_id'] not in images:
-        raise ValueError(f'{where}: there is no image {record["image_id"]}')
+        raise ValueError(f'{where}: image {record["image_id"]} does not exist')
     if record['category_id'] not in categories:
-        raise ValueError(f'{where}: there is no category {record["category_id"]}, only '
+        raise ValueError(f'{where}: category {record["category_id"]} does not exist, only '
                          f'{", ".join(map(str, sorted(categories)[:10]))}{", ..." if len(categories) > 10 else ""}')
     box = record['bbox']
     if len(box) != 4 or not all(map(_is_number, box)):

@@ -1,4 +1,4 @@
-"""Pictures of detections beside what is there. Needs matplotlib; draws off screen."""
+"""Plots of detections beside the targets, by matplotlib without a display."""
 from pathlib import Path
 from typing import Any, Dict, Sequence, Tuple
 
@@ -13,14 +13,14 @@ Boxes = Dict[str, Any]
 def save_detections(
         path: Path, samples: Sequence[Tuple[Tensor, Boxes, Boxes]], names: Sequence[str], threshold: float = 0.5,
         columns: int = 4) -> None:
-    """A PNG of images with their boxes: the truth on the left, what was detected on the right of each.
+    """Save a PNG of images with their boxes: the targets on the left of each, the detections on the right.
 
     Args:
-        path: Where to.
+        path: Path of the file to write.
         samples: Images ``(3, H, W)`` in [0, 1], targets and detections.
-        names: Of the classes by label, that of the background first.
-        threshold: Least score of the detections that are shown.
-        columns: Images in a row.
+        names: Names of the classes by label, the background first.
+        threshold: Minimum score of the detections to show.
+        columns: Number of images per row.
     """
     rows = -(-len(samples) // columns)
     figure = Figure(figsize=(4.4 * columns, 2.3 * rows), layout='constrained')
@@ -40,7 +40,7 @@ def save_detections(
 
 def _draw(axes: Axes, image: Tensor, boxes: Tensor, texts: Sequence[str], color: str) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy())
-    for (left, top, right, bottom), text in zip((boxes - 0.5).tolist(), texts):  # pixels' centres are whole numbers
+    for (left, top, right, bottom), text in zip((boxes - 0.5).tolist(), texts):  # centers of pixels are integers
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1))
         axes.text(left, top, text, fontsize=6, color='black', va='bottom', parse_math=False,
                   bbox=dict(facecolor=color, edgecolor='none', pad=0.5))

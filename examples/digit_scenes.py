@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes a small detection data set in COCO format: handwritten digits on textured backgrounds.
+"""Generate a small detection data set in COCO format: handwritten digits on textured backgrounds.
 
     python examples/digit_scenes.py FOLDER [--train 800 --val 200 --size 128]
 
-The digits are scikit-learn's, scans of 8x8 pixels, enlarged and inked on clouds, stripes and grain of other colours.
-Those of the validation images are held out: none is in a training image. The same arguments make the same files.
+The digits are scikit-learn's scans of 8x8 pixels, enlarged and drawn on clouds, stripes and grain of other colors. No
+digit is in both training and validation images. The same arguments generate the same files.
 
     FOLDER/train/*.png  FOLDER/val/*.png  FOLDER/annotations/instances_train.json  instances_val.json
 """
@@ -20,44 +20,44 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from smpconv_models.training import Digits, cli, config
+from smpconv_models.training import Digits, cli
 from smpconv_models.utils import streams
 
-DIGITS = (1, 5)  # in an image, at least and at most
-SIDES = (20, 44)  # of a digit's scan, enlarged, in pixels
-CONTRAST = 100  # between ink and background, of 255
+DIGITS = (1, 5)  # minimum and maximum number in an image
+SIDES = (20, 44)  # range of the side of an enlarged scan, in pixels
+CONTRAST = 100  # minimum between ink and background, of 255
 INKED = 0.3  # opacity from which a pixel belongs to the digit, and to its box
-OVERLAP = 0.1  # of the smaller of two boxes, at most
-TRIES = 20  # to find a digit a free place
+OVERLAP = 0.1  # maximum share of the smaller of two boxes
+TRIES = 20  # attempts to place a digit
 
 Box = Tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def make(folder: Path, train: int = 800, val: int = 200, size: int = 128) -> Path:
-    """Makes the data set, unless the folder holds just this one.
+    """Generate the data set, unless the folder has this data set already.
 
     Args:
-        folder: What it is to be.
-        train: Images to train on.
-        val: Images of held-out digits.
+        folder: Folder to create.
+        train: Number of training images.
+        val: Number of validation images.
         size: Side of the images, in pixels.
 
     Raises:
-        ValueError: The folder holds something else.
+        ValueError: If the folder has other content.
     """
     description = {'description': f'handwritten digits on textures: {train} and {val} images of {size}x{size}, 1'}
     annotations = folder / 'annotations' / 'instances_val.json'
     if annotations.exists() and json.loads(annotations.read_text()).get('info') == description:
         return folder
     if folder.exists():
-        raise ValueError(f'{folder} is there already, and is not the set of {description["description"]}: remove it')
+        raise ValueError(f'{folder} exists, and is not the data set of {description["description"]}: remove it')
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
     try:
         for key, (split, count) in enumerate({'train': train, 'val': val}.items()):
             _make_split(part, split, key, count, size, description)
         part.chmod(0o755)
-        part.rename(folder)  # whole from the start
+        part.rename(folder)  # complete at once
     except BaseException:
         shutil.rmtree(part)
         raise
@@ -86,7 +86,7 @@ def _make_split(folder: Path, split: str, key: int, count: int, size: int, descr
 
 
 def scene(random: np.random.Generator, digits: Digits, size: int) -> Tuple[np.ndarray, List[Box], List[int]]:
-    """One image.
+    """Generate one image.
 
     Returns:
         Pixels ``(size, size, 3)`` of uint8, the boxes, and their digits.
@@ -109,7 +109,7 @@ def scene(random: np.random.Generator, digits: Digits, size: int) -> Tuple[np.nd
 
 
 def texture(random: np.random.Generator, size: int) -> np.ndarray:
-    """Clouds between two colours, stripes over them, and grain: ``(size, size, 3)``, 0 to 255."""
+    """Generate clouds between two colors, stripes over them, and grain: ``(size, size, 3)``, 0 to 255."""
     colors = random.uniform(0, 255, (2, 3))
     cells = int(random.integers(2, 9))
     clouds = Image.fromarray(random.uniform(0, 1, (cells, cells)).astype('float32'))
@@ -123,14 +123,14 @@ def texture(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _opacity(digit: Image.Image, side: int) -> np.ndarray:
-    """The scan enlarged, 0 to 1, cut to what is inked."""
+    """Return the enlarged scan, 0 to 1, cropped to its inked pixels."""
     opacity = np.asarray(digit.resize((side, side), Image.Resampling.BICUBIC)) / 255
     rows, columns = (np.flatnonzero((opacity >= INKED).any(axis)) for axis in (1, 0))
     return opacity[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
 
 
 def _ink(random: np.random.Generator, place: np.ndarray, opacity: np.ndarray) -> None:
-    """Draws the digit into its place, in a colour that is lighter or darker than what is there."""
+    """Draw the digit in place, in a color that is lighter or darker than the background."""
     ground = place.mean((0, 1))
     color = random.uniform(0, 255, 3)
     while abs(color.mean() - ground.mean()) < CONTRAST:
@@ -139,7 +139,7 @@ def _ink(random: np.random.Generator, place: np.ndarray, opacity: np.ndarray) ->
 
 
 def _overlap(box: Box, other: Box) -> float:
-    """The boxes' common area over the smaller one's."""
+    """Return the intersection of two boxes over the area of the smaller one."""
     width, height = (min(box[i + 2], other[i + 2]) - max(box[i], other[i]) for i in (0, 1))
     return max(width, 0) * max(height, 0) / min(_area(box), _area(other))
 
@@ -149,12 +149,14 @@ def _area(box: Box) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
-    parser.add_argument('--train', type=cli.number(int, 1), default=800, metavar='N', help='images (%(default)s)')
-    parser.add_argument('--val', type=cli.number(int, 1), default=200, metavar='N', help='images (%(default)s)')
+    for split, default in (('train', 800), ('val', 200)):
+        parser.add_argument(
+            f'--{split}', type=cli.positive_int, default=default, metavar='N', help='number of images (%(default)s)')
     parser.add_argument(
-        '--size', type=cli.number(int, 48), default=128, metavar='PIXELS', help='side of the images (%(default)s)')
+        '--size', type=cli.bounded_number(int, 48), default=128, metavar='PIXELS',
+        help='side of the images (%(default)s)')
     args = parser.parse_args(argv)
     try:
         print(make(args.folder, args.train, args.val, args.size))

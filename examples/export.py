@@ -1,33 +1,34 @@
 #!/usr/bin/env python3
-"""Makes a model ready for deployment, in every format that this machine can make, and says what each is worth.
+"""Export a model to every format that this machine supports, and compare size, time and accuracy.
 
     python examples/export.py --model smpconv_t --output FOLDER                      random weights: for sizes and times
     python examples/export.py --checkpoint output/digits/model_best.pth.tar --output FOLDER
     python examples/export.py --checkpoint FILE --output FOLDER --formats onnx int8 --calibration IMAGES
 
-The model is re-parameterized: kernels drawn once, small kernels merged, batch norms folded. Each format is then run on
-images of several batch and map sizes and compared with the model itself:
+The model is re-parameterized: kernels are sampled once, small kernels merged, batch norms folded. Each format then
+runs on images of several batch and map sizes and is compared with the model:
 
-    onnx          timm's exporter (TorchScript); batch, height and width are free, here and in all others
+    onnx          timm's exporter (TorchScript); batch, height and width are dynamic, here and in all other formats
     onnx-dynamo   torch.onnx.export(dynamo=True)
     torch-export  torch.export.save
-    aotinductor   compiled ahead of time for this kind of CPU; needs a C++ compiler, as does compile. It believes that
-                  images are contiguous, as its example was: of others (channels_last) it computes something else
+    aotinductor   compiled ahead of time for this kind of CPU; needs a C++ compiler, as does compile. It assumes
+                  contiguous images, like its example; for others (channels_last) its results are wrong
     torchscript   torch.jit.script
-    compile       torch.compile; leaves no file
-    float16, bfloat16    weights and arithmetic; the file has the re-parameterized weights. float16 is for GPUs, as few
-                  CPUs have its arithmetic: on others it takes seconds
-    int8          onnxruntime, static: weights and maps, for which ranges are taken from images: those of --calibration,
-                  the digits, or noise where the weights are random too
-    int8-dynamic  onnxruntime, ranges taken anew from each map; it has no fast depthwise convolutions for that
+    compile       torch.compile; writes no file
+    float16, bfloat16    weights and arithmetic; the file has the re-parameterized weights. float16 is for GPUs; few
+                  CPUs support its arithmetic, and on others it takes seconds
+    int8          onnxruntime, static: weights and maps; the ranges come from the images of --calibration, from the
+                  digits, or from noise if the weights are random too
+    int8-dynamic  onnxruntime, ranges from each map at run time; it has no fast depthwise convolutions for this
 
-Prints a table, with the accuracy where the checkpoint is of the digits, and writes it to FOLDER/export.json: the
-file's size, median milliseconds for one image (formats in turn, in random order, channels_last), and the largest
-difference over the largest logit, of which formats in float32 may have 1e-4, others less than 1 (random weights magnify
-what they lose). A format that a missing library or compiler prevents has a line with the reason.
+Prints a table and writes it to FOLDER/export.json. Its columns are the file's size, the median milliseconds for one
+image, and the largest difference over the largest logit. If the checkpoint is of the digits, it has the accuracy too.
+The formats are timed in turn, in random order, with channels_last images. The difference may be 1e-4 for float32
+formats, and less than 1 for others, because random weights amplify their errors. If a library or compiler is missing,
+the row has the reason.
 
-Exit codes: 0 done, 1 a format failed (one that cannot be made here: if it was asked for by name), 2 wrong arguments, no
-checkpoint, or a folder that cannot be written, 130 interrupted.
+Exit codes: 0 done, 1 a format failed (a missing library counts only for --formats), 2 wrong arguments, no checkpoint,
+or a folder that cannot be written, 130 interrupted.
 """
 import argparse
 import copy
@@ -49,10 +50,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Se
 
 from smpconv_models.utils.errors import first_line
 
-if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads: no traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'export.py: interrupted\n'), os._exit(130)))
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # or threads of one format spin while the next one is timed
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # otherwise idle threads spin while others are timed
 
 import timm
 import torch
@@ -68,11 +69,11 @@ import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import checkpoint, hub
 from smpconv_models.utils import streams
 
-TOLERANCE = 1e-4            # of formats in float32
-MOST_LOW_PRECISION = 1.     # of the others: outputs of zero differ by so much
-MOST_SECONDS = 5.           # of timing for each format
+TOLERANCE = 1e-4            # for formats in float32
+MAX_LOW_PRECISION = 1.      # for the others: the difference of outputs that are all zero
+MAX_SECONDS = 5.            # of timing for each format
 CALIBRATION_IMAGES = 256
-SIZES = ((1, 1, 1), (2, 1.4, 1.1), (3, 1, 1), (5, 0.7, 1.2))  # batch, height and width over the model's own
+SIZES = ((1, 1, 1), (2, 1.4, 1.1), (3, 1, 1), (5, 0.7, 1.2))  # batch; height and width relative to the model's
 
 ONNX_INPUT = 'input'
 
@@ -84,41 +85,41 @@ class Unavailable(Exception):
 
 
 class Failed(Exception):
-    """A format could not be made, or computes something else."""
+    """A format could not be exported, or its results are wrong."""
 
 
 class Subject(NamedTuple):
-    """What is exported.
+    """Model to export, with images.
 
     Attributes:
-        model: Re-parameterized, in evaluation, channels_last.
-        example: Images ``(2, C, H, W)`` of the model's own size.
-        calibration: Images ``(N, C, H, W)`` as they come from users, or None where there are none.
-        held_out: Images and classes of the digits, where it was trained on them.
+        model: Re-parameterized model in evaluation mode, channels_last.
+        example: Images ``(2, C, H, W)`` of the model's size.
+        calibration: Realistic images ``(N, C, H, W)``, or None if there are none.
+        validation: Images and classes of the digits, if the model was trained on them.
     """
     model: Any
     example: Tensor
     calibration: Optional[Tensor]
-    held_out: Optional[Tuple[Tensor, Tensor]]
+    validation: Optional[Tuple[Tensor, Tensor]]
 
 
-# --- what is exported ---
+# --- the model and its images ---
 
 
 def load(model: Optional[str], path: Optional[str], images: Optional[str]) -> Subject:
-    """The model of a name, with random weights, or of a checkpoint, and images for it.
+    """Create a named model with random weights, or load that of a checkpoint, with images for it.
 
     Raises:
-        ValueError: There is no such model, checkpoint or folder of images.
+        ValueError: If the model, the checkpoint or the folder of images does not exist.
     """
     if path is None:
         if model not in timm.list_models('smpconv*'):
             raise ValueError(f'--model must be one of {timm.list_models("smpconv*")}, got {model!r}')
         torch.manual_seed(0)
         network, dataset = timm.create_model(model), None
-        fit_norms(network)
+        recalibrate_bn(network)
     else:
-        with tempfile.TemporaryDirectory() as folder:  # converted, the file is checked and says what its images are
+        with tempfile.TemporaryDirectory() as folder:  # conversion validates the file and finds the image settings
             hub.convert(path, Path(folder, 'model'), model)
             network = hub.load(Path(folder, 'model'))
         dataset = checkpoint.describe(checkpoint.load_file(path, lazy=True)).dataset
@@ -128,20 +129,20 @@ def load(model: Optional[str], path: Optional[str], images: Optional[str]) -> Su
     transform = create_transform(**config, is_training=False)
     torch.manual_seed(0)
     example = torch.randn(2, *config['input_size'])
-    calibration = held_out = None
+    calibration = validation = None
     if dataset == 'digits':
         calibration, _ = stacked(digits('train', transform), CALIBRATION_IMAGES)
-        held_out = stacked(digits('validation', transform))
+        validation = stacked(digits('validation', transform))
     elif path is None:
         calibration = torch.randn(16, *config['input_size'])
     if images is not None:
         calibration, _ = stacked(image_folder(images, transform, config['input_size'][0]), CALIBRATION_IMAGES)
     fast = reparameterize_model(network.eval()).to(memory_format=torch.channels_last).requires_grad_(False)
-    return Subject(fast, example, calibration, held_out)
+    return Subject(fast, example, calibration, validation)
 
 
-def fit_norms(network: Any) -> None:
-    """Gives batch norms the statistics of noise: those they are made with let signals vanish in random weights."""
+def recalibrate_bn(network: Any) -> None:
+    """Give batch norms the statistics of noise; with the initial ones, signals vanish in random weights."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.
@@ -155,7 +156,7 @@ def digits(split: str, transform: Any) -> Any:
 
 def image_folder(folder: str, transform: Any, channels: int) -> Any:
     if not Path(folder).is_dir():
-        raise ValueError(f'--calibration must be a folder of class folders of images, found none at {folder}')
+        raise ValueError(f'--calibration takes a folder of class folders of images, found none at {folder}')
     try:
         loader = functools.partial(read_image, mode='L' if channels == 1 else 'RGB')
         return ImageFolder(folder, transform, loader=loader)
@@ -172,12 +173,12 @@ def read_image(path: str, mode: str) -> Any:
 
 
 def stacked(dataset: Any, most: int = sys.maxsize) -> Tuple[Tensor, Tensor]:
-    """Images ``(N, C, H, W)`` and classes ``(N,)``: at most so many, evenly over the data set."""
+    """Return at most ``most`` images ``(N, C, H, W)`` and classes ``(N,)``, evenly over the data set."""
     images, classes = zip(*(dataset[index] for index in range(0, len(dataset), -(-len(dataset) // most))))
     return torch.stack(images), torch.tensor(classes)
 
 
-# --- the formats: each makes its file, and returns how to run what is in it ---
+# --- formats: each function writes its file, and returns a function that runs it ---
 
 
 def onnx(subject: Subject, path: Path) -> Run:
@@ -200,7 +201,7 @@ def onnx_session(path: Path) -> Run:
     ort = needs('onnxruntime')
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # its threads would slow what runs next
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # or others would slow down
     session = ort.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run(None, {ONNX_INPUT: images.contiguous().numpy()})[0])
 
@@ -245,7 +246,7 @@ def int8(subject: Subject, path: Path) -> Run:
     needs('onnx')
     quantization = needs('onnxruntime.quantization')
     if subject.calibration is None:
-        raise Unavailable('it needs images to calibrate with: --calibration IMAGES')
+        raise Unavailable('needs images to calibrate with: --calibration IMAGES')
     with tempfile.TemporaryDirectory() as folder:
         quantization.quantize_static(
             prepared_for_quantization(subject, Path(folder)), path, CalibrationReader(subject.calibration),
@@ -255,7 +256,7 @@ def int8(subject: Subject, path: Path) -> Run:
 
 
 class CalibrationReader:
-    """Images ``(N, C, H, W)`` as onnxruntime asks for them: batch by batch, then None."""
+    """Calibration data for onnxruntime: batches of images ``(N, C, H, W)``, then None."""
 
     def __init__(self, images: Tensor) -> None:
         self.batches = iter(images.split(4))
@@ -275,13 +276,13 @@ def int8_dynamic(subject: Subject, path: Path) -> Run:
 
 def prepared_for_quantization(subject: Subject, folder: Path) -> Path:
     onnx(subject, folder / 'float32.onnx')
-    # symbolic shapes are for transformers, and need sympy
+    # symbolic shape inference is for transformers, and needs sympy
     needs('onnxruntime.quantization.shape_inference').quant_pre_process(
         folder / 'float32.onnx', folder / 'prepared.onnx', skip_symbolic_shape=True)
     return folder / 'prepared.onnx'
 
 
-# Name -> the file's and what makes it; those that compute in less than float32 may differ.
+# File name and export function of each format.
 FORMATS: Dict[str, Tuple[Optional[str], Callable[[Subject, Path], Run]]] = {
     'onnx': ('model.onnx', onnx),
     'onnx-dynamo': ('model_dynamo.onnx', onnx_dynamo),
@@ -298,13 +299,13 @@ LOW_PRECISION = ('float16', 'bfloat16', 'int8', 'int8-dynamic')
 
 
 def needs(*names: str) -> Any:
-    """The last of these modules."""
+    """Import modules and return the last one; raise Unavailable if one is missing."""
     for name in names:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
             library = name.partition('.')[0]
-            raise Unavailable(f"it needs {library}: pip install 'smpconv_models[export]'") from error
+            raise Unavailable(f"needs {library}: pip install 'smpconv_models[export]'") from error
     return module
 
 
@@ -312,26 +313,26 @@ def needs_compiler() -> None:
     from torch._inductor import config
     compilers = [name for name in config.cpp.cxx if name]
     if not any(map(shutil.which, compilers)):
-        raise Unavailable(f'it needs a C++ compiler, found no {" or ".join(compilers)}: install one, or name it in CXX')
+        raise Unavailable(f'needs a C++ compiler, found no {" or ".join(compilers)}: install one, or name it in CXX')
 
 
-# --- what each is worth ---
+# --- size, time and accuracy ---
 
 
 def make(name: str, subject: Subject, folder: Path) -> Tuple[Run, Dict[str, Any]]:
-    """Makes and checks a format; its file takes its place only then.
+    """Export and check a format; its file is moved to the folder after the check.
 
     Returns:
-        What runs it, and its row of the table.
+        Function that runs the format, and its row of the table.
 
     Raises:
-        Unavailable: A library or a compiler is missing.
-        Failed: It can't be made, or its outputs differ.
+        Unavailable: If a library or a compiler is missing.
+        Failed: If the export fails, or the outputs differ.
     """
     file, function = FORMATS[name]
     with tempfile.TemporaryDirectory(dir=folder, prefix='.making.') as temporary:
         path = Path(temporary, file or name)
-        if file:  # of an earlier model
+        if file:  # the file may be of an earlier model
             (folder / file).unlink(missing_ok=True)
         try:
             run = function(subject, path)
@@ -339,9 +340,9 @@ def make(name: str, subject: Subject, folder: Path) -> Tuple[Run, Dict[str, Any]
             accuracy = measure_accuracy(run, subject)
         except Unavailable:
             raise
-        except Exception as error:  # exporters and compilers have each their own
+        except Exception as error:  # exporters and compilers raise their own types
             raise Failed(f'{type(error).__name__}: {first_line(error)}') from error
-        most = MOST_LOW_PRECISION if name in LOW_PRECISION else TOLERANCE
+        most = MAX_LOW_PRECISION if name in LOW_PRECISION else TOLERANCE
         if not difference < most:
             raise Failed(f'its outputs differ by {difference:.1e} of the largest logit, expected less than {most}')
         if file:
@@ -351,7 +352,7 @@ def make(name: str, subject: Subject, folder: Path) -> Tuple[Run, Dict[str, Any]
 
 
 def largest_difference(run: Run, subject: Subject, sizes: Sequence[Tuple[int, float, float]]) -> float:
-    """Relative to the largest logit, of images in both layouts; NaN where there is one."""
+    """Return the largest difference relative to the largest logit, for both layouts; NaN if any is NaN."""
     height, width = subject.example.shape[2:]
     images = subject.example if subject.calibration is None else subject.calibration
     differences = []
@@ -366,21 +367,21 @@ def largest_difference(run: Run, subject: Subject, sizes: Sequence[Tuple[int, fl
 
 
 def measure_accuracy(run: Run, subject: Subject) -> Optional[float]:
-    """Top-1 in per cent of the held-out digits."""
-    if subject.held_out is None:
+    """Return the top-1 accuracy in percent on the validation digits, or None for another data set."""
+    if subject.validation is None:
         return None
-    images, classes = subject.held_out
+    images, classes = subject.validation
     return 100 * (run(images).argmax(1) == classes).float().mean().item()
 
 
 def milliseconds(runs: Dict[str, Run], image: Tensor, rounds: int) -> Dict[str, float]:
-    """Median of each, called in turn so that what disturbs the machine disturbs all alike."""
+    """Return the median milliseconds of each format; all run in turn, so that disturbances affect all equally."""
     times: Dict[str, List[float]] = {name: [] for name in runs}
     for run in runs.values():
         run(image)
     for _ in tqdm(range(rounds), desc='timing', leave=False, disable=None):
-        for name, run in random.sample(list(runs.items()), len(runs)):  # each meets what the one before it left
-            if len(times[name]) < 3 or sum(times[name]) < MOST_SECONDS:
+        for name, run in random.sample(list(runs.items()), len(runs)):  # the order affects caches
+            if len(times[name]) < 3 or sum(times[name]) < MAX_SECONDS:
                 start = time.perf_counter()
                 run(image)
                 times[name].append(time.perf_counter() - start)
@@ -405,7 +406,7 @@ def table(rows: List[Dict[str, Any]]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
+    """Parser with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: error: {message}\n')
@@ -414,18 +415,19 @@ class Parser(argparse.ArgumentParser):
 def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--model', metavar='NAME', help='its name (default: smpconv_t, or that of the checkpoint)')
-    parser.add_argument('--checkpoint', metavar='FILE', help="train.py's, timm's or the original release's")
-    parser.add_argument('--output', metavar='FOLDER', required=True, help='where files go')
-    parser.add_argument('--formats', metavar='NAME', nargs='+', choices=list(FORMATS), help='default: all')
+    parser.add_argument('--model', metavar='NAME', help='model (default: smpconv_t, or that of the checkpoint)')
+    parser.add_argument('--checkpoint', metavar='FILE',
+                        help="checkpoint of train.py, timm's script or the original release")
+    parser.add_argument('--output', metavar='FOLDER', required=True, help='folder to write to')
+    parser.add_argument('--formats', metavar='NAME', nargs='+', choices=list(FORMATS), help='formats (default: all)')
     parser.add_argument('--calibration', metavar='IMAGES', help='folder of class folders of images, for int8')
-    parser.add_argument('--rounds', metavar='N', type=int, default=21, help='of timing (default: %(default)s)')
+    parser.add_argument('--rounds', metavar='N', type=int, default=21, help='rounds of timing (default: %(default)s)')
     return parser
 
 
 @torch.no_grad()
 def export(subject: Subject, names: List[str], folder: Path, rounds: int) -> List[Dict[str, Any]]:
-    """A row for the model itself and for each format; those that couldn't be made have a reason instead of figures."""
+    """Return a row for the model and each format; a format that failed has a reason instead of numbers."""
     runs: Dict[str, Run] = {'eager': subject.model}
     weights = sum(tensor.nbytes for tensor in subject.model.state_dict().values())
     rows: List[Dict[str, Any]] = [{
@@ -452,8 +454,8 @@ def save(path: Path, content: Dict[str, Any]) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     warnings.filterwarnings('ignore', message=r'.*torch\.jit.*deprecated')
-    warnings.filterwarnings('ignore', message='No complete tensor found')  # of weights on other devices than the CPU
-    logging.getLogger().setLevel(logging.ERROR)  # the quantizer advises what was done already
+    warnings.filterwarnings('ignore', message='No complete tensor found')  # about weights on other devices than the CPU
+    logging.getLogger().setLevel(logging.ERROR)  # the quantizer recommends steps that were already done
     parser = create_parser()
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -462,7 +464,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if folder.exists() and not folder.is_dir():
         parser.error(f'--output {folder} is not a folder')
     path = args.checkpoint
-    if path and Path(path).is_dir():  # a run's
+    if path and Path(path).is_dir():  # folder of a run
         path = str(Path(path, 'model_best.pth.tar'))
     try:
         subject = load(args.model or (None if path else 'smpconv_t'), path, args.calibration)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Feature maps of a backbone, for detection, segmentation or anything else that wants several scales.
+"""Print feature maps of a backbone, for detection, segmentation or other tasks with several scales.
 
     python examples/features.py
 """

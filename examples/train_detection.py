@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a detector on data in COCO format; without any, on handwritten digits in scenes that it makes itself.
+"""Train a detector on data in COCO format, by default on generated scenes of handwritten digits.
 
     python examples/train_detection.py
 
@@ -8,10 +8,10 @@
         --min-size 800 --max-size 1333 --hflip 0.5 --epochs 12 --lr 1e-4 --sched multistep --milestones 8 11 --amp
     torchrun --nproc_per_node 4 examples/train_detection.py ...      on 4 GPUs, or processes on a CPU
 
-The data are COCO/SPLIT/IMAGES and COCO/annotations/instances_SPLIT.json, looked through before the start. A row is
-printed for each epoch. The folder --output takes last.pth after each epoch, metrics.json, and at the end
-detections.png: held-out images, what is there and what was detected. --resume goes on from last.pth: on a CPU to the
-same bits as without the stop.
+The data are COCO/SPLIT/IMAGES and COCO/annotations/instances_SPLIT.json, which are validated first. The script prints a
+row per epoch. After each epoch it writes last.pth and metrics.json to the folder --output. At the end it writes
+detections.png, with validation images, their targets and the detections. --resume continues from last.pth; on a CPU the
+result has the same bits as without the interruption.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or data, 130 interrupted.
 """
@@ -26,7 +26,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from smpconv_models.utils.errors import first_line
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch loads OpenMP, whose threads would else spin
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch loads OpenMP: no spinning threads
 
 import coco_folder
 import detection_picture
@@ -45,11 +45,11 @@ from tqdm import tqdm
 
 import smpconv_models
 from smpconv_models import checkpoint, detection
-from smpconv_models.training import DistributedContext, cli, config, describe_error, param_groups
+from smpconv_models.training import DebugOptions, DistributedContext, cli, describe_error, param_groups
 from smpconv_models.utils import streams
 
 DETECTORS = {'fasterrcnn': detection.fasterrcnn, 'fcos': detection.fcos, 'retinanet': detection.retinanet}
-# what a run that goes on must have in common with the one that stopped
+# Arguments that must not change when a run is resumed.
 FIXED = (
     'detector', 'backbone', 'pretrained', 'trainable_layers', 'returned_layers', 'out_channels', 'extra_levels',
     'min_size', 'max_size', 'epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'momentum', 'sched', 'milestones',
@@ -58,62 +58,64 @@ SHOWN = 16  # images in the picture
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = config.Parser(
+    parser = cli.Parser(
         prog='train_detection.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     add = partial(_add, parser.add_argument_group('data'))
-    add('--data-path', type=Path, metavar='FOLDER', help='in COCO format; digit scenes if not given')
+    add('--data-path', type=Path, metavar='FOLDER', help='data set in COCO format; digit scenes if not given')
     add('--train-split', default='train', metavar='NAME', help='folder of the training images')
-    add('--val-split', default='val', metavar='NAME', help='folder of the held-out images')
-    add('--skip-empty-boxes', action='store_true', help='leave out annotations whose box has no area')
-    add('--hflip', type=cli.fraction, default=0., metavar='P', help='probability of mirroring a training image')
-    add('--workers', type=cli.whole, default=1, metavar='N', help='processes that load images')
+    add('--val-split', default='val', metavar='NAME', help='folder of the validation images')
+    add('--skip-empty-boxes', action='store_true', help='skip annotations whose box has no area')
+    add('--hflip', type=cli.unit_float, default=0., metavar='P', help='probability of mirroring a training image')
+    add('--workers', type=cli.non_negative_int, default=1, metavar='N', help='DataLoader workers')
     add = partial(_add, parser.add_argument_group('model'))
-    add('--detector', choices=DETECTORS, default='fcos', help="torchvision's")
-    add('--backbone', default='smpconv_nano', metavar='NAME', help="of this package or of timm's")
-    add('--pretrained', action='store_true', help="the backbone's weights are loaded, its batch norms frozen")
-    add('--trainable-layers', type=cli.whole, metavar='N', help='of the backbone; 3 with --pretrained, else all')
-    add('--returned-layers', type=cli.count, nargs='+', default=[2, 3, 4], metavar='N',
-        help='stages that the pyramid is made of')
-    add('--out-channels', type=cli.count, default=64, metavar='N', help='of the pyramid')
-    add('--extra-levels', choices=('pool', 'p6p7'), default='pool', help='coarser ones')
-    add('--grad-checkpointing', action='store_true', help='less memory, more time')
-    add('--min-size', type=cli.count, default=128, metavar='PIXELS', help='images are resized to this side')
-    add('--max-size', type=cli.count, default=128, metavar='PIXELS', help='and the longer side to at most this')
+    add('--detector', choices=DETECTORS, default='fcos', help="torchvision's detector")
+    add('--backbone', default='smpconv_nano', metavar='NAME', help="network of this package or of timm")
+    add('--pretrained', action='store_true', help='load pretrained weights of the backbone and freeze its batch norms')
+    add('--trainable-layers', type=cli.non_negative_int, metavar='N',
+        help='layers of the backbone to train; by default 3 with --pretrained, otherwise all')
+    add('--returned-layers', type=cli.positive_int, nargs='+', default=[2, 3, 4], metavar='N',
+        help='stages of the feature pyramid')
+    add('--out-channels', type=cli.positive_int, default=64, metavar='N', help='channels of the pyramid')
+    add('--extra-levels', choices=('pool', 'p6p7'), default='pool', help='coarser levels of the pyramid')
+    add('--grad-checkpointing', action='store_true', help='recompute activations: less memory, more time')
+    add('--min-size', type=cli.positive_int, default=128, metavar='PIXELS', help='shorter side of the resized images')
+    add('--max-size', type=cli.positive_int, default=128, metavar='PIXELS', help='limit of the longer side')
     add = partial(_add, parser.add_argument_group('training'))
-    add('--epochs', type=cli.count, default=10, metavar='N', help='')
-    add('--batch-size', type=cli.count, default=8, metavar='N', help='images of a step, in each process')
-    add('--opt', default='adamw', metavar='NAME', help="timm's, sgd say")
-    add('--lr', type=cli.positive, default=2e-3, metavar='RATE', help='')
-    add('--weight-decay', type=cli.non_negative, default=0.05, metavar='W', help='')
-    add('--momentum', type=cli.fraction, default=0.9, metavar='M', help='of sgd')
-    add('--sched', choices=('cosine', 'multistep'), default='cosine', help='after a linear warm-up')
-    add('--milestones', type=cli.count, nargs='+', metavar='EPOCH', help='of multistep (8 11)')
-    add('--warmup-epochs', type=cli.non_negative, default=1., metavar='N', help='')
-    add('--clip-grad', type=cli.positive, default=10., metavar='NORM', help='largest norm of the gradient')
-    add('--seed', type=cli.whole, default=0, metavar='N', help='')
-    add('--eval-interval', type=cli.count, default=5, metavar='N', help='epochs between evaluations')
+    add('--epochs', type=cli.positive_int, default=10, metavar='N', help='number of epochs')
+    add('--batch-size', type=cli.positive_int, default=8, metavar='N', help='batch size per process')
+    add('--opt', default='adamw', metavar='NAME', help="timm's optimizer, e.g. sgd")
+    add('--lr', type=cli.positive_float, default=2e-3, metavar='LR', help='learning rate')
+    add('--weight-decay', type=cli.non_negative_float, default=0.05, metavar='W', help='weight decay')
+    add('--momentum', type=cli.unit_float, default=0.9, metavar='M', help='momentum of sgd')
+    add('--sched', choices=('cosine', 'multistep'), default='cosine',
+        help='learning rate schedule after a linear warm-up')
+    add('--milestones', type=cli.positive_int, nargs='+', metavar='EPOCH', help='epochs of --sched multistep (8 11)')
+    add('--warmup-epochs', type=cli.non_negative_float, default=1., metavar='N', help='epochs of warm-up')
+    add('--clip-grad', type=cli.positive_float, default=10., metavar='NORM', help='limit of the gradient norm')
+    add('--seed', type=cli.non_negative_int, default=0, metavar='N', help='random seed')
+    add('--eval-interval', type=cli.positive_int, default=5, metavar='N', help='epochs between evaluations')
     add = partial(_add, parser.add_argument_group('run'))
-    add('--output', type=Path, default=Path('output/detection'), metavar='FOLDER', help='')
-    add('--resume', action='store_true', help="go on from the output folder's last.pth")
-    add('--device', metavar='NAME', help='cuda if there is one, else cpu')
-    add('--amp', action='store_true', help='train in automatic mixed precision')
-    add('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16', help='')
-    add('--dist-timeout', type=cli.positive, default=600., metavar='S', help='seconds to wait for another process')
-    cli.add_debug_option(parser)
+    add('--output', type=Path, default=Path('output/detection'), metavar='FOLDER', help='folder of the run')
+    add('--resume', action='store_true', help='resume from last.pth in the output folder')
+    add('--device', metavar='NAME', help='device; by default cuda if available, otherwise cpu')
+    add('--amp', action='store_true', help='use automatic mixed precision')
+    add('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16', help='dtype of --amp')
+    add('--dist-timeout', type=cli.positive_float, default=600., metavar='S', help='seconds to wait for other ranks')
+    cli.add_options(parser, DebugOptions)
     return parser
 
 
 def _add(group: Any, name: str, help: str, **kwargs: Any) -> None:
-    is_told = kwargs.get('default') not in (None, 0.)
-    group.add_argument(name, help=f'{help} (%(default)s)'.strip() if is_told else help or None, **kwargs)
+    has_default = kwargs.get('default') not in (None, 0., True, False)
+    group.add_argument(name, help=f'{help} (%(default)s)' if has_default else help, **kwargs)
 
 
-# --- what a run is made of ---
+# --- data, model and state of a run ---
 
 
 def open_data(args: argparse.Namespace, world: DistributedContext) -> Tuple[CocoFolder, CocoFolder]:
-    """The training and the held-out images."""
+    """Open the training and validation data; generate the digit scenes without --data-path."""
     folder = args.data_path or Path(args.output) / 'digits'
     if args.data_path is None:
         world.run_on_primary(lambda: digit_scenes.make(folder))
@@ -123,7 +125,7 @@ def open_data(args: argparse.Namespace, world: DistributedContext) -> Tuple[Coco
     val = CocoFolder(folder, args.val_split, args.skip_empty_boxes)
     if train.categories != val.categories:
         differing = sorted(set(train.categories.items()) ^ set(val.categories.items()))
-        raise ValueError(f'{args.train_split} and {args.val_split} must have the same categories; in one only: '
+        raise ValueError(f'{args.train_split} and {args.val_split} must have the same categories, but only one has '
                          f'{differing[:5]}')
     for data in (train, val):
         for record in data.coco.imgs.values():
@@ -133,7 +135,7 @@ def open_data(args: argparse.Namespace, world: DistributedContext) -> Tuple[Coco
                     f'image {record["id"]}: {record["file_name"]} is too thin for --max-size {args.max_size}, got '
                     f'{record["width"]}x{record["height"]} pixels')
     if len(train) < args.batch_size * world.size:
-        raise ValueError(f'a step takes {args.batch_size * world.size} images, got {len(train)} in all')
+        raise ValueError(f'a step needs {args.batch_size * world.size} training images, got {len(train)}')
     return train, val
 
 
@@ -142,7 +144,7 @@ def create_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
     try:
         backbone = detection.fpn_backbone(
             args.backbone, args.pretrained, args.trainable_layers, args.returned_layers, args.out_channels, extra)
-    except RuntimeError as error:  # timm's, of weights that there aren't
+    except RuntimeError as error:  # timm's error for missing pretrained weights
         raise ValueError(f'--backbone {args.backbone}: {first_line(error)}') from error
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
@@ -150,10 +152,10 @@ def create_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
 
 
 class Run:
-    """Model, optimizer, schedule and data of the arguments.
+    """Model, optimizer, schedule and data of a run.
 
     Raises:
-        ValueError: The data, the backbone or the checkpoint can't be what is asked for.
+        ValueError: If the data, the backbone or the checkpoint do not fit the arguments.
     """
 
     def __init__(self, args: argparse.Namespace, world: DistributedContext) -> None:
@@ -167,7 +169,7 @@ class Run:
         self.train_data, self.val_data = open_data(args, world)
         torch.manual_seed(args.seed)
         self.model = create_model(args, 1 + len(self.train_data.categories)).to(self.device)
-        self.model.to(memory_format=torch.channels_last)  # a fifth less time for a step of the digits on a CPU
+        self.model.to(memory_format=torch.channels_last)  # saves a fifth of a step's time on the digits on a CPU
         self.optimizer = create_optimizer_v2(
             param_groups(self.model, args.weight_decay), opt=args.opt, lr=args.lr, weight_decay=args.weight_decay,
             momentum=args.momentum)
@@ -190,9 +192,9 @@ class Run:
 
     def _check_output(self) -> None:
         if self.args.resume and not self.last.exists():
-            raise ValueError(f'there is no {self.last} to --resume from')
+            raise ValueError(f'cannot resume: {self.last} does not exist')
         if not self.args.resume and self.last.exists():
-            raise ValueError(f'{self.args.output} holds a run: --resume goes on with it, another --output starts anew')
+            raise ValueError(f'{self.args.output} has a run: give --resume, or another --output')
         if self.args.warmup_epochs >= self.args.epochs:
             raise ValueError(f'--warmup-epochs must be below the {self.args.epochs} epochs, '
                              f'got {self.args.warmup_epochs:g}')
@@ -223,12 +225,12 @@ class Run:
                 self.optimizer.load_state_dict(state['optimizer'])
                 self.scaler.load_state_dict(state['scaler'])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f'{self.last} is no checkpoint of this program: {first_line(error)}') from error
+            raise ValueError(f'{self.last} is not a checkpoint of this program: {first_line(error)}') from error
         if differing is not None:
             raise ValueError(f'{self.last} was trained with {differing} {stopped[differing]}, got {now[differing]}')
 
     def save(self) -> None:
-        """Writes last.pth and metrics.json, each whole at every instant."""
+        """Write last.pth and metrics.json atomically."""
         state = {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(), 'rows': self.rows, 'settings': self._settings()}
@@ -238,9 +240,9 @@ class Run:
     # --- training ---
 
     def train_epoch(self, epoch: int) -> float:
-        """Returns the mean loss."""
+        """Train one epoch and return the mean loss."""
         self.sampler.set_epoch(epoch)
-        torch.manual_seed(hash((self.args.seed, epoch, self.world.rank)))  # so that it doesn't matter what was before
+        torch.manual_seed(hash((self.args.seed, epoch, self.world.rank)))  # the same after a resume
         self.wrapped.train()
         sum_of_losses = torch.zeros((), device=self.device)
         bar = tqdm(self.loader, desc=f'epoch {epoch + 1}', leave=False, disable=None if self.world.is_primary else True)
@@ -248,14 +250,14 @@ class Run:
             self.scheduler.step_update(step)
             sum_of_losses += self.train_step(images, targets)
         if self.world.size > 1:
-            distribute_bn(self.model, self.world.size, reduce=True)  # else each would evaluate by its own statistics
+            distribute_bn(self.model, self.world.size, reduce=True)  # all ranks evaluate with the same statistics
         return self.world.sum(sum_of_losses)[0] / len(self.loader) / self.world.size
 
     def train_step(self, images: List[torch.Tensor], targets: List[Dict[str, Any]]) -> torch.Tensor:
-        """One optimizer step; returns its loss.
+        """Run one optimizer step and return the loss.
 
         Raises:
-            FloatingPointError: The loss or the gradient isn't finite, in any process; nothing is changed.
+            FloatingPointError: If the loss or the gradient of any rank is not finite; the model stays unchanged.
         """
         with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
             losses = self.wrapped([image.to(self.device) for image in images], [
@@ -268,7 +270,7 @@ class Run:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
-        if not norm.isfinite() and not self.scaler.is_enabled():  # which leaves such a step out
+        if not norm.isfinite() and not self.scaler.is_enabled():  # the scaler skips such a step
             raise FloatingPointError(f'the gradient is not finite: its norm is {norm:g}; a lower --lr may help')
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -279,17 +281,17 @@ class Run:
 
     @torch.no_grad()
     def detect(self, data: Any, desc: str) -> Iterator[Tuple[Any, Any, Any]]:
-        """Each image with its target and detections, in float32."""
+        """Yield each image with its target and detections, in float32."""
         self.model.eval()
         for images, targets in tqdm(
                 self._loader(data), desc=desc, leave=False, disable=None if self.world.is_primary else True):
             yield from zip(images, targets, self.model([image.to(self.device) for image in images]))
 
     def evaluate(self) -> Dict[str, float]:
-        """COCO's figures of the held-out images, each detected in by one process."""
+        """Return COCO's metrics of the validation images, which are divided among the ranks."""
         own = range(self.world.rank, len(self.val_data), self.world.size)
         results = [
-            result for _, target, detected in self.detect(Subset(self.val_data, own), 'held-out images')
+            result for _, target, detected in self.detect(Subset(self.val_data, own), 'validation images')
             for result in self.val_data.results(target['image_id'], detected)]
         if self.world.size > 1:
             gathered: List[Any] = [None] * self.world.size
@@ -317,13 +319,13 @@ def _device(name: Optional[str]) -> torch.device:
 
 
 def as_lists(samples: Sequence[Tuple[Any, Any]]) -> Tuple[List[Any], List[Any]]:
-    """Images may differ in size, so a batch is a list."""
+    """Collate images, which may differ in size, into lists."""
     images, targets = zip(*samples)
     return list(images), list(targets)
 
 
 def replace(path: Path, write: Any) -> None:
-    """Writes a file beside ``path``, which takes its name once it is whole and on the disk."""
+    """Write a temporary file beside ``path`` and rename it once it is complete and on the disk."""
     part = path.with_name(f'.{path.name}.part')
     try:
         write(part)
@@ -338,13 +340,13 @@ def replace(path: Path, write: Any) -> None:
 
 
 def train(run: Run) -> Dict[str, float]:
-    """Trains what is left of the epochs; returns the last figures."""
+    """Train the remaining epochs and return the metrics of the last one."""
     args, is_first = run.args, run.world.is_primary
     if is_first:
-        print(f'{len(run.train_data)} images to train on, {len(run.val_data)} held out, '
+        print(f'{len(run.train_data)} training images, {len(run.val_data)} validation images, '
               f'{len(run.train_data.categories)} classes, {len(run.loader)} steps an epoch')
         if run.train_data.skipped or run.val_data.skipped:
-            print(f'annotations without an area left out: {run.train_data.skipped} and {run.val_data.skipped}')
+            print(f'skipped annotations without an area: {run.train_data.skipped} and {run.val_data.skipped}')
         print('epoch     loss       AP     AP50   seconds', flush=True)
     for epoch in range(len(run.rows), args.epochs):
         start = time.perf_counter()
@@ -355,37 +357,37 @@ def train(run: Run) -> Dict[str, float]:
         run.rows.append(row)
         run.world.run_on_primary(run.save)
         if is_first:
-            figures = '  '.join(f'{row[name]:7.3f}' if name in row else f'{"":7}' for name in ('AP', 'AP50'))
-            print(f'{row["epoch"]:5}  {row["loss"]:7.4f}  {figures}  {row["seconds"]:8.1f}', flush=True)
+            metrics = '  '.join(f'{row[name]:7.3f}' if name in row else f'{"":7}' for name in ('AP', 'AP50'))
+            print(f'{row["epoch"]:5}  {row["loss"]:7.4f}  {metrics}  {row["seconds"]:8.1f}', flush=True)
     return {name: run.rows[-1][name] for name in coco_folder.METRICS}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = create_parser()
     args = parser.parse_args(argv)
-    cli.show_causes(args)
+    cli.set_debug_logging(args.debug)
     world = DistributedContext.from_environment()
     run = None
     try:
         run = Run(args, world)
-        figures = train(run)
+        metrics = train(run)
         picture = world.run_on_primary(run.save_picture)
         world.destroy()
     except KeyboardInterrupt:
-        parser.exit(130, f'{parser.prog}: interrupted; --resume goes on from the last epoch that was saved\n')
+        parser.exit(130, f'{parser.prog}: interrupted; --resume continues after the last saved epoch\n')
     except Exception as error:
-        line = describe_error(error, args, world)
+        line = describe_error(error, world, args.batch_size, args.workers)
         if line is None:
             raise
-        if line.startswith('Caught '):  # in a process that loads images, whose traceback ends with the cause
+        if line.startswith('Caught '):  # by a DataLoader worker; the traceback ends with the cause
             line = str(error).rstrip().splitlines()[-1]
         is_wrong = run is None and isinstance(error, (OSError, ValueError))
         parser.exit(2 if is_wrong else 1, f'{parser.prog}: error: {line}\n')
     finally:
-        world.worker_init_fn.lower()
+        world.worker_init_fn.release()
     if world.is_primary:
-        print('\nheld-out images, by pycocotools')
-        for name, value in figures.items():
+        print('\nvalidation images, by pycocotools')
+        for name, value in metrics.items():
             print(f'  {name:10} {value:6.3f}')
         print(f'checkpoint: {run.last}\npicture: {picture}')
     return 0

@@ -1,25 +1,25 @@
 #!/usr/bin/env python3
-"""Tables 6 to 9 of the paper, its ablations on CIFAR10, on images that every machine has: scikit-learn's digits.
+"""Run the paper's ablations, tables 6 to 9 on CIFAR10, on scikit-learn's digits, which need no download.
 
     python experiments/ablations.py                         all four tables, three seeds, some minutes on a CPU
-    python experiments/ablations.py --tables 6 --seeds 5    one of them, with more seeds
+    python experiments/ablations.py --tables 6 --seeds 5    one table, with more seeds
     python experiments/ablations.py --config recipes/cifar10.yaml --data-dir DATA --dataset-download --workers 4
-                                                            the paper's own setting; days on one GPU
+                                                            the paper's setting; days on one GPU
 
     6   which of radii and coordinates are trained
-    7   the standard deviation of the points' first places
-    8   the first radius: the paper's 4 / k and 1.5, 2 and 2.5 times that
+    7   the standard deviation of the points' initial positions
+    8   the initial radius: the paper's 4 / k and 1.5, 2 and 2.5 times that
     9   the number of points
 
-What a table varies is set here, all else by --config; other options than those below are train.py's, as each setting is
-trained by it, once for each seed. Runs keep their folders under --runs: the same command finds those that are finished,
-and goes on with the one that was stopped.
+A table varies one parameter; all others come from --config. Options that are not listed below are those of train.py,
+which trains each setting once per seed. The folders of the runs stay under --runs. The same command skips finished runs
+and resumes the one that was stopped.
 
-The score is top-1 on the images that are not trained on, after the last epoch: the best of all epochs, chosen by the
-same images, would be too high by as much as they fluctuate. The paper's figures are of the best epoch.
+The score is top-1 on the validation images after the last epoch. The best of all epochs, chosen by the same images,
+would be too high by their fluctuation. The paper's results are of the best epoch.
 
-Writes ablations.csv (a row for each table, setting and seed), .md (means and standard deviations over the seeds, with
-the paper's figures) and .png to OUTPUT.
+Writes ablations.csv, with a row for each table, setting and seed; ablations.md, with means and standard deviations over
+the seeds beside the paper's results; and ablations.png. All are in OUTPUT.
 
 Exit codes: 0 done, 1 a run failed, 2 wrong arguments or a folder that cannot be written; stopped: 130 by Ctrl-C, 143 by
 SIGTERM, 138 by SIGUSR1.
@@ -34,7 +34,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads: no traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'ablations.py: interrupted\n'), os._exit(130)))
 
 # Threads that spin while they wait made a step ten times slower beside other work on the same two cores.
@@ -47,7 +47,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
-from smpconv_models.training import TrainingInterrupted, atomic_write, build_trainer, cli, config, describe_error, train
+from smpconv_models.training import (
+    TrainingInterrupted,
+    TrainOptions,
+    atomic_write,
+    build_trainer,
+    cli,
+    describe_error,
+)
 from smpconv_models.utils import streams
 
 FILES = ('ablations.csv', 'ablations.md', 'ablations.png')
@@ -58,13 +65,13 @@ Kwargs = Dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """A column of one of the paper's tables.
+    """Column of one of the paper's tables.
 
     Attributes:
-        name: In the table.
-        varied: What it changes of ``BASE``; ``radius_factor`` is of the base's radius.
-        paper_top1: On CIFAR10.
-        paper_parameters: Where the table has them.
+        name: Name in the table.
+        varied: Arguments that differ from ``BASE``; ``radius_factor`` multiplies the base's radius.
+        paper_top1: Top-1 in the paper, on CIFAR10.
+        paper_parameters: Number of parameters in the paper, if the table has it.
     """
     name: str
     varied: Kwargs
@@ -72,10 +79,10 @@ class Setting(NamedTuple):
     paper_parameters: str = ''
 
 
-# What all tables have in common: the paper's SMPConv.
+# Base of all tables: the paper's SMPConv.
 BASE: Kwargs = {'learned': ['coords', 'radius'], 'coords_std': 0.05, 'radius_factor': 1., 'num_points': 16}
 
-TITLES = {6: 'what is trained', 7: 'spread of the first places', 8: 'first radius', 9: 'number of points'}
+TITLES = {6: 'what is trained', 7: 'spread of the initial positions', 8: 'initial radius', 9: 'number of points'}
 
 SETTINGS: Dict[int, Tuple[Setting, ...]] = {
     6: (
@@ -101,9 +108,9 @@ SETTINGS: Dict[int, Tuple[Setting, ...]] = {
 
 
 def model_kwargs(varied: Kwargs, kernel_size: int) -> Kwargs:
-    """A setting's arguments of the model's constructor, all of them, so that settings that are one are equal.
+    """Return all arguments that a setting gives to the model's constructor, so that equal settings compare equal.
 
-    The radius is rounded as the paper's: 0.12, 0.18, 0.24 and 0.30 for kernels of 33x33.
+    The radius is rounded like the paper's: 0.12, 0.18, 0.24 and 0.30 for kernels of 33x33.
     """
     kwargs = {**BASE, **varied}
     kwargs['init_radius'] = round(kwargs.pop('radius_factor') * round(4 / kernel_size, 2), 2)
@@ -111,78 +118,75 @@ def model_kwargs(varied: Kwargs, kernel_size: int) -> Kwargs:
 
 
 def name_of(kwargs: Kwargs) -> str:
-    """Of the folder of its runs."""
+    """Return a name for the folders of the runs with these arguments."""
     learned = '+'.join(kwargs['learned']) or 'neither'
     return f'{learned}_std{kwargs["coords_std"]}_radius{kwargs["init_radius"]}_points{kwargs["num_points"]}'
 
 
 class RunFailedError(Exception):
-    """A run did not come to its end, and not by our fault."""
+    """A run failed for a reason outside this program."""
 
 
 class Result(NamedTuple):
-    """Of one run, after the last epoch."""
+    """Results of one run after the last epoch."""
     top1: float
     loss: float
     best_top1: float
     parameters: int
 
 
-def training_args(args: argparse.Namespace) -> argparse.Namespace:
-    """What ``train.py`` would make of the recipe and of the options that are not ours.
+def training_options(args: argparse.Namespace) -> TrainOptions:
+    """Parse the recipe and the options that belong to ``train.py``.
 
     Raises:
-        ValueError: They are wrong, or decide what the tables do.
+        ValueError: If an option is wrong, or sets what the tables set.
     """
-    parser = config.Parser(prog='ablations.py', add_help=False, allow_abbrev=False)
+    parser = cli.Parser(prog='ablations.py', add_help=False, allow_abbrev=False)
     parser.add_argument('--config')
-    cli.add_data_options(parser)
-    cli.add_model_options(parser)
-    cli.add_device_options(parser)
-    cli.add_training_options(parser)
-    cli.add_debug_option(parser)
-    given = config.parse_args(parser, ['--config', args.config, *args.others])
+    cli.add_options(parser, *TrainOptions.groups().values())
+    options = TrainOptions.from_args(cli.parse_args(parser, ['--config', args.config, *args.others]))
     for text in args.others:
         if text.split('=')[0] in ('--seed', '--experiment', '--model'):
-            raise ValueError(f'{text.split("=")[0]} is decided here; the recipe has the model, --seeds counts from 0')
-    if given.model != 'smpconv_cifar':
-        raise ValueError(f'the tables are of the model smpconv_cifar, got {given.model} of {args.config}')
-    if fixed := {'init_radius', *BASE} & set(given.model_kwargs):
-        raise ValueError(f'the tables decide {", ".join(sorted(fixed))}: not for model_kwargs')
-    given.device = given.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    return given
+            raise ValueError(
+                f'{text.split("=")[0]} is set by the tables; the recipe names the model, --seeds counts from 0')
+    if options.model.model != 'smpconv_cifar':
+        raise ValueError(f'the tables need the model smpconv_cifar, got {options.model.model} from {args.config}')
+    if fixed := {'init_radius', *BASE} & set(options.model.model_kwargs):
+        raise ValueError(f'the tables set {", ".join(sorted(fixed))}: remove this from model_kwargs')
+    device = options.device.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    return options.with_values('device', device=device)
 
 
-def run_one(base: argparse.Namespace, kwargs: Kwargs, seed: int, folder: Path) -> Result:
-    """Trains, from wherever the run is; not at all where it is finished."""
-    args = argparse.Namespace(**{
-        **vars(base), 'model_kwargs': {**base.model_kwargs, **kwargs}, 'seed': seed, 'output': str(folder),
-        'experiment': f'{name_of(kwargs)}_epochs{base.epochs}_seed{seed}'})  # a run that goes on is no fresh one
+def run_one(base: TrainOptions, kwargs: Kwargs, seed: int, folder: Path) -> Result:
+    """Train or resume a run; a finished run is not trained."""
+    experiment = f'{name_of(kwargs)}_epochs{base.run.epochs}_seed{seed}'  # other epochs are another run
+    options = base.with_values('model', model_kwargs={**base.model.model_kwargs, **kwargs}).with_values(
+        'data', seed=seed).with_values('run', output=str(folder), experiment=experiment)
     try:
-        run = build_trainer(args)
+        trainer = build_trainer(options)
     except ValueError as error:
-        raise ValueError(f'{args.experiment}: {error} (here --runs DIR: another folder for all runs)') from error
+        raise ValueError(f'{experiment}: {error} (here: --runs DIR, another folder for all runs)') from error
     try:
-        done = train(run)
+        done = trainer.train()
     except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        line = describe_error(error, args, run.world)
+        line = describe_error(error, trainer.world, base.data.batch_size, base.data.workers, is_training=True)
         if line is None:
             raise
-        raise RunFailedError(f'{args.experiment}: {line}') from error
+        raise RunFailedError(f'{experiment}: {line}') from error
     finally:
-        run.close()
-    row = run.progress.rows[-1]
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        trainer.close()
+    row = trainer.state.rows[-1]
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return Result(done['top1'], row.get('ema_loss', row['eval_loss']), done['best_top1'], parameters)
 
 
 Results = Dict[Tuple[str, int], Result]
 
 
-def run_all(args: argparse.Namespace, base: argparse.Namespace) -> Results:
-    """By the setting's name and the seed; what tables share is trained once.
+def run_all(args: argparse.Namespace, base: TrainOptions) -> Results:
+    """Train each setting once per seed, also if several tables share it; return results by name and seed.
 
-    All settings of a seed before the next seed: a series that is stopped then has whole tables of fewer seeds.
+    A seed runs all settings before the next seed starts, so an interrupted series has whole tables of fewer seeds.
     """
     chosen = [setting for table in args.tables for setting in SETTINGS[table]]
     distinct = {name_of(kwargs): kwargs for kwargs in (kwargs_of(setting, base) for setting in chosen)}
@@ -195,15 +199,15 @@ def run_all(args: argparse.Namespace, base: argparse.Namespace) -> Results:
     return results
 
 
-def kwargs_of(setting: Setting, base: argparse.Namespace) -> Kwargs:
-    """Of the model, with the kernels of this recipe."""
-    return model_kwargs(setting.varied, base.model_kwargs.get('kernel_size', PAPER_KERNEL))
+def kwargs_of(setting: Setting, base: TrainOptions) -> Kwargs:
+    """Return a setting's arguments of the model, for the kernel size of the recipe."""
+    return model_kwargs(setting.varied, base.model.model_kwargs.get('kernel_size', PAPER_KERNEL))
 
 
 # --- what is written ---
 
 
-def rows_of(results: Results, args: argparse.Namespace, base: argparse.Namespace) -> List[Dict[str, Any]]:
+def rows_of(results: Results, args: argparse.Namespace, base: TrainOptions) -> List[Dict[str, Any]]:
     rows = []
     for table in args.tables:
         for setting in SETTINGS[table]:
@@ -213,8 +217,8 @@ def rows_of(results: Results, args: argparse.Namespace, base: argparse.Namespace
                 rows.append({
                     'table': table, 'setting': setting.name, 'seed': seed, **done._asdict(),
                     'paper_top1': setting.paper_top1, 'paper_parameters': setting.paper_parameters,
-                    **kwargs, 'learned': '+'.join(kwargs['learned']), 'epochs': base.epochs,
-                    'dataset': base.dataset or base.data_dir, **tables.environment(base.device),
+                    **kwargs, 'learned': '+'.join(kwargs['learned']), 'epochs': base.run.epochs,
+                    'dataset': base.data.dataset or base.data.data_dir, **tables.environment(str(base.device.device)),
                 })
     return rows
 
@@ -235,7 +239,7 @@ def table_text(rows: Sequence[Dict[str, Any]], table: int) -> str:
 
 
 def order_text(rows: Sequence[Dict[str, Any]]) -> str:
-    """Whether the settings of a table are in the paper's order, where they can be told apart."""
+    """Return a sentence on how many distinguishable pairs of settings are in the paper's order."""
     by_name: Dict[str, List[float]] = {}
     for row in rows:
         by_name.setdefault(row['setting'], []).append(row['top1'])
@@ -246,41 +250,43 @@ def order_text(rows: Sequence[Dict[str, Any]]) -> str:
         if abs(ours[first][0] - ours[second][0]) > ours[first][1] + ours[second][1]]
     alike = [pair for pair in apart if (ours[pair[0]][0] > ours[pair[1]][0]) == (paper[pair[0]] > paper[pair[1]])]
     return (
-        f'Pairs of settings that differ by more than their deviations together: {len(apart)}; in the order of the '
+        f'Pairs of settings that differ by more than the sum of their deviations: {len(apart)}; in the order of the '
         f'paper: {len(alike)} of them.')
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """What repeats the numbers; where they are written doesn't matter."""
+    """Return the command that reproduces the numbers, without the options for output folders."""
     recipe = Path(args.config)
     recipe = Path('recipes') / recipe.name if recipe == Path(CONFIG) else recipe
     given = ['--config', str(recipe), '--tables', *map(str, args.tables), '--seeds', str(args.seeds), *args.others]
     return f'python experiments/ablations.py {shlex.join(given)}'
 
 
-def report(rows: List[Dict[str, Any]], args: argparse.Namespace, base: argparse.Namespace) -> str:
-    """The Markdown file."""
-    where = rows[0]
-    model = ', '.join(f'{key} {value}' for key, value in base.model_kwargs.items()) or "the paper's"
+def report(rows: List[Dict[str, Any]], args: argparse.Namespace, base: TrainOptions) -> str:
+    """Return the text of the Markdown file."""
+    where, batch_size = rows[0], base.data.batch_size
+    model = ', '.join(f'{key} {value}' for key, value in base.model.model_kwargs.items()) or "the paper's"
     parts = [f'## Table {table}: {TITLES[table]}\n\n{table_text(rows, table)}' for table in args.tables]
-    return f"""# What is learned, and where points start: tables 6 to 9
+    return f"""# Trained parameters and initial points: tables 6 to 9
 
-The ablations of section 4.4, here on `{where['dataset']}`: smpconv_cifar ({model}),
-{base.opt} at a rate of {base.lr:g}, batches of {base.batch_size}, {base.epochs} epochs. Top-1 and mean cross-entropy on
-the images that are not trained on, after the last epoch; mean ± standard deviation over {args.seeds} seeds, which draw
-points, weights, augmentation and order. The paper's figures are of CIFAR10, 210 epochs, the best epoch on the test
-images: their height is not to be compared with ours, their order is. Where settings differ by less than their
-deviations, nothing follows; below each table stands how many pairs differ by more, and how many of these are in the
-paper's order.
+These are the ablations of section 4.4, here on `{where['dataset']}`. The network is smpconv_cifar
+({model}), trained with {base.optimizer.opt}, a learning rate of {base.optimizer.lr:g},
+batches of {batch_size} and {base.run.epochs} epochs. Top-1 and mean cross-entropy are those of the validation images
+after the last epoch, as mean ± standard deviation over {args.seeds} seeds. A seed determines points, weights,
+augmentation and order.
 
-Each setting differs in one thing from SMPConv: radii and coordinates trained, standard deviation of the first places
-0.05 (of a kernel that reaches from -1 to 1), first radius 4/k, 16 points. SMPConv itself is in each table, trained
-once.
+The paper's results are of CIFAR10, 210 epochs, and the best epoch on the test images. Their order can be compared with
+these results, but not their height. If settings differ by less than their deviations, no conclusion is possible. Below
+each table is the number of pairs that differ by more, and how many of these are in the paper's order.
+
+Each setting differs from SMPConv in one parameter. SMPConv trains radii and coordinates; it has a standard deviation of
+the initial positions of 0.05 (for kernels over [-1, 1]), an initial radius of 4/k, and 16 points. SMPConv is in each
+table, trained once.
 
 {chr(10).join(parts)}
 ![Top-1 of each setting, here and in the paper](ablations.png)
 
-Each seed is a row of [ablations.csv](ablations.csv), with the best epoch's top-1 beside the last's. Written on
+Each seed is a row of [ablations.csv](ablations.csv), which also has the top-1 of the best epoch. Written on
 {where['date']}, {where['device']}, threads: {where['threads']}, torch {where['torch']}, by
 
     {command_of(args)}
@@ -288,7 +294,7 @@ Each seed is a row of [ablations.csv](ablations.csv), with the best epoch's top-
 
 
 def save_picture(path: Path, rows: List[Dict[str, Any]], numbers: Sequence[int], dataset: str) -> None:
-    """A panel for each table: ours with deviations on the left axis, the paper's on the right."""
+    """Save a panel per table: results with deviations on the left axis, the paper's on the right."""
     height = 4.2 * ((len(numbers) + 1) // 2)
     figure = Figure(figsize=(12, height) if len(numbers) > 1 else (7, height), layout='constrained')
     panels = figure.subplots(-(-len(numbers) // 2), min(2, len(numbers)), squeeze=False).flat
@@ -327,23 +333,25 @@ def draw_table(axes: Axes, rows: List[Dict[str, Any]], table: int, dataset: str)
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = config.Parser(
+    parser = cli.Parser(
         prog='ablations.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument(
         '--tables', nargs='+', type=int, choices=tuple(SETTINGS), default=list(SETTINGS), metavar='N',
-        help='of the paper (default: 6 7 8 9)')
+        help="numbers of the paper's tables (default: 6 7 8 9)")
     parser.add_argument(
-        '--seeds', type=cli.number(int, 1), default=3, metavar='N', help='from 0 on (default: %(default)s)')
-    parser.add_argument('--output', default='docs', metavar='DIR', help='of tables and picture (default: %(default)s)')
-    parser.add_argument('--runs', default='output/ablations', metavar='DIR', help='(default: %(default)s)')
+        '--seeds', type=cli.positive_int, default=3, metavar='N', help='number of seeds (default: %(default)s)')
+    parser.add_argument(
+        '--output', default='docs', metavar='DIR', help='folder for the tables and the plot (default: %(default)s)')
+    parser.add_argument(
+        '--runs', default='output/ablations', metavar='DIR', help='folder for the runs (default: %(default)s)')
     parser.add_argument(
         '-c', '--config', default=CONFIG, metavar='FILE', help="recipe (default: recipes/ablation_digits.yaml's)")
     return parser
 
 
-def run(args: argparse.Namespace, base: argparse.Namespace) -> None:
-    """Trains, writes, prints."""
+def run(args: argparse.Namespace, base: TrainOptions) -> None:
+    """Train all settings, write the files and print the tables."""
     table, text, picture = (Path(args.output) / name for name in FILES)
     tables.check_writable([table, text, picture, Path(args.runs) / 'run'])
     rows = rows_of(run_all(args, base), args, base)
@@ -361,9 +369,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = create_parser()
     args, others = parser.parse_known_args(argv)
     args.others, args.tables = others, sorted(set(args.tables))
-    stopped = f'what was done is in {args.runs}, and the same command goes on'
+    stopped = f'finished runs are in {args.runs}; the same command resumes'
     try:
-        run(args, training_args(args))
+        run(args, training_options(args))
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted; {stopped}\n')
     except TrainingInterrupted as stop:

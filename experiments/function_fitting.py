@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Figure 3 of the paper: 204 points approximate a function, better when they move than when they are fixed.
+"""Fit 204 points to a function, as in figure 3 of the paper: moving points approximate it better than fixed ones.
 
     python experiments/function_fitting.py             about three minutes on 2 cores
-    python experiments/function_fitting.py --sweep     how the settings below were chosen, some fifteen minutes
+    python experiments/function_fitting.py --sweep     the search for the settings below, about 15 minutes
 
 Equation 1, with the division by |N(x)|, is fitted to two functions on a 51x51 grid over [-1, 1]^2 (section 4.1). The
 paper gives no formulas; these are ours. Both are sinusoids with three periods along each axis:
@@ -10,14 +10,15 @@ paper gives no formulas; these are ours. Both are sinusoids with three periods a
     uniform   sin(3 pi x) sin(3 pi y)
     varying   the same of (x + 1)^2 / 2 - 1 and (y + 1)^2 / 2 - 1: slow at the lower left, fast at the upper right
 
-Three arms start at the same points, one set for each seed, evenly spread over the square:
+Three arms start at the same points, one set per seed, evenly spread over the square:
 
     moving          Adam trains coordinates, radii and weights
     fixed           Adam trains radii and weights
-    weights alone   all radii stay alike, and least squares finds the weights: no training could find better ones
+    weights alone   all radii are equal, and least squares finds the optimal weights
 
-Writes function_fitting.csv (a row for each function, arm and seed), .md (mean and standard deviation over the seeds)
-and .png to OUTPUT. On the CPU the same command gives the same numbers on the same machine.
+Writes function_fitting.csv, with a row for each function, arm and seed; function_fitting.md, with means and standard
+deviations over the seeds; and function_fitting.png. All are in OUTPUT. On a CPU the same command gives the same numbers
+on the same machine.
 
 Exit codes: 0 done, 2 wrong arguments or a folder that cannot be written, 130 interrupted.
 """
@@ -31,7 +32,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-if __name__ == '__main__':  # Ctrl-C while PyTorch loads is no more than that
+if __name__ == '__main__':  # Ctrl-C while PyTorch loads: no traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'function_fitting.py: interrupted\n'), os._exit(130)))
 
 # Threads that spin while they wait made a step ten times slower beside other work on the same two cores.
@@ -47,13 +48,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smpconv_models.layers import clip_radius, evaluate_points, sampling_grid
-from smpconv_models.training import atomic_write, config
+from smpconv_models.training import atomic_write, cli
 from smpconv_models.utils import streams
 
 SIZE = [51, 51]
 FILES = ('function_fitting.csv', 'function_fitting.md', 'function_fitting.png')
 
-# A tent narrower than a spacing of the grid may reach none of its elements, and would have no gradient.
+# A tent narrower than the spacing of the grid may cover no element, and would have no gradient.
 RADIUS_RANGE = (0.04, 1.)
 
 TRAINED = {
@@ -61,26 +62,26 @@ TRAINED = {
 
 
 class Setting(NamedTuple):
-    """What was tuned for an arm.
+    """Tuned settings of an arm.
 
     Attributes:
-        reach: Initial radius, in mean distances of the points, 2 / sqrt(P).
-        rate: Learning rate of the weights; none where least squares finds them.
-        position_rate: Of the radii, and of the coordinates where they are trained.
+        relative_radius: Initial radius, in mean distances of the points, 2 / sqrt(P).
+        lr: Learning rate of the weights; None for least squares.
+        position_lr: Learning rate of the radii, and of the coordinates if they are trained.
     """
-    reach: float
-    rate: Optional[float] = None
-    position_rate: Optional[float] = None
+    relative_radius: float
+    lr: Optional[float] = None
+    position_lr: Optional[float] = None
 
 
-# What --sweep tries: the same 24 settings for both arms that are trained. The widest radius is near the range's end.
-REACHES = (2., 3., 4.5, 6.75)
-RATES = (0.3, 1., 3.)
-POSITION_SHARES = (0.03, 0.1)  # position_rate / rate
-SOLVED_REACHES = (1., 1.5, 2., 2.5, 3., 4.5, 6.75)  # least squares cost nothing
-TUNING_SEED = 1000  # none of those that are reported
+# Settings that --sweep tries: the same 24 for both trained arms. The largest radius is near the end of the range.
+RADII = (2., 3., 4.5, 6.75)
+LRS = (0.3, 1., 3.)
+POSITION_SHARES = (0.03, 0.1)  # position_lr / lr
+SOLVED_RADII = (1., 1.5, 2., 2.5, 3., 4.5, 6.75)  # least squares are fast
+TUNING_SEED = 1000  # not among the reported seeds
 
-# The best of the sweep: 38.0, 30.2 and 26.2 dB on the uniform function, 34.5, 24.9 and 21.2 dB on the varying one.
+# Best settings of the sweep: 38.0, 30.2 and 26.2 dB on the uniform function, 34.5, 24.9 and 21.2 dB on the varying one.
 SETTINGS: Dict[Tuple[str, str], Setting] = {
     ('uniform', 'moving'): Setting(4.5, 1., 0.03),
     ('uniform', 'fixed'): Setting(4.5, 1., 0.03),
@@ -92,7 +93,7 @@ SETTINGS: Dict[Tuple[str, str], Setting] = {
 
 
 class Fit(NamedTuple):
-    """Points that were fitted, of shapes ``(P, 2)``, ``(P,)`` and ``(1, P)``.
+    """Fitted points, of shapes ``(P, 2)``, ``(P,)`` and ``(1, P)``.
 
     Attributes:
         errors: Mean squared error before each step and after the last, ``(steps + 1,)``, on the CPU.
@@ -111,12 +112,12 @@ class Fit(NamedTuple):
 
 
 def uniform(position: Tensor) -> Tensor:
-    """Of positions ``(Q, 2)``, as many values."""
+    """Return the values at positions ``(Q, 2)``, of shape ``(Q,)``."""
     return (3 * math.pi * position).sin().prod(-1)
 
 
 def varying(position: Tensor) -> Tensor:
-    """As :func:`uniform`, bent: 1.5 (x + 1) periods in a unit of length, from none to 3, where that has 1.5."""
+    """Return a warped :func:`uniform`: 1.5 (x + 1) periods per unit of length, from 0 to 3, instead of 1.5."""
     return uniform((position + 1).square() / 2 - 1)
 
 
@@ -124,11 +125,11 @@ TARGETS: Dict[str, Callable[[Tensor], Tensor]] = {'uniform': uniform, 'varying':
 
 
 def initial_coords(points: int, seed: int) -> Tensor:
-    """``(points, 2)`` over the square: an additive sequence of low discrepancy, shifted at random around it.
+    """Return ``(points, 2)`` positions over the square: a low-discrepancy additive sequence with a random shift.
 
-    Its steps are the inverse powers of the real root of g^3 = g + 1. Of even, jittered, scrambled Sobol and independent
-    points these leave the least error to fixed ones: 24.8 dB on the uniform function by least squares, against 23.0
-    with a jittered grid or Sobol points and 20.9 with independent ones (204 points, radius 0.3, one seed).
+    Its steps are the inverse powers of the real root of g^3 = g + 1. Compared with even, jittered, scrambled Sobol and
+    independent points, these give fixed points the least error: 24.8 dB on the uniform function by least squares,
+    against 23.0 with a jittered grid or Sobol points and 20.9 with independent ones (204 points, radius 0.3, one seed).
     """
     g = 1.32471795724474602596
     shift = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -148,25 +149,25 @@ def fit(
         steps: int,
         on_step: Callable[[], object] = lambda: None,
 ) -> Fit:
-    """Fits points to a function.
+    """Fit points to a function.
 
     Args:
-        target: Its values on the grid, ``(Q,)``.
-        coords: Where the points start, ``(P, 2)``.
-        arm: A key of ``TRAINED``.
-        setting: The arm's own.
-        steps: Of Adam, whose rates fall to zero along half a cosine.
-        on_step: Called after each.
+        target: Values of the function on the grid, ``(Q,)``.
+        coords: Initial positions of the points, ``(P, 2)``.
+        arm: Key of ``TRAINED``.
+        setting: Setting of the arm.
+        steps: Number of Adam steps; the learning rates follow half a cosine to zero.
+        on_step: Function called after each step.
     """
-    radius = torch.full_like(coords[:, 0], setting.reach * 2 / math.sqrt(len(coords)))
+    radius = torch.full_like(coords[:, 0], setting.relative_radius * 2 / math.sqrt(len(coords)))
     if arm == 'weights alone':
         return solve(target, coords, clip_radius(radius, *RADIUS_RANGE))
-    assert setting.rate is not None and setting.position_rate is not None
+    assert setting.lr is not None and setting.position_lr is not None
     parts = {'coords': coords.clone(), 'radius': radius, 'weights': torch.zeros_like(coords[:, 0]).unsqueeze(0)}
     trained = ['radius', 'weights'] + (['coords'] if arm == 'moving' else [])
     optimizer = torch.optim.Adam([{
         'params': [parts[name].requires_grad_()],
-        'lr': setting.rate if name == 'weights' else setting.position_rate,
+        'lr': setting.lr if name == 'weights' else setting.position_lr,
     } for name in trained])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     grid, errors = sampling_grid(SIZE, device=coords.device), []
@@ -190,16 +191,16 @@ def mean_squared_error(grid: Tensor, target: Tensor, coords: Tensor, radius: Ten
 
 
 def solve(target: Tensor, coords: Tensor, radius: Tensor) -> Fit:
-    """The best weights for points and radii: equation 1 is linear in them. In float64 on the CPU."""
-    grid, points, reach, values = (tensor.double().cpu() for tensor in (sampling_grid(SIZE), coords, radius, target))
-    each = evaluate_points(grid, points, reach, torch.eye(len(points), dtype=torch.float64))  # by weight 1
+    """Solve for the optimal weights, in which equation 1 is linear, in float64 on the CPU."""
+    grid, points, radii, values = (tensor.double().cpu() for tensor in (sampling_grid(SIZE), coords, radius, target))
+    each = evaluate_points(grid, points, radii, torch.eye(len(points), dtype=torch.float64))  # each point with weight 1
     weights = torch.linalg.lstsq(each.T, values.unsqueeze(-1)).solution.T
     error = (weights @ each - values).square().mean()
     return Fit(coords, radius, weights.to(coords), error.unsqueeze(0))
 
 
 def psnr(rmse: float) -> float:
-    """In dB, of functions from -1 to 1."""
+    """Return the PSNR in dB of functions from -1 to 1."""
     return 20 * math.log10(2 / rmse)
 
 
@@ -216,26 +217,26 @@ Fits = Dict[Tuple[str, str, int], Fit]
 
 
 def fit_all(args: argparse.Namespace) -> Fits:
-    """By function, arm and seed."""
+    """Return the fits by function, arm and seed."""
     names = list(itertools.product(TARGETS, TRAINED, range(args.seeds)))
-    by_steps = sum(SETTINGS[target, arm].rate is not None for target, arm, _ in names)
+    by_steps = sum(SETTINGS[target, arm].lr is not None for target, arm, _ in names)
     with tqdm(total=by_steps * args.steps, desc='fitting', unit='step', leave=False, disable=None) as bar:
         return {name: fit_named(*name, SETTINGS[name[:2]], args, bar) for name in names}
 
 
 def settings_of(arm: str) -> List[Setting]:
-    """Those that are tried."""
+    """Return the settings that the sweep tries for an arm."""
     if arm == 'weights alone':
-        return [Setting(reach) for reach in SOLVED_REACHES]
+        return [Setting(radius) for radius in SOLVED_RADII]
     return [
-        Setting(reach, rate, round(rate * share, 6))
-        for reach, rate, share in itertools.product(REACHES, RATES, POSITION_SHARES)]
+        Setting(radius, lr, round(lr * share, 6))
+        for radius, lr, share in itertools.product(RADII, LRS, POSITION_SHARES)]
 
 
 def sweep(args: argparse.Namespace) -> str:
-    """Every setting for every arm and function, on a seed of its own, as a table with the best of each first."""
+    """Try every setting for every arm and function on a separate seed; return a table sorted by error."""
     tried = [(target, arm, setting) for target in TARGETS for arm in TRAINED for setting in settings_of(arm)]
-    total = sum(setting.rate is not None for _, _, setting in tried) * args.steps
+    total = sum(setting.lr is not None for _, _, setting in tried) * args.steps
     with tqdm(total=total, desc='sweep', unit='step', leave=False, disable=None) as bar:
         rows = [{
             'target': target, 'arm': arm, **setting._asdict(),
@@ -244,8 +245,8 @@ def sweep(args: argparse.Namespace) -> str:
     order = [(target, arm) for target in TARGETS for arm in TRAINED]
     rows.sort(key=lambda row: (order.index((row['target'], row['arm'])), row['rmse']))
     return tables.markdown([{**row, 'psnr': f'{psnr(row["rmse"]):.2f}'} for row in rows], {
-        'target': 'function', 'arm': 'arm', 'reach': 'initial radius', 'rate': 'rate of weights',
-        'position_rate': 'rate of radii and coordinates', 'psnr': 'PSNR (dB)'})
+        'target': 'function', 'arm': 'arm', 'relative_radius': 'initial radius', 'lr': 'learning rate of weights',
+        'position_lr': 'learning rate of radii and coordinates', 'psnr': 'PSNR (dB)'})
 
 
 # --- what is written ---
@@ -269,33 +270,33 @@ COLUMNS = {
 
 
 def summary_of(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Of each function and arm, over the seeds."""
+    """Return a row for each function and arm, with spreads over the seeds."""
     return tables.summarize(
-        rows, ('target', 'arm', 'trained', 'reach', 'rate', 'position_rate'),
+        rows, ('target', 'arm', 'trained', 'relative_radius', 'lr', 'position_lr'),
         {'rmse': 4, 'psnr': 2, 'rmse_over_moving': 2})
 
 
 def report(rows: List[Dict[str, Any]], args: argparse.Namespace, seconds: float) -> str:
-    """The Markdown file."""
+    """Return the text of the Markdown file."""
     summary = summary_of(rows)
     for row in summary:
-        row['rates'] = 'none' if row['rate'] is None else f'{row["rate"]:g} / {row["position_rate"]:g}'
+        row['lrs'] = 'none' if row['lr'] is None else f'{row["lr"]:g} / {row["position_lr"]:g}'
     table = tables.markdown(
-        summary, {**COLUMNS, 'trained': 'trained', 'reach': 'initial radius', 'rates': 'learning rates'})
+        summary, {**COLUMNS, 'trained': 'trained', 'relative_radius': 'initial radius', 'lrs': 'learning rates'})
     where = tables.environment(args.device)
     options = ' '.join(f'--{name} {getattr(args, name)}' for name in ('steps', 'seeds', 'points', 'device'))
     return f"""# Points that move approximate better
 
-The experiment of figure 3 (section 4.1 of the paper): {args.points} points, by equation 1, fitted to two functions on a
-51x51 grid. Mean ± standard deviation over {args.seeds} seeds, which draw the initial points; all arms of a seed start
-at the same. The formulas are ours, as the paper gives none: `uniform` is sin(3πx) sin(3πy), `varying` the same of
-(x + 1)² / 2 - 1 and (y + 1)² / 2 - 1.
+This is the experiment of figure 3 (section 4.1 of the paper): {args.points} points are fitted by equation 1 to two
+functions on a 51x51 grid. The table has means ± standard deviations over {args.seeds} seeds. A seed determines the
+initial points, which are the same for all arms. The paper gives no formulas; these are ours. `uniform` is
+sin(3πx) sin(3πy). `varying` is the same function of (x + 1)² / 2 - 1 and (y + 1)² / 2 - 1.
 
 {table}
-PSNR is for the functions' range of 2. The ratio is taken seed by seed. Initial radii are in mean distances of the
-points, 2 / sqrt(points); learning rates are Adam's, of the weights / of radii and coordinates, at the first of
-{args.steps} steps. On each function each arm has its own best setting, of as many that were tried for moving as for
-fixed points, with 204 points, 600 steps and another seed (`--sweep`).
+The PSNR refers to the functions' range of 2. The ratio is computed for each seed. Initial radii are in units of the
+mean distance of the points, 2 / sqrt(points). Learning rates are Adam's at the first of {args.steps} steps: of the
+weights / of radii and coordinates. For each function, each arm has its own best setting. The search (`--sweep`) used
+204 points, 600 steps and another seed, and tried as many settings for moving as for fixed points.
 
 ![Functions, fits with their points, errors, and errors over the steps](function_fitting.png)
 
@@ -309,7 +310,7 @@ threads: {where['threads']}, torch {where['torch']}, in {seconds:.0f} s, by
 
 
 def save_picture(path: Path, fits: Fits, seeds: int) -> None:
-    """The first seed's fits and errors, and the error of all seeds over the steps."""
+    """Save a plot of the first seed's fits and errors, and of the error of all seeds over the steps."""
     figure = Figure(figsize=(13, 8.9), layout='constrained')
     grid = figure.add_gridspec(2, 1, height_ratios=(2, 1.05))
     images, curves = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
@@ -356,7 +357,7 @@ def draw_points(axes: Axes, coords: Tensor) -> None:
 
 
 def draw_curves(axes: Axes, target: str, errors: Dict[str, np.ndarray]) -> None:
-    """Of arms, ``(seeds, steps + 1)``; an arm without steps is a horizontal line."""
+    """Draw the errors of each arm, ``(seeds, steps + 1)``; an arm without steps is a horizontal line."""
     for arm, color in zip(errors, ('tab:blue', 'tab:orange', 'tab:gray')):
         of_arm = errors[arm]
         mean, low, high = of_arm.mean(0), of_arm.min(0), of_arm.max(0)
@@ -379,20 +380,22 @@ def draw_curves(axes: Axes, target: str, errors: Dict[str, np.ndarray]) -> None:
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = config.Parser(
+    parser = cli.Parser(
         prog='function_fitting.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     for name, default, what in (
-            ('steps', 600, "Adam's steps"), ('seeds', 5, 'how many, from 0 on'), ('points', 204, 'that are fitted')):
+            ('steps', 600, 'number of Adam steps'), ('seeds', 5, 'number of seeds'),
+            ('points', 204, 'number of points'),
+    ):
         parser.add_argument(f'--{name}', metavar='N', type=int, default=default, help=f'{what} (default: %(default)s)')
-    parser.add_argument('--output', metavar='DIR', default='docs', help='default: %(default)s')
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='default: %(default)s')
-    parser.add_argument('--sweep', action='store_true', help='print what each setting comes to, and write nothing')
+    parser.add_argument('--output', metavar='DIR', default='docs', help='folder to write to (default: %(default)s)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='device (default: %(default)s)')
+    parser.add_argument('--sweep', action='store_true', help='print the result of each setting, and write no files')
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError where nothing can come of them."""
+    """Raise ValueError for an argument that is out of range or unavailable."""
     for name, most in (('steps', 10 ** 6), ('seeds', TUNING_SEED), ('points', math.prod(SIZE))):
         if not 1 <= getattr(args, name) <= most:
             raise ValueError(f'--{name} must be 1 to {most}, got {getattr(args, name)}')
@@ -401,7 +404,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fits, writes, prints."""
+    """Fit all arms, write the files and print the table."""
     check(args)
     if args.sweep:
         print(sweep(args), end='')

@@ -1,4 +1,4 @@
-"""Tables of experiments: rows as CSV, their mean and spread over seeds as Markdown, in files that are whole."""
+"""Tables of experiments: rows as CSV, and means with standard deviations over seeds as Markdown."""
 import csv
 import io
 import os
@@ -17,10 +17,10 @@ Row = Mapping[str, Any]
 
 
 def check_writable(paths: Sequence[Path]) -> None:
-    """Makes the files' folders, and raises OSError where a file cannot be written: better before the work than after.
+    """Create the files' folders, and check before the work starts that the files can be written.
 
     Raises:
-        OSError: A folder cannot be made or written to, or a path is a folder itself.
+        OSError: If a folder cannot be created or written to, or a path is a folder.
     """
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """One header for all rows; a column that a row lacks is empty there."""
+    """Write rows under one header; a column that a row lacks is empty there."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
     writer.writeheader()
@@ -45,10 +45,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def mean_std(values: Sequence[float]) -> Tuple[float, float]:
-    """The mean and the standard deviation of a sample (over n - 1), NaN where there is one value.
+    """Return the mean and the standard deviation of a sample (over n - 1), NaN for a single value.
 
     Raises:
-        ValueError: There is none.
+        ValueError: If there are no values.
     """
     if not values:
         raise ValueError('expected at least one value, got none')
@@ -56,21 +56,21 @@ def mean_std(values: Sequence[float]) -> Tuple[float, float]:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """``mean ± std`` with so many digits after the point; a single value stands alone."""
+    """Return ``mean ± std`` with ``digits`` digits after the point, or a single value alone."""
     mean, std = mean_std(values)
     return f'{mean:.{digits}f} ± {std:.{digits}f}' if len(values) > 1 else f'{mean:.{digits}f}'
 
 
 def summarize(rows: Sequence[Row], by: Sequence[str], digits: Mapping[str, int]) -> List[Dict[str, Any]]:
-    """A row for each group of rows that are alike in the columns ``by``, in the order of their first.
+    """Return a row for each group of rows that agree in the columns ``by``, in the order of their first rows.
 
     Args:
-        rows: One for each seed of each group.
-        by: Names of columns; the groups' rows keep them.
-        digits: Columns of numbers, and how many digits after the point their :func:`spread` has.
+        rows: Rows, one for each seed of each group.
+        by: Names of the columns that define a group.
+        digits: Digits after the point of each column's :func:`spread`, by its name.
 
     Returns:
-        Rows of ``by``, of the spreads, and of ``seeds``, the number of rows in the group.
+        Rows with the columns ``by``, the spreads, and ``seeds``, the number of rows in the group.
     """
     groups: Dict[Tuple[Any, ...], List[Row]] = {}
     for row in rows:
@@ -83,11 +83,11 @@ def summarize(rows: Sequence[Row], by: Sequence[str], digits: Mapping[str, int])
 
 
 def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """A table, with a final newline.
+    """Return a Markdown table with a final newline.
 
     Args:
-        rows: What a row lacks is an empty cell.
-        columns: Names in the rows, in order, and their headings.
+        rows: Rows; a missing value is an empty cell.
+        columns: Headings by the names of the columns, in order.
     """
     lines = [list(columns.values()), ['---'] * len(columns)]
     lines += [[_cell(row.get(name, '')) for name in columns] for row in rows]
@@ -99,7 +99,7 @@ def _cell(value: Any) -> str:
 
 
 def environment(device: Union[str, torch.device] = 'cpu') -> Dict[str, Any]:
-    """On what and when, as columns of a row."""
+    """Return device, versions and date as columns of a row."""
     device = torch.device(device)
     on_cpu = f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores'
     return {

@@ -1,4 +1,4 @@
-"""benchmarks/depthwise.py: what it measures is what it says, and nothing wrong is timed."""
+"""Benchmarks: their cases, their checks before timing, their reports and command lines."""
 import importlib
 import json
 import subprocess
@@ -19,14 +19,14 @@ TINY = ['--device', 'cpu', '--batch-size', '1', '--rounds', '1']
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a module of benchmarks/ by name, as a script there would."""
+    """Import a module of benchmarks/ by name, like a script there."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
 
 
 @pytest.fixture(autouse=True)
 def settings():
-    """The runner sets them for its process."""
+    """Restore the settings of cuDNN that a benchmark changes."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.conv.fp32_precision
     yield
@@ -37,7 +37,7 @@ def settings():
 
 
 def large_depthwise_layers(name):
-    """(channels, height, width, kernel) of every layer that the cases take from a network, and how often."""
+    """Return how often a network has each large depthwise layer (channels, height, width, kernel)."""
     with torch.device('meta'):
         network = timm.create_model(name).eval()
     found = []
@@ -117,7 +117,7 @@ def test_a_wrong_function_is_found(load, wrong, result, layout):
         check.check(paths, *inputs)
 
 
-def test_nothing_wrong_is_timed(load, monkeypatch, tmp_path, capsys):
+def test_a_wrong_function_is_not_timed(load, monkeypatch, tmp_path, capsys):
     op = smpconv_models.depthwise_conv2d
     monkeypatch.setattr(smpconv_models, 'depthwise_conv2d', lambda x, weight, backend: 2 * op(x, weight))
     monkeypatch.setattr(load('measure'), 'interleaved', lambda *args: pytest.fail('it was timed'))
@@ -145,7 +145,7 @@ def test_networks_differ_in_the_convolution_alone(load):
     (56, 31, 1051), (28, 29, 859), (14, 27, 196), (7, 13, 49),
 ])
 def test_products_of_the_floor(load, size, kernel, products):
-    """Counted apart, block by block, when the form was designed."""
+    """The expected numbers were counted separately, block by block."""
     assert round(load('floors').products_per_output(size, size, kernel)) == products
 
 
@@ -174,7 +174,7 @@ def test_sums_weigh_each_layer(load):
     assert report.floor_seconds(total, 'y') > 8 * report.floor_seconds(rows[2], 'y')
 
 
-def test_what_is_slower_is_marked(load):
+def test_slower_results_are_marked(load):
     case, report = load('cases').CASES['t_56'], load('report')
     fast = row(case, {'plain/nchw': 6., 'plain/nhwc': 4., 'auto/nchw': 5., 'auto/nhwc': 4.1})
     slow = row(case, {'plain/nchw': 6., 'plain/nhwc': 4., 'auto/nchw': 5., 'auto/nhwc': 4.4})
@@ -218,7 +218,7 @@ def test_a_slow_function_drops_out_after_three_rounds(load, monkeypatch):
 
 
 @pytest.mark.slow  # 12 s of measuring
-def test_runs_a_case_and_keeps_the_row(tmp_path):
+def test_a_run_of_one_case_stores_its_row(tmp_path):
     command = [sys.executable, BENCHMARKS / 'depthwise.py', '--cases', 'k5_7', *TINY, '--dtypes', 'float32', 'bfloat16',
                '--backends', 'reference', '--results', tmp_path, '--picture', tmp_path / 'speed.png']
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -237,14 +237,14 @@ def test_runs_a_case_and_keeps_the_row(tmp_path):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--cases', 'nothing'], "invalid choice: 'nothing' (choose from 't_56', "),
-    (['--device', 'cuda'], 'there is no CUDA device'),
+    (['--device', 'cuda'], 'finds no such device'),
     (['--device', 'cpu', '--backends', 'nothing'], 'got nothing'),
     (['--rounds', '0'], 'must be above 0'),
     (['--results', __file__], '--results'),
     (['--picture', f'{__file__}/picture.png'], '--picture'),
     (['--picture', 'picture.nothing'], '--picture'),
 ])
-def test_mistakes_are_one_line(load, monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(load, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit) as exit:
         load('depthwise').main(arguments)
@@ -268,7 +268,7 @@ def test_networks_for_cifar_are_those_of_the_paper(load):
 
 
 @pytest.mark.slow  # deformable networks on a CPU: 20 s
-def test_cifar_step_keeps_a_row_and_prints_the_table(load, tmp_path, capsys):
+def test_cifar_step_stores_a_row_and_prints_the_table(load, tmp_path, capsys):
     names = ['SMPConv', 'plain 3x3', 'deformable 3x3']
     assert load('cifar_step').main([*TINY_CIFAR, '--results', str(tmp_path), '--networks', *names]) == 0
     row, = (json.loads(line) for line in (tmp_path / 'cifar_step.jsonl').read_text().splitlines())
@@ -295,10 +295,10 @@ def test_a_wrong_network_for_cifar_is_not_timed(load, monkeypatch, tmp_path, cap
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (['--networks', 'flexible'], "invalid choice: 'flexible'"), (['--device', 'cuda'], 'there is no CUDA device'),
+    (['--networks', 'flexible'], "invalid choice: 'flexible'"), (['--device', 'cuda'], 'finds no such device'),
     (['--rounds', '0'], 'must be above 0'), (['--results', __file__], '--results cannot be written'),
 ])
-def test_mistakes_with_cifar_are_one_line(load, monkeypatch, capsys, arguments, message):
+def test_errors_with_cifar_are_one_line(load, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit) as exit:
         load('cifar_step').main(arguments)

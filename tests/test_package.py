@@ -41,9 +41,10 @@ def test_public_names_are_frozen():
         'tent_basis',
     ]
     assert training.__all__ == [
-        'Digits', 'DistributedContext', 'TrainingInterrupted', 'atomic_write', 'build_trainer', 'cli', 'config',
-        'describe_error', 'evaluate', 'measure', 'param_groups', 'save_confusion_matrix',
-        'save_per_class_results', 'save_results', 'series', 'train', 'validate',
+        'DataOptions', 'DebugOptions', 'DeviceOptions', 'Digits', 'DistributedContext', 'EvalOptions',
+        'ModelOptions', 'TrainOptions', 'Trainer', 'TrainingInterrupted', 'atomic_write', 'build_trainer',
+        'cli', 'describe_error', 'evaluate', 'evaluate_model', 'expand_model_list', 'ineffective_options',
+        'param_groups', 'save_confusion_matrix', 'save_per_class_results', 'save_results',
     ]
 
 
@@ -79,7 +80,7 @@ MAY_IMPORT = {
         'torch', 'timm', 'huggingface_hub', 'safetensors', MODELS, CHECKPOINT, UTILS),
     'smpconv_models/figures': ('torch', 'numpy', 'matplotlib', 'PIL', 'tqdm', 'pytorch_grad_cam', LAYERS),
     'smpconv_models/figures/_inputs.py': (
-        'torch', 'timm', 'PIL', f'{MODELS}.identify', CHECKPOINT, TRAINING, UTILS, 'smpconv_models.figures.kernels'),
+        'torch', 'timm', 'PIL', CHECKPOINT, DATA, TRAINING, UTILS, 'smpconv_models.figures.kernels'),
     'smpconv_models/figures/__main__.py': (
         'torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING, UTILS),
     'smpconv_models/training': (

@@ -1,5 +1,8 @@
 """Data sets of sequences: images as sequences of pixels, handwriting, speech."""
-from .registry import EMBEDDED, NAMES, create_sequence_dataset
-from .sequence_dataset import SequenceDataset
+from . import characters, images, speech  # noqa: F401 (each registers its data sets)
+from .registry import SequenceDataset, create_sequence_dataset, list_sequence_datasets
 
-__all__ = ['EMBEDDED', 'NAMES', 'SequenceDataset', 'create_sequence_dataset']
+DATASET_NAMES = list_sequence_datasets()
+EMBEDDED_NAMES = list_sequence_datasets(embedded=True)
+
+__all__ = ['DATASET_NAMES', 'EMBEDDED_NAMES', 'SequenceDataset', 'create_sequence_dataset']

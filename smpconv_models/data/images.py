@@ -1,107 +1,169 @@
 """Images as sequences of their pixels, row by row: the digits, MNIST, CIFAR10."""
+import hashlib
+import json
+import math
+import struct
 import tarfile
 import zlib
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smpconv_models.data.digits import Digits
+from smpconv_models.utils.download import DownloadNeededError, locked, missing
+from smpconv_models.utils.errors import unreadable_file
 
-from ..utils.download import DownloadNeededError, locked, missing
-from .idx import read_idx
-from .permutations import permutation
-from .sequence_dataset import StoredSequences
+from .digits import Digits
+from .registry import TRAIN_TEST, TRAIN_VAL, InMemorySequences, register_sequence_dataset
 
-# In the pixels' numbers, 0 to 255. Of the digits' training split, counted; of MNIST's training images as everybody
-# gives them; of ImageNet's for CIFAR10, as the original release has it.
+# Of pixels from 0 to 255. The digits' numbers are computed from their training split. MNIST's are the common ones of
+# its training images. CIFAR10's are ImageNet's, as in the original release.
 _DIGITS_MEAN, _DIGITS_STD = 77.885591, 95.869077
 _MNIST_MEAN, _MNIST_STD = 0.1307 * 255, 0.3081 * 255
 _CIFAR10_MEAN, _CIFAR10_STD = (
     255 * torch.tensor(numbers).unsqueeze(1) for numbers in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
+# Unpacked files of MNIST: (shape of an item, size in bytes, MD5). torchvision has checksums of the packed files only,
+# and takes a file whose unpacking was interrupted for a complete one.
+_MNIST_FILES = {
+    'train-images-idx3-ubyte': ((28, 28), 47040016, '6bbc9ace898e44ae57da46a324031adb'),
+    'train-labels-idx1-ubyte': ((), 60008, 'a25bea736e30d166cdddb491f175f624'),
+    't10k-images-idx3-ubyte': ((28, 28), 7840016, '2646ac647ad5339dbf082846283269ea'),
+    't10k-labels-idx1-ubyte': ((), 10008, '27ae3e4e09519cfbb04c329615203637'),
+}
 
-def open_digits(split: str, permuted: bool) -> StoredSequences:
-    """The embedded digits: 8x8 pixels of gray as 64 steps; 1,437 for training, 360 held out."""
-    digits = Digits('train' if split == 'train' else 'validation')
+# Orders of numpy.random.RandomState(0).permutation(length), a stream that NumPy has frozen. The original release
+# samples the order of its permuted MNIST from NumPy's global generator, whose seed its commands set to 0. Nothing in
+# its code samples before that, so that its order should be the same. The file is what counts.
+_ORDERS = Path(__file__).with_name('permutations.json')
+
+
+@register_sequence_dataset('digits', 'permuted-digits', splits=TRAIN_VAL, needs_folder=False)
+def open_digits(name: str, root: Path, split: str, download: bool) -> InMemorySequences:
+    """Open the embedded digits: 8x8 gray pixels as 64 steps; 1,437 images to train, 360 to validate."""
+    digits = Digits(split)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in digits.images]))
-    return StoredSequences(
-        f'split {split!r} of the digits', digits.classes, pixels.reshape(-1, 1, 64), digits.labels,
-        _DIGITS_MEAN, _DIGITS_STD, _order('permuted-digits', 64, permuted), (8, 8))
+    return InMemorySequences(
+        f'split {split!r} of the digits', digits.classes, pixels.reshape(-1, 1, 64), digits.labels, _DIGITS_MEAN,
+        _DIGITS_STD, step_order(name, 64), (8, 8))
 
 
-def _order(name: str, length: int, permuted: bool) -> Optional[Tensor]:
-    return permutation(name, length) if permuted else None
-
-
-def open_mnist(root: Path, split: str, download: bool, permuted: bool) -> StoredSequences:
-    """MNIST from torchvision's folder, ``root/MNIST/raw``: 28x28 pixels of gray as 784 steps; 60,000 and 10,000."""
+@register_sequence_dataset('mnist', 'permuted-mnist', splits=TRAIN_TEST)
+def open_mnist(name: str, root: Path, split: str, download: bool) -> InMemorySequences:
+    """Open MNIST in torchvision's folder, ``root/MNIST/raw``: 28x28 gray pixels as 784 steps; 60,000 and 10,000."""
     folder = root / 'MNIST' / 'raw'
-    files = {
-        part: {folder / f'{part}-images-idx3-ubyte': (28, 28), folder / f'{part}-labels-idx1-ubyte': ()}
-        for part in ('train', 't10k')}
-    own = files['train' if split == 'train' else 't10k']
-    absent = [path for path in own if not path.is_file()]
+    paths = [folder / file for file in _MNIST_FILES if file.startswith('train' if split == 'train' else 't10k')]
+    absent = [path for path in paths if not path.is_file()]
     if absent:
-        _fetch_mnist(root, {**files['train'], **files['t10k']}, absent[0], download)
-    pixels, labels = (read_idx(path, item) for path, item in own.items())
+        _download_mnist(root, absent[0], download)
+    pixels, labels = map(_read_mnist_file, paths)
     if len(pixels) != len(labels) or labels.max(initial=0) > 9:
         raise DownloadNeededError(
             f'{folder}: expected a label from 0 to 9 for each of {len(pixels)} images of split {split!r}, '
             f'found {len(labels)} from 0 to {labels.max(initial=0)}; remove both files and')
-    return StoredSequences(
+    return InMemorySequences(
         f'split {split!r} of MNIST in {root}', tuple('0123456789'), torch.tensor(pixels).reshape(-1, 1, 784),
-        labels.tolist(), _MNIST_MEAN, _MNIST_STD, _order('permuted-mnist', 784, permuted), (28, 28))
+        labels.tolist(), _MNIST_MEAN, _MNIST_STD, step_order(name, 784), (28, 28))
 
 
-def _fetch_mnist(root: Path, files: Dict[Path, Tuple[int, ...]], absent: Path, download: bool) -> None:
-    from torchvision.datasets import MNIST
-    if not download:
-        raise missing(absent, f'{MNIST.mirrors[0]}{absent.name}.gz, unpacked,')
-    for path, item in files.items():
-        if path.is_file():  # torchvision would fail at a damaged one of either part, and not say of which
-            read_idx(path, item)
-    with locked(root), _told(' or '.join(MNIST.mirrors), absent.parent):
-        MNIST(str(root), download=True)
+@register_sequence_dataset('cifar10', splits=TRAIN_TEST)
+def open_cifar10(name: str, root: Path, split: str, download: bool) -> InMemorySequences:
+    """Open CIFAR10 in torchvision's folder: 32x32 pixels as 1,024 steps; 50,000 images to train, 10,000 to test.
 
-
-def open_cifar10(root: Path, split: str, download: bool) -> StoredSequences:
-    """CIFAR10 from torchvision's folder, ``root/cifar-10-batches-py``: 32x32 pixels as 1,024 steps; 50,000 and 10,000.
-
-    torchvision holds all files against their checksums before it reads one.
+    The checksums of all files are compared before a file is read.
     """
     from torchvision.datasets import CIFAR10
     is_training = split == 'train'
-    if download and _cifar10_lacks(root):
-        with locked(root), _told(CIFAR10.url, root / CIFAR10.filename):
+    if download and _damaged_cifar10_files(root):
+        with locked(root), _download_errors(CIFAR10.url, root / CIFAR10.filename):
             CIFAR10(str(root), is_training, download=True)
-    absent = _cifar10_lacks(root)
-    if absent:
+    damaged = _damaged_cifar10_files(root)
+    if damaged:
         raise DownloadNeededError(
-            f'{root / CIFAR10.base_folder} lacks {absent[0]}, or it is damaged ({len(absent)} such files):',
+            f'{root / CIFAR10.base_folder}: {damaged[0]} is missing or damaged ({len(damaged)} such files):',
             f', or unpack {CIFAR10.url} in {root} by hand')
     found = CIFAR10(str(root), is_training)
     pixels = torch.from_numpy(found.data.transpose(0, 3, 1, 2).reshape(-1, 3, 1024).copy())
-    return StoredSequences(
+    return InMemorySequences(
         f'split {split!r} of CIFAR10 in {root}', found.classes, pixels, found.targets, _CIFAR10_MEAN, _CIFAR10_STD,
         image_size=(32, 32))
 
 
-def _cifar10_lacks(root: Path) -> List[str]:
+def step_order(name: str, length: int) -> Optional[Tensor]:
+    """Return the fixed random order of a permuted data set, or None if the data set is not permuted.
+
+    Args:
+        name: Name of the data set, such as 'permuted-mnist'.
+        length: Length of its sequences.
+
+    Returns:
+        ``(length,)``, int64: step i of a permuted sequence is the element at position ``order[i]``.
+
+    Raises:
+        ValueError: If the package's file of orders is damaged.
+    """
+    if not name.startswith('permuted-'):
+        return None
+    try:
+        order = json.loads(_ORDERS.read_text())[name]
+        is_order = sorted(order) == list(range(length))
+    except (OSError, LookupError, TypeError, ValueError):
+        is_order = False
+    if not is_order:
+        raise ValueError(
+            f'{_ORDERS} is damaged: expected the numbers 0 to {length - 1} as {name!r}; reinstall smpconv_models')
+    return torch.tensor(order)
+
+
+def _download_mnist(root: Path, absent: Path, download: bool) -> None:
+    from torchvision.datasets import MNIST
+    if not download:
+        raise missing(absent, f'{MNIST.mirrors[0]}{absent.name}.gz, unpacked,')
+    for path in map(absent.with_name, _MNIST_FILES):
+        if path.is_file():  # torchvision would fail at a damaged file of either split, and not name the file
+            _read_mnist_file(path)
+    with locked(root), _download_errors(' or '.join(MNIST.mirrors), absent.parent):
+        MNIST(str(root), download=True)
+
+
+def _read_mnist_file(path: Path) -> np.ndarray:
+    """Return the bytes of an IDX file, ``(N, *item)``, once header, size and, at the published size, MD5 are right."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable_file(path, error) from error
+    item, published_size, md5 = _MNIST_FILES[path.name]
+    dimensions = 1 + len(item)
+    start = 4 * (1 + dimensions)
+    magic, *sizes = struct.unpack(f'>{1 + dimensions}I', content[:start].ljust(start, b'\0'))
+    problem = ''
+    if magic != 0x800 + dimensions:
+        problem = f'expected the IDX header of bytes in {dimensions} dimensions'
+    elif tuple(sizes[1:]) != item:
+        problem = f'expected items of shape {item}, found {tuple(sizes[1:])}'
+    elif len(content) != start + math.prod(sizes):
+        problem = f'expected {start + math.prod(sizes)} bytes by its header, found {len(content)}'
+    elif len(content) == published_size and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        problem = f'its MD5 is not {md5}'
+    if problem:
+        raise DownloadNeededError(f'{path} is damaged: {problem}; remove it and')
+    return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
+
+
+def _damaged_cifar10_files(root: Path) -> List[str]:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
     files = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta['filename'], CIFAR10.meta['md5']]]
-    folder = root / CIFAR10.base_folder
-    return [name for name, md5 in files if not check_integrity(str(folder / name), md5)]
+    return [name for name, md5 in files if not check_integrity(str(root / CIFAR10.base_folder / name), md5)]
 
 
 @contextmanager
-def _told(url: str, path: Path) -> Iterator[None]:
-    """torchvision's failures to download or unpack, in a line."""
+def _download_errors(url: str, path: Path) -> Iterator[None]:
+    """Raise torchvision's errors of downloading and unpacking as a ValueError of one line."""
     try:
         yield
     except (EOFError, HTTPException, OSError, RuntimeError, ValueError, tarfile.TarError, zlib.error) as error:

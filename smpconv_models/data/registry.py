@@ -1,100 +1,189 @@
-"""The data sets by name."""
-from functools import partial
+"""Data sets of sequences by name, and the classes that hold a split."""
 from pathlib import Path
-from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
-from smpconv_models.data.digits import SPLIT_SYNONYMS
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
 from smpconv_models.utils.errors import suggestion_suffix
 
-from . import characters, images, speech
-from .sequence_dataset import SequenceDataset
+from .digits import EVAL_SYNONYMS, TRAIN_SYNONYMS
 
-# The names that a split goes by.
-_TRAIN, _VALIDATION = SPLIT_SYNONYMS
-_TEST = ('test', 'testing')
-_Splits = Dict[str, Tuple[str, ...]]
-_TWO: _Splits = {'train': _TRAIN, 'test': _TEST + _VALIDATION}
-_THREE: _Splits = {'train': _TRAIN, 'validation': _VALIDATION, 'test': _TEST}
+_TEST_SYNONYMS = ('test', 'testing')
 
-
-class _Source(NamedTuple):
-    """What opens a data set, from its folder, the split and whether to download; its splits; whether it needs a folder.
-    """
-    open: Callable[[Path, str, bool], SequenceDataset]
-    splits: _Splits
-    needs_folder: bool = True
-
-
-def _digits(permuted: bool) -> _Source:
-    return _Source(
-        lambda root, split, download: images.open_digits(split, permuted),
-        {'train': _TRAIN, 'validation': _VALIDATION}, needs_folder=False)
-
-
-_SOURCES = {
-    'digits': _digits(permuted=False),
-    'permuted-digits': _digits(permuted=True),
-    'mnist': _Source(partial(images.open_mnist, permuted=False), _TWO),
-    'permuted-mnist': _Source(partial(images.open_mnist, permuted=True), _TWO),
-    'cifar10': _Source(images.open_cifar10, _TWO),
-    'characters': _Source(characters.open_characters, _THREE),
-    'speech-mfcc': _Source(speech.open_mfcc, _THREE),
-    'speech': _Source(speech.open_waves, _THREE),
-}
-NAMES = tuple(_SOURCES)
-EMBEDDED = tuple(name for name, source in _SOURCES.items() if not source.needs_folder)
+# Splits of a data set, each with the names that select the split.
+Splits = Dict[str, Tuple[str, ...]]
+TRAIN_VAL: Splits = {'train': TRAIN_SYNONYMS, 'validation': EVAL_SYNONYMS}
+TRAIN_TEST: Splits = {'train': TRAIN_SYNONYMS, 'test': _TEST_SYNONYMS + EVAL_SYNONYMS}
+TRAIN_VAL_TEST: Splits = {**TRAIN_VAL, 'test': _TEST_SYNONYMS}
 
 
 def create_sequence_dataset(
-        name: str,
-        root: Union[str, Path, None],
-        split: str,
-        download: bool = False,
-) -> SequenceDataset:
-    """Opens a split of a data set of sequences.
+        name: str, root: Union[str, Path, None], split: str, download: bool = False,
+) -> 'SequenceDataset':
+    """Create a split of a data set of sequences.
 
     ==================  ============  =======  ===================================================================
     name                shape         classes  splits
     ==================  ============  =======  ===================================================================
     'digits'            (1, 64)       10       train, validation; scikit-learn's, row by row
-    'permuted-digits'   (1, 64)       10       likewise, the steps in one fixed random order
+    'permuted-digits'   (1, 64)       10       train, validation; the steps in one fixed random order
     'mnist'             (1, 784)      10       train, test; the images row by row
-    'permuted-mnist'    (1, 784)      10       likewise, the steps in one fixed random order
+    'permuted-mnist'    (1, 784)      10       train, test; the steps in one fixed random order
     'cifar10'           (3, 1024)     10       train, test; the images row by row
     'characters'        (3, 182)      20       train, validation, test; pen velocities and force
     'speech-mfcc'       (20, 161)     10       train, validation, test; cepstral coefficients of spoken words
     'speech'            (1, 16000)    10       train, validation, test; one second at 16 kHz
     ==================  ============  =======  ===================================================================
 
-    MNIST and CIFAR10 have two parts: there the names of the validation split mean the test images, as they do in timm.
+    MNIST and CIFAR10 have two splits. Their test split also has the names of the validation split, as in timm.
 
     Args:
-        name: One of :data:`NAMES`.
-        root: The folder that holds the files, or will; what is made of them is kept there too. None will do for the
-            digits, which come with scikit-learn.
+        name: Name of the data set.
+        root: Folder of the downloaded files and of the tensors that are computed from the files. Unused for the
+            digits, which scikit-learn ships.
         split: 'train', 'validation' or 'test', or a synonym that timm knows.
-        download: Whether to download what is missing. One process of a machine does, the others wait for it.
+        download: Whether to download missing files. One process of a machine downloads, and the others wait.
 
     Returns:
-        The data set, normalised by its own training split, images by fixed numbers.
+        The data set, normalized by statistics of its training split, and images by fixed numbers.
 
     Raises:
-        ValueError: An unknown name or split; files are missing, damaged, or can't be downloaded or written.
+        ValueError: If the name or split is unknown, or if files are missing or damaged, or cannot be downloaded or
+            written.
     """
-    if name not in NAMES:
-        raise ValueError(f'sequences are one of {NAMES}, got {name!r}{suggestion_suffix(str(name), NAMES)}')
-    source = _SOURCES[name]
-    part = next((part for part, synonyms in source.splits.items() if split in synonyms), None)
-    if part is None:
-        known = tuple(synonym for synonyms in source.splits.values() for synonym in synonyms)
-        raise ValueError(f'split of {name} must be one of {known}, got {split!r}')
-    return source.open(_folder(name, root) if source.needs_folder else Path(), part, download)
-
-
-def _folder(name: str, root: Optional[Union[str, Path]]) -> Path:
+    if name not in _SPECS:
+        known = list_sequence_datasets()
+        raise ValueError(
+            f'a data set of sequences must be one of {known}, got {name!r}{suggestion_suffix(str(name), known)}')
+    spec = _SPECS[name]
+    selected = next((key for key, synonyms in spec.splits.items() if split in synonyms), None)
+    if selected is None:
+        choices = sum(spec.splits.values(), ())
+        raise ValueError(f'split of {name} must be one of {choices}, got {split!r}')
+    if not spec.needs_folder:
+        return spec.open(name, Path(), selected, download)
     if root is None or not str(root):
-        raise ValueError(f'{name} needs a folder that holds its files, or will: got {root!r}')
+        raise ValueError(f'{name} needs a folder for its files: root is {root!r}')
     folder = Path(root).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f'{name} needs a folder that holds its files, got a file: {folder}')
-    return folder
+        raise ValueError(f'{name} needs a folder for its files: root is the file {folder}')
+    return spec.open(name, folder, selected, download)
+
+
+def list_sequence_datasets(embedded: bool = False) -> Tuple[str, ...]:
+    """Return the sorted names of all data sets, or of those that need no download."""
+    return tuple(sorted(name for name, spec in _SPECS.items() if not (embedded and spec.needs_folder)))
+
+
+class SequenceDataset(Dataset):
+    """Normalized sequences of one length and their classes, as :func:`create_sequence_dataset` creates them.
+
+    An item is a float32 tensor of shape ``shape`` and the index of its class. If ``transform`` is set, the item is what
+    it returns for the tensor. Sequences that are images, read row by row, have an ``image_size`` (height, width). If
+    ``augment`` is set, it is applied to an image before everything else: to uint8 pixels of shape ``shape`` in the
+    order of the image.
+
+    Args:
+        description: Description for error messages.
+        classes: Class names by index.
+        shape: Shape of a sequence: (channels, length).
+        labels: Class index of each sequence.
+        mean: Number or ``(channels, 1)`` that is subtracted from a sequence.
+        std: Number or ``(channels, 1)`` by which the difference is divided.
+        files: Path of each sequence, or none if the sequences are not files of their own.
+
+    Raises:
+        ValueError: If a class has no sequence.
+    """
+
+    def __init__(
+            self, description: str, classes: Sequence[str], shape: Tuple[int, int], labels: Sequence[int], mean: Any,
+            std: Any, files: Sequence[str] = (),
+    ) -> None:
+        absent = sorted(set(range(len(classes))) - set(labels))
+        if absent:
+            raise ValueError(
+                f'{description} has no sequence of {len(absent)} of {len(classes)} classes: '
+                f'{[classes[label] for label in absent[:8]]}')
+        self.classes = tuple(classes)
+        self.shape = shape
+        self.labels = list(labels)
+        self.transform: Any = None
+        self.image_size: Optional[Tuple[int, int]] = None
+        self.augment: Any = None
+        self._mean = torch.as_tensor(mean, dtype=torch.float32)
+        self._std = torch.as_tensor(std, dtype=torch.float32)
+        self._files = list(files)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        sequence = (self._read(index) - self._mean) / self._std
+        return (sequence if self.transform is None else self.transform(sequence)), self.labels[index]
+
+    def name(self, index: int) -> str:
+        """Return the path of a sequence, or 'sequence INDEX' if the sequence is not a file of its own."""
+        return self._files[index] if self._files else f'sequence {index}'
+
+    def _read(self, index: int) -> Tensor:
+        """Return a sequence before normalization, float32 of shape ``shape``."""
+        raise NotImplementedError
+
+
+class InMemorySequences(SequenceDataset):
+    """Sequences in memory, in the dtype of their source.
+
+    Args:
+        description: As in :class:`SequenceDataset`, like the other arguments that are not listed.
+        data: Sequences of shape ``(N, channels, length)``, uint8 or float32.
+        order: Position of each step in the source, ``(length,)``. Default: the order of the source.
+        image_size: (height, width) of sequences that are images.
+
+    Raises:
+        ValueError: If a class has no sequence, or a value is not finite.
+    """
+
+    def __init__(
+            self, description: str, classes: Sequence[str], data: Tensor, labels: Sequence[int], mean: Any, std: Any,
+            order: Optional[Tensor] = None, image_size: Optional[Tuple[int, int]] = None, files: Sequence[str] = (),
+    ) -> None:
+        channels, length = data.shape[1:]
+        super().__init__(description, classes, (channels, length), labels, mean, std, files)
+        self.image_size = image_size
+        finite = data.isfinite().flatten(1).all(1)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten()
+            raise ValueError(f'{description} has NaN or inf in {len(bad)} of {len(data)} sequences, such as '
+                             f'{bad[:4].tolist()}')
+        self._data = data
+        self._order = order
+
+    def _read(self, index: int) -> Tensor:
+        sequence = self._data[index]
+        if self.augment is not None:
+            sequence = self.augment(sequence)
+        return (sequence if self._order is None else sequence[:, self._order]).float()
+
+
+# Arguments of an opener: the name of the data set, its folder, the split as a key of its splits, whether to download.
+_Opener = Callable[[str, Path, str, bool], SequenceDataset]
+
+
+class _DatasetSpec(NamedTuple):
+    open: _Opener
+    splits: Splits
+    needs_folder: bool
+
+
+_SPECS: Dict[str, _DatasetSpec] = {}
+
+
+def register_sequence_dataset(*names: str, splits: Splits, needs_folder: bool = True) -> Callable[[_Opener], _Opener]:
+    """Return a decorator that registers a function as the opener of data sets."""
+    def register(opener: _Opener) -> _Opener:
+        _SPECS.update(dict.fromkeys(names, _DatasetSpec(opener, splits, needs_folder)))
+        return opener
+    return register

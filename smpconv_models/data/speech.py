@@ -2,23 +2,25 @@
 
 Warden, Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition, 2018, arXiv:1804.03209; version 0.02.
 """
+import functools
 import hashlib
 import logging
+import math
 import re
+import wave
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Set
+from typing import Dict, List, Sequence, Set
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smpconv_models.utils.errors import first_line
+from smpconv_models.utils.download import DownloadNeededError, check_sha256, extract_tar, fetch, locked, missing
+from smpconv_models.utils.errors import first_line, unreadable_file
 
-from ..utils.download import DownloadNeededError, check_sha256, extract_tar, fetch, locked, missing
-from .audio import RATE, read_wave
-from .cache import Tensors, cached
-from .mfcc import mfcc
-from .sequence_dataset import SequenceDataset, StoredSequences
+from .cache import Tensors, cached_tensors
+from .registry import TRAIN_VAL_TEST, InMemorySequences, SequenceDataset, register_sequence_dataset
 
 _logger = logging.getLogger(__name__)
 
@@ -26,92 +28,149 @@ URL = 'https://storage.googleapis.com/download.tensorflow.org/data/speech_comman
 SHA256 = 'af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58'
 ARCHIVE = 'speech_commands_v0.02.tar.gz'
 WORDS = ('yes', 'no', 'up', 'down', 'left', 'right', 'on', 'off', 'stop', 'go')
-CLIPS = {'train': 30_769, 'validation': 3_703, 'test': 4_074}  # of these words, by the archive's lists
+CLIPS = {'train': 30_769, 'validation': 3_703, 'test': 4_074}  # of these words, by the lists of the archive
 _LISTS = {'validation': 'validation_list.txt', 'test': 'testing_list.txt'}
-_VERSION = 1  # of what is cached
-_BATCH = 256  # clips whose coefficients are computed at a time
+_CACHE_VERSION = 1
+_BATCH = 256  # clips whose coefficients are computed at once
+
+RATE = 16000  # samples of a second, and of a clip
+_WINDOW, _HOP = 200, 100  # samples: 12.5 ms, and half of it
+_BANDS, _COEFFICIENTS = 64, 20
+_LOG_OFFSET = 1e-6  # added to the energies before the logarithm
 
 
-class Waves(SequenceDataset):
-    """Clips, read from their files when they are asked for.
+class SpeechCommands(SequenceDataset):
+    """Clips that are loaded from their files on access.
 
-    A file that can't be read is an error of its item: ValueError or OSError, with the file's name.
+    An item whose file cannot be read raises a ValueError or OSError with the name of the file.
     """
-
-    def __init__(self, what: str, folder: Path, names: Sequence[str], mean: Any, std: Any) -> None:
-        super().__init__(what, WORDS, (1, RATE), _labels(names), mean, std)
-        self._folder, self._names = folder, list(names)
-
-    def name(self, index: int) -> str:
-        return str(self._folder / self._names[index])
 
     def _read(self, index: int) -> Tensor:
-        return read_wave(self._folder / self._names[index]).unsqueeze(0)
+        return load_wav(Path(self._files[index])).unsqueeze(0)
 
 
-class Coefficients(StoredSequences):
-    """Clips' cepstral coefficients, which know the clips' files."""
+@register_sequence_dataset('speech', splits=TRAIN_VAL_TEST)
+def open_speech(name: str, root: Path, split: str, download: bool) -> SpeechCommands:
+    """Open one-second clips at 16 kHz, normalized by one mean and standard deviation of the training split.
 
-    def __init__(self, what: str, folder: Path, names: Sequence[str], found: Tensors) -> None:
-        super().__init__(what, WORDS, found['coefficients'], _labels(names), found['mean'], found['std'])
-        self._folder, self._names = folder, list(names)
-
-    def name(self, index: int) -> str:
-        return str(self._folder / self._names[index])
-
-
-def open_waves(root: Path, split: str, download: bool) -> Waves:
-    """One second of 16 kHz sound, normalised by one mean and deviation over the training split.
-
-    The splits are the archive's lists, in which a speaker is in one split alone. (The original release divides the
-    clips of exactly a second, 34,975, at random; in an order of the file system's, so that its splits can't be made
-    again. It normalises each sample's place by itself.)
+    The splits are the lists of the archive, by which each speaker is in one split only. The original release splits
+    the clips of exactly one second (34,975) at random, in the order of the file system, so that its splits cannot be
+    reproduced. It normalizes each of the 16,000 positions by statistics of its own.
     """
-    folder = _make_sure(root, download)
-    names = _members(folder)
-    found = cached(
-        folder.parent / 'speech-statistics.safetensors', _key(folder, names['train']),
-        lambda: _wave_statistics(folder, names['train']))
-    return Waves(f'split {split!r} of {folder}', folder, names[split], found['mean'], found['std'])
+    folder = _prepare(root, download)
+    names = _split_files(folder)
+    found = cached_tensors(
+        folder.parent / 'speech-statistics.safetensors', _cache_key(folder, names['train']),
+        lambda: _sound_statistics(folder, names['train']))
+    return SpeechCommands(
+        f'split {split!r} of {folder}', WORDS, (1, RATE), _labels(names[split]), found['mean'], found['std'],
+        _paths(folder, names[split]))
 
 
-def open_mfcc(root: Path, split: str, download: bool) -> Coefficients:
-    """20 cepstral coefficients at 161 times (:func:`mfcc`), each normalised over the training split.
+@register_sequence_dataset('speech-mfcc', splits=TRAIN_VAL_TEST)
+def open_speech_mfcc(name: str, root: Path, split: str, download: bool) -> InMemorySequences:
+    """Open 20 cepstral coefficients at 161 steps (:func:`mfcc`), each normalized over the training split.
 
-    They are computed once for a split and kept in ``root/SpeechCommands``: 0.4 GB of the training split.
+    The coefficients of a split are computed once and kept in ``root/SpeechCommands``: 0.4 GB for the training split.
     """
-    folder = _make_sure(root, download)
-    names = _members(folder)
+    folder = _prepare(root, download)
+    names = _split_files(folder)
 
-    def of_training() -> Tensors:
-        return cached(
-            folder.parent / 'speech-mfcc-train.safetensors', _key(folder, names['train']),
+    def load_train() -> Tensors:
+        return cached_tensors(
+            folder.parent / 'speech-mfcc-train.safetensors', _cache_key(folder, names['train']),
             lambda: _with_statistics(_coefficients(folder, names['train'])))
 
-    found = of_training() if split == 'train' else cached(
-        folder.parent / f'speech-mfcc-{split}.safetensors', _key(folder, names[split] + names['train']),
-        lambda: {**of_training(), 'coefficients': _coefficients(folder, names[split])})
-    return Coefficients(f'split {split!r} of {folder}', folder, names[split], found)
+    found = load_train() if split == 'train' else cached_tensors(
+        folder.parent / f'speech-mfcc-{split}.safetensors', _cache_key(folder, names[split] + names['train']),
+        lambda: {**load_train(), 'coefficients': _coefficients(folder, names[split])})
+    return InMemorySequences(
+        f'split {split!r} of {folder}', WORDS, found['coefficients'], _labels(names[split]), found['mean'],
+        found['std'], files=_paths(folder, names[split]))
 
 
-def _key(folder: Path, names: Sequence[str]) -> str:
-    """Of these files with these sizes."""
+def load_wav(path: Path) -> Tensor:
+    """Load a clip of at most one second at 16 kHz, padded with silence at its end.
+
+    The padding keeps the time of each sample, and the causal network, which answers at the last step, has seen the
+    whole clip by then.
+
+    Returns:
+        ``(16000,)``, float32 in [-1, 1).
+
+    Raises:
+        ValueError: If the file has another format or is damaged.
+        OSError: If the file cannot be read.
+    """
     try:
-        lines = [f'{name} {(folder / name).stat().st_size}' for name in names]
-    except OSError as error:
-        raise ValueError(f'{folder} cannot be read: {first_line(error)}') from error
-    return f'{_VERSION} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}'
+        with wave.open(str(path), 'rb') as file:
+            found = (file.getnchannels(), 8 * file.getsampwidth(), file.getframerate())
+            count = file.getnframes()
+            content = file.readframes(min(count, RATE))
+    except (EOFError, wave.Error) as error:
+        raise ValueError(f'{path} is not a WAV file or is damaged: {first_line(error)}') from error
+    if found != (1, 16, RATE):
+        raise ValueError(f'{path}: expected 1 channel of 16 bits at {RATE} Hz, found {found[0]} of {found[1]} at '
+                         f'{found[2]} Hz')
+    if not 0 < count <= RATE:
+        raise ValueError(f'{path}: expected 1 to {RATE} samples, found {count}')
+    if len(content) != 2 * count:
+        raise ValueError(f'{path} is damaged: expected {2 * count} bytes of sound by its header, found {len(content)}')
+    samples = torch.zeros(RATE)
+    samples[:count] = torch.from_numpy(np.frombuffer(content, '<i2').astype(np.float32))
+    return samples / 2 ** 15
 
 
-def _labels(names: Sequence[str]) -> List[int]:
-    return [WORDS.index(name.partition('/')[0]) for name in names]
+def mfcc(samples: Tensor) -> Tensor:
+    """Return mel-frequency cepstral coefficients of sound at 16 kHz, as torchaudio computes them.
+
+    The power of 12.5 ms Hann windows, half a window apart, with the sound reflected at its ends, is summed in 64 mel
+    bands. The logarithms of the sums are transformed by the first 20 rows of an orthonormal DCT. The original release
+    takes ``torchaudio.transforms.MFCC(sample_rate=16000, n_mfcc=20, log_mels=True, melkwargs=dict(n_fft=200,
+    n_mels=64))``; torchaudio is no longer built for the newest PyTorch.
+
+    Args:
+        samples: Sound of shape ``(..., S)``, S > 100, float32 or float64.
+
+    Returns:
+        ``(..., 20, 1 + S // 100)``, in the dtype of the samples; 161 steps for one second.
+    """
+    flat = samples.reshape(-1, samples.shape[-1])
+    window = torch.hann_window(_WINDOW, dtype=samples.dtype, device=samples.device)
+    power = torch.stft(flat, _WINDOW, _HOP, window=window, return_complex=True).abs().square()  # (N, 101, T)
+    energies = _mel_filterbank().to(samples) @ power
+    coefficients = _dct_matrix().to(samples) @ (energies + _LOG_OFFSET).log()
+    return coefficients.reshape(*samples.shape[:-1], *coefficients.shape[1:])
+
+
+@functools.lru_cache(maxsize=1)
+def _mel_filterbank() -> Tensor:
+    """Return ``(64, 101)``: triangles over frequency between the neighbors' centers, evenly spaced on the mel scale.
+
+    The lowest triangles are narrower than the distance of two frequencies, and some are zero at every frequency.
+    """
+    frequencies = torch.linspace(0, RATE / 2, _WINDOW // 2 + 1, dtype=torch.float64)
+    top = 2595 * math.log10(1 + RATE / 2 / 700)
+    centers = 700 * (10 ** (torch.linspace(0, top, _BANDS + 2, dtype=torch.float64) / 2595) - 1)
+    rising = (frequencies - centers[:-2, None]) / (centers[1:-1] - centers[:-2])[:, None]
+    falling = (centers[2:, None] - frequencies) / (centers[2:] - centers[1:-1])[:, None]
+    return torch.minimum(rising, falling).relu()
+
+
+@functools.lru_cache(maxsize=1)
+def _dct_matrix() -> Tensor:
+    """Return ``(20, 64)``, the first rows of the orthonormal DCT-II."""
+    angles = (torch.arange(_BANDS, dtype=torch.float64) + 0.5) * math.pi / _BANDS
+    rows = torch.cos(torch.arange(_COEFFICIENTS, dtype=torch.float64)[:, None] * angles) * math.sqrt(2 / _BANDS)
+    rows[0] /= math.sqrt(2)
+    return rows
 
 
 # --- files ---
 
 
-def _make_sure(root: Path, download: bool) -> Path:
-    """The folder of the words, where torchaudio looks for it too."""
+def _prepare(root: Path, download: bool) -> Path:
+    """Return the folder of the words, unpacked where torchaudio expects it too."""
     folder = root / 'SpeechCommands' / 'speech_commands_v0.02'
     archive = root / ARCHIVE
     if folder.is_dir():
@@ -128,31 +187,31 @@ def _make_sure(root: Path, download: bool) -> Path:
     return folder
 
 
-def _members(folder: Path) -> Dict[str, List[str]]:
-    """The files of each split, 'WORD/NAME.wav', sorted."""
-    there = {f'{word}/{path.name}' for word in WORDS for path in (folder / word).glob('*.wav')}
-    empty = sorted(set(WORDS) - {name.partition('/')[0] for name in there})
+def _split_files(folder: Path) -> Dict[str, List[str]]:
+    """Return the files of each split, 'WORD/NAME.wav', sorted."""
+    present = {f'{word}/{path.name}' for word in WORDS for path in (folder / word).glob('*.wav')}
+    empty = sorted(set(WORDS) - {name.partition('/')[0] for name in present})
     if empty:
         raise DownloadNeededError(
             f'{folder}: expected a folder of wav files for each of {WORDS}, found none for {empty}; remove {folder} '
             'and')
-    lists = {part: _listed(folder / name) for part, name in _LISTS.items()}
+    lists = {split: _read_list(folder / file) for split, file in _LISTS.items()}
     twice = sorted(lists['validation'] & lists['test'])
     if twice:
         raise ValueError(f'{folder} has {len(twice)} files in both of its lists, such as {twice[:4]}')
-    absent = sorted((lists['validation'] | lists['test']) - there)
+    listed = lists['validation'] | lists['test']
+    absent = sorted(listed - present)
     if absent:
         raise ValueError(f'{folder} lacks {len(absent)} files of its lists, such as {absent[:4]}')
-    splits = {'train': there - lists['validation'] - lists['test'], **lists}
+    splits = {'train': present - listed, **lists}
     counts = {split: len(names) for split, names in splits.items()}
-    if counts != CLIPS:  # of a folder that others have unpacked, or lost files of
-        raise DownloadNeededError(
-            f'{folder}: expected the clips {CLIPS}, found {counts}; remove {folder} and')
+    if counts != CLIPS:  # if another program unpacked the folder, or files were lost
+        raise DownloadNeededError(f'{folder}: expected the clips {CLIPS}, found {counts}; remove {folder} and')
     return {split: sorted(names) for split, names in splits.items()}
 
 
-def _listed(path: Path) -> Set[str]:
-    """The files of the ten words that a list names."""
+def _read_list(path: Path) -> Set[str]:
+    """Return the files of the ten words that a list names."""
     try:
         lines = path.read_text('utf-8').split()
     except (OSError, UnicodeDecodeError) as error:
@@ -163,25 +222,38 @@ def _listed(path: Path) -> Set[str]:
     return {line for line in lines if line.partition('/')[0] in WORDS}
 
 
-# --- what is cached ---
+def _labels(names: Sequence[str]) -> List[int]:
+    return [WORDS.index(name.partition('/')[0]) for name in names]
+
+
+def _paths(folder: Path, names: Sequence[str]) -> List[str]:
+    return [str(folder / name) for name in names]
+
+
+# --- cached tensors ---
+
+
+def _cache_key(folder: Path, names: Sequence[str]) -> str:
+    """Return a key of the names and sizes of files."""
+    try:
+        lines = [f'{name} {(folder / name).stat().st_size}' for name in names]
+    except OSError as error:
+        raise ValueError(f'{folder} cannot be read: {first_line(error)}') from error
+    return f'{_CACHE_VERSION} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}'
 
 
 def _coefficients(folder: Path, names: Sequence[str]) -> Tensor:
-    """``(N, 20, 161)``. Raises ValueError at a clip that can't be read."""
-    parts = []
-    with tqdm(total=len(names), desc='cepstral coefficients', unit=' clips', disable=None) as bar:
-        for start in range(0, len(names), _BATCH):
-            batch = names[start:start + _BATCH]
-            parts.append(mfcc(torch.stack([_read_or_refuse(folder / name) for name in batch])))
-            bar.update(len(batch))
+    """Return coefficients of shape ``(N, 20, 161)``; raise ValueError if a clip cannot be read."""
+    parts, clips = [], []
+    for index, name in enumerate(tqdm(names, desc='cepstral coefficients', unit=' clips', disable=None), 1):
+        try:
+            clips.append(load_wav(folder / name))
+        except OSError as error:
+            raise unreadable_file(folder / name, error) from error
+        if len(clips) == _BATCH or index == len(names):
+            parts.append(mfcc(torch.stack(clips)))
+            clips = []
     return torch.cat(parts)
-
-
-def _read_or_refuse(path: Path) -> Tensor:
-    try:
-        return read_wave(path)
-    except OSError as error:
-        raise ValueError(f'{path} cannot be read: {error.strerror or first_line(error)}') from error
 
 
 def _with_statistics(coefficients: Tensor) -> Tensors:
@@ -189,21 +261,22 @@ def _with_statistics(coefficients: Tensor) -> Tensors:
     return {'coefficients': coefficients, 'mean': mean.float().unsqueeze(1), 'std': std.float().unsqueeze(1)}
 
 
-def _wave_statistics(folder: Path, names: Sequence[str]) -> Tensors:
-    """Mean and deviation of all samples, but for clips that can't be read: these are told when they are asked for."""
+def _sound_statistics(folder: Path, names: Sequence[str]) -> Tensors:
+    """Return the mean and standard deviation of all samples. Clips that cannot be read are skipped with a warning."""
     total, squares, clips = 0., 0., 0
     bad: List[str] = []
-    for name in tqdm(names, desc='mean and deviation of the sound', unit=' clips', disable=None):
+    for name in tqdm(names, desc='mean and standard deviation of the sound', unit=' clips', disable=None):
         try:
-            samples = read_wave(folder / name).double()
+            samples = load_wav(folder / name).double()
         except (OSError, ValueError) as error:
             bad.append(first_line(error))
             continue
         total, squares, clips = total + samples.sum().item(), squares + samples.square().sum().item(), clips + 1
     if bad:
-        _logger.warning('%d of %d clips are left out of mean and deviation, such as: %s', len(bad), len(names), bad[0])
+        _logger.warning('skipped %d of %d clips in mean and standard deviation, such as: %s',
+                        len(bad), len(names), bad[0])
     if not clips or not squares:
-        raise ValueError(f'{folder} has no sound to train on: {len(names)} files, {clips} could be read')
+        raise ValueError(f'{folder} has no sound to train on: {clips} of {len(names)} clips are readable')
     mean = total / (clips * RATE)
     std = (squares / (clips * RATE) - mean ** 2) ** 0.5
     return {'mean': torch.tensor(mean), 'std': torch.tensor(std)}

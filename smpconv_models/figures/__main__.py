@@ -60,7 +60,8 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--layer', metavar='NAME', help='module whose feature maps to use (default: the last stage)')
     command.add_argument(
-        '--class', dest='index', type=cli.non_negative_int, metavar='N', help='index of the class (default: the predicted class)')
+        '--class', dest='index', type=cli.non_negative_int, metavar='N',
+        help='index of the class (default: the predicted class)')
     command.add_argument(
         '--method', choices=grad_cam.METHODS, default='GradCAM', help='Grad-CAM variant (default: %(default)s)')
     command = _add(
@@ -108,7 +109,8 @@ def _add_layer_options(command: argparse.ArgumentParser, max_layers: int = 6) ->
         '--max-layers', type=cli.positive_int, default=max_layers, metavar='N',
         help='maximum number of layers without --layer (default: %(default)s)')
     command.add_argument(
-        '--columns', type=cli.positive_int, default=6, metavar='N', help='number of kernels per layer (default: %(default)s)')
+        '--columns', type=cli.positive_int, default=6, metavar='N',
+        help='number of kernels per layer (default: %(default)s)')
     command.add_argument(
         '--filter', type=cli.non_negative_int, default=0, metavar='N',
         help='index of the filter, for networks with points per filter (default: %(default)s)')
@@ -148,7 +150,8 @@ def check_output(output: str, extensions: List[str]) -> Path:
 
 
 def draw_kernels(
-        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int, filter: int) -> None:
+        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int, filter: int,
+) -> None:
     loaded, = source.load()
     figures.save_kernels(path, loaded.model, layer, max_layers, columns, filter)
 

@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smpconv_models import checkpoint
 from smpconv_models.checkpoint.description import PREPARATION
 from smpconv_models.data.digits import Digits
+from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.config import DataOptions, ModelOptions
 from smpconv_models.training.datasets import DECODE_ERRORS, ReadImage
-from smpconv_models.training.model_factory import create_model, model_arguments, open_checkpoint
-from smpconv_models.training.run_dir import RunDir
+from smpconv_models.training.factory import create_model, model_arguments, open_checkpoint
 from smpconv_models.training.tasks import ImageTask
 from smpconv_models.utils.errors import first_line
 

@@ -236,7 +236,8 @@ def kernel_view(layer: Union[SMPLayer, KernelView], filter: int = 0) -> KernelVi
     if not 0 <= filter < len(layer.coords):
         raise ValueError(f'filter must lie in [0, {len(layer.coords) - 1}], got {filter}')
     # a layer of this filter alone: the others' kernels, of up to 16,000 steps each, need not be sampled
-    alone: Any = type(layer)(
+    kind: Any = type(layer)
+    alone = kind(
         layer.in_channels, 1, layer.base_size, layer.coords.shape[1], bias=False, radius_range=layer.radius_range,
         device='meta')
     alone.resize(layer.kernel_size)

@@ -71,8 +71,7 @@ class ConvFFN(PreNormBlock):
     Args:
         dim: Number of channels.
         mlp_ratio: Ratio of hidden channels to ``dim``.
-        drop_path: Probability of dropping the branch, per sample.
-        act_layer, norm_layer: Activation and normalization.
+        drop_path, act_layer, norm_layer: As in :class:`LargeKernelBlock`.
     """
 
     def __init__(

@@ -6,10 +6,10 @@ from .config import DataOptions, DebugOptions, DeviceOptions, ModelOptions, Trai
 from .distributed import DistributedContext, TrainingInterrupted
 from .factory import param_groups
 from .logger import describe_error
-from .metrics import evaluate
 from .trainer import Trainer, build_trainer
 from .validate import (
     EvalOptions,
+    evaluate,
     evaluate_model,
     expand_model_list,
     save_confusion_matrix,

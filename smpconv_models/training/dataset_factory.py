@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import get_img_extensions
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from smpconv_models.data.digits import SPLIT_SYNONYMS, Digits
+from smpconv_models.data.digits import EVAL_SYNONYMS, TRAIN_SYNONYMS, Digits
 from smpconv_models.utils.errors import first_line
 
 from .class_folders import READER_ERRORS, ClassFolders, ClassTars, Scan, listed, log_nesting, shown
@@ -49,10 +49,8 @@ def create_dataset(
     """Create the image data set that the options name: 'digits', or any of ``timm.data.create_dataset``.
 
     Without a name, ``data_dir`` holds for each split a folder of class folders (``train/CLASS/IMAGE``), a folder of
-    tar files of a class each (``train/CLASS.tar``), or a tar file of either (``train.tar``).
-
-    Skipped files, and properties of the data that the user may not expect, are logged at level INFO, which train.py
-    enables on rank 0.
+    tar files of a class each (``train/CLASS.tar``), or a tar file of either (``train.tar``). Skipped files, and
+    properties that the user may not expect, are logged at level INFO, which train.py enables on rank 0.
 
     Args:
         data: Names of the data set and its folder, and how images are read.
@@ -61,8 +59,7 @@ def create_dataset(
         is_training: Whether to train on the split.
 
     Raises:
-        ValueError: If the data set or the split does not exist, or has a fault that is found without reading the
-            images.
+        ValueError: If the data set or the split does not exist, or has a fault that is found without the images.
     """
     if not split:
         raise ValueError('the name of a split must not be empty')
@@ -171,7 +168,7 @@ def _find_split(data_dir: Optional[str], split: str) -> Path:
     timm would fall back to the root if there is none, and evaluate on the training images.
     """
     root = _check_root(data_dir, 'the folder that holds the training and validation images')
-    names = next((names for names in SPLIT_SYNONYMS if split in names), (split,))
+    names = next((names for names in (TRAIN_SYNONYMS, EVAL_SYNONYMS) if split in names), (split,))
     for choice in ((split,), names):
         for suffix in ('', '.tar'):
             paths = [root / f'{name}{suffix}' for name in choice]
@@ -269,25 +266,21 @@ def _create_torchvision(data: DataOptions, name: str, split: str) -> Union[Class
         return ClassFolders(scan, by_top_level=True)
     if data.data_dir is None:
         raise ValueError(f'--data-dir is needed: the folder of {data.dataset}')
-    known = (*SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1], 'test')
+    known = (*TRAIN_SYNONYMS, *EVAL_SYNONYMS, 'test')
     if name in _TRAIN_TEST_ONLY and split not in known:
         raise ValueError(f'split of {data.dataset} must be one of {known}, got {split!r}')
-    with _download_lock(data, data.data_dir):
+    lock: AbstractContextManager = nullcontext()
+    if data.dataset_download:  # the first process of a machine downloads, the others find the files
+        try:
+            Path(data.data_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f'--data-dir {data.data_dir} cannot be made: {error.strerror}') from error
+        lock = FileLock(Path(data.data_dir) / '.download.lock')
+    with lock:
         dataset = _create_with_timm(data, split, False, search_split=False)
     if hasattr(dataset, 'loader'):
         dataset.loader = Image.open  # ReadImage converts the images
     return _MapStyleImages(dataset)
-
-
-def _download_lock(data: DataOptions, root: str) -> AbstractContextManager:
-    """Return a lock under which the first process of a machine downloads, and the others find the files."""
-    if not data.dataset_download:
-        return nullcontext()
-    try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f'--data-dir {root} cannot be made: {error.strerror}') from error
-    return FileLock(Path(root) / '.download.lock')
 
 
 # --- WebDataset ---

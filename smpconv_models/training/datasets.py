@@ -6,8 +6,8 @@ An image passes these places from its file to the model in training:
 2. In a DataLoader worker, :class:`SeededDataset` seeds the random generators by (seed, epoch, index), reads the image
    from its source, converts it with :class:`ReadImage`, and applies the transform that the task has set.
 3. :class:`CollateReadable` stacks the readable samples to a batch, and lists the unreadable ones.
-4. In the main process, :class:`~.bounded.BoundedLoader` bounds the wait for the batch, :class:`CheckedLoader` reports
-   the unreadable samples and checks the class indices.
+4. In the main process, :class:`~.distributed.BoundedLoader` bounds the wait for the batch, :class:`CheckedLoader`
+   reports the unreadable samples and checks the class indices.
 5. On a GPU, timm's ``PrefetchLoader`` copies the batch to the device and normalizes it there.
 
 :class:`SeededIterableDataset` takes the place of 1 and 2 for a stream. Evaluation differs in the sampler and the
@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from . import rng
-from .bounded import BoundedLoader
 from .class_folders import shown
+from .distributed import BoundedLoader
 
 _logger = logging.getLogger(__name__)
 
@@ -267,7 +267,6 @@ class ResumableBatchSampler(Sampler):
         world_size: Number of ranks.
         seed: Seed of the order.
     """
-    may_restart = False
 
     def __init__(self, length: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int) -> None:
         self.length = length
@@ -282,11 +281,6 @@ class ResumableBatchSampler(Sampler):
     def steps(self) -> int:
         """Number of steps of a whole epoch."""
         return self.length // (self.batch_size * self.accumulation * self.world_size)
-
-    @property
-    def batching(self) -> Dict[str, Any]:
-        """Arguments of the DataLoader."""
-        return {'batch_sampler': self}
 
     def start(self, epoch: int, step: int) -> None:
         """Let the next iteration begin at this step of this epoch."""
@@ -371,10 +365,15 @@ class SeededIterableDataset(IterableDataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def start(self, number: int) -> None:
-        """Let this number, below 2**31, determine the shuffling and augmentation of the next pass."""
+    def start(self, epoch: int, step: int) -> None:
+        """Let the next pass begin; within an epoch, in another order than at its beginning."""
+        number = rng.derive_seed(epoch, step) % 2 ** 31 if step else epoch
         self.dataset.set_epoch(number)
         self._pass_number.value = number
+
+    def indices(self, step: int) -> List[int]:
+        """Return no indices, as the samples of a stream have none."""
+        return []
 
     def configure(self, num_workers: int, rank: int) -> None:
         """Set the number of DataLoader workers and the rank that load the samples."""
@@ -403,31 +402,6 @@ class SeededIterableDataset(IterableDataset):
         except (OSError, RuntimeError, ValueError) as error:
             source = getattr(self.reader, 'name', None) or self.reader.root
             raise ValueError(f'the stream {source} cannot be read: {error}') from error
-
-
-class StreamOrder:
-    """Order of a stream's batches, which starts again with another shuffling if the stream ends early.
-
-    Args:
-        stream: Data set, which shuffles itself.
-        batch_size: Batch size of one rank.
-        accumulation: Number of batches that a rank accumulates in a step.
-    """
-    may_restart = True
-
-    def __init__(self, stream: SeededIterableDataset, batch_size: int, accumulation: int) -> None:
-        self.stream = stream
-        self.accumulation = accumulation
-        self.steps = len(stream) // batch_size // accumulation
-        self.batching = {'batch_size': batch_size, 'drop_last': True}
-
-    def start(self, epoch: int, step: int) -> None:
-        """Let the next pass begin; within an epoch, in another order than at its beginning."""
-        self.stream.start(rng.derive_seed(epoch, step) % 2 ** 31 if step else epoch)
-
-    def indices(self, step: int) -> List[int]:
-        """Return no indices, as the samples of a stream have none."""
-        return []
 
 
 class HuggingFaceStream(SeededIterableDataset):

@@ -14,8 +14,8 @@ from .datasets import (
     DistributedEvalSampler,
     OnUnreadable,
     ResumableBatchSampler,
+    SeededIterableDataset,
     SkippedSamples,
-    StreamOrder,
 )
 from .distributed import DistributedContext
 from .tasks import Task
@@ -29,16 +29,15 @@ class TrainLoader(NamedTuple):
     Attributes:
         loader: Loader of (images, class indices).
         dataset: Data set of the samples.
-        order: Order of the batches.
+        order: Order of the batches; a stream is its own.
+        steps: Number of steps of an epoch.
+        accumulation: Number of batches of a step.
     """
     loader: Any
     dataset: Any
-    order: Union[ResumableBatchSampler, StreamOrder]
-
-    @property
-    def steps(self) -> int:
-        """Number of steps of an epoch."""
-        return self.order.steps
+    order: Union[ResumableBatchSampler, SeededIterableDataset]
+    steps: int
+    accumulation: int
 
     @property
     def num_images(self) -> Optional[int]:
@@ -52,7 +51,7 @@ class TrainLoader(NamedTuple):
             ValueError: If the batches end early, because of unreadable samples.
         """
         self.order.start(epoch, step)
-        return self._iter_batches((self.steps - step) * self.order.accumulation)
+        return self._iter_batches((self.steps - step) * self.accumulation)
 
     def _iter_batches(self, count: int) -> Iterator[Tuple[Tensor, Tensor]]:
         done = 0
@@ -63,7 +62,7 @@ class TrainLoader(NamedTuple):
                 done += 1
                 if done == count:
                     return
-            if not self.order.may_restart or done == before:
+            if not self.dataset.is_stream or done == before:
                 raise ValueError(f'the images ended after {done} of {count} batches, as too many cannot be read')
             _logger.warning('the stream ended after %d of %d batches, and starts again', done, count)
 
@@ -129,7 +128,7 @@ def create_train_loader(
             f'--batch-size must not exceed the {dataset.num_samples} training images, got {data.batch_size}'
             + (f' x {grad_accum_steps} accumulated' if grad_accum_steps > 1 else '')
             + (f' x {world.size} ranks' if world.size > 1 else ''))
-    order: Any
+    batching: Dict[str, Any]
     if dataset.is_stream:
         num_shards, num_workers = dataset.num_shards(data.workers, world.size), max(data.workers, 1)
         if num_shards is not None and num_shards < num_workers:  # a worker without a shard would let others wait
@@ -137,15 +136,17 @@ def create_train_loader(
                 f'split {train_split!r} of {data.dataset} has {num_shards} shards for each rank, fewer than '
                 f'{num_workers} DataLoader workers: use fewer --workers or fewer ranks')
         dataset.configure(data.workers, world.rank)
-        order = StreamOrder(dataset, data.batch_size, grad_accum_steps)
+        order, steps = dataset, len(dataset) // data.batch_size // grad_accum_steps
+        batching = {'batch_size': data.batch_size, 'drop_last': True}
     else:
         order = ResumableBatchSampler(
-            dataset.num_samples, data.batch_size, grad_accum_steps, world.rank, world.size, data.seed)
+            len(dataset), data.batch_size, grad_accum_steps, world.rank, world.size, data.seed)
+        steps, batching = order.steps, {'batch_sampler': order}
     loader = _create_loader(
-        task, dataset, data_config, device, world, dist_timeout, on_unreadable, order.batching,
+        task, dataset, data_config, device, world, dist_timeout, on_unreadable, batching,
         filled_size=data.batch_size, re_prob=0. if augmentation.no_aug else augmentation.reprob,
         re_mode=augmentation.remode, re_count=augmentation.recount)
-    return TrainLoader(loader, dataset, order)
+    return TrainLoader(loader, dataset, order, steps, grad_accum_steps)
 
 
 def create_eval_loader(

@@ -13,7 +13,7 @@ from torchvision.transforms import RandomCrop
 from torchvision.transforms import v2 as transforms
 
 from smpconv_models.checkpoint import MAX_INHERITED_SIDE
-from smpconv_models.data import EMBEDDED, NAMES, create_sequence_dataset
+from smpconv_models.data import DATASET_NAMES, EMBEDDED_NAMES, create_sequence_dataset
 from smpconv_models.models import list_sequence_models
 from smpconv_models.utils.download import DownloadNeededError
 from smpconv_models.utils.errors import suggestion_suffix
@@ -89,7 +89,7 @@ class ImageTask(Task):
         name = values.get('model')
         if name in list_sequence_models():
             raise ValueError(
-                f'{name} is for sequences: expected --dataset seq/NAME, NAME one of {NAMES}, got '
+                f'{name} is for sequences: expected --dataset seq/NAME, NAME one of {DATASET_NAMES}, got '
                 f'{self.data.dataset or "a folder of images"}')
 
     def create_dataset(self, split: str, in_chans: int, is_training: bool) -> Any:
@@ -194,7 +194,7 @@ class SequenceTask(Task):
         if not split:
             raise ValueError('the name of a split must not be empty')
         _, _, name = (self.data.dataset or '').lower().partition('/')
-        if name in NAMES and name not in EMBEDDED and not self.data.data_dir:
+        if name in DATASET_NAMES and name not in EMBEDDED_NAMES and not self.data.data_dir:
             raise ValueError(f'--dataset {self.data.dataset} needs a folder for its files: --data-dir')
         try:
             source = create_sequence_dataset(name, self.data.data_dir, split, self.data.dataset_download)
@@ -250,17 +250,7 @@ def check_classes(
         first: str = 'training',
         second: str = 'evaluation',
 ) -> None:
-    """Compare the classes of two data sets, if both are known.
-
-    Args:
-        trained: Names of the classes by index.
-        evaluated: Names of the other classes by index.
-        first: Name of the first data set in the error.
-        second: Name of the second data set.
-
-    Raises:
-        ValueError: If the classes differ by name or by index.
-    """
+    """Raise ValueError if the classes of two data sets, named `first` and `second`, differ by name or by index."""
     if trained is None or evaluated is None or list(trained) == list(evaluated):
         return
     intro = f'the classes of {first} and {second} must be the same: {len(trained)} and {len(evaluated)}'
@@ -320,15 +310,7 @@ def check_padding(padding: int, size: Tuple[int, int]) -> int:
 
 
 class PadAndRandomCrop:
-    """Random crop of an image with black pixels around it, of the image's own size.
-
-    Args:
-        size: (height, width).
-        padding: Number of pixels on each side.
-
-    Raises:
-        ValueError: If an image has another size.
-    """
+    """Random crop of ``padding`` black pixels around an image, to the image's own size (height, width)."""
 
     def __init__(self, size: Tuple[int, int], padding: int) -> None:
         self.size = size

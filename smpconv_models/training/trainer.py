@@ -19,14 +19,11 @@ from smpconv_models.utils.errors import first_line
 from ..utils import atomic_io
 from ..utils.atomic_io import atomic_write
 from . import factory
-from .checkpointing import TrainState, check_content, diff_args, is_resumable, load_optimizer, save_checkpoint
+from .checkpointing import RunDir, TrainState, check_content, diff_args, is_resumable, load_optimizer, save_checkpoint
 from .config import TrainOptions
 from .datasets import SkippedSamples
 from .distributed import DistributedContext, GracefulStop, TrainingInterrupted
-from .loader import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
-from .logger import ProgressLogger, check_logging_dependencies
-from .metrics import evaluate
-from .model_factory import (
+from .factory import (
     check_no_conflict,
     create_model,
     load_weights,
@@ -35,9 +32,11 @@ from .model_factory import (
     select_device,
     select_weights,
 )
-from .run_dir import RunDir
+from .loader import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
+from .logger import ProgressLogger, check_logging_dependencies
 from .tasks import check_class_count, check_classes, class_names, create_task
 from .train_step import StepResult, TrainStep
+from .validate import evaluate
 
 _logger = logging.getLogger(__name__)
 

@@ -55,10 +55,10 @@ from smpconv_models.training import (  # noqa: E402
     cli,
     evaluate_model,
     expand_model_list,
+    factory,
     ineffective_options,
-    model_factory,
 )
-from smpconv_models.training.run_dir import RunDir  # noqa: E402
+from smpconv_models.training.checkpointing import RunDir  # noqa: E402
 from smpconv_models.training.validate import fill_from_checkpoint  # noqa: E402
 
 TINY = dict(depths=[1], dims=[4], kernel_sizes=[7], num_classes=10, in_chans=1)
@@ -259,8 +259,8 @@ class Cases:
             'figures': lambda path: ModelSource(
                 cli.read_options(parse(figures, 'kernels', '--output', 'kernels.png', *argv), ModelOptions),
                 [str(path)]).load(),
-            'initial': lambda path: model_factory.load_weights(
-                self.networks[name], model_factory.select_weights(checkpoint.load_file(path), path)[0], path),
+            'initial': lambda path: factory.load_weights(
+                self.networks[name], factory.select_weights(checkpoint.load_file(path), path)[0], path),
             'pretrained': lambda path: timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)}
         if kind != 'safetensors':  # of which only registered sizes are known by their shapes

@@ -1,4 +1,4 @@
-"""Libraries that use backbones by timm's names, unchanged: their own classes over our models."""
+"""Libraries that use backbones by timm's names: their unchanged classes on the models of this package."""
 import functools
 import warnings
 
@@ -24,7 +24,7 @@ def nano(**kwargs):
 
 
 def learns(model, loss_function, steps=6):
-    """Whether a made problem's loss falls; the gradients must reach the points of every kernel."""
+    """Return whether the loss of a generated problem falls; the points of every kernel must have gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
@@ -65,7 +65,7 @@ def test_segmentation_counts_four_levels_from_a_stride_of_four_as_five():
 
 
 def test_segmentation_with_a_stride():
-    """DeepLab asks for an output stride, which only timm models that can be dilated take."""
+    """DeepLab needs an output stride, which only timm models with dilation support."""
     model = segmentation_models_pytorch.DeepLabV3Plus(
         'tu-smpconv_mobile31', encoder_weights=None, encoder_output_stride=16)
     assert model.encoder.model.feature_info.reduction() == [4, 8, 16, 16]
@@ -76,7 +76,7 @@ def test_segmentation_with_a_stride():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """What hub.convert makes of a checkpoint, with seven classes and one input channel."""
+    """Folder of hub.convert for a checkpoint with seven classes and one input channel."""
     path = tmp_path_factory.mktemp('folder')
     model = nano(num_classes=7, in_chans=1)
     torch.save({
@@ -123,7 +123,7 @@ def test_transformers_reads_how_images_are_made_ready(folder):
 
 @torch.no_grad()
 def test_what_transformers_saves_is_read_here(folder, tmp_path):
-    """Its weights are other bytes than those of the folder whose configuration it has copied."""
+    """The weights differ from those of the folder whose configuration is copied."""
     model = transformers.TimmWrapperForImageClassification.from_pretrained(folder).eval()
     model.timm_model.head.fc.bias += 1
     model.save_pretrained(tmp_path / 'saved')
@@ -148,7 +148,7 @@ def test_transformers_backbone():
 
 @pytest.mark.parametrize('feature_cls', ['list', 'dict'])
 def test_torchvision_fpn(feature_cls):
-    """Its IntermediateLayerGetter walks the children of timm's wrapper, by the names in return_layers."""
+    """IntermediateLayerGetter visits the children of timm's wrapper by the names in return_layers."""
     body = timm.create_model('smpconv_nano', features_only=True, out_indices=(1, 2, 3), feature_cls=feature_cls)
     backbone = BackboneWithFPN(body, dict(body.return_layers), body.feature_info.channels(), out_channels=16)
     images = torch.randn(2, 3, 64, 64)
@@ -191,7 +191,7 @@ def test_effdets_own_indices_are_beyond_our_stages():
 
 
 def build_norm_layer(kind, channels, **kwargs):
-    """As mmcv's: a configuration in words -> name and layer."""
+    """Build a norm like mmcv: return the name and layer of a configuration."""
     layer = {'GN': lambda: nn.GroupNorm(num_channels=channels, **kwargs), 'SyncBN': lambda: nn.SyncBatchNorm(channels)}
     return kind.lower(), layer[kind]()
 

@@ -1,4 +1,4 @@
-"""examples/features.py and examples/segmentation.py, as their readers run them."""
+"""Examples of features and segmentation."""
 import importlib.util
 import runpy
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_features_prints_what_its_comments_say(capsys):
     assert lines[0] == comments[0] and ', '.join(lines[1:]) == comments[1]
 
 
-def test_made_images_have_their_digits_under_the_masks(segmentation):
+def test_masks_cover_the_digits(segmentation):
     images, masks = segmentation.make_images('validation', 40, 64, seed=3).tensors
     assert images.shape == (40, 3, 64, 64) and masks.shape == (40, 1, 64, 64)
     assert images.min() >= 0 and images.max() <= 1 and set(masks.unique().tolist()) == {0., 1.}
@@ -39,7 +39,7 @@ def test_made_images_have_their_digits_under_the_masks(segmentation):
     assert not torch.equal(images, segmentation.make_images('validation', 40, 64, seed=4).tensors[0])
 
 
-def test_segmentation_writes_what_it_says(segmentation, tmp_path, capsys):
+def test_segmentation_writes_its_files(segmentation, tmp_path, capsys):
     out = tmp_path / 'out'
     assert segmentation.main([
         '--output', str(out), '--images', '16', '--batch-size', '8', '--epochs', '1', '--size', '32']) == 0
@@ -69,7 +69,7 @@ def test_a_step_trains_and_radii_stay_in_range(segmentation, tmp_path, monkeypat
     assert splits == ['train', 'validation']
     assert not any(torch.equal(after[name], before[name]) for name in before if name.endswith('.coords'))
     radii = torch.cat([value for name, value in after.items() if name.endswith('.radius')])
-    assert radii.min().item() == pytest.approx(1e-3) and radii.max() == 1  # at such a rate they would leave
+    assert radii.min().item() == pytest.approx(1e-3) and radii.max() == 1  # without clipping they would leave the range
 
 
 @pytest.mark.slow  # trains for a minute and a half
@@ -78,14 +78,14 @@ def test_segmentation_learns(segmentation, tmp_path):
     assert segmentation.run(args) > 0.85
 
 
-def test_bad_arguments_are_one_line(segmentation, tmp_path, capsys):
+def test_invalid_arguments_are_one_line(segmentation, tmp_path, capsys):
     (tmp_path / 'file').write_text('')
-    for arguments, told in (
+    for arguments, message in (
             (('--encoder', 'resnet18'), "got 'resnet18'"), (('--size', '50'), 'a multiple of 32, got 50'),
             (('--epochs', '0'), '--epochs 0'), (('--images', '4'), '--images 4'), (('--lr', '-1'), 'got -1.0'),
             (('--output', tmp_path / 'file'), str(tmp_path / 'file'))):
         with pytest.raises(SystemExit) as error:
             segmentation.main(['--output', str(tmp_path / 'out'), *map(str, arguments)])
         line, = capsys.readouterr().err.splitlines()
-        assert error.value.code == 2 and line.startswith('segmentation.py: error: ') and told in line
+        assert error.value.code == 2 and line.startswith('segmentation.py: error: ') and message in line
     assert [path.name for path in tmp_path.iterdir()] == ['file']

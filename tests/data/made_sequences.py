@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from smpconv_models.data import characters, idx, speech
+from smpconv_models.data import characters, images, speech
 
 LETTERS = 'abcdeghlmnopqrsuvwyz'
 EACH = {'train': 3, 'validation': 1, 'test': 1}  # clips of a word
@@ -68,8 +68,8 @@ def publish_mnist(server, patch):
 
 def sizes_as_published(patch):
     """The made files' sizes for the published ones', whose checksums they haven't."""
-    known = {name: (len(content), idx._PUBLISHED[name][1]) for name, content in mnist_files().items()}
-    patch.setattr(idx, '_PUBLISHED', known)
+    known = {name: (shape, len(mnist_files()[name]), md5) for name, (shape, _, md5) in images._MNIST_FILES.items()}
+    patch.setattr(images, '_MNIST_FILES', known)
 
 
 def publish_cifar10(server, patch):

@@ -40,7 +40,7 @@ def test_what_is_longer_is_cut_at_the_end():
 
 def test_each_channel_is_normalised_over_the_training_letters(opened):
     found, labels = made.letters()
-    train, _ = characters._indices(np.array(labels) - 1, 'train')
+    train, _ = characters._split_indices(np.array(labels) - 1, 'train')
     fitted = np.stack([characters._fit(letter) for letter in found])
     mean, std = fitted[train].mean((0, 2)), fitted[train].std((0, 2))
     dataset = opened()
@@ -57,7 +57,7 @@ FROZEN = {
 
 def test_the_splits_are_stratified_and_fixed():
     labels = np.repeat(np.arange(20), 143)[:2858]  # as many as the published file has
-    parts = {split: characters._indices(labels, split)[1] for split in ('train', 'validation', 'test')}
+    parts = {split: characters._split_indices(labels, split)[1] for split in ('train', 'validation', 'test')}
     assert [len(part) for part in parts.values()] == [2000, 429, 429]
     assert sorted(np.concatenate(list(parts.values()))) == list(range(2858))
     for part in parts.values():
@@ -166,7 +166,7 @@ def test_a_still_channel_is_told(opened):
     found, labels = made.letters()
     for letter in found:
         letter[1] = 0
-    with pytest.raises(ValueError, match='a channel is the same everywhere'):
+    with pytest.raises(ValueError, match='a channel is constant'):
         opened(content=made.mat(found, labels))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from smpconv_models.data import create_sequence_dataset, permutations
+from smpconv_models.data import create_sequence_dataset, images
 from smpconv_models.data.digits import Digits
 
 
@@ -23,7 +23,7 @@ def test_the_digits_are_those_of_the_image_data_set():
 def test_permuted_steps_are_the_same_in_one_order(tmp_path, name):
     root = made.make_mnist(tmp_path)
     plain, permuted = (create_sequence_dataset(prefix + name, root, 'train') for prefix in ('', 'permuted-'))
-    order = permutations.permutation(f'permuted-{name}', plain.shape[1])
+    order = images.step_order(f'permuted-{name}', plain.shape[1])
     assert permuted.labels == plain.labels
     for index in (0, 30):
         assert not torch.equal(permuted[index][0], plain[index][0])
@@ -62,7 +62,7 @@ def test_images_are_augmented_before_their_steps_are_put_in_order(tmp_path, name
         return pixels.reshape(1, 28, 28).flip(-1).reshape(1, 784)
 
     changed.augment = flip
-    order = permutations.permutation(name, 784) if name.startswith('permuted') else torch.arange(784)
+    order = images.step_order(name, 784) if name.startswith('permuted') else torch.arange(784)
     image = torch.empty(1, 784)
     image[:, order] = plain[7][0]
     assert torch.equal(changed[7][0], flip(image)[:, order])
@@ -113,12 +113,12 @@ IMAGES, LABELS = 'train-images-idx3-ubyte', 'train-labels-idx1-ubyte'
 
 
 @pytest.mark.parametrize('file, change, told', [
-    (IMAGES, lambda path: os.truncate(path, 20000), r'its header tells 31376 bytes, it has 20000; remove it and pass'),
-    (LABELS, lambda path: os.truncate(path, 30), 'its header tells 48 bytes, it has 30'),
-    (LABELS, lambda path: path.write_bytes(b''), 'it does not begin as a file of bytes in 1 dimensions does'),
-    (IMAGES, lambda path: path.write_bytes(b'<html>no such file</html>'), 'does not begin as a file of bytes in 3'),
-    (IMAGES, lambda path: path.write_bytes(made.mnist_files()[LABELS]), 'does not begin as a file of bytes in 3'),
-    (IMAGES, lambda path: path.write_bytes(path.read_bytes() + b'more'), 'its header tells 31376 bytes, it has 31380'),
+    (IMAGES, lambda path: os.truncate(path, 20000), 'found 20000; remove it and pass'),
+    (LABELS, lambda path: os.truncate(path, 30), 'expected 48 bytes by its header, found 30'),
+    (LABELS, lambda path: path.write_bytes(b''), 'expected the IDX header of bytes in 1 dimensions'),
+    (IMAGES, lambda path: path.write_bytes(b'<html>no such file</html>'), 'expected the IDX header of bytes in 3'),
+    (IMAGES, lambda path: path.write_bytes(made.mnist_files()[LABELS]), 'expected the IDX header of bytes in 3'),
+    (IMAGES, lambda path: path.write_bytes(path.read_bytes() + b'more'), 'expected 31376 bytes .* found 31380'),
     (IMAGES, lambda path: path.write_bytes(path.read_bytes()[:8] + bytes([0, 0, 0, 14]) + path.read_bytes()[12:]),
      r'expected items of shape \(28, 28\), found \(14, 28\)'),
 ])
@@ -178,11 +178,11 @@ def test_damaged_files_of_cifar10_are_told_and_mended(tmp_path, monkeypatch, ser
     root = tmp_path / 'data'
     create_sequence_dataset('cifar10', root, 'train', download=True)
     os.truncate(root / 'cifar-10-batches-py' / 'data_batch_4', 100)
-    with pytest.raises(ValueError, match=r'lacks data_batch_4, or it is damaged \(1 such files\): pass download=True'):
+    with pytest.raises(ValueError, match=r'data_batch_4 is missing or damaged \(1 such files\): pass download=True'):
         create_sequence_dataset('cifar10', root, 'test')
     assert len(create_sequence_dataset('cifar10', root, 'test', download=True)) == 10
     (root / 'cifar-10-batches-py' / 'batches.meta').unlink()
-    with pytest.raises(ValueError, match=r'lacks batches.meta, or it is damaged'):
+    with pytest.raises(ValueError, match=r'batches.meta is missing or damaged'):
         create_sequence_dataset('cifar10', root, 'test')
 
 
@@ -191,14 +191,14 @@ def test_damaged_files_of_cifar10_are_told_and_mended(tmp_path, monkeypatch, ser
 
 @pytest.mark.parametrize('name, length', [('permuted-mnist', 784), ('permuted-digits', 64)])
 def test_orders_are_those_that_they_are_said_to_be(name, length):
-    assert permutations.permutation(name, length).tolist() == np.random.RandomState(0).permutation(length).tolist()
+    assert images.step_order(name, length).tolist() == np.random.RandomState(0).permutation(length).tolist()
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{}', '{"permuted-digits": [0, 1, 1]}', '{"permuted-digits": 3}',
                                      '{"permuted-digits": ["a"]}'])
 def test_a_damaged_file_of_orders_is_told(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(permutations, '_PATH', tmp_path / 'orders.json')
+    monkeypatch.setattr(images, '_ORDERS', tmp_path / 'orders.json')
     if content:
         (tmp_path / 'orders.json').write_text(content)
     with pytest.raises(ValueError, match=r"orders\.json is damaged: expected the numbers 0 to 2 as 'permuted-digits'"):
-        permutations.permutation('permuted-digits', 3)
+        images.step_order('permuted-digits', 3)

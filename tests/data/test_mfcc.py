@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from smpconv_models.data.mfcc import mfcc
+from smpconv_models.data.speech import mfcc
 
 # Of float32. A coefficient is a sum of 64 logarithms, by factors of at most sqrt(2 / 64). A logarithm is wrong by a
 # rounding of its magnitude, at most 14 (the floor's), and by its energy's relative error, some 100 roundings: of a

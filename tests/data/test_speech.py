@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from smpconv_models.data import audio, cache, create_sequence_dataset, mfcc, speech
+from smpconv_models.data import cache, create_sequence_dataset, speech
 from smpconv_models.utils import download
 
 NAMES = ('speech', 'speech-mfcc')
@@ -38,17 +38,17 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
     with wave.open(file, 'wb') as out:
         out.setparams((1, 2, 16000, 0, 'NONE', ''))
         out.writeframes(np.array([-2 ** 15, 2 ** 15 - 1, 0, 256], '<i2').tobytes())
-    found = audio.read_wave(written(tmp_path, file.getvalue()))
+    found = speech.load_wav(written(tmp_path, file.getvalue()))
     assert found.dtype == torch.float32 and found.shape == (16000,)
     assert found[:4].tolist() == [-1, 1 - 2 ** -15, 0, 2 ** -7]
     assert not found[4:].any()  # a shorter clip ends in silence
 
 
 @pytest.mark.parametrize('content, told', [
-    (b'', 'is no sound file, or damaged: EOFError'),
-    (b'<html>' * 100, 'is no sound file, or damaged: file does not start with RIFF id'),
-    (made.sound(0)[:20], 'is no sound file, or damaged'),
-    (made.sound(0)[:9000], 'is damaged: its header tells 32000 bytes of sound, it has 8956'),
+    (b'', 'is not a WAV file or is damaged: EOFError'),
+    (b'<html>' * 100, 'is not a WAV file or is damaged: file does not start with RIFF id'),
+    (made.sound(0)[:20], 'is not a WAV file or is damaged'),
+    (made.sound(0)[:9000], 'is damaged: expected 32000 bytes of sound by its header, found 8956'),
     (made.sound(0, channels=2), 'expected 1 channel of 16 bits at 16000 Hz, found 2 of 16 at 16000 Hz'),
     (made.sound(0, width=1), 'found 1 of 8 at 16000 Hz'),
     (made.sound(0, rate=8000), 'found 1 of 16 at 8000 Hz'),
@@ -57,14 +57,14 @@ def test_samples_are_between_minus_one_and_one(tmp_path):
 ])
 def test_damaged_sound_is_told(tmp_path, content, told):
     with pytest.raises(ValueError, match=f'^[^\n]*clip.wav[^\n]*{told}[^\n]*$'):
-        audio.read_wave(written(tmp_path, content))
+        speech.load_wav(written(tmp_path, content))
 
 
 def test_a_header_of_any_size_takes_no_memory(tmp_path):
     content = bytearray(made.sound(0))
     content[40:44] = (2 ** 32 - 2).to_bytes(4, 'little')  # of the data
     with pytest.raises(ValueError, match='expected 1 to 16000 samples, found 2147483647'):
-        audio.read_wave(written(tmp_path, bytes(content)))
+        speech.load_wav(written(tmp_path, bytes(content)))
 
 
 # --- splits ---
@@ -89,18 +89,18 @@ def test_the_splits_are_the_lists(tmp_path, name):
 def test_items_are_the_files_normalised_by_all_training_samples(tmp_path):
     made.make_speech(tmp_path)
     train, test = (create_sequence_dataset('speech', tmp_path, split) for split in ('train', 'test'))
-    samples = torch.stack([audio.read_wave(train.name(index)) for index in range(30)]).double()
+    samples = torch.stack([speech.load_wav(train.name(index)) for index in range(30)]).double()
     std, mean = torch.std_mean(samples, correction=0)
-    expected = ((audio.read_wave(test.name(4)).double() - mean) / std).float().unsqueeze(0)
+    expected = ((speech.load_wav(test.name(4)).double() - mean) / std).float().unsqueeze(0)
     torch.testing.assert_close(test[4][0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_coefficients_are_normalised_each_over_the_training_split(tmp_path):
     made.make_speech(tmp_path)
     train, test = (create_sequence_dataset('speech-mfcc', tmp_path, split) for split in ('train', 'test'))
-    found = mfcc.mfcc(torch.stack([audio.read_wave(train.name(index)) for index in range(30)])).double()
+    found = speech.mfcc(torch.stack([speech.load_wav(train.name(index)) for index in range(30)])).double()
     std, mean = torch.std_mean(found, dim=(0, 2), correction=0)
-    expected = ((mfcc.mfcc(audio.read_wave(test.name(4))) - mean[:, None]) / std[:, None]).float()
+    expected = ((speech.mfcc(speech.load_wav(test.name(4))) - mean[:, None]) / std[:, None]).float()
     torch.testing.assert_close(test[4][0], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -325,7 +325,8 @@ def test_a_damaged_clip_is_an_error_of_its_item(tmp_path, caplog):
     (folder / 'yes' / names[1]).write_bytes(b'')
     dataset = create_sequence_dataset('speech', tmp_path, 'train')
     message, = caplog.messages
-    assert f'2 of 30 clips are left out of mean and deviation, such as: {folder}/yes/{names[0]} is damaged' in message
+    assert 'skipped 2 of 30 clips in mean and standard deviation, such as: ' in message
+    assert f'{folder}/yes/{names[0]} is damaged' in message
     by_name = {os.path.basename(dataset.name(index)): index for index in range(len(dataset))}
     for name in names[:2]:
         with pytest.raises(ValueError, match=f'yes/{name} is'):
@@ -358,7 +359,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, 'Permission denied', str(path))
 
-    monkeypatch.setattr(speech, 'read_wave', refuse)
+    monkeypatch.setattr(speech, 'load_wav', refuse)
     with pytest.raises(ValueError, match=r'^[^\n]*\.wav cannot be read: Permission denied$'):
         create_sequence_dataset('speech-mfcc', tmp_path, 'train')
 
@@ -370,13 +371,13 @@ def test_statistics_are_made_anew_when_a_damaged_clip_is_mended(tmp_path, caplog
     before = create_sequence_dataset('speech', tmp_path, 'test')[0][0]
     path.write_bytes(content)
     assert not torch.equal(create_sequence_dataset('speech', tmp_path, 'test')[0][0], before)
-    assert 'speech-statistics.safetensors is of other files or of another version; it is made anew' in caplog.text
+    assert 'speech-statistics.safetensors was computed from other files or by another version;' in caplog.text
 
 
 def test_silence_alone_is_no_training_split(tmp_path, monkeypatch):
     made.make_speech(tmp_path)
-    monkeypatch.setattr(speech, 'read_wave', lambda path: torch.zeros(16000))
-    with pytest.raises(ValueError, match='has no sound to train on: 30 files, 30 could be read'):
+    monkeypatch.setattr(speech, 'load_wav', lambda path: torch.zeros(16000))
+    with pytest.raises(ValueError, match='has no sound to train on: 30 of 30 clips are readable'):
         create_sequence_dataset('speech', tmp_path, 'train')
 
 
@@ -406,14 +407,14 @@ def test_coefficients_of_other_files_are_computed_anew(tmp_path, caplog):
     path = next((folder / 'yes').glob('*2_*.wav'))
     path.write_bytes(made.sound(77))
     create_sequence_dataset('speech-mfcc', tmp_path, 'train')
-    assert 'speech-mfcc-train.safetensors is of other files or of another version; it is made anew' in caplog.text
+    assert 'speech-mfcc-train.safetensors was computed from other files or by another version;' in caplog.text
 
 
 KEPT = {'a': torch.arange(6.).reshape(2, 3), 'b': torch.tensor(2.)}
 
 
 def kept(path, make=lambda: dict(KEPT), key='1'):
-    found = cache.cached(path, key, make)
+    found = cache.cached_tensors(path, key, make)
     assert found.keys() == KEPT.keys() and all(torch.equal(found[name], KEPT[name]) for name in KEPT)
     return path
 
@@ -430,7 +431,7 @@ def test_a_damaged_cache_is_made_anew_loudly(tmp_path, caplog, change, told):
     path.write_bytes(change(path.read_bytes()))
     kept(path)
     message, = caplog.messages
-    assert f'{path} {told}' in message and 'it is made anew' in message and '\n' not in message
+    assert f'{path} {told}' in message and 'recomputing it' in message and '\n' not in message
     kept(path, lambda: pytest.fail('made again'))
     assert below(tmp_path) == ['kept.safetensors']
 
@@ -473,7 +474,7 @@ def test_a_failure_leaves_no_cache(tmp_path):
         raise ValueError('no')
 
     with pytest.raises(ValueError, match='no'):
-        cache.cached(tmp_path / 'kept.safetensors', '1', fail)
+        cache.cached_tensors(tmp_path / 'kept.safetensors', '1', fail)
     assert below(tmp_path) == []
 
 
@@ -488,5 +489,5 @@ def test_without_a_place_to_keep_them_they_are_made_each_time(tmp_path, monkeypa
         monkeypatch.setattr(download.FileLock, 'acquire', full)
         monkeypatch.setattr(os, 'replace', full)
     kept(tmp_path / 'kept.safetensors')
-    assert 'cannot be kept, and will be made each time: No space left on device' in caplog.text
+    assert 'cannot be written, and is recomputed on each use: No space left on device' in caplog.text
     assert below(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the detectors and of the example that trains one."""
+"""Fixtures for tests of detectors and of the example that trains one."""
 import importlib
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ EXAMPLES = Path(__file__).parents[2] / 'examples'
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a module of examples/ by name, as a script there would."""
+    """Import a module of examples/ by name, like a script there."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """Makes a split in COCO format: three images, the last without annotations; returns its folder and content."""
+    """Create a split in COCO format: three images, the last without annotations; return its folder and content."""
     def make(split='train'):
         sizes = {11: (60, 40), 12: (50, 70), 13: (40, 40)}
         (tmp_path / split).mkdir()
@@ -39,7 +39,7 @@ def coco(tmp_path):
 
 @pytest.fixture
 def written(coco):
-    """As coco, with the annotations written to their file."""
+    """Fixture coco with the annotations written to their file."""
     def make(split='train', change=lambda content: None):
         folder, content = coco(split)
         change(content)

@@ -1,4 +1,4 @@
-"""smpconv_models.detection: pyramids on any backbone, torchvision's detectors on them."""
+"""Feature pyramids on any backbone, and torchvision's detectors on them."""
 import copy
 
 import pytest
@@ -118,7 +118,7 @@ def test_at_stride_4_to_32_the_anchors_are_torchvisions():
     assert retina.anchor_generator.sizes[-1] == (512, 645, 812)
 
 
-def test_what_is_asked_for_comes_before_the_defaults():
+def test_arguments_override_the_defaults():
     model = detection.fcos(pyramid(), num_classes=4, image_mean=[0., 0, 0], score_thresh=0.4)
     assert model.transform.image_mean == [0, 0, 0] and model.score_thresh == 0.4
     predictor = nn.Identity()
@@ -126,7 +126,7 @@ def test_what_is_asked_for_comes_before_the_defaults():
 
 
 @pytest.mark.parametrize('name', DETECTORS)
-def test_no_argument_is_swallowed(name):
+def test_unknown_arguments_are_refused(name):
     with pytest.raises(TypeError, match="unexpected keyword argument 'min_sise'"):
         getattr(detection, name)(pyramid(), 4, min_sise=64)
     assert getattr(detection, name)(pyramid(), 4, fixed_size=(64, 96)).transform.fixed_size == (64, 96)
@@ -136,7 +136,7 @@ def test_no_argument_is_swallowed(name):
 
 
 @pytest.mark.parametrize('name', DETECTORS)
-def test_nothing_frozen_gets_a_gradient(name):
+def test_frozen_parameters_get_no_gradient(name):
     model = detector(name, trainable_layers=0, frozen_bn=True)
     sum(losses_of(model).values()).backward()
     assert not any(param.requires_grad or param.grad is not None for param in model.backbone.body.parameters())
@@ -166,12 +166,12 @@ def test_layers_of_other_networks(name, stem):
     assert sum(map(len, layers)) + len(unused) == len(list(body.parameters()))
 
 
-def test_stages_that_are_not_used_are_no_layers():
+def test_unused_stages_are_not_layers():
     body = pyramid('test_efficientnet', returned_layers=(1, 2), trainable_layers=1).body
     assert hasattr(body.blocks, '4')  # timm leaves it there
     assert not any(param.requires_grad for param in body.blocks[0].parameters())
     assert all(param.requires_grad for param in body.blocks[1].parameters())
-    assert not any(param.requires_grad for param in body.blocks[4].parameters())  # several processes wait for gradients
+    assert not any(param.requires_grad for param in body.blocks[4].parameters())  # or ranks would wait
     with pytest.raises(ValueError, match=r'must lie in \[0, 3\]'):
         pyramid('test_efficientnet', returned_layers=(1, 2), trainable_layers=4)
 
@@ -242,7 +242,7 @@ def test_gradient_checkpointing_keeps_the_gradients():
     assert len(calls) == 3
 
 
-def test_gradient_checkpointing_that_cannot_be():
+def test_unsupported_gradient_checkpointing_is_refused():
     body = timm.create_model('smpconv_nano', features_only=True, feature_cls='getter')
     with pytest.raises(ValueError, match='FeatureGetterNet has no gradient checkpointing'):
         pyramid(body).set_grad_checkpointing()
@@ -267,7 +267,7 @@ def test_pretrained_weights_come_before_freezing(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_convnext', 'test_efficientnet'])
-def test_any_network_of_timms(name):
+def test_other_networks_of_timm(name):
     model = detection.fasterrcnn(
         pyramid(name, frozen_bn=True), 4, min_size=64, max_size=96, box_batch_size_per_image=16)
     assert model.backbone.strides == [4, 8, 16, 32, 64]
@@ -303,7 +303,7 @@ def test_normalization_follows_the_channels(name, in_chans):
 @pytest.mark.parametrize('backbone', [
     'test_resnet', 'tresnet_m',
     lambda in_chans: timm.create_model('smpconv_nano', features_only=True, in_chans=in_chans),
-], ids=['by name', 'whose first convolution has other channels', 'made already'])
+], ids=['by name', 'whose first convolution has other channels', 'created'])
 def test_channels_of_any_network(backbone, in_chans):
     if isinstance(backbone, str):
         made = pyramid(backbone, in_chans=in_chans)
@@ -315,13 +315,13 @@ def test_channels_of_any_network(backbone, in_chans):
     assert len(transform.image_mean) == len(transform.image_std) == in_chans
 
 
-def test_statistics_that_are_given_stay():
+def test_given_statistics_are_kept():
     model = detection.fcos(pyramid(in_chans=4), 4, image_mean=[0.1] * 4, image_std=[1.] * 4)
     assert model.transform.image_mean == [0.1] * 4 and model.transform.image_std == [1.] * 4
 
 
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
-def test_a_ready_network_with_levels_of_its_own(feature_cls):
+def test_a_created_network_defines_the_levels(feature_cls):
     body = timm.create_model('smpconv_nano', features_only=True, out_indices=(1, 3), feature_cls=feature_cls)
     backbone = pyramid(body, trainable_layers=1)
     assert backbone.strides == [4, 16, 32]
@@ -335,7 +335,7 @@ def test_the_last_four_maps_by_default():
     assert pyramid('test_resnet').strides == [4, 8, 16, 32, 64]  # timm's begin at stride 2
 
 
-def test_norm_of_the_pyramid_is_not_touched_by_looking_at_it():
+def test_finding_the_strides_does_not_change_the_norms():
     fpn = pyramid(fpn_norm_layer=nn.BatchNorm2d).fpn
     norms = [module for module in fpn.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and all(norm.num_batches_tracked == 0 for norm in norms)
@@ -350,7 +350,7 @@ def test_norm_of_the_pyramid_is_not_touched_by_looking_at_it():
     ({'backbone': None}, 'features_only=True, got NoneType'),
     ({'returned_layers': (4, 5)}, r'smpconv_nano lacks a stage of returned_layers=\(4, 5\).*got \(3, 4\)'),
     ({'backbone': 'test_resnet', 'returned_layers': (2, 6)}, r'test_resnet lacks a map of returned_layers=\(2, 6\)'),
-    ({'returned_layers': (0, 1)}, r'from 1 on and ascending, got \(0, 1\)'),
+    ({'returned_layers': (0, 1)}, r'stages counted from 1, ascending, got \(0, 1\)'),
     ({'returned_layers': (3, 2)}, r'ascending, got \(3, 2\)'),
     ({'returned_layers': (2, 2)}, r'ascending, got \(2, 2\)'),
     ({'returned_layers': ()}, r'ascending, got \(\)'),
@@ -359,18 +359,18 @@ def test_norm_of_the_pyramid_is_not_touched_by_looking_at_it():
     ({'returned_layers': (1, 2), 'trainable_layers': 4}, r'must lie in \[0, 3\].*got 4'),
     ({'out_channels': 0}, 'out_channels must be at least 1, got 0'),
     ({'extra_blocks': LastLevelP6P7(256, 256)}, r'extra_blocks do not fit the maps of \[24, 48, 72, 96\] channels'),
-    ({'features_only': True}, 'features_only is for'),
-    ({'out_indices': (1, 2)}, 'out_indices is for'),
+    ({'features_only': True}, 'features_only cannot be given for smpconv_nano'),
+    ({'out_indices': (1, 2)}, 'out_indices cannot be given for smpconv_nano'),
     ({'backbone': 'swin_s3_tiny_224', 'img_size': 64}, 'must be NCHW, got NHWC'),
 ])
-def test_pyramids_that_cannot_be(kwargs, message):
+def test_invalid_pyramids_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         pyramid(**kwargs)
 
 
 @pytest.mark.parametrize('kwargs', [{'pretrained': True}, {'returned_layers': (1, 2)}, {'drop_path_rate': 0.1}])
-def test_a_ready_network_takes_no_arguments_of_its_making(kwargs):
-    with pytest.raises(ValueError, match='is made already: FeatureListNet'):
+def test_a_created_network_takes_no_arguments_for_its_creation(kwargs):
+    with pytest.raises(ValueError, match='need a backbone given by name, got a FeatureListNet'):
         pyramid(timm.create_model('smpconv_nano', features_only=True), **kwargs)
 
 
@@ -382,8 +382,8 @@ def test_class_counts_that_do_not_fit(name, count):
 
 
 @pytest.mark.parametrize('name', DETECTORS)
-def test_a_detector_wants_a_pyramid(name):
-    with pytest.raises(ValueError, match='made by fpn_backbone, got str'):
+def test_a_detector_needs_a_pyramid(name):
+    with pytest.raises(ValueError, match='created by fpn_backbone, got str'):
         getattr(detection, name)('smpconv_nano', 4)
 
 
@@ -398,11 +398,11 @@ def test_one_classifier_only():
         detection.fasterrcnn(pyramid(), 4, box_predictor=nn.Identity())
 
 
-def test_arguments_that_nobody_has(tmp_path):
+def test_other_invalid_arguments_are_refused(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'kwargs'"):
         detection.fcos(pyramid(), 4, kwargs=5)
     for classes in (None, 4.5):
-        with pytest.raises(ValueError, match=f'num_classes must be at least 2, .* got {classes}'):
+        with pytest.raises(ValueError, match=f'num_classes must be at least 2 .* got {classes}'):
             detection.retinanet(pyramid(), classes)
     body = pyramid('smpconv_nano', norm_layer='groupnorm1').body  # timm's, of the network
     assert not any(isinstance(module, nn.BatchNorm2d) for module in body.modules())

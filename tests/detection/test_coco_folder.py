@@ -1,4 +1,4 @@
-"""examples/coco_folder.py: what is wrong in a data set is named, and what is read, found and measured is right."""
+"""Data sets in COCO format: validation, reading, results and metrics."""
 import json
 
 import pytest
@@ -22,8 +22,9 @@ def empty_box(content):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda c: c['images'][1].update(file_name='gone.png'), r'image 12: there is no .*train/gone.png'),
-    (lambda c: c['images'][1].update(width=51), r'image 12: .*12.png must have 51x70 pixels as told, got 50x70'),
+    (lambda c: c['images'][1].update(file_name='gone.png'), r'image 12: .*train/gone.png does not exist'),
+    (lambda c: c['images'][1].update(width=51),
+     r'image 12: .*12.png must have 51x70 pixels, as in the record, got 50x70'),
     (lambda c: c['images'][1].pop('height'), 'image 12 has no height'),
     (lambda c: c['images'][1].update(width='50'), "image 12: width must be of type int, got '50'"),
     (lambda c: c['images'][1].update(id=11), 'ids of images must be unique, got more than once 11'),
@@ -32,15 +33,15 @@ def empty_box(content):
     (lambda c: c['categories'][1].pop('name'), 'category 3 has no name'),
     (lambda c: c['annotations'][0].pop('id'), r'annotations\[0\] has no id'),
     (lambda c: c['annotations'].append(5), r'annotations\[3\] must be an object, got 5'),
-    (lambda c: c['annotations'][0].update(image_id=99), 'annotation 1: there is no image 99'),
-    (lambda c: c['annotations'][0].update(category_id=8), 'annotation 1: there is no category 8, only 3, 7'),
+    (lambda c: c['annotations'][0].update(image_id=99), 'annotation 1: image 99 does not exist'),
+    (lambda c: c['annotations'][0].update(category_id=8), 'annotation 1: category 8 does not exist, only 3, 7'),
     (lambda c: c['annotations'][0].update(bbox=[1, 2, 3]), r'annotation 1: bbox must be .* got \[1, 2, 3\]'),
     (lambda c: c['annotations'][0].update(bbox=[1, 2, 3, float('nan')]), 'annotation 1: bbox must be .*nan'),
     (lambda c: c['annotations'][0].update(bbox=[1, 2, 3, True]), 'annotation 1: bbox must be .*True'),
     (empty_box, r'annotation 2: bbox must have an area within the 60x40 pixels of image 11, got \[3, 4, 0, 5\]'),
     (lambda c: c['annotations'][1].update(bbox=[3, 4, 5, -1]), 'annotation 2: bbox must have an area'),
     (lambda c: c['annotations'][1].update(bbox=[60, 4, 5, 5]), 'annotation 2: bbox must have an area within'),
-    (lambda c: c.pop('categories'), 'categories is missing or no list'),
+    (lambda c: c.pop('categories'), 'categories is missing or not a list'),
     (lambda c: c.update(images=[]), 'must have images and categories, got 0 and 2'),
 ])
 def test_a_wrong_record_is_named(folders, written, change, message):
@@ -66,11 +67,11 @@ def test_a_damaged_image_is_named(folders, written):
 
 
 @pytest.mark.parametrize('text', ['{"images": [', '', '[]', '3', '\xff\xfe'])
-def test_what_is_no_annotation_file_is_said(folders, written, text):
+def test_other_files_are_refused(folders, written, text):
     folder = written()
     path = folder / 'annotations' / 'instances_train.json'
     path.write_bytes(text.encode('latin-1'))
-    with pytest.raises(ValueError, match=r'is not JSON|must hold the lists') as error:
+    with pytest.raises(ValueError, match=r"is not JSON|must have COCO's lists") as error:
         folders.CocoFolder(folder, 'train')
     assert str(path) in str(error.value)
 

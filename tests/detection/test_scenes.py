@@ -1,4 +1,4 @@
-"""examples/digit_scenes.py: the boxes are where the digits are, and the held-out digits are held out."""
+"""Digit scenes: the boxes fit the digits, and no digit is in both splits."""
 import json
 
 import numpy as np
@@ -18,7 +18,7 @@ def content(folder, split='train'):
 
 
 def test_boxes_match_the_pixels(scenes, monkeypatch):
-    """Without a texture, what is not background lies in the boxes and touches all sides of each."""
+    """Without a texture, all pixels off the background are in the boxes and touch all sides of each."""
     monkeypatch.setattr(scenes, 'texture', lambda random, size: np.full((size, size, 3), 240.))
     monkeypatch.setattr(scenes, 'INKED', 0.004)  # all that is drawn
     monkeypatch.setattr(scenes, 'OVERLAP', 0.)
@@ -36,8 +36,8 @@ def test_boxes_match_the_pixels(scenes, monkeypatch):
         assert not left_over.any()
 
 
-def test_boxes_are_of_the_digits_told(scenes, monkeypatch):
-    """A network of one class a digit would learn nothing from others."""
+def test_labels_are_those_of_the_digits(scenes, monkeypatch):
+    """Other labels would teach a network nothing."""
     monkeypatch.setattr(scenes, 'texture', lambda random, size: np.full((size, size, 3), 240.))
     digits = Digits('train')
     drawn = []
@@ -49,13 +49,13 @@ def test_boxes_are_of_the_digits_told(scenes, monkeypatch):
         assert label in {digits.labels[index] for index, image in enumerate(digits.images) if image is digit}
 
 
-def test_held_out_digits_are_in_no_training_image(scenes, tmp_path, monkeypatch):
+def test_validation_digits_are_in_no_training_image(scenes, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(scenes, 'Digits', lambda split: asked.append(split) or Digits(split))
     scenes.make(tmp_path / 'made', train=1, val=1, size=64)
     assert asked == ['train', 'validation']
-    train, held_out = ({image.tobytes() for image in Digits(split).images} for split in asked)
-    assert not train & held_out
+    train, validation = ({image.tobytes() for image in Digits(split).images} for split in asked)
+    assert not train & validation
 
 
 def test_the_same_arguments_make_the_same_files(scenes, tmp_path):
@@ -64,8 +64,8 @@ def test_the_same_arguments_make_the_same_files(scenes, tmp_path):
     files = sorted(path.relative_to(first) for path in first.rglob('*') if path.is_file())
     assert len(files) == 7
     assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
-    train, held_out = (np.asarray(Image.open(first / split / '00000.png')) for split in ('train', 'val'))
-    assert (train != held_out).mean() > 0.8  # not the same texture with other digits
+    train, validation = (np.asarray(Image.open(first / split / '00000.png')) for split in ('train', 'val'))
+    assert (train != validation).mean() > 0.8  # not the same texture with other digits
     assert oct(first.stat().st_mode & 0o777) == '0o755'
 
 
@@ -88,7 +88,7 @@ def test_what_is_there_is_used_again_or_left_alone(scenes, tmp_path):
     before = (folder / 'train/00000.png').stat().st_mtime_ns
     scenes.make(folder, train=2, val=1, size=64)
     assert (folder / 'train/00000.png').stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r'made is there already, and is not the set of .* 3 and 1 images'):
+    with pytest.raises(ValueError, match=r'made exists, and is not the data set of .* 3 and 1 images'):
         scenes.make(folder, train=3, val=1, size=64)
 
 

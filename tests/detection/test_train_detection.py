@@ -1,4 +1,4 @@
-"""examples/train_detection.py: it trains, evaluates, goes on after a stop, and says in a line what is wrong."""
+"""Detection training: steps, evaluation, resuming, and errors of one line."""
 import copy
 import json
 import os
@@ -30,7 +30,7 @@ def state(folder):
 
 
 def failure(example, capsys, *argv):
-    """Exit code and message of a run that must fail."""
+    """Return exit code and message of a run that must fail."""
     with pytest.raises(SystemExit) as end:
         example.main([str(arg) for arg in argv])
     return end.value.code, capsys.readouterr().err
@@ -59,9 +59,9 @@ def test_a_run_leaves_rows_checkpoint_and_picture(example, data, tmp_path, capsy
     assert [row['epoch'] for row in rows] == [1, 2]
     assert all(0 < row['loss'] < 100 and {'AP', 'AP50', 'AR 100'} <= set(row) for row in rows)
     assert Image.open(output / 'detections.png').size[0] > 1000
-    told = capsys.readouterr().out
-    assert '7 images to train on, 3 held out, 10 classes, 2 steps an epoch' in told
-    assert told.count('AP50') == 2 and str(output / 'detections.png') in told
+    printed = capsys.readouterr().out
+    assert '7 training images, 3 validation images, 10 classes, 2 steps an epoch' in printed
+    assert printed.count('AP50') == 2 and str(output / 'detections.png') in printed
 
 
 def test_a_run_that_goes_on_ends_in_the_same_bits(example, data, tmp_path, monkeypatch, capsys):
@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(example, data, tmp_path, monke
     monkeypatch.setattr(example.Run, 'save', interrupted)
     code, line = failure(example, capsys, *argv, '--output', stopped)
     assert code == 130 and line == (
-        'train_detection.py: interrupted; --resume goes on from the last epoch that was saved\n')
+        'train_detection.py: interrupted; --resume continues after the last saved epoch\n')
     assert len(state(stopped)['rows']) == 1
     monkeypatch.setattr(example.Run, 'save', save)
     torch.manual_seed(123)
@@ -159,14 +159,14 @@ class _Broken(torch.nn.Conv2d):
     (['--backbone', 'smpconv_x'], "timm's name of a network"),
     (['--trainable-layers', '9'], 'trainable_layers must lie in [0, 5]'),
     (['--out-channels', '48'], 'num_channels (48) must be divisible by num_groups (32)'),
-    (['--detector', 'fasterrcnn', '--returned-layers', '2', '4'], 'twice the stride of the one before'),
-    (['--batch-size', '99'], 'a step takes 99 images, got 7 in all'),
+    (['--detector', 'fasterrcnn', '--returned-layers', '2', '4'], 'twice the stride of the previous one'),
+    (['--batch-size', '99'], 'a step needs 99 training images, got 7'),
     (['--warmup-epochs', '2'], '--warmup-epochs must be below the 2 epochs, got 2'),
     (['--min-size', '65'], '--min-size must be at most --max-size, got 65 and 64'),
     (['--opt', 'sdg'], 'sdg'),
     (['--device', 'tpu9'], 'tpu9'),
     (['--train-split', 'train2017'], 'instances_train2017.json'),
-    (['--resume'], 'last.pth to --resume from'),
+    (['--resume'], 'cannot resume: '),
     (['--epochs', '0'], 'argument --epochs: must be at least 1'),
     (['--lr', 'nan'], 'argument --lr'),
 ])
@@ -186,13 +186,13 @@ def test_a_wrong_record_is_one_line_before_training(example, data, tmp_path, cap
     code, error = failure(example, capsys, *argv)
     assert code == 2 and error.count('\n') == 1 and 'annotation 1: bbox must have an area' in error
     assert example.main([*map(str, argv), '--skip-empty-boxes']) == 0
-    assert 'annotations without an area left out: 0 and 1' in capsys.readouterr().out
+    assert 'skipped annotations without an area: 0 and 1' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('workers', ['0', '1'])
 def test_an_image_that_is_cut_off_is_named(example, data, tmp_path, capsys, workers):
     for path in (data / 'train').iterdir():
-        path.write_bytes(path.read_bytes()[:3000])  # the header, which is looked at first, is whole
+        path.write_bytes(path.read_bytes()[:3000])  # the header, which is validated first, is complete
     code, error = failure(
         example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, '--workers', workers)
     assert code == 1 and error.count('\n') == 1
@@ -208,13 +208,13 @@ def test_categories_of_both_splits_must_agree(example, data, tmp_path, capsys):
     assert code == 2 and 'train and val must have the same categories' in error and "(4, 'drei')" in error
 
 
-def test_runs_that_cannot_go_on(example, data, tmp_path, capsys):
+def test_runs_that_cannot_be_resumed(example, data, tmp_path, capsys):
     run = tmp_path / 'run'
     argv = ['--data-path', data, '--output', run, *TINY, '--epochs', '1', '--warmup-epochs', '0']
     example.main(list(map(str, argv)))
     capsys.readouterr()
     code, error = failure(example, capsys, *argv)
-    assert code == 2 and f'{run} holds a run: --resume goes on with it' in error
+    assert code == 2 and f'{run} has a run: give --resume' in error
     code, error = failure(example, capsys, *argv, '--resume', '--detector', 'retinanet')
     assert code == 2 and 'last.pth was trained with detector fcos, got retinanet' in error
     code, error = failure(example, capsys, *argv, '--resume', '--trainable-layers', '1')
@@ -225,7 +225,7 @@ def test_runs_that_cannot_go_on(example, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('option', [('--weight-decay', '0.5'), ('--epochs', '5'), ('--amp',), ('--lr', '1')])
-def test_a_run_goes_on_with_its_own_settings(example, data, tmp_path, capsys, option):
+def test_a_run_resumes_with_its_own_settings(example, data, tmp_path, capsys, option):
     argv = ['--data-path', data, '--output', tmp_path / 'run', *TINY, '--epochs', '1', '--warmup-epochs', '0']
     example.main(list(map(str, argv)))
     code, error = failure(example, capsys, *argv, '--resume', *option)
@@ -244,7 +244,8 @@ def test_a_foreign_checkpoint_is_one_line(example, data, tmp_path, capsys, chang
     change(state)
     torch.save(state, tmp_path / 'run/last.pth')
     code, error = failure(example, capsys, *argv, '--resume')
-    assert code == 2 and 'last.pth is no checkpoint of this program' in error and len(error.strip().splitlines()) == 1
+    assert code == 2 and 'last.pth is not a checkpoint of this program' in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(example, data, tmp_path):
@@ -266,13 +267,13 @@ def test_options_reach_what_they_are_for(example, data, tmp_path):
     assert scales == {1., 0.1} and decays == {0., 0.05}
 
 
-@pytest.mark.parametrize('argv, told', [
+@pytest.mark.parametrize('argv, message', [
     (['--milestones', '3'], '--sched multistep'), (['--sched', 'multistep', '--milestones', '11', '8'], 'ascending'),
     (['--pretrained'], '--backbone smpconv_nano'), (['--backbone', 'smpconv_nano.nope'], 'smpconv_nano.nope'),
 ])
-def test_options_that_cannot_be(example, data, tmp_path, capsys, argv, told):
+def test_invalid_options_are_refused(example, data, tmp_path, capsys, argv, message):
     code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, *argv)
-    assert code == 2 and told in error
+    assert code == 2 and message in error
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(example, tmp_path):

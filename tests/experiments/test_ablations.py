@@ -1,4 +1,4 @@
-"""experiments/ablations.py: the settings are the paper's, each is trained once, the files hold what was trained."""
+"""Ablations: the settings of the paper, one run for each, and the files with the results."""
 import csv
 import importlib
 import json
@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from smpconv_models.training import TrainingInterrupted
+from smpconv_models.training import Trainer, TrainingInterrupted
 
 EXPERIMENTS = Path(__file__).parents[2] / 'experiments'
 TINY = [
@@ -26,7 +26,7 @@ def script(monkeypatch):
 
 def base_of(script, *arguments):
     args, args.others = script.create_parser().parse_known_args(list(arguments))
-    return script.training_args(args)
+    return script.training_options(args)
 
 
 def values(script, table, name, kernel_size=33):
@@ -47,14 +47,14 @@ def test_settings_are_the_papers(script):
 
 
 def test_the_network_of_the_paper_has_its_parameters(script):
-    """489,646 of 16 points; the table's figures are rounded to thousands."""
+    """16 points have 489,646; the table's numbers are rounded to thousands."""
     for setting in script.SETTINGS[9]:
         model = timm.create_model('smpconv_cifar', device='meta', **script.model_kwargs(setting.varied, 33))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         assert f'{parameters / 1e3:.0f}k' == setting.paper_parameters
 
 
-def test_each_setting_differs_in_one_thing_and_the_base_is_in_each_table(script):
+def test_each_setting_differs_in_one_parameter_and_the_base_is_in_each_table(script):
     base = script.model_kwargs({}, 33)
     for settings in script.SETTINGS.values():
         differ = [
@@ -67,15 +67,15 @@ def test_each_setting_differs_in_one_thing_and_the_base_is_in_each_table(script)
 
 
 def test_radii_of_the_digits_are_in_range(script):
-    kernel_size = base_of(script).model_kwargs['kernel_size']
+    kernel_size = base_of(script).model.model_kwargs['kernel_size']
     assert values(script, 8, 'init_radius', kernel_size) == [0.36, 0.54, 0.72, 0.9]
 
 
 def test_the_recipe_of_cifar10_is_the_papers(script):
-    base = base_of(script, '--config', str(EXPERIMENTS.parent / 'recipes' / 'cifar10.yaml'))
-    assert (base.lr, base.epochs, base.warmup_epochs, base.batch_size, base.weight_decay, base.opt) == (
+    values = base_of(script, '--config', str(EXPERIMENTS.parent / 'recipes' / 'cifar10.yaml')).as_dict()
+    assert tuple(values[name] for name in ('lr', 'epochs', 'warmup_epochs', 'batch_size', 'weight_decay', 'opt')) == (
         0.005, 210, 10, 64, 1e-5, 'adam')
-    assert (base.dataset, base.val_split, base.model_kwargs) == ('torch/cifar10', 'test', {})
+    assert (values['dataset'], values['val_split'], values['model_kwargs']) == ('torch/cifar10', 'test', {})
 
 
 # --- the command ---
@@ -85,7 +85,7 @@ def run_tiny(script, folder, *more):
     return script.main([*TINY, '--output', str(folder / 'out'), '--runs', str(folder / 'runs'), *more])
 
 
-def test_it_writes_what_it_says_and_repeats_no_run(script, tmp_path, monkeypatch, capsys):
+def test_files_are_complete_and_no_run_is_repeated(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(script.SETTINGS, 6, script.SETTINGS[6][2:3])  # each takes seconds
     assert run_tiny(script, tmp_path) == 0
     printed = capsys.readouterr()
@@ -113,7 +113,7 @@ def test_it_writes_what_it_says_and_repeats_no_run(script, tmp_path, monkeypatch
     assert weights == {path: path.stat().st_mtime_ns for path in (tmp_path / 'runs').rglob('*.pth.tar')}
 
 
-def test_what_tables_share_is_trained_once(script, tmp_path, monkeypatch):
+def test_settings_of_several_tables_are_trained_once(script, tmp_path, monkeypatch):
     done = []
 
     def run_one(base, kwargs, seed, folder):
@@ -130,35 +130,35 @@ def test_what_tables_share_is_trained_once(script, tmp_path, monkeypatch):
     assert '| 64 points | 90.50 ± 0.71 | 0.3000 ± 0.0000 | 92.21 | 6,400 | 1447k |' in text
 
 
-def test_mistakes_are_one_line_and_train_nothing(script, tmp_path, capsys, monkeypatch):
+def test_errors_are_one_line_and_train_nothing(script, tmp_path, capsys, monkeypatch):
     (tmp_path / 'file').write_text('')
-    monkeypatch.setattr(script, 'train', lambda run: pytest.fail('it trained'))
-    for arguments, told in (
-            (('--tables', '5'), 'invalid choice: 5'), (('--seeds', '0'), 'must be at least 1, got 0'),
+    monkeypatch.setattr(Trainer, 'train', lambda trainer: pytest.fail('it trained'))
+    for arguments, message in (
+            (('--tables', '5'), 'invalid choice: 5'), (('--seeds', '0'), 'must be at least 1 and'),
             (('--epochs', '0'), 'must be at least 1'), (('--tabels', '6'), '--tabels'),
-            (('--seed', '7'), '--seed is decided here'), (('--model', 'resnet18'), '--model is decided here'),
-            (('--model-kwargs', 'num_points=3'), 'the tables decide num_points'),
+            (('--seed', '7'), '--seed is set by the tables'), (('--model', 'resnet18'), '--model is set by the tables'),
+            (('--model-kwargs', 'num_points=3'), 'the tables set num_points'),
             (('--config', tmp_path / 'none.yaml'), 'none.yaml cannot be read'), (('--device', 'tpu9'), 'tpu9'),
             (('--output', tmp_path / 'file'), str(tmp_path / 'file')),
             (('--runs', tmp_path / 'file'), str(tmp_path / 'file'))):
         with pytest.raises(SystemExit) as error:
             script.main(['--output', str(tmp_path / 'out'), '--runs', str(tmp_path / 'runs'), *map(str, arguments)])
         line, = capsys.readouterr().err.splitlines()
-        assert error.value.code == 2 and line.startswith('ablations.py: error: ') and told in line
+        assert error.value.code == 2 and line.startswith('ablations.py: error: ') and message in line
 
 
-@pytest.mark.parametrize(('error', 'code', 'told'), [
-    (KeyboardInterrupt(), 130, 'interrupted; what was done is in'),
-    (TrainingInterrupted(15), 143, 'stopped by SIGTERM; what'),
+@pytest.mark.parametrize(('error', 'code', 'message'), [
+    (KeyboardInterrupt(), 130, 'interrupted; finished runs are in'),
+    (TrainingInterrupted(15), 143, 'stopped by SIGTERM; finished'),
     (FloatingPointError('NaN'), 1, 'error: neither_std0.05_radius0.8_points16_epochs1_seed0: NaN'),
 ])
-def test_a_run_that_ends_early_is_one_line(script, tmp_path, capsys, monkeypatch, error, code, told):
-    def train(run):
+def test_a_run_that_ends_early_is_one_line(script, tmp_path, capsys, monkeypatch, error, code, message):
+    def train(trainer):
         raise error
 
-    monkeypatch.setattr(script, 'train', train)
+    monkeypatch.setattr(Trainer, 'train', train)
     with pytest.raises(SystemExit) as exit:
         run_tiny(script, tmp_path)
     line, = capsys.readouterr().err.splitlines()
-    assert exit.value.code == code and line.startswith(f'ablations.py: {told}')
+    assert exit.value.code == code and line.startswith(f'ablations.py: {message}')
     assert not list((tmp_path / 'out').iterdir())

@@ -1,4 +1,4 @@
-"""experiments/function_fitting.py: the arms are what they say, the files hold what was fitted."""
+"""Function fitting: the three arms, and the files with the results."""
 import contextlib
 import csv
 import importlib
@@ -36,7 +36,7 @@ def rows_in(path):
 # --- the functions and the points ---
 
 
-def test_functions_lie_on_the_grid_as_it_is_drawn(script):
+def test_functions_have_the_orientation_of_the_grid(script):
     for name, at in (('uniform', lambda t: t), ('varying', lambda t: (t + 1) ** 2 / 2 - 1)):
         values = script.TARGETS[name](sampling_grid([51, 51])).unflatten(0, (51, 51))
         for row, column in ((0, 0), (50, 0), (7, 31), (30, 12)):
@@ -59,9 +59,9 @@ def test_points_cover_the_square(script):
 # --- the arms ---
 
 
-def test_each_arm_trains_what_it_says(script):
+def test_each_arm_trains_its_parameters(script):
     start = script.initial_coords(20, 0)
-    radius = {arm: script.SETTINGS['varying', arm].reach * 2 / math.sqrt(20) for arm in script.TRAINED}
+    radius = {arm: script.SETTINGS['varying', arm].relative_radius * 2 / math.sqrt(20) for arm in script.TRAINED}
     changed = {}
     for arm in script.TRAINED:
         done = fit(script, arm)
@@ -72,22 +72,22 @@ def test_each_arm_trains_what_it_says(script):
         'moving': [True, True, True], 'fixed': [False, True, True], 'weights alone': [False, False, True]}
 
 
-def test_what_is_passed_stays_as_it_is(script):
+def test_arguments_are_not_modified(script):
     start, values = script.initial_coords(20, 0), script.uniform(sampling_grid([51, 51]))
     script.fit(values, start, 'moving', script.SETTINGS['uniform', 'moving'], 2)
     assert torch.equal(start, script.initial_coords(20, 0)) and not start.requires_grad
 
 
-def test_both_start_alike_and_on_the_zero_function(script):
-    moving, fixed = (fit(script, arm, reach=2.) for arm in ('moving', 'fixed'))
+def test_both_arms_start_at_the_same_points_and_at_zero(script):
+    moving, fixed = (fit(script, arm, relative_radius=2.) for arm in ('moving', 'fixed'))
     values = script.varying(sampling_grid([51, 51]))
     assert moving.errors[0] == fixed.errors[0] == values.square().mean()
-    still = fit(script, 'moving', reach=2., rate=0., position_rate=0.)
+    still = fit(script, 'moving', relative_radius=2., lr=0., position_lr=0.)
     assert torch.equal(still.coords, fixed.coords)
 
 
 @pytest.mark.parametrize('arm', ['moving', 'fixed', 'weights alone'])
-def test_the_last_error_is_of_what_is_returned(script, arm):
+def test_the_last_error_belongs_to_the_returned_points(script, arm):
     done = fit(script, arm, steps=5)
     assert len(done.errors) == (1 if arm == 'weights alone' else 6)
     fitted = evaluate_points(sampling_grid([51, 51]), done.coords, done.radius, done.weights, normalize=True)[0]
@@ -96,13 +96,13 @@ def test_the_last_error_is_of_what_is_returned(script, arm):
 
 
 def test_radii_stay_in_their_range(script):
-    radius = fit(script, 'fixed', steps=4, position_rate=3.).radius
+    radius = fit(script, 'fixed', steps=4, position_lr=3.).radius
     assert radius.min().item() == pytest.approx(0.04) and radius.max() == 1
 
 
 def test_no_training_of_the_weights_beats_least_squares(script):
-    trained = fit(script, 'fixed', steps=40, reach=2., position_rate=0.)
-    solved = fit(script, 'weights alone', reach=2.)
+    trained = fit(script, 'fixed', steps=40, relative_radius=2., position_lr=0.)
+    solved = fit(script, 'weights alone', relative_radius=2.)
     assert solved.rmse < trained.rmse < 1.5 * solved.rmse
 
 
@@ -116,7 +116,7 @@ def test_same_seed_same_numbers(script):
 def test_moving_beats_fixed(script, target):
     """With half the points and a tenth of the steps; the ratio was 0.40 to 0.67 over five seeds."""
     fixed, moving = (
-        fit(script, arm, steps=60, points=100, target=target, reach=2., rate=0.3, position_rate=0.03).rmse
+        fit(script, arm, steps=60, points=100, target=target, relative_radius=2., lr=0.3, position_lr=0.03).rmse
         for arm in ('fixed', 'moving'))
     assert moving < 0.85 * fixed
 
@@ -130,7 +130,7 @@ def test_psnr(script):
 
 @pytest.fixture(scope='module')
 def tiny_run(tmp_path_factory):
-    """The folder and what was printed."""
+    """Output folder and printed text of a small run."""
     out, printed = tmp_path_factory.mktemp('tiny') / 'new' / 'out', io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.syspath_prepend(EXPERIMENTS)
@@ -138,7 +138,7 @@ def tiny_run(tmp_path_factory):
     return out, printed.getvalue()
 
 
-def test_it_writes_what_it_says(script, tiny_run):
+def test_files_are_complete(script, tiny_run):
     out, printed = tiny_run
     assert sorted(path.name for path in out.iterdir()) == sorted(script.FILES)
     rows = rows_in(out / 'function_fitting.csv')
@@ -160,13 +160,13 @@ def test_it_writes_what_it_says(script, tiny_run):
     assert line.split('|')[1:4] == printed.splitlines()[5].split('|')[1:4]
 
 
-def test_again_gives_the_same_table(script, tiny_run, tmp_path, monkeypatch):
+def test_the_table_is_reproducible(script, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(script, 'save_picture', lambda *args: None)
     script.main([*TINY, '--output', str(tmp_path)])
     assert rows_in(tmp_path / script.FILES[0]) == rows_in(tiny_run[0] / script.FILES[0])
 
 
-def test_sweep_tries_every_setting_on_a_seed_that_is_not_reported(script, monkeypatch, capsys, tmp_path):
+def test_sweep_tries_every_setting_on_an_unreported_seed(script, monkeypatch, capsys, tmp_path):
     seeds, original = [], script.initial_coords
     monkeypatch.setattr(script, 'initial_coords', lambda points, seed: seeds.append(seed) or original(points, seed))
     monkeypatch.chdir(tmp_path)
@@ -182,13 +182,13 @@ def test_settings_are_of_the_sweep(script):
         assert setting in script.settings_of(arm)
 
 
-def test_bad_arguments_are_one_line_and_leave_nothing(script, tmp_path, capsys, monkeypatch):
+def test_invalid_arguments_are_one_line_and_leave_no_files(script, tmp_path, capsys, monkeypatch):
     (tmp_path / 'file').write_text('')
     (tmp_path / 'taken' / 'function_fitting.md').mkdir(parents=True)
     before = sorted(tmp_path.rglob('*'))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(script, 'fit', lambda *args: pytest.fail('it worked'))
-    for arguments, told in (
+    for arguments, message in (
             (('--steps', '0'), '--steps must be 1 to 1000000, got 0'), (('--seeds', '1001'), 'got 1001'),
             (('--points', '2602'), '--points must be 1 to 2601, got 2602'), (('--steps', 'x'), "'x'"),
             (('--device', 'cuda'), 'finds no such device'), (('--device', 'tpu'), "'tpu'"), (('--step', '1'), '--step'),
@@ -196,7 +196,7 @@ def test_bad_arguments_are_one_line_and_leave_nothing(script, tmp_path, capsys, 
         with pytest.raises(SystemExit) as error:
             script.main(['--output', str(tmp_path / 'out'), *map(str, arguments)])
         line, = capsys.readouterr().err.splitlines()
-        assert error.value.code == 2 and line.startswith('function_fitting.py: error: ') and told in line
+        assert error.value.code == 2 and line.startswith('function_fitting.py: error: ') and message in line
     assert sorted(tmp_path.rglob('*')) == before
 
 

@@ -1,4 +1,4 @@
-"""examples/export.py: what it writes computes what the model does, at any size, and what goes wrong is one line."""
+"""Export: each format computes the same as the model at any size, and errors are one line."""
 import importlib.util
 import json
 import sys
@@ -31,7 +31,7 @@ def export():
 
 @pytest.fixture
 def run(export, tmp_path):
-    """The program on smpconv_nano; its exit code and the rows it wrote."""
+    """Run the program on smpconv_nano; return its exit code and rows."""
     def run_it(*arguments, folder=tmp_path / 'out', model=('--model', 'smpconv_nano')):
         code = export.main([*model, '--output', str(folder), '--rounds', '1', *map(str, arguments)])
         return code, {row['format']: row for row in json.loads((folder / 'export.json').read_text())['formats']}
@@ -39,7 +39,7 @@ def run(export, tmp_path):
 
 
 def refused(capsys, export, *arguments):
-    """The one line of a command that must fail with exit code 2."""
+    """Return the one line of a command that must fail with exit code 2."""
     with pytest.raises(SystemExit) as error:
         export.main([*map(str, arguments)])
     line, = capsys.readouterr().err.splitlines()
@@ -61,7 +61,7 @@ READERS = {
 
 @torch.no_grad()
 def assert_file_computes_the_same(export, path, name):
-    """Read back with nothing of the program's but the model; sizes are free, the batch's too."""
+    """Files are loaded without the program; batch, height and width are dynamic."""
     expected = export.load('smpconv_nano', None, None).model
     got = READERS[name](path)
     for size in OTHER_SIZES:
@@ -115,7 +115,7 @@ def test_low_precision(run, tmp_path):
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    """Of a run on the digits, as train.py writes it; but only the classifier has learned, by least squares."""
+    """Checkpoint like those of train.py on the digits; only the classifier is trained, by least squares."""
     path = tmp_path_factory.mktemp('run') / 'model_best.pth.tar'
     arguments = {'num_classes': 10, 'in_chans': 1}
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_accuracy_on_the_digits(export, run, checkpoint, capsys):
     code, rows = run('--formats', 'torchscript', 'int8', model=('--checkpoint', str(checkpoint)))
     assert code == 0 and 'top-1' in capsys.readouterr().out.splitlines()[0]
     subject = export.load(None, str(checkpoint), None)
-    images, classes = subject.held_out
+    images, classes = subject.validation
     assert images.shape == (360, 1, 32, 32) and images.mean().abs() < 0.1  # the run's own mean was taken off
     with torch.no_grad():
         right = (subject.model(images).argmax(1) == classes).sum().item()
@@ -200,7 +200,7 @@ def test_numbers_that_are_not_finite_are_a_failure(export, run, monkeypatch, nam
 def test_a_missing_library_fails_only_what_was_asked_for(export, run, monkeypatch, name):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     monkeypatch.setitem(sys.modules, 'onnxruntime.quantization', None)
-    reason = "it needs onnxruntime: pip install 'smpconv_models[export]'"
+    reason = "needs onnxruntime: pip install 'smpconv_models[export]'"
     code, rows = run('--formats', name)
     assert code == 1 and rows[name]['reason'] == reason
     monkeypatch.setattr(export, 'FORMATS', {kept: export.FORMATS[kept] for kept in (name, 'torchscript')})
@@ -219,7 +219,7 @@ def test_bad_arguments_are_one_line(export, tmp_path, capsys):
     (tmp_path / 'file').write_text('<html>')
     (tmp_path / 'empty').mkdir()
     out = ('--output', tmp_path / 'out')
-    for arguments, told in (
+    for arguments, message in (
             ((*out, '--formats', 'onx'), "invalid choice: 'onx'"),
             ((*out, '--model', 'resnet18'), "got 'resnet18'"),
             ((*out, '--checkpoint', tmp_path / 'nothing'), 'found nothing at'),
@@ -231,7 +231,7 @@ def test_bad_arguments_are_one_line(export, tmp_path, capsys):
             (('--output', tmp_path / 'file/within', '--model', 'smpconv_nano'), 'Not a directory'),
             (('--model', 'smpconv_nano'), '--output'),
     ):
-        assert told in refused(capsys, export, *arguments)
+        assert message in refused(capsys, export, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['empty', 'file']
 
 

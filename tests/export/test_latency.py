@@ -1,4 +1,4 @@
-"""benchmarks/latency.py: times only what computes the same, and keeps what it measured."""
+"""Latency: only equal outputs are timed, and the row is stored."""
 import importlib
 import json
 import sys
@@ -27,7 +27,7 @@ def test_row(latency, tmp_path, capsys):
     assert line.startswith('smpconv_nano') and f'{ours / theirs:.3f} x convnext_atto' in line
 
 
-def test_nothing_wrong_is_timed(latency, tmp_path, monkeypatch):
+def test_a_wrong_network_is_not_timed(latency, tmp_path, monkeypatch):
     monkeypatch.setattr(latency.timm.utils, 'reparameterize_model', lambda model: latency.timm.create_model(
         'smpconv_nano').eval())
     with pytest.raises(SystemExit, match='nothing is timed'):

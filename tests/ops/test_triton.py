@@ -71,12 +71,12 @@ def assert_close(got, plain, exact, num_terms, dtype):
         assert_as_exact_as(got.cpu(), plain.cpu(), exact, num_terms)
 
 
-FORMS = tuple(launch.LAUNCHERS)
+FORMS = tuple(launch._FORMS)
 FITTING = [
     (form, name) for form in FORMS for name, shape in ALL.items()
     if form == 'block_forward' or form == 'block_weight_grad'
     or (form == 'map_forward' and shape.h * shape.w <= 400)
-    or (form == 'map_weight_grad' and tuning.select_weight_grad_kernel(shape.h, shape.w) == form)
+    or (form == 'map_weight_grad' and tuning.weight_grad_form(shape.h, shape.w) == form)
 ]
 
 
@@ -87,7 +87,7 @@ def default_tile(form, shape, precision):
 def run_form(form, shape, tensors, tile):
     x, weight, bias, grad = tensors
     args = (x, weight, bias) if form.endswith('forward') else (grad, x, [shape.kh, shape.kw])
-    return launch.LAUNCHERS[form](*args, tile)
+    return launch._FORMS[form](*args, tile)
 
 
 def check_form(form, shape, dtype, tile):
@@ -164,7 +164,7 @@ class TestKernels:
         for entry in json.loads(path.read_text()):
             tile = tuning.TILES[entry['kernel']](**entry['tile'])
             check_form(entry['kernel'], Shape(1, 1, entry['height'], entry['width'], *entry['kernel_size']),
-                       torch.float16 if entry['precision'] == 'half' else torch.float32, tile)
+                       torch.float16 if entry['mode'] == 'half' else torch.float32, tile)
 
     def test_sum_in_parts(self, monkeypatch):
         """Few channels: several programs share a sum."""
@@ -264,8 +264,8 @@ def test_slices_of_images_and_channels_are_not_copied():
     (56, 56, 'block_forward', 'block_weight_grad'),
 ])
 def test_forms(height, width, forward, weight_grad):
-    assert tuning.select_forward_kernel(height, width) == forward
-    assert tuning.select_weight_grad_kernel(height, width) == weight_grad
+    assert tuning.forward_form(height, width) == forward
+    assert tuning.weight_grad_form(height, width) == weight_grad
 
 
 def test_window():
@@ -296,7 +296,7 @@ def no_cached_tiles():
 
 
 def test_a_tuned_tile_serves_from_half_its_batch(monkeypatch, tmp_path, no_cached_tiles):
-    entry = dict(kernel='block_forward', precision='half', batch=64, height=56, width=56, kernel_size=[31, 31],
+    entry = dict(kernel='block_forward', mode='half', batch=64, height=56, width=56, kernel_size=[31, 31],
                  tile=dict(r=8, s=16, tc=16, bp=256, num_warps=8), source='a test')
     (tmp_path / 'sm_90.json').write_text(json.dumps([entry]))
     monkeypatch.setattr(tuning, '_CONFIGS', tmp_path)

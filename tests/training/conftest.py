@@ -2,6 +2,7 @@
 import logging
 import signal
 
+import made
 import pytest
 
 
@@ -22,3 +23,27 @@ def heard_signals():
     yield
     for number, handler in zip(numbers, before):
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope='module')
+def quick_streams():
+    """No five seconds of waiting for the threads of Hugging Face's streams, in a process without DataLoader workers."""
+    import datasets
+    before = datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    yield
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = before
+
+
+@pytest.fixture(scope='session')
+def folders(tmp_path_factory):
+    """The folder of each source, made once."""
+    found = {}
+
+    def folder(name):
+        make = made.SOURCES[name][0]
+        if make not in found:
+            found[make] = make(tmp_path_factory.mktemp(make.__name__))
+        return found[make]
+
+    return folder

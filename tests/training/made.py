@@ -127,3 +127,17 @@ def make_mnist(root, counts=(('train', 40), ('t10k', 20))):
         (folder / f'{split}-images-idx3-ubyte').write_bytes(struct.pack('>4I', 0x803, count, 28, 28) + pixels.tobytes())
         (folder / f'{split}-labels-idx1-ubyte').write_bytes(struct.pack('>2I', 0x801, count) + labels.tobytes())
     return root
+
+
+# name: (how it is made, --dataset with {} for its folder, name of the validation split)
+SOURCES = {
+    'folder': (make_folder, '', 'val'),
+    'tars': (make_tars, '', 'val'),
+    'class_tars': (make_class_tars, '', 'val'),
+    'tar_of_tars': (make_tar_of_tars, '', 'val'),
+    'torchvision': (make_folder, 'torch/folder', 'val'),
+    'hfds_folder': (make_folder, 'hfds/{}', 'validation'),
+    'hfds_parquet': (make_parquet, 'hfds/{}', 'validation'),
+    'hfids': (make_parquet, 'hfids/{}', 'validation'),
+    'wds': (make_wds, 'wds/made', 'val'),
+}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from smpconv_models.training.bounded import BoundedLoader
+from smpconv_models.training.distributed import BoundedLoader
 
 
 class Ramps(Dataset):

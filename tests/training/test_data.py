@@ -25,30 +25,19 @@ def options(data_dir=None, **changes):
     return DataOptions(data_dir=data_dir and str(data_dir), **{**dict(batch_size=2, workers=0, seed=0), **changes})
 
 
-def test_digits_are_scikit_learns_and_a_fifth_is_held_out():
-    train, validation = Digits('train'), Digits('validation')
+def test_digits_are_scikit_learns_and_a_fifth_is_the_validation_split():
+    train, validation = Digits('train'), Digits('val')
     assert (len(train), len(validation)) == (1437, 360)
-    pixels = {(np.asarray(image).tobytes(), label) for part in (train, validation) for image, label in part}
     images, labels = load_digits(return_X_y=True)
     expected = {
         ((image * 255 / 16).round().astype('uint8').tobytes(), int(label)) for image, label in zip(images, labels)}
-    assert pixels == expected
-
-
-def test_digits_splits_share_no_image_and_hold_every_class_alike():
-    train, validation = Digits('train'), Digits('val')
-    assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in validation.images}
+    parts = [{(image.tobytes(), label) for image, label in part} for part in (train, validation)]
+    assert parts[0] | parts[1] == expected and not parts[0] & parts[1]
     shares = np.bincount(validation.labels) / (np.bincount(train.labels) + np.bincount(validation.labels))
     assert np.allclose(shares, 0.2, atol=0.01)
-
-
-def test_digits_come_in_colour_for_models_that_want_it():
-    gray, colour = Digits('val'), Digits('val', 'RGB')
-    assert (gray[0][0].mode, colour[0][0].mode) == ('L', 'RGB')
-    assert np.array_equal(np.asarray(colour[0][0])[..., 1], np.asarray(gray[0][0]))
-
-
-def test_digits_know_their_splits():
+    gray, colour = validation[0][0], Digits('val', 'RGB')[0][0]
+    assert (gray.mode, colour.mode) == ('L', 'RGB')
+    assert np.array_equal(np.asarray(colour)[..., 1], np.asarray(gray))
     with pytest.raises(ValueError, match="got 'test'"):
         Digits('test')
 

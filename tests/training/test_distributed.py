@@ -11,7 +11,7 @@ from torch import nn
 from smpconv_models.training.datasets import SkippedSamples
 from smpconv_models.training.distributed import DistributedContext
 from smpconv_models.training.loader import EvalLoader
-from smpconv_models.training.metrics import ClassificationMeter, evaluate
+from smpconv_models.training.validate import ClassificationMeter, evaluate
 
 COMMAND = [*EVERYTHING, '--batch-size', '64', '--dist-timeout', '60']
 

@@ -17,8 +17,8 @@ from torch import distributed
 
 import train
 from smpconv_models import checkpoint, training
+from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.distributed import GracefulStop
-from smpconv_models.training.run_dir import RunDir
 from smpconv_models.training.train_step import TrainStep
 from smpconv_models.utils import atomic_io, streams
 from smpconv_models.utils.download import file_sha256

@@ -17,8 +17,8 @@ from test_data import make_folder
 
 import train
 from smpconv_models.training import checkpointing, describe_error
+from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.distributed import DistributedContext
-from smpconv_models.training.run_dir import RunDir
 
 
 def describe(error, is_training=False):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from smpconv_models.training import run_dir as folders
-from smpconv_models.training.run_dir import RunDir
+from smpconv_models.training import checkpointing as folders
+from smpconv_models.training.checkpointing import RunDir
 
 
 @pytest.fixture(autouse=True)

@@ -7,17 +7,13 @@ import made
 import numpy as np
 import pytest
 from PIL import Image
-from test_data import arguments, make_folder
-from test_sources import SOURCES, quick_streams, source  # noqa: F401
-from torch.utils.data import IterableDataset
+from test_data import make_folder, options
+from test_sources import SOURCES, source
 
-from smpconv_models.figures import _inputs
-from smpconv_models.training import dataset_factory
-from smpconv_models.training.datasets import Samples, Stream
-from smpconv_models.training.image_reading import ReadImage, orientation, to_8_bits
-from smpconv_models.training.skipped import Unreadable
+from smpconv_models.training.dataset_factory import create_dataset
+from smpconv_models.training.datasets import ReadImage, Unreadable, orientation, to_8_bits
 
-pytestmark = pytest.mark.usefixtures('logs_of_rank_0')
+pytestmark = pytest.mark.usefixtures('logs_of_rank_0', 'quick_streams')
 
 RAMP = (np.arange(256, dtype='uint16') * 257).reshape(16, 16)  # 8-bit values in 16 bits
 GRAY = np.arange(256, dtype='uint8').reshape(16, 16)
@@ -38,10 +34,9 @@ def test_deep_images_are_scaled_by_their_mode(tmp_path, mode):
     paths = files(tmp_path)
     assert len(paths) == 5
     for path in paths:
-        (_, in_figures), = _inputs._read_images([path], 1, ReadImage(mode))
-        for image in (ReadImage(mode)(path), in_figures):
-            assert image.mode == mode
-            assert np.array_equal(np.asarray(image), np.asarray(Image.fromarray(GRAY).convert(mode))), path
+        image = ReadImage(mode)(path)
+        assert image.mode == mode
+        assert np.array_equal(np.asarray(image), np.asarray(Image.fromarray(GRAY).convert(mode))), path
 
 
 def test_the_low_byte_is_dropped_as_in_colour():
@@ -88,10 +83,10 @@ def with_image(name, root, content, suffix, monkeypatch):
     return SOURCES[name][0](root)
 
 
-def first(args, in_chans=3):
-    dataset = dataset_factory.open_dataset(args, args.val_split, in_chans, is_training=False)
+def first(name, folder, in_chans=3, **changes):
+    dataset = create_dataset(source(name, folder, **changes), SOURCES[name][2], in_chans, is_training=False)
     dataset.transform = lambda image: image
-    return next(iter(Stream(dataset)))[0] if isinstance(dataset, IterableDataset) else Samples(dataset, 0)[0, 0][0]
+    return (next(iter(dataset)) if dataset.is_stream else dataset[0, 0])[0]
 
 
 def encoded(image, form, **options):
@@ -106,7 +101,7 @@ def test_every_reader_scales_deep_images(tmp_path, monkeypatch, name, in_chans):
     content = encoded(Image.fromarray(RAMP), 'PNG')
     # the name of a file in a shard is the key under which its reader finds images
     folder = with_image(name, tmp_path / 'made', content, '.jpg' if name == 'wds' else '.png', monkeypatch)
-    image = first(source(name, folder), in_chans)
+    image = first(name, folder, in_chans)
     assert np.array_equal(np.asarray(image), np.asarray(Image.fromarray(GRAY).convert(image.mode)))
     assert image.mode == ('L' if in_chans == 1 else 'RGB')
 
@@ -124,9 +119,8 @@ def turned_jpeg():
 @pytest.mark.parametrize('name', SOURCES)
 def test_exif_orientation_is_honoured_if_asked(tmp_path, monkeypatch, caplog, name, is_asked):
     content, pixels = turned_jpeg()
-    args = source(name, with_image(name, tmp_path / 'made', content, '.jpg', monkeypatch))
-    args.exif_orientation = is_asked
-    image = np.asarray(first(args))
+    folder = with_image(name, tmp_path / 'made', content, '.jpg', monkeypatch)
+    image = np.asarray(first(name, folder, exif_orientation=is_asked))
     # Hugging Face's library turns the images of its streams itself
     expected = np.rot90(pixels, -1) if is_asked or name == 'hfids' else pixels
     assert image.shape == expected.shape and np.abs(image.astype(int) - expected).mean() < 4
@@ -145,7 +139,7 @@ def test_headers_are_looked_at_in_a_bounded_sample(tmp_path, caplog, monkeypatch
     open_image = Image.open
     monkeypatch.setattr(Image, 'open', lambda file: opened.append(file) or open_image(file))
     monkeypatch.setattr('PIL.JpegImagePlugin.JpegImageFile.load', lambda image: pytest.fail('pixels were decoded'))
-    dataset_factory.open_dataset(arguments(data_dir=str(tmp_path)), 'train', 3, is_training=True)
+    create_dataset(options(tmp_path), 'train', 3, is_training=True)
     assert len(opened) == 64
     line, = caplog.messages
     assert "64 of 64 checked images have an EXIF orientation that is ignored" in line and str(tmp_path) in line
@@ -164,8 +158,7 @@ def test_deep_images_are_reported(tmp_path, caplog):
     for name in 'ab':
         (tmp_path / 'val' / name).mkdir(parents=True)
         Image.fromarray(RAMP).save(tmp_path / 'val' / name / '0.png')
-    args = arguments(data_dir=str(tmp_path))
-    dataset_factory.open_dataset(args, 'val', 3, is_training=False)
+    create_dataset(options(tmp_path), 'val', 3, is_training=False)
     line, = caplog.messages
     assert '2 of 2 checked images have 16 or 32 bits' in line and str(tmp_path / 'val' / 'a' / '0.png') in line
 
@@ -174,8 +167,7 @@ def test_an_image_out_of_range_is_unreadable(tmp_path):
     for name in 'ab':
         (tmp_path / 'val' / name).mkdir(parents=True)
         Image.fromarray(np.full((4, 4), 255, 'float32')).save(tmp_path / 'val' / name / '0.tif')
-    args = arguments(data_dir=str(tmp_path), dataset='torch/folder')
-    sample = Samples(dataset_factory.open_dataset(args, 'val', 3, is_training=False), 0)[0, 0]
+    sample = create_dataset(options(tmp_path, dataset='torch/folder'), 'val', 3, is_training=False)[0, 0]
     assert isinstance(sample, Unreadable)
     assert sample.name.endswith('a/0.tif') and 'must be from 0 to 1, got 255 to 255' in sample.reason
 
@@ -200,8 +192,6 @@ def test_no_program_is_started_for_postscript_in_an_image_file(tmp_path, monkeyp
     make_folder(tmp_path / 'data')
     path = next((tmp_path / 'data/train').glob('*/*.png'))
     path.write_bytes(EPS)
-    args = arguments(data_dir=str(tmp_path / 'data'), dataset=dataset)
-    samples = Samples(dataset_factory.open_dataset(args, 'train', 3, is_training=True), 0)
-    samples.read_image = ReadImage('RGB')
+    samples = create_dataset(options(tmp_path / 'data', dataset=dataset), 'train', 3, is_training=True)
     unreadable = [sample for index in range(len(samples)) if isinstance(sample := samples[0, index], Unreadable)]
     assert [Path(found.name) for found in unreadable] == [path] and not (tmp_path / 'log').exists()

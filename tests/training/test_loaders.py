@@ -7,21 +7,40 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import arguments, make_folder
+from test_data import make_folder, options
 
-from smpconv_models.training import Digits, dataset_factory, loader, rng
-from smpconv_models.training.datasets import Batches, InOrder, Samples
+from smpconv_models.training import loader, rng
+from smpconv_models.training.config import AugmentationOptions
+from smpconv_models.training.datasets import DistributedEvalSampler, ResumableBatchSampler, SkippedSamples
 from smpconv_models.training.distributed import DistributedContext
-from smpconv_models.training.skipped import SkippedInTraining
+from smpconv_models.training.tasks import PadAndRandomCrop, create_task
 
 CPU = torch.device('cpu')
 CONFIG = dict(
     input_size=(3, 16, 16), mean=(0.3,) * 3, std=(0.4,) * 3, interpolation='bicubic', crop_pct=1., crop_mode='center')
+STRONG = dict(aa='rand-m9-mstd0.5-inc1', reprob=0.5)
 
 
-def training(args, dataset, left_out=None):
-    return loader.train_loader(
-        args, dataset, CONFIG, CPU, DistributedContext(), left_out or SkippedInTraining(args.max_unreadable))
+def training(data, split='train', world=None, skipped=None, accumulation=1, **augmentation):
+    """The loader of the training samples that the options name."""
+    task = create_task(data)
+    options = AugmentationOptions(**{
+        **dict(scale=[0.5, 1.], ratio=[1., 1.], hflip=0., color_jitter=0.), **augmentation})
+    return loader.create_train_loader(
+        task, task.create_dataset(split, 3, is_training=True), CONFIG, options, CPU, world or DistributedContext(),
+        skipped or SkippedSamples(limit=10), grad_accum_steps=accumulation, dist_timeout=60., train_split=split)
+
+
+def evaluation(data, split='val', world=None):
+    """The loader of the evaluation samples that the options name."""
+    task = create_task(data)
+    return loader.create_eval_loader(
+        task, task.create_dataset(split, 3, is_training=False), CONFIG, CPU, world or DistributedContext(),
+        dist_timeout=60.)
+
+
+def targets_of(batches):
+    return [int(target) for _, targets in batches for target in targets]
 
 
 # --- keys ---
@@ -46,8 +65,9 @@ def test_a_key_seeds_every_generator():
 
 
 def positions(batch_size, accumulation, world_size, epoch=0, step=0, length=53):
-    """Of each step, over all processes."""
-    parts = [Batches(length, batch_size, accumulation, rank, world_size, seed=7) for rank in range(world_size)]
+    """Return the samples of each step over all ranks."""
+    parts = [
+        ResumableBatchSampler(length, batch_size, accumulation, rank, world_size, seed=7) for rank in range(world_size)]
     for part in parts:
         part.start(epoch, step)
     batches = [list(part) for part in parts]
@@ -74,8 +94,8 @@ def test_what_is_done_is_left_out():
 
 @pytest.mark.parametrize('length, world_size', [(10, 3), (2, 3), (0, 2)])
 def test_evaluation_has_each_image_in_one_process(length, world_size):
-    found = [
-        index for rank in range(world_size) for batch in InOrder(length, 2, rank, world_size) for _, index in batch]
+    samplers = [DistributedEvalSampler(length, 2, rank, world_size) for rank in range(world_size)]
+    found = [index for sampler in samplers for batch in sampler for _, index in batch]
     assert sorted(found) == list(range(length))
 
 
@@ -83,42 +103,42 @@ def test_evaluation_has_each_image_in_one_process(length, world_size):
 
 
 def test_augmentation_is_a_function_of_epoch_and_index(tmp_path):
-    args = arguments(
-        data_dir=str(make_folder(tmp_path)), aa='rand-m9-mstd0.5-inc1', reprob=0.5, scale=[0.1, 1.], hflip=0.5)
-    dataset = dataset_factory.open_dataset(args, 'train', 3, is_training=True)
-    samples = training(args, dataset).samples
+    images = training(options(make_folder(tmp_path)), scale=[0.1, 1.], hflip=0.5, **STRONG)
+    samples = images.dataset
     first, _ = samples[3, 4]
     random.random(), samples[3, 1]
     assert torch.equal(samples[3, 4][0], first)
     assert not torch.equal(samples[4, 4][0], first) and not torch.equal(samples[3, 5][0], first)
+    images.start(3, 1)
+    assert images.names(1) == [samples.name(index) for _, index in images.order.batch(1, 0)]
+    assert samples.name(0) == str(tmp_path / 'train/cat/0.png')
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_batches_do_not_depend_on_who_loads_them(workers):
-    args = arguments(batch_size=100, workers=workers, aa='rand-m9-mstd0.5-inc1', reprob=0.5)
-    images = training(args, Digits('train', 'RGB'))
-    assert images.steps == 14
+    images = training(options(dataset='digits', batch_size=100, workers=workers), **STRONG)
+    assert images.steps == 14 and images.num_images == 1437 and images.dataset.name(5) == 'image 5'
     batch, targets = next(images.start(2, 3))
     assert batch.shape == (100, 3, 16, 16)
-    expected = [images.samples[position] for position in images.batches.batch(3, 0)]
+    expected = [images.dataset[key] for key in images.order.batch(3, 0)]
     assert torch.equal(batch, torch.stack([image for image, _ in expected]))
     assert targets.tolist() == [target for _, target in expected]
 
 
 def test_evaluation_is_in_order():
-    args = arguments(batch_size=100)
-    held_out = loader.held_out(args, Digits('val', 'RGB'), CONFIG, CPU, DistributedContext())
-    assert torch.cat([target for _, target in held_out.loader]).tolist() == Digits('val').labels
+    loaded = evaluation(options(dataset='digits', batch_size=100))
+    assert targets_of(loaded.loader) == loaded.loader.loader.loader.dataset.source.dataset.labels
+    assert loaded.num_skipped(350) == 10 and loaded.skipped.count == 0
 
 
-@pytest.mark.parametrize('changes, told', [
-    (dict(batch_size=2000), '--batch-size must not exceed the 1437 training images, got 2000$'),
-    (dict(batch_size=1000, grad_accum_steps=2), 'got 1000 x 2 accumulated'),
-    (dict(aa='nonsense'), 'the images cannot be augmented so'),
+@pytest.mark.parametrize('batch_size, changes, message', [
+    (2000, {}, '--batch-size must not exceed the 1437 training images, got 2000$'),
+    (1000, dict(accumulation=2), 'got 1000 x 2 accumulated'),
+    (2, dict(aa='nonsense'), 'the augmentation is not supported: '),
 ])
-def test_what_cannot_be_loaded_is_told(changes, told):
-    with pytest.raises(ValueError, match=told):
-        training(arguments(**changes), Digits('train', 'RGB'))
+def test_what_cannot_be_loaded_is_refused(batch_size, changes, message):
+    with pytest.raises(ValueError, match=message):
+        training(options(dataset='digits', batch_size=batch_size), **changes)
 
 
 # --- images that can't be read ---
@@ -147,49 +167,46 @@ def damaged(kind):
     ('JPEG', 'x.jpg'), ('PNG', 'x.png'), ('WEBP', 'x.jpg'), ('TIFF', 'x.jpg'), ('empty', 'x.jpg'), ('text', 'x.jpg'),
     ('bomb', 'x.png'),
 ])
-def test_an_unreadable_training_image_is_left_out_and_named(tmp_path, caplog, kind, name):
-    root = make_folder(tmp_path)
-    path = root / 'train' / 'dog' / name
+def test_an_unreadable_training_image_is_skipped_and_named(tmp_path, caplog, kind, name):
+    path = make_folder(tmp_path) / 'train' / 'dog' / name
     path.write_bytes(damaged(kind))
-    args = arguments(data_dir=str(root), batch_size=7)
-    left_out = SkippedInTraining(limit=1)
-    images = training(args, dataset_factory.open_dataset(args, 'train', 3, is_training=True), left_out)
+    skipped = SkippedSamples(limit=1)
+    images = training(options(tmp_path, batch_size=7), skipped=skipped)
     for epoch in range(2):
         (batch, targets), = images.start(epoch, 0)
         assert len(batch) == 7 and sorted(targets.tolist())[:3] == [0, 0, 0]  # filled up with a readable one
-    assert left_out.count == 2 and left_out.seen == {str(path)}
+    assert skipped.count == 2 and skipped.seen == {str(path)}
     assert sum(str(path) in message for message in caplog.messages) == 1
 
 
-def test_too_many_unreadable_images_are_an_error(tmp_path):
-    root = make_folder(tmp_path)
+@pytest.mark.parametrize('workers', [0, 1])
+def test_too_many_unreadable_images_are_an_error(tmp_path, workers):
+    make_folder(tmp_path)
     for name in ('x.jpg', 'y.jpg'):
-        (root / 'train' / 'dog' / name).write_bytes(b'')
-    args = arguments(data_dir=str(root), batch_size=8, max_unreadable=1)
-    images = training(args, dataset_factory.open_dataset(args, 'train', 3, is_training=True))
+        (tmp_path / 'train' / 'dog' / name).write_bytes(b'')
+    images = training(options(tmp_path, batch_size=8, workers=workers), skipped=SkippedSamples(limit=1))
     with pytest.raises(ValueError, match=r'2 training images cannot be read, --max-unreadable is 1.*dog/[xy]\.jpg'):
         next(images.start(0, 0))
 
 
 def test_an_unreadable_image_is_never_replaced_in_evaluation(tmp_path, caplog):
-    root = make_folder(tmp_path)
-    path = root / 'val' / 'cat' / '9.jpg'
+    path = make_folder(tmp_path) / 'val' / 'cat' / '9.jpg'
     path.write_bytes(damaged('JPEG'))
-    args = arguments(data_dir=str(root))
-
-    def targets():
-        dataset = dataset_factory.open_dataset(args, 'val', 3, is_training=False)
-        return [int(target) for _, batch in loader.held_out(args, dataset, CONFIG, CPU, DistributedContext()).loader
-                for target in batch]
-
     with pytest.raises(ValueError, match=r'cat/9\.jpg cannot be read .*--skip-unreadable'):
-        targets()
-    args.skip_unreadable = True
-    assert targets() == [0, 0, 0, 1, 1, 1] and str(path) in caplog.text
+        targets_of(evaluation(options(tmp_path)).loader)
+    loaded = evaluation(options(tmp_path, skip_unreadable=True))
+    assert targets_of(loaded.loader) == [0, 0, 0, 1, 1, 1] and str(path) in caplog.text
+    assert loaded.skipped.seen == {str(path)} and loaded.num_skipped(6) == 1
 
 
-def test_names_are_the_images_files(tmp_path):
-    args = arguments(data_dir=str(make_folder(tmp_path)))
-    dataset = dataset_factory.open_dataset(args, 'train', 3, is_training=True)
-    assert Samples(dataset, 0).name(0) == str(tmp_path / 'train/cat/0.png')
-    assert Samples(Digits('train'), 0).name(5) == 'image 5'
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_error_of_a_worker_is_one_line(tmp_path, workers):
+    with pytest.raises(ValueError, match=r'^--random-crop-pad takes images of the input size, 16x16, got 12x10$'):
+        images = training(options(make_folder(tmp_path), workers=workers))
+        images.dataset.transform = PadAndRandomCrop((16, 16), 1)
+        next(images.start(0, 0))
+
+
+def test_images_of_another_size_are_refused_before_the_first_batch(tmp_path):
+    with pytest.raises(ValueError, match='takes images of the input size, 16x16, got 12x10'):
+        training(options(make_folder(tmp_path)), random_crop_pad=1)

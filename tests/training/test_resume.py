@@ -16,8 +16,8 @@ from test_data import make_folder
 import train
 import validate
 from smpconv_models.training import checkpointing
+from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.datasets import SeededDataset
-from smpconv_models.training.run_dir import RunDir
 from smpconv_models.training.train_step import TrainStep
 
 

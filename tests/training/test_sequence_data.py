@@ -11,9 +11,6 @@ from test_run import refused, run
 import train
 import validate
 from smpconv_models.models import create_sequence_model
-from smpconv_models.training import config
-from smpconv_models.training.dataset_factory import open_dataset
-from smpconv_models.training.datasets import image_name
 
 TINY = [
     '--model', 'smpconv_sdigits', '--model-kwargs', 'depth=1', 'dim=4', 'num_points=5', '--workers', '0', '--dataset',
@@ -21,11 +18,7 @@ TINY = [
     'adam']
 EVERYTHING = [
     *TINY, '--model-ema', '--model-ema-decay', '0.9', '--clip-grad', '5', '--mixup', '0.2', '--grad-accum-steps', '2',
-    '--recovery-interval', '1000', '--crop-padding', '1', '--hflip', '0.3']
-
-
-def parse(*argv):
-    return config.parse_args(train.create_parser(), [str(argument) for argument in argv])
+    '--recovery-interval', '1000', '--random-crop-pad', '1', '--hflip', '0.3']
 
 
 @pytest.fixture(scope='module')
@@ -97,45 +90,22 @@ def test_mnist_from_its_files(tmp_path):
     kwargs = ['--model-kwargs', 'depth=1', 'dim=4', 'num_points=5']
     assert run(
         train.main, '--model', 'smpconv_smnist', *kwargs, '--dataset', 'seq/mnist', '--data-dir', tmp_path / 'data',
-        '--val-split', 'test', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '20', '--crop-padding', '2',
+        '--val-split', 'test', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '20', '--random-crop-pad', '2',
         '--workers', '0', '--output', tmp_path) == 0
     (tmp_path / 'data').rename(tmp_path / 'moved')
     again = ['--checkpoint', tmp_path / 'smpconv_smnist', '--data-dir', tmp_path / 'moved', '--workers', '0']
     assert run(validate.main, *again) == 0
 
 
-def test_crops_are_drawn_of_the_pixels(tmp_path):
-    make_mnist(tmp_path)
-    dataset = open_dataset(parse('--dataset', 'seq/mnist', '--data-dir', tmp_path), 'train', 1, is_training=True)
-    plain = dataset[3][0]
-    from smpconv_models.training import task_sequence
-    task_sequence.augment(parse('--dataset', 'seq/mnist', '--crop-padding', '4', '--hflip', '0'), dataset)
-    torch.manual_seed(0)
-    drawn = [dataset[3][0] for _ in range(8)]
-    assert all(sequence.shape == plain.shape for sequence in drawn)
-    assert len({sequence.sum().item() for sequence in drawn}) > 4
-    dataset = open_dataset(parse('--dataset', 'seq/mnist', '--data-dir', tmp_path), 'train', 1, is_training=True)
-    for flip, turned in (('0', False), ('1', True)):
-        task_sequence.augment(parse('--dataset', 'seq/mnist', '--crop-padding', '0', '--hflip', flip), dataset)
-        image = plain.unflatten(-1, (28, 28))
-        assert torch.equal(dataset[3][0].unflatten(-1, (28, 28)), image.flip(-1) if turned else image)
-    assert image_name(dataset, 3) == dataset.name(3)
-
-
 @pytest.mark.parametrize(('argv', 'message'), [
     (['--model', 'smpconv_nano'], 'needs a network for sequences'),
-    (['--channels-last'], '--channels-last is for images, and seq/permuted-digits has sequences'),
-    (['--cutmix', '1'], '--cutmix is for images'), (['--img-size', '32'], '--img-size is for images'),
-    (['--mean', '0.5'], '--mean is for images'), (['--aa', 'rand-m9'], '--aa is for images'),
-    (['--dataset', 'seq/characters'], 'needs a folder'),
+    (['--dataset', 'seq/characters'], 'needs a folder for its files: --data-dir'),
     (['--model', 'smpconv_smnist'], r'made for sequences of (channels, steps) (1, 784)'),
     (['--in-chans', '3'], 'in_chans=1 sequence_length=64 makes one for them'),
-    (['--in-chans', '3', '--model-kwargs', 'in_chans=1'], '--model-kwargs in_chans=1 contradicts 3'),
-    (['--crop-padding', '8'], '--crop-padding must be below the side of the images, 8, got 8'),
-    (['--model', 'smpconv_sdigit'], 'did you mean smpconv_sdigits?'),
-    (['--dataset', 'seq/digit'], "got 'digit'; did you mean digits?"),
+    (['--in-chans', '3', '--model-kwargs', 'in_chans=1'], '--model-kwargs in_chans=1 contradicts the 3'),
+    (['--random-crop-pad', '8'], '--random-crop-pad must be below the side of the images, 8, got 8'),
     (['--dataset', 'digits'], 'smpconv_sdigits is for sequences: expected --dataset seq/NAME'),
-    (['--pretrained'], 'there are no pretrained weights for it'), (['--drop-path', '0.1'], 'drop_path_rate'),
+    (['--pretrained'], 'there are no pretrained weights'), (['--drop-path', '0.1'], 'drop_path_rate'),
     (['--val-split', 'nope'], "got 'nope'"), (['--num-classes', '3'], 'has 10 classes, the model 3'),
     (['--dataset', 'seq/mnist', '--data-dir', '/nowhere', '--model', 'smpconv_smnist'], '--dataset-download'),
 ])
@@ -148,14 +118,14 @@ def test_refusals(argv, message, tmp_path, capsys):
 def test_a_sequence_that_is_not_finite_is_named(tmp_path, capsys, monkeypatch):
     """Before the first step, with nothing written."""
     from smpconv_models.data import images
-    original = images.StoredSequences.__init__
+    original = images.InMemorySequences.__init__
 
     def damaged(self, what, classes, data, *rest, **kwargs):
         data = data.float()
         data[7, 0, 3] = torch.nan
         original(self, what, classes, data, *rest, **kwargs)
 
-    monkeypatch.setattr(images.StoredSequences, '__init__', damaged)
+    monkeypatch.setattr(images.InMemorySequences, '__init__', damaged)
     line = refused(train.main, capsys, *TINY, '--output', tmp_path)
     assert 'NaN or inf in 1 of' in line and '7' in line
     assert list(tmp_path.iterdir()) == []

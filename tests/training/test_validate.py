@@ -22,9 +22,13 @@ from smpconv_models import checkpoint
 from smpconv_models.training import DataOptions, DeviceOptions, EvalOptions, ModelOptions
 from smpconv_models.training import validate as library
 from smpconv_models.training.datasets import ReadImage, SeededIterableDataset
-from smpconv_models.training.metrics import ClassificationMeter
 from smpconv_models.training.tasks import ImageTask
-from smpconv_models.training.validate import expand_model_list, fill_from_checkpoint, per_class_results
+from smpconv_models.training.validate import (
+    ClassificationMeter,
+    expand_model_list,
+    fill_from_checkpoint,
+    per_class_results,
+)
 
 OPTIONS = EvalOptions(DataOptions(), ModelOptions(), DeviceOptions())
 KWARGS = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5))

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from smpconv_models.training.distributed import DistributedContext
-from smpconv_models.training.metrics import ClassificationMeter
+from smpconv_models.training.validate import ClassificationMeter
 
 
 def everywhere_the_same(stepper):

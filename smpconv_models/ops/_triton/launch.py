@@ -17,16 +17,16 @@ _ELEMENTS_PER_PROGRAM = 1024      # of the two kernels that only copy and add
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """Run the forward kernel that fits the map. Maps (:func:`contiguous_maps`) and weight are contiguous."""
-    kernel = tuning.select_forward_kernel(*input.shape[2:])
+    kernel = tuning.forward_form(*input.shape[2:])
     tile = tuning.get_tile(kernel, input, list(weight.shape[2:]), matmul_precision(input.dtype))
-    return LAUNCHERS[kernel](input, weight, bias, tile)
+    return _FORMS[kernel](input, weight, bias, tile)
 
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
     """Run the weight gradient's kernel that fits the map."""
-    kernel = tuning.select_weight_grad_kernel(*input.shape[2:])
+    kernel = tuning.weight_grad_form(*input.shape[2:])
     tile = tuning.get_tile(kernel, input, kernel_size, matmul_precision(input.dtype))
-    return LAUNCHERS[kernel](grad, input, kernel_size, tile)
+    return _FORMS[kernel](grad, input, kernel_size, tile)
 
 
 def map_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: MapTile) -> Tensor:
@@ -109,7 +109,7 @@ def block_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile:
     return weight_grad
 
 
-LAUNCHERS: Dict[str, Callable[..., Tensor]] = {
+_FORMS: Dict[str, Callable[..., Tensor]] = {
     'map_forward': map_forward, 'map_weight_grad': map_weight_grad,
     'block_forward': block_forward, 'block_weight_grad': block_weight_grad,
 }

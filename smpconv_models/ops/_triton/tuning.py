@@ -1,7 +1,8 @@
 """Tiles: how much of the problem one program takes. Tuned tiles are data in configs/; other problems get a default.
 
-``configs/sm_NN.json`` is a list of ``{kernel, precision, batch, height, width, kernel_size, tile, source}``. A tuned
-tile serves the GPUs of its compute capability, and every batch from half of the one that it was tuned for.
+``configs/sm_NN.json`` is a list of ``{kernel, mode, batch, height, width, kernel_size, tile, source}``; ``mode`` is the
+precision of the products. A tuned tile serves the GPUs of its compute capability, and every batch from half of the one
+that it was tuned for.
 """
 import functools
 import json
@@ -104,6 +105,7 @@ TILES: Dict[str, Any] = {
     'map_forward': MapTile, 'map_weight_grad': MapGradTile,
     'block_forward': BlockTile, 'block_weight_grad': BlockGradTile,
 }
+_DEFAULTS = {name: tile.default for name, tile in TILES.items()}
 
 
 def window(s: int, tc: int, width: int, kernel_width: int) -> Tuple[int, int]:
@@ -117,12 +119,12 @@ def window(s: int, tc: int, width: int, kernel_width: int) -> Tuple[int, int]:
     return left, -(-(left + s + right) // tc)
 
 
-def select_forward_kernel(height: int, width: int) -> str:
+def forward_form(height: int, width: int) -> str:
     """Return the name of the forward pass's kernel for maps of this size."""
     return 'map_forward' if height * width <= _LARGEST_FORWARD_MAP else 'block_forward'
 
 
-def select_weight_grad_kernel(height: int, width: int) -> str:
+def weight_grad_form(height: int, width: int) -> str:
     """Return the name of the weight gradient's kernel for maps of this size."""
     fits = width <= _WIDEST_GRAD_MAP and _rotated(height, width) <= _LARGEST_GRAD_MAP
     return 'map_weight_grad' if fits else 'block_weight_grad'
@@ -138,7 +140,7 @@ def get_tile(kernel: str, input: Tensor, kernel_size: List[int], precision: str)
     fitting = [batch for batch in entries if batch <= 2 * n]
     if fitting:
         return entries[max(fitting)]
-    return TILES[kernel].default(n, h, w, kernel_size, precision)
+    return _DEFAULTS[kernel](n, h, w, kernel_size, precision)
 
 
 def _block_width(w: int, precision: str) -> int:
@@ -171,7 +173,7 @@ def _tuned(
     return {
         entry['batch']: TILES[kernel](**entry['tile'])
         for entry in _entries(capability)
-        if (entry['kernel'], entry['precision'], entry['height'], entry['width']) == (kernel, precision, h, w)
+        if (entry['kernel'], entry['mode'], entry['height'], entry['width']) == (kernel, precision, h, w)
         and tuple(entry['kernel_size']) == kernel_size
     }
 

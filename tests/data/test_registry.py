@@ -9,14 +9,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from smpconv_models import data
-from smpconv_models.data import NAMES, SequenceDataset, create_sequence_dataset
-from smpconv_models.data.sequence_dataset import StoredSequences
+from smpconv_models.data import DATASET_NAMES, SequenceDataset, create_sequence_dataset
+from smpconv_models.data.registry import InMemorySequences
 
 SHAPES = {
     'digits': (1, 64), 'permuted-digits': (1, 64), 'mnist': (1, 784), 'permuted-mnist': (1, 784), 'cifar10': (3, 1024),
     'characters': (3, 182), 'speech-mfcc': (20, 161), 'speech': (1, 16000)}
 SPLITS = {name: ('train', 'test') if 'mnist' in name or name == 'cifar10' else ('train', 'validation', 'test')
-          for name in NAMES}
+          for name in DATASET_NAMES}
 SPLITS.update(dict.fromkeys(('digits', 'permuted-digits'), ('train', 'validation')))
 
 
@@ -33,7 +33,7 @@ def root(tmp_path_factory, server):
         yield root
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', DATASET_NAMES)
 def test_items_are_sequences_of_a_shape_with_their_class(root, name):
     for split in SPLITS[name]:
         dataset = create_sequence_dataset(name, root, split)
@@ -58,7 +58,7 @@ def test_the_training_split_is_normalised(root, name):
     torch.testing.assert_close(std, torch.ones_like(std), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name != 'cifar10'])  # whose made splits are alike
+@pytest.mark.parametrize('name', [name for name in DATASET_NAMES if name != 'cifar10'])  # whose made splits are alike
 def test_splits_share_nothing(root, name):
     seen = []
     for split in SPLITS[name]:
@@ -107,14 +107,14 @@ def test_validation_means_the_test_images_where_there_are_two_parts(root):
 
 
 @pytest.mark.parametrize('name, root, split, told', [
-    ('mnits', '.', 'train', r"one of \('digits', .*got 'mnits'; did you mean mnist\?$"),
-    ('', '.', 'train', r"one of \('digits', .*got ''$"),
+    ('mnits', '.', 'train', r"one of \('characters', .*got 'mnits'; did you mean mnist\?$"),
+    ('', '.', 'train', r"one of \('characters', .*got ''$"),
     ('digits', None, 'test', r"split of digits must be one of \('train', .*got 'test'$"),
     ('mnist', '.', 'tset', r"split of mnist must be one of \('train', .*got 'tset'$"),
     ('speech', '.', '', r"split of speech must be one of .*got ''$"),
-    ('mnist', None, 'train', 'mnist needs a folder that holds its files, or will: got None$'),
-    ('mnist', '', 'train', "mnist needs a folder .*got ''$"),
-    ('mnist', __file__, 'train', 'mnist needs a folder .*got a file: .*test_opening.py$'),
+    ('mnist', None, 'train', 'mnist needs a folder for its files: root is None$'),
+    ('mnist', '', 'train', "mnist needs a folder .*: root is ''$"),
+    ('mnist', __file__, 'train', 'mnist needs a folder .*: root is the file .*test_registry.py$'),
 ])
 def test_mistakes_are_told(name, root, split, told):
     with pytest.raises(ValueError, match=told):
@@ -123,7 +123,7 @@ def test_mistakes_are_told(name, root, split, told):
 
 @pytest.mark.parametrize('name, told', [
     ('mnist', 'train-images-idx3-ubyte is missing: pass download=True, or put https?://.*gz, unpacked, there by hand$'),
-    ('cifar10', r'lacks data_batch_1, or it is damaged \(7 such files\): pass download=True, or unpack \S+://.*hand$'),
+    ('cifar10', r'data_batch_1 is missing or damaged \(7 such files\): pass download=True, or unpack \S+://.*hand$'),
     ('characters', r'trajectories.zip is missing: pass download=True, or put \S+://.* there by hand$'),
     ('speech', r'v0.02.tar.gz is missing: pass download=True, or put https://storage.* there by hand$'),
     ('speech-mfcc', r'v0.02.tar.gz is missing: pass download=True'),
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, name):
 
 def test_a_missing_class_is_told():
     with pytest.raises(ValueError, match=r"^it has no sequence of 1 of 3 classes: \['b'\]$"):
-        StoredSequences('it', 'abc', torch.zeros(3, 1, 5), [0, 2, 2], 0, 1)
+        InMemorySequences('it', 'abc', torch.zeros(3, 1, 5), [0, 2, 2], 0, 1)
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
@@ -152,12 +152,12 @@ def test_numbers_that_are_not_finite_are_told(bad):
     data = torch.zeros(3, 2, 5)
     data[1, 1, 4] = bad
     with pytest.raises(ValueError, match=r'^it has NaN or inf in 1 of 3 sequences, such as \[1\]$'):
-        StoredSequences('it', 'ab', data, [0, 1, 1], 0, 1)
+        InMemorySequences('it', 'ab', data, [0, 1, 1], 0, 1)
 
 
 def test_public_names_are_frozen():
-    assert data.__all__ == ['NAMES', 'SequenceDataset', 'create_sequence_dataset']
-    assert tuple(SHAPES) == NAMES
+    assert data.__all__ == ['DATASET_NAMES', 'EMBEDDED_NAMES', 'SequenceDataset', 'create_sequence_dataset']
+    assert tuple(sorted(SHAPES)) == DATASET_NAMES
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():
