@@ -93,6 +93,12 @@ def load(folder, **kwargs):
     return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
 
 
+def convert_saved(tmp_path, content):
+    """Save a checkpoint and convert it; return the result and the model that timm loads from the folder."""
+    torch.save(content, tmp_path / 'saved.pth.tar')
+    return hub.convert(tmp_path / 'saved.pth.tar', tmp_path / 'folder'), load(tmp_path / 'folder')
+
+
 # --- convert ---
 
 
@@ -127,13 +133,10 @@ def test_the_weights_that_are_not_averaged(tmp_path, file, capsys):
 
 def test_our_own_checkpoint_keeps_its_data_and_classes(tmp_path):
     model = randomize_(timm.create_model('smpconv_nano', num_classes=2, in_chans=1)).eval()
-    torch.save({
+    done, loaded = convert_saved(tmp_path, {
         'state_dict': model.state_dict(), 'model_kwargs': {'num_classes': 2, 'in_chans': 1}, 'classes': ['cat', 'dog'],
-        'args': {'model': 'smpconv_nano', 'img_size': 16, 'mean': [0.3], 'std': [0.4], 'crop_pct': 0.9},
-    }, tmp_path / 'ours.pth.tar')
-    done = hub.convert(tmp_path / 'ours.pth.tar', tmp_path / 'folder')
+        'args': {'model': 'smpconv_nano', 'img_size': 16, 'mean': [0.3], 'std': [0.4], 'crop_pct': 0.9}})
     assert (done.architecture, done.key) == ('smpconv_nano', 'state_dict')
-    loaded = load(tmp_path / 'folder')
     image = torch.randn(2, 1, 16, 16)
     assert torch.equal(loaded(image), model(image))
     data = timm.data.resolve_model_data_config(loaded)
@@ -218,12 +221,11 @@ def test_arguments_that_contradict_each_other(capsys, argv):
 
 def test_a_checkpoint_of_gray_images_without_a_size(tmp_path):
     """train.py saves such a checkpoint if --img-size is not given."""
-    model = randomize_(timm.create_model('smpconv_nano', num_classes=2, in_chans=1)).eval()
-    torch.save({
-        'state_dict': model.state_dict(), 'model_kwargs': {'num_classes': 2, 'in_chans': 1},
-        'args': {'model': 'smpconv_nano', 'img_size': None, 'mean': [0.3], 'std': None}}, tmp_path / 'ours.pth.tar')
-    hub.convert(tmp_path / 'ours.pth.tar', tmp_path / 'folder')
-    data = timm.data.resolve_model_data_config(load(tmp_path / 'folder'))
+    kwargs = dict(num_classes=2, in_chans=1)
+    _, loaded = convert_saved(tmp_path, {
+        'state_dict': timm.create_model('smpconv_nano', **kwargs).state_dict(), 'model_kwargs': kwargs,
+        'args': {'model': 'smpconv_nano', 'img_size': None, 'mean': [0.3], 'std': None}})
+    data = timm.data.resolve_model_data_config(loaded)
     assert tuple(data['input_size']) == (1, 32, 32) and list(data['mean']) == [0.3]
     assert list(data['std']) == pytest.approx([sum(timm.data.IMAGENET_DEFAULT_STD) / 3])
 
@@ -232,11 +234,10 @@ def test_arguments_of_timms_script_are_the_models(tmp_path):
     """Arguments that no shape shows are used as well."""
     kwargs = dict(act_layer='silu', output_stride=16)
     model = randomize_(timm.create_model('smpconv_nano', num_classes=3, global_pool='max', **kwargs)).eval()
-    torch.save({'state_dict': model.state_dict(), 'args': namespace(
-        model='smpconv_nano', num_classes=None, gp='max', model_kwargs=kwargs)}, tmp_path / 'timm.pth.tar')
-    hub.convert(tmp_path / 'timm.pth.tar', tmp_path / 'folder')
+    _, loaded = convert_saved(tmp_path, {'state_dict': model.state_dict(), 'args': namespace(
+        model='smpconv_nano', num_classes=None, gp='max', model_kwargs=kwargs)})
     image = torch.randn(1, 3, 64, 64)
-    assert torch.equal(load(tmp_path / 'folder')(image), model(image))
+    assert torch.equal(loaded(image), model(image))
 
 
 def test_a_model_of_large_images_is_converted_and_evaluated_on_request(tmp_path, capsys):
