@@ -138,7 +138,7 @@ def test_calls_are_named_and_not_made(tmp_path, new_format, function):
 
 
 @formats
-def test_trap_works_elsewhere(tmp_path, new_format):
+def test_another_loader_makes_the_call(tmp_path, new_format):
     path, trap = tmp_path / 'a.pth', tmp_path / 'trap'
     torch.save({'w': Call(os.mkdir, str(trap))}, path, _use_new_zipfile_serialization=new_format)
     refused(path)
@@ -250,7 +250,7 @@ LENGTHS = {
 
 @formats
 @pytest.mark.parametrize('opcode', LENGTHS)
-def test_lengths_are_not_believed(tmp_path, new_format, opcode):
+def test_claimed_lengths_are_not_allocated(tmp_path, new_format, opcode):
     path = write(tmp_path / 'a.pth', under(LENGTHS[opcode]), new_format)
     refused(path)
 
@@ -275,7 +275,7 @@ def test_tensor_beyond_its_storage(tmp_path, new_format, place):
     refused(write(tmp_path / 'a.pth', under(tensor(of, **described)), new_format), 'it has a tensor')
 
 
-def test_repeated_tensor_is_read_elsewhere(tmp_path):
+def test_a_repeated_element_is_refused_though_pytorch_loads_it(tmp_path):
     torch.save({'w': torch.ones(1).expand(40_000_000_000)}, tmp_path / 'a.pth')
     assert torch.load(tmp_path / 'a.pth')['w'].nbytes == 160_000_000_000
     refused(tmp_path / 'a.pth', r'shape \(40000000000,\) in 1 elements')
@@ -323,7 +323,7 @@ def test_one_storage_of_two_sizes(tmp_path, new_format):
 
 @formats
 @pytest.mark.parametrize('key', [b'G' + struct.pack('>d', float('nan')), number(0), several(text('0'))])
-def test_storage_that_is_unlike_itself(tmp_path, new_format, key):
+def test_storage_key_that_differs_from_itself(tmp_path, new_format, key):
     """NaN differs from NaN: PyTorch would read the record each time that the key occurs."""
     path = tmp_path / 'a.pth'
     body = under(several(*[storage(MIB, 'torch.ByteStorage', key, view_of(new_format))] * 20))
@@ -375,7 +375,7 @@ def test_deep_names_do_not_end_the_process(tmp_path):
 
 
 @pytest.mark.parametrize('body', [b'}(%sNu', b'(%sNd', b'}%sNs', b'](%s\x91', b'\x8f(%s\x90'])
-def test_names_that_take_forever(tmp_path, body):
+def test_names_whose_hash_takes_forever(tmp_path, body):
     """A tuple of itself twice, 60 deep, is hashed in 2^60 steps."""
     laughs = b'(t' + b'q\x00h\x00\x86' * 60
     refused(write_zip(tmp_path / 'a.pth', body % laughs))
@@ -609,7 +609,7 @@ def test_no_weights(tmp_path, content):
 
 @pytest.mark.parametrize('message, line', [
     ('', 'ValueError'), ('a\nb', 'a'), ('\x1b[31m', r'\x1b[31m'), ('\ud800', r'\ud800'), ('a' * 5000, 'a' * 2000)])
-def test_messages_of_others_are_one_printable_line(message, line):
+def test_messages_of_other_libraries_are_one_printable_line(message, line):
     assert first_line(ValueError(message)) == line
 
 
@@ -704,7 +704,7 @@ def test_safetensors_are_read(tmp_path):
             same(given[key], weights[key])
 
 
-def test_inspection_says_what_is_there():
+def test_scan_returns_unsafe_globals_and_storages():
     buffer = io.BytesIO(PROTO + under(tensor(storage())) + b'.')
     found = pickles.scan_pickles(buffer, len(buffer.getvalue()))
     assert found.unsafe_globals == [] and found.storages == {'0': 4}

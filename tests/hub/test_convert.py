@@ -50,9 +50,9 @@ def run(module, *argv):
 def refused(capsys, module, *argv):
     with pytest.raises(SystemExit, match='2'):
         run(module, *argv)
-    told = capsys.readouterr().err
-    assert 'Traceback' not in told
-    line = told.strip().splitlines()[-1]  # after the Hub client's bars and retries
+    text = capsys.readouterr().err
+    assert 'Traceback' not in text
+    line = text.strip().splitlines()[-1]  # after the Hub client's bars and retries
     assert line.startswith(f'{module.__name__}.py: error: ')
     return line
 
@@ -104,14 +104,14 @@ def convert_saved(tmp_path, content):
 def test_a_release_file_becomes_a_folder_that_timm_loads(tmp_path, file, released, capsys):
     _, image, logits = released
     assert run(convert, file, tmp_path / 'folder', '--source', 'somewhere') == 0
-    told = capsys.readouterr().out
-    assert "smpconv_t, the weights under 'state_dict_ema'" in told
+    text = capsys.readouterr().out
+    assert "smpconv_t, the weights under 'state_dict_ema'" in text
     assert relative_error(load(tmp_path / 'folder')(image), logits) < 1e-5
     assert sorted(os.listdir(tmp_path / 'folder')) == ['README.md', 'config.json', 'model.safetensors']
     config = json.loads((tmp_path / 'folder/config.json').read_text())
     sha256 = file_sha256(tmp_path / 'folder/model.safetensors')
     assert config['architecture'] == 'smpconv_t' and config['source'] == 'somewhere' and config['license'] == 'mit'
-    assert config['sha256'] == sha256 and sha256 in told and config['model_args']['depths'] == [1, 1, 2, 1]
+    assert config['sha256'] == sha256 and sha256 in text and config['model_args']['depths'] == [1, 1, 2, 1]
     card = (tmp_path / 'folder/README.md').read_text()
     assert sha256 in card and 'license: mit' in card and not re.search(r'\{\w+\}', card)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith('.')] == []
@@ -144,7 +144,7 @@ def test_our_own_checkpoint_keeps_its_data_and_classes(tmp_path):
 
 
 @pytest.mark.parametrize('prefix, dtype', [('module.', torch.float32), ('_orig_mod.', torch.float16)])
-def test_bare_state_dicts_are_told_by_their_shapes(tmp_path, prefix, dtype):
+def test_state_dicts_are_identified_by_their_shapes(tmp_path, prefix, dtype):
     model = randomize_(timm.create_model('smpconv_nano', num_classes=4)).eval()
     state = {prefix + key: value.to(dtype) if value.is_floating_point() else value
              for key, value in model.state_dict().items()}
@@ -165,7 +165,7 @@ def test_files_have_the_users_permissions(tmp_path, file):
     assert set(modes.values()) == {0o640}, modes
 
 
-@pytest.mark.parametrize('change, told', [
+@pytest.mark.parametrize('change, text', [
     (lambda path: path.write_bytes(b'<html>'), 'HTML'),
     (lambda path: path.write_bytes(path.read_bytes()[:-500]), 'truncated or damaged'),
     (lambda path: torch.save(timm.create_model('test_resnet').state_dict(), path), 'the weights fit none of'),
@@ -176,9 +176,9 @@ def test_files_have_the_users_permissions(tmp_path, file):
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace()}, path), 'does not fit'),
     (lambda path: path.unlink(), 'found nothing'),
 ])
-def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path, file, capsys, change, told):
+def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path, file, capsys, change, text):
     change(file)
-    assert told in refused(capsys, convert, file, tmp_path / 'folder')
+    assert text in refused(capsys, convert, file, tmp_path / 'folder')
     assert {path.name for path in tmp_path.iterdir()} <= {'release.pth.tar'}
 
 
@@ -209,8 +209,8 @@ def test_the_originals_file_is_downloaded_first(tmp_path, file, monkeypatch, cap
         asked = len(drive.asked)
         assert run(convert, *argv) == 0 and len(drive.asked) == asked  # it is there
     path = tmp_path / 'files/smpconv_t.pth.tar'
-    told = f'{path}: {file.stat().st_size} bytes, sha256 {file_sha256(file)}'
-    assert capsys.readouterr().out.count(told) == 2
+    text = f'{path}: {file.stat().st_size} bytes, sha256 {file_sha256(file)}'
+    assert capsys.readouterr().out.count(text) == 2
 
 
 @pytest.mark.parametrize('argv', [[], ['a', '--download', 'smpconv_t', 'b'], ['a', 'b', '--download-dir', 'c']])
@@ -255,11 +255,11 @@ def test_a_model_of_large_images_is_converted_and_evaluated_on_request(tmp_path,
 
 def test_another_model_than_the_weights_is_refused(tmp_path, capsys):
     torch.save(timm.create_model('smpconv_nano').state_dict(), tmp_path / 'nano.pth')
-    for name, told in (('smpconv_b', 'does not fit the model'), ('resnet18', "got 'resnet18'")):
-        assert told in refused(capsys, convert, tmp_path / 'nano.pth', tmp_path / 'folder', '--model', name)
+    for name, text in (('smpconv_b', 'does not fit the model'), ('resnet18', "got 'resnet18'")):
+        assert text in refused(capsys, convert, tmp_path / 'nano.pth', tmp_path / 'folder', '--model', name)
 
 
-@pytest.mark.parametrize('content, told', [
+@pytest.mark.parametrize('content, text', [
     (dict(model_kwargs={'dims': [10 ** 4] * 4}), 'at most 2e+09 numbers'),
     (dict(model_kwargs={'checkpoint_path': 'x.pth'}), 'got checkpoint_path'),
     (dict(model_kwargs={'pretrained': True}), 'got pretrained'),
@@ -276,14 +276,14 @@ def test_another_model_than_the_weights_is_refused(tmp_path, capsys):
     (dict(args={'model': 'smpconv_nano', 'crop_pct': 'x'}), 'args.crop_pct must be'),
     (dict(classes={'a': 0}), 'classes must be a list'), (dict(classes=['a']), 'expected 2 names of classes'),
 ])
-def test_what_a_checkpoint_says_of_itself_is_not_believed(tmp_path, capsys, content, told):
+def test_the_description_in_a_checkpoint_is_validated(tmp_path, capsys, content, text):
     state = timm.create_model('smpconv_nano', num_classes=2).state_dict()
     torch.save({'state_dict': state, **content}, tmp_path / 'bad.pth')
-    assert told in refused(capsys, convert, tmp_path / 'bad.pth', tmp_path / 'folder')
+    assert text in refused(capsys, convert, tmp_path / 'bad.pth', tmp_path / 'folder')
     assert os.listdir(tmp_path) == ['bad.pth']
 
 
-def test_outputs_that_differ_are_no_conversion(tmp_path, file, monkeypatch, capsys):
+def test_a_conversion_with_other_outputs_fails(tmp_path, file, monkeypatch, capsys):
     """The saved model is loaded and compared."""
     save_for_hf = _convert.save_for_hf
 
@@ -317,7 +317,7 @@ def test_an_empty_folder_is_filled(tmp_path, file, monkeypatch):
     assert sorted(os.listdir()) == ['README.md', 'config.json', 'model.safetensors']
 
 
-def test_licence_and_source_are_told(tmp_path, file, capsys):
+def test_license_and_source_are_written(tmp_path, file, capsys):
     assert run(convert, file, '--license', 'cc-by-nc-4.0', tmp_path / 'folder', '--source', 'mine') == 0
     config = json.loads((tmp_path / 'folder/config.json').read_text())
     assert config['license'] == config['pretrained_cfg']['license'] == 'cc-by-nc-4.0' and config['source'] == 'mine'
@@ -381,8 +381,8 @@ def remote(monkeypatch, tmp_path):
 
 def test_a_dry_run_sends_nothing(remote, folder, capsys):
     assert run(publish, folder, REPO) == 0
-    told = capsys.readouterr().out
-    assert f'{REPO}: a new repository' in told and told.count('new ') == 4 and 'nothing was sent' in told
+    text = capsys.readouterr().out
+    assert f'{REPO}: a new repository' in text and text.count('new ') == 4 and 'nothing was sent' in text
     assert {request.method for request in remote.requests} <= {'GET', 'HEAD'}
 
 
@@ -398,8 +398,8 @@ def test_publishing_sends_what_changed_and_never_the_token(remote, folder, capsy
     assert {request.method for request in remote.requests} <= {'GET', 'HEAD'}
     (folder / 'README.md').write_text('another card')
     assert run(publish, folder, REPO, '--publish') == 0
-    told = capsys.readouterr().out
-    assert 'changed  README.md' in told and 'same     model.safetensors' in told
+    text = capsys.readouterr().out
+    assert 'changed  README.md' in text and 'same     model.safetensors' in text
     assert not any('hf_test' in request.path + request.query for request in remote.requests)
 
 
@@ -425,7 +425,7 @@ def change_config(folder, **changes):
     (folder / 'config.json').write_text(json.dumps({**config, **changes}))
 
 
-@pytest.mark.parametrize('change, told', [
+@pytest.mark.parametrize('change, text', [
     (lambda folder: change_weight(folder, float('nan')), 'not finite: norm.weight'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b''), 'is damaged: its checksum'),
     (lambda folder: (folder / 'README.md').unlink(), "missing ['README.md']"),
@@ -437,13 +437,13 @@ def change_config(folder, **changes):
     (lambda folder: change_config(folder, architecture='resnet18'), "got 'resnet18'"),
     (lambda folder: change_config(folder, architecture='smpconv_mobile31', model_args={}), 'does not fit the model'),
 ])
-def test_a_folder_that_is_not_whole_is_not_sent(remote, folder, capsys, change, told):
+def test_an_incomplete_folder_is_not_sent(remote, folder, capsys, change, text):
     change(folder)
-    assert told in refused(capsys, publish, folder, REPO, '--publish')
+    assert text in refused(capsys, publish, folder, REPO, '--publish')
     assert remote.requests == []
 
 
-@pytest.mark.parametrize('token, fault, told', [
+@pytest.mark.parametrize('token, fault, text', [
     ('', None, 'publishing needs a token: set HF_TOKEN, or run hf auth login'),
     ('hf_secret_wrong', None, 'status 401: set HF_TOKEN to a valid token'),
     ('hf_test', dict(pattern='*/commit/*', status=403), 'status 403: the token in HF_TOKEN has no access to it'),
@@ -452,18 +452,18 @@ def test_a_folder_that_is_not_whole_is_not_sent(remote, folder, capsys, change, 
     ('hf_test', dict(pattern='/upload/*', status=500), 'cannot be published'),
 ])
 def test_a_hub_that_refuses_is_one_line_without_the_token(
-        remote, folder, capsys, monkeypatch, token, fault, told):
+        remote, folder, capsys, monkeypatch, token, fault, text):
     monkeypatch.setenv('HF_TOKEN', token)
     if fault is not None:
         remote.fail(**fault, times=None)
     line = refused(capsys, publish, folder, REPO, '--publish')
-    assert told in line and 'hf_' not in line.replace(REPO, '')
+    assert text in line and 'hf_' not in line.replace(REPO, '')
 
 
-@pytest.mark.parametrize('name, told', [
+@pytest.mark.parametrize('name, text', [
     ('a/b/c', 'expected OWNER/NAME'), ('model', 'expected OWNER/NAME'), ('a/b c', 'is no name for a repository')])
-def test_a_name_that_is_none(remote, folder, capsys, name, told):
-    assert told in refused(capsys, publish, folder, name, '--publish')
+def test_an_invalid_repository_name(remote, folder, capsys, name, text):
+    assert text in refused(capsys, publish, folder, name, '--publish')
     assert not remote.repos
 
 
@@ -475,7 +475,7 @@ def test_weights_of_another_kind_are_other_weights(remote, folder, capsys):
     assert {*remote.files(REPO)} - {'.gitattributes'} == {'README.md', 'config.json', 'model.safetensors', 'notes.txt'}
 
 
-def test_somebody_else_is_quicker(remote, folder, capsys, monkeypatch):
+def test_a_commit_of_another_client_is_kept(remote, folder, capsys, monkeypatch):
     assert run(publish, folder, REPO, '--publish') == 0
     create_commit = _publish.HfApi.create_commit
 
@@ -495,12 +495,12 @@ def test_a_public_repository_stays_public(remote, folder, capsys):
     assert '--private cannot change that' in refused(capsys, publish, folder, REPO, '--publish', '--private')
 
 
-def test_a_repository_that_stays_empty_is_told(remote, folder, capsys):
+def test_a_repository_that_stays_empty_is_named(remote, folder, capsys):
     remote.fail('*/commit/*', status=403, times=None)
     assert f'({REPO} was created, and is empty)' in refused(capsys, publish, folder, REPO, '--publish')
 
 
-def test_a_hub_that_answers_with_something_else(remote, folder, capsys):
+def test_a_server_that_is_no_hub(remote, folder, capsys):
     remote.fail('/api/models/*', body=b'[]', headers={'Content-Type': 'application/json'}, times=None)
     assert 'does not answer as the Hub does' in refused(capsys, publish, folder, REPO, '--publish')
 
@@ -579,7 +579,7 @@ def test_from_the_releases_file_through_the_hub_to_a_model_in_a_fresh_process(tm
     assert int(peak.read_text()) * 1024 <= 2.2 * path.stat().st_size
 
 
-def test_names_are_the_releases(released):
+def test_names_equal_the_releases(released):
     """The names of the tests above are the release's."""
     model = timm.create_model('smpconv_t', num_classes=10, **TINY)
     model.load_state_dict(checkpoint.convert_original(released[0]))

@@ -172,7 +172,7 @@ def test_cache_dir(hub, model, tmp_path):
     assert len(hub.asked(CDN)) == 1
 
 
-def test_weights_in_the_configuration_are_not_taken(tmp_path, model, folder):
+def test_weights_in_the_configuration_are_ignored(tmp_path, model, folder):
     """The weights of a folder or repository are those in its file."""
     config = json.loads((folder / CONFIG).read_text())
     config['pretrained_cfg'].update(state_dict={'a': 1}, file='/etc/hostname', custom_load=True)
@@ -319,14 +319,14 @@ def test_content_that_several_repositories_share(hub, folder, tmp_path, damage):
     assert shared.exists() is not damage
 
 
-def test_a_bit_flipped_is_told_by_timm(hub, model):
+def test_timm_reports_a_flipped_bit(hub, model):
     hub.fail(CDN, flip=2000)
     assert 'checksum' in fails(create)
     assert torch.equal(create()(IMAGE), model(IMAGE))
 
 
 @pytest.mark.slow  # 8 s: several programs
-def test_a_bit_flipped_in_the_cache_is_told_whoever_is_first(hub, tmp_path):
+def test_a_flipped_bit_in_the_cache_is_reported_in_any_order(hub, tmp_path):
     """The checksum is computed in parallel; the file is removed only after it was read."""
     for _ in range(5):
         create()
@@ -372,7 +372,7 @@ def test_a_path_in_the_answer_to_the_client(hub, folder, tmp_path):
     assert download_verified(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
-def test_a_commit_in_the_answer_that_there_is_no_file(hub, tmp_path):
+def test_a_path_in_place_of_the_commit_of_a_missing_file(hub, tmp_path):
     """The client creates a mark under that name."""
     hub.fail('*', times=None, headers={'X-Repo-Commit': str(tmp_path / 'evil')})
     assert 'none.bin does not exist' in fails(download_verified, NAME, 'none.bin')
@@ -396,17 +396,12 @@ def test_a_name_of_no_repository(hub, tmp_path, repo):
 
 # Name -> pattern of paths, arguments of the fault, text in the error beside the repository and the file.
 FAULTS = {
-    '401': (HEAD, dict(status=401), 'HF_TOKEN'),
-    '401_of_the_contents': (CDN, dict(status=401), 'HF_TOKEN'),
-    '403': (HEAD, dict(status=403), 'HF_TOKEN'),
-    '403_of_the_contents': (CDN, dict(status=403), 'HF_TOKEN'),
+    **{f'{status}{part}': (pattern, dict(status=status), text)
+       for part, pattern in (('', HEAD), ('_of_the_contents', CDN))
+       for status, text in ((401, 'HF_TOKEN'), (403, 'HF_TOKEN'), (500, 'status 500'), (503, 'HF_ENDPOINT'))},
     '404_of_the_contents': (CDN, dict(status=404), 'HF_ENDPOINT'),
     '429': (HEAD, dict(status=429, headers={'Retry-After': '7'}), 'too many requests'),
     '429_of_the_contents': (CDN, dict(status=429), 'too many requests'),
-    '500': (HEAD, dict(status=500), 'status 500'),
-    '500_of_the_contents': (CDN, dict(status=500), 'status 500'),
-    '503': (HEAD, dict(status=503), 'HF_ENDPOINT'),
-    '503_of_the_contents': (CDN, dict(status=503), 'HF_ENDPOINT'),
     'closed': (HEAD, dict(drop='close'), 'HTTPS_PROXY'),
     'reset': (HEAD, dict(drop='reset'), 'HTTPS_PROXY'),
     'closed_before_the_body': (CDN, dict(drop='close'), 'HF_ENDPOINT'),
@@ -426,11 +421,11 @@ FAULTS = {
 
 @pytest.mark.parametrize('name', FAULTS)
 def test_a_fault_without_a_cache(hub, folder, tmp_path, monkeypatch, name):
-    pattern, what, said = FAULTS[name]
+    pattern, what, text = FAULTS[name]
     monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 0.05)
     fault = hub.fail(pattern, times=None, **what)
     message = fails(download_verified, NAME, WEIGHTS)
-    assert f'{NAME}/{WEIGHTS}' in message and hub.url in message and said in message
+    assert f'{NAME}/{WEIGHTS}' in message and hub.url in message and text in message
     assert fault.seen and not blobs(tmp_path)
     hub.forget()
     assert download_verified(NAME, WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
@@ -439,11 +434,11 @@ def test_a_fault_without_a_cache(hub, folder, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize('name', [name for name in FAULTS if FAULTS[name][0] != CDN])
 def test_a_fault_with_the_file_cached(hub, caplog, name):
     path = download_verified(NAME, WEIGHTS)
-    pattern, what, said = FAULTS[name]
+    pattern, what, text = FAULTS[name]
     fault = hub.fail(pattern, times=None, **what)
     assert download_verified(NAME, WEIGHTS) == path and fault.seen
     warning = only_warning(caplog)
-    assert said in warning and 'cached file' in warning and f'{NAME}/{WEIGHTS}' in warning
+    assert text in warning and 'cached file' in warning and f'{NAME}/{WEIGHTS}' in warning
 
 
 def test_a_fault_that_passes(hub, folder):
@@ -453,7 +448,7 @@ def test_a_fault_that_passes(hub, folder):
 
 
 @pytest.mark.parametrize('cached', [False, True])
-def test_a_hub_that_is_dead(hub, model, monkeypatch, caplog, cached):
+def test_a_hub_that_is_not_reachable(hub, model, monkeypatch, caplog, cached):
     if cached:
         create()
     with contextlib.closing(socket.socket()) as free:
@@ -496,7 +491,7 @@ def test_who_may_not_read(hub, monkeypatch):
     assert 'owner/private' in message and 'HF_TOKEN' in message
 
 
-def test_a_token_that_nobody_knows(hub, monkeypatch):
+def test_an_unknown_token(hub, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
     message = fails(download_verified, NAME, WEIGHTS)
     assert 'HF_TOKEN' in message and 'hf_wrong' not in message
@@ -579,7 +574,7 @@ def test_weights_that_are_not_finite(hub, folder, tmp_path, value):
 
 
 @pytest.mark.parametrize('dump', [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_a_pickle_that_wants_to_run_code(model, tmp_path, dump):
+def test_a_pickle_that_would_run_code(model, tmp_path, dump):
     to, trap = save(model, tmp_path / 'saved', safe_serialization=False), tmp_path / 'trap'
     dump({**model.state_dict(), 'x': Call(os.mkdir, str(trap))}, to / 'pytorch_model.bin')
     assert str(to / 'pytorch_model.bin') in fails(create, f'local-dir:{to}')
@@ -592,29 +587,34 @@ def test_no_weights_are_taken_from_a_url(tmp_path):
     assert 'http://127.0.0.1:9/weights.pth' in message and '`file`' in message
 
 
-@pytest.mark.parametrize('content, told', [
+@pytest.mark.parametrize('content, text', [
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'is a Git LFS pointer'),
     (HTML, 'is an HTML or XML page'), (b'', 'is empty'),
 ])
-def test_a_folder_that_was_cloned_without_its_weights(folder, tmp_path, content, told):
+def test_a_folder_that_was_cloned_without_its_weights(folder, tmp_path, content, text):
     to = copy(folder, tmp_path / 'copy')
     (to / WEIGHTS).write_bytes(content)
-    assert told in fails(create, f'local-dir:{to}')
+    assert text in fails(create, f'local-dir:{to}')
 
 
-def test_another_variants_weights_are_told_by_name(tmp_path):
-    torch.save(timm.create_model('smpconv_mobile31', num_classes=5).state_dict(), tmp_path / 'model.pth')
-    message = fails(create, 'smpconv_nano', num_classes=5, pretrained_cfg_overlay=dict(
-        file=str(tmp_path / 'model.pth'), num_classes=5))
-    assert message.startswith(f'{tmp_path / "model.pth"}: ')
+def create_from_file(path, **kwargs):
+    return create(
+        'smpconv_nano', num_classes=5, pretrained_cfg_overlay=dict(file=str(path), num_classes=5), **kwargs)
+
+
+def test_the_weights_of_another_variant_are_named(tmp_path):
+    path = tmp_path / 'model.pth'
+    torch.save(timm.create_model('smpconv_mobile31', num_classes=5).state_dict(), path)
+    message = fails(create_from_file, path)
+    assert message.startswith(f'{path}: ')
     assert message.endswith('it is of smpconv_mobile31 with 5 classes and 3 input channels')
 
 
 @pytest.mark.parametrize('dtype', [torch.int32, torch.complex64])
 def test_weights_that_are_no_real_numbers(model, tmp_path, dtype):
-    torch.save({name: value.to(dtype) for name, value in model.state_dict().items()}, tmp_path / 'model.pth')
-    message = fails(create, 'smpconv_nano', **TINY, num_classes=5, pretrained_cfg_overlay=dict(
-        file=str(tmp_path / 'model.pth'), num_classes=5))
+    path = tmp_path / 'model.pth'
+    torch.save({name: value.to(dtype) for name, value in model.state_dict().items()}, path)
+    message = fails(create_from_file, path, **TINY)
     assert 'have other numbers' in message and str(dtype) in message
 
 
@@ -623,17 +623,16 @@ def test_weights_of_eight_bits(model, tmp_path):
         name: value.to(torch.float8_e5m2) if value.is_floating_point() else value
         for name, value in model.state_dict().items()}
     save_file(state, tmp_path / 'model.safetensors')
-    loaded = create('smpconv_nano', **TINY, num_classes=5, pretrained_cfg_overlay=dict(
-        file=str(tmp_path / 'model.safetensors'), num_classes=5))
+    loaded = create_from_file(tmp_path / 'model.safetensors', **TINY)
     assert torch.equal(loaded.head.fc.weight, state['head.fc.weight'].float())
 
 
-def test_a_new_classifier_is_drawn(source):
+def test_a_new_classifier_is_initialized(source):
     classifier = create(source, num_classes=400).head.fc
     assert 0.01 < classifier.weight.std() < 0.03 and not classifier.bias.any()
 
 
-def test_load_takes_repositories_and_their_revisions(hub, model, tmp_path):
+def test_load_from_repositories_and_their_revisions(hub, model, tmp_path):
     assert torch.equal(load(NAME).eval()(IMAGE), model(IMAGE)) and blobs(tmp_path / 'cache')
     assert load(f'{NAME}@main', cache_dir=tmp_path / 'mine', num_classes=7).num_classes == 7
     assert len(blobs(tmp_path / 'mine')) == 2
@@ -642,7 +641,7 @@ def test_load_takes_repositories_and_their_revisions(hub, model, tmp_path):
         load, 'owner/none', kind=RepoNotFoundError)
 
 
-def test_load_believes_no_configuration_of_a_repository(hub, folder, tmp_path):
+def test_load_validates_the_configuration_of_a_repository(hub, folder, tmp_path):
     to = copy(folder, tmp_path / 'copy', model_args={**TINY, 'kernel_sizes': [40001, 40001]})
     hub.add_repo('owner/hostile', files_of(to))
     for call, name in ((load, 'owner/hostile'), (create, 'hf-hub:owner/hostile')):
@@ -658,7 +657,7 @@ def test_load_follows_no_path_in_place_of_a_checksum(hub, tmp_path):
 
 
 @pytest.mark.slow  # 8 s: several programs
-def test_a_model_of_the_hub_is_trained_further_evaluated_and_converted(hub, tmp_path, capsys):
+def test_a_model_of_the_hub_is_finetuned_evaluated_and_converted(hub, tmp_path, capsys):
     ten = randomize_(timm.create_model('smpconv_nano', num_classes=10, in_chans=1))
     hub.add_repo('owner/ten', files_of(save(ten, tmp_path / 'ten')))
     images = ['--dataset', 'digits', '--img-size', '16', '--workers', '0', '--batch-size', '256']
@@ -676,12 +675,12 @@ def test_a_model_of_the_hub_is_trained_further_evaluated_and_converted(hub, tmp_
         assert validate.main(['--model', name, *images]) == 0
 
 
-@pytest.mark.parametrize('name, said', [
+@pytest.mark.parametrize('name, text', [
     ('hf-hub:owner/none', 'no repository owner/none'), ('hf-hub:', 'no model is named'), ('s3:a', 'no model is named'),
     ('local-dir:none', 'config.json'), (NAME, 'hf-hub:owner/name'),
 ])
-def test_a_model_that_is_not_there_is_one_line(hub, capsys, name, said):
+def test_an_unknown_model_is_one_line(hub, capsys, name, text):
     with pytest.raises(SystemExit):
         validate.main(['--model', name, '--dataset', 'digits'])
     message = capsys.readouterr().err.splitlines()[-1]
-    assert said in message and 'validate.py: error: ' in message
+    assert text in message and 'validate.py: error: ' in message
