@@ -22,12 +22,9 @@ def cached_tensors(path: Path, key: str, compute: Callable[[], Tensors]) -> Tens
     """Load tensors from a file, or compute the tensors and write the file.
 
     One process computes the tensors, and the others wait. A file that is damaged or has another key is computed again
-    and replaced, with a warning. If the file cannot be written, the tensors are computed on each use.
-
-    Args:
-        path: Path of the safetensors file.
-        key: Line that stands for everything on which the tensors depend.
-        compute: Function that returns contiguous tensors on the CPU.
+    and replaced, with a warning. If the file cannot be written, the tensors are computed on each use. ``path`` is a
+    safetensors file, ``key`` a line that stands for everything on which the tensors depend, and ``compute`` a function
+    that returns contiguous tensors on the CPU.
     """
     found = _read(path, key, logging.DEBUG)
     if found is not None:
@@ -51,17 +48,19 @@ def _read(path: Path, key: str, level: int) -> Optional[Tensors]:
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
-            if metadata.get('key') != key:
-                _logger.log(level, '%s was computed from other files or by another version; recomputing it', path)
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+            # safe_open is not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys() if metadata.get('key') == key}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        _logger.log(level, '%s cannot be read (%s); recomputing it', path, first_line(error))
-        return None
-    if metadata.get('sha256') != _digest(tensors):
-        _logger.log(level, '%s is damaged: its checksum differs; recomputing it', path)
-        return None
-    return tensors
+        problem = f'cannot be read ({first_line(error)})'
+    else:
+        if metadata.get('key') != key:
+            problem = 'was computed from other files or by another version'
+        elif metadata.get('sha256') != _digest(tensors):
+            problem = 'is damaged: its checksum differs'
+        else:
+            return tensors
+    _logger.log(level, '%s %s; recomputing it', path, problem)
+    return None
 
 
 def _write(path: Path, key: str, tensors: Tensors) -> None:

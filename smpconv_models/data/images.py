@@ -49,7 +49,7 @@ def open_digits(name: str, root: Path, split: str, download: bool) -> InMemorySe
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in digits.images]))
     return InMemorySequences(
         f'split {split!r} of the digits', digits.classes, pixels.reshape(-1, 1, 64), digits.labels, _DIGITS_MEAN,
-        _DIGITS_STD, step_order(name, 64), (8, 8))
+        _DIGITS_STD, _step_order(name, 64), (8, 8))
 
 
 @register_sequence_dataset('mnist', 'permuted-mnist', splits=TRAIN_TEST)
@@ -67,7 +67,7 @@ def open_mnist(name: str, root: Path, split: str, download: bool) -> InMemorySeq
             f'found {len(labels)} from 0 to {labels.max(initial=0)}; remove both files and')
     return InMemorySequences(
         f'split {split!r} of MNIST in {root}', tuple('0123456789'), torch.tensor(pixels).reshape(-1, 1, 784),
-        labels.tolist(), _MNIST_MEAN, _MNIST_STD, step_order(name, 784), (28, 28))
+        labels.tolist(), _MNIST_MEAN, _MNIST_STD, _step_order(name, 784), (28, 28))
 
 
 @register_sequence_dataset('cifar10', splits=TRAIN_TEST)
@@ -77,35 +77,23 @@ def open_cifar10(name: str, root: Path, split: str, download: bool) -> InMemoryS
     The checksums of all files are compared before a file is read.
     """
     from torchvision.datasets import CIFAR10
-    is_training = split == 'train'
     if download and _damaged_cifar10_files(root):
         with locked(root), _download_errors(CIFAR10.url, root / CIFAR10.filename):
-            CIFAR10(str(root), is_training, download=True)
+            CIFAR10(str(root), split == 'train', download=True)
     damaged = _damaged_cifar10_files(root)
     if damaged:
         raise DownloadNeededError(
             f'{root / CIFAR10.base_folder}: {damaged[0]} is missing or damaged ({len(damaged)} such files):',
             f', or unpack {CIFAR10.url} in {root} by hand')
-    found = CIFAR10(str(root), is_training)
+    found = CIFAR10(str(root), split == 'train')
     pixels = torch.from_numpy(found.data.transpose(0, 3, 1, 2).reshape(-1, 3, 1024).copy())
     return InMemorySequences(
         f'split {split!r} of CIFAR10 in {root}', found.classes, pixels, found.targets, _CIFAR10_MEAN, _CIFAR10_STD,
         image_size=(32, 32))
 
 
-def step_order(name: str, length: int) -> Optional[Tensor]:
-    """Return the fixed random order of a permuted data set, or None if the data set is not permuted.
-
-    Args:
-        name: Name of the data set, such as 'permuted-mnist'.
-        length: Length of its sequences.
-
-    Returns:
-        ``(length,)``, int64: step i of a permuted sequence is the element at position ``order[i]``.
-
-    Raises:
-        ValueError: If the package's file of orders is damaged.
-    """
+def _step_order(name: str, length: int) -> Optional[Tensor]:
+    """Return the position of each step in a permuted data set, ``(length,)``, or None if it is not permuted."""
     if not name.startswith('permuted-'):
         return None
     try:

@@ -1,6 +1,6 @@
 """Data sets of sequences by name, and the classes that hold a split."""
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -80,10 +80,9 @@ def list_sequence_datasets(embedded: bool = False) -> Tuple[str, ...]:
 class SequenceDataset(Dataset):
     """Normalized sequences of one length and their classes, as :func:`create_sequence_dataset` creates them.
 
-    An item is a float32 tensor of shape ``shape`` and the index of its class. If ``transform`` is set, the item is what
-    it returns for the tensor. Sequences that are images, read row by row, have an ``image_size`` (height, width). If
-    ``augment`` is set, it is applied to an image before everything else: to uint8 pixels of shape ``shape`` in the
-    order of the image.
+    An item is a float32 tensor of shape ``shape``, or the result of ``transform`` for the tensor, and the class index.
+    Sequences that are images, read row by row, have an ``image_size`` (height, width), and ``augment``, if set, is
+    applied to them first: to uint8 pixels of shape ``shape`` in the order of the image.
 
     Args:
         description: Description for error messages.
@@ -150,14 +149,11 @@ class InMemorySequences(SequenceDataset):
             self, description: str, classes: Sequence[str], data: Tensor, labels: Sequence[int], mean: Any, std: Any,
             order: Optional[Tensor] = None, image_size: Optional[Tuple[int, int]] = None, files: Sequence[str] = (),
     ) -> None:
-        channels, length = data.shape[1:]
-        super().__init__(description, classes, (channels, length), labels, mean, std, files)
+        super().__init__(description, classes, (data.shape[1], data.shape[2]), labels, mean, std, files)
         self.image_size = image_size
-        finite = data.isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = (~finite).nonzero().flatten()
-            raise ValueError(f'{description} has NaN or inf in {len(bad)} of {len(data)} sequences, such as '
-                             f'{bad[:4].tolist()}')
+        bad: List[int] = (~data.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f'{description} has NaN or inf in {len(bad)} of {len(data)} sequences, such as {bad[:4]}')
         self._data = data
         self._order = order
 

@@ -9,7 +9,7 @@ import math
 import re
 import wave
 from pathlib import Path
-from typing import Dict, List, Sequence, Set
+from typing import Any, Dict, List, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ SHA256 = 'af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58'
 ARCHIVE = 'speech_commands_v0.02.tar.gz'
 WORDS = ('yes', 'no', 'up', 'down', 'left', 'right', 'on', 'off', 'stop', 'go')
 CLIPS = {'train': 30_769, 'validation': 3_703, 'test': 4_074}  # of these words, by the lists of the archive
+_SplitFiles = Dict[str, List[str]]  # sorted files of each split, 'WORD/NAME.wav'
 _LISTS = {'validation': 'validation_list.txt', 'test': 'testing_list.txt'}
 _CACHE_VERSION = 1
 _BATCH = 256  # clips whose coefficients are computed at once
@@ -40,10 +41,7 @@ _LOG_OFFSET = 1e-6  # added to the energies before the logarithm
 
 
 class SpeechCommands(SequenceDataset):
-    """Clips that are loaded from their files on access.
-
-    An item whose file cannot be read raises a ValueError or OSError with the name of the file.
-    """
+    """Clips that are loaded on access; a file that cannot be read raises a ValueError or OSError with its name."""
 
     def _read(self, index: int) -> Tensor:
         return load_wav(Path(self._files[index])).unsqueeze(0)
@@ -57,14 +55,11 @@ def open_speech(name: str, root: Path, split: str, download: bool) -> SpeechComm
     the clips of exactly one second (34,975) at random, in the order of the file system, so that its splits cannot be
     reproduced. It normalizes each of the 16,000 positions by statistics of its own.
     """
-    folder = _prepare(root, download)
-    names = _split_files(folder)
+    folder, names = _prepare(root, download)
     found = cached_tensors(
         folder.parent / 'speech-statistics.safetensors', _cache_key(folder, names['train']),
         lambda: _sound_statistics(folder, names['train']))
-    return SpeechCommands(
-        f'split {split!r} of {folder}', WORDS, (1, RATE), _labels(names[split]), found['mean'], found['std'],
-        _paths(folder, names[split]))
+    return SpeechCommands(shape=(1, RATE), **_shared_arguments(folder, names[split], split, found))
 
 
 @register_sequence_dataset('speech-mfcc', splits=TRAIN_VAL_TEST)
@@ -73,34 +68,16 @@ def open_speech_mfcc(name: str, root: Path, split: str, download: bool) -> InMem
 
     The coefficients of a split are computed once and kept in ``root/SpeechCommands``: 0.4 GB for the training split.
     """
-    folder = _prepare(root, download)
-    names = _split_files(folder)
-
-    def load_train() -> Tensors:
-        return cached_tensors(
-            folder.parent / 'speech-mfcc-train.safetensors', _cache_key(folder, names['train']),
-            lambda: _with_statistics(_coefficients(folder, names['train'])))
-
-    found = load_train() if split == 'train' else cached_tensors(
-        folder.parent / f'speech-mfcc-{split}.safetensors', _cache_key(folder, names[split] + names['train']),
-        lambda: {**load_train(), 'coefficients': _coefficients(folder, names[split])})
-    return InMemorySequences(
-        f'split {split!r} of {folder}', WORDS, found['coefficients'], _labels(names[split]), found['mean'],
-        found['std'], files=_paths(folder, names[split]))
+    folder, names = _prepare(root, download)
+    found = _load_mfcc(folder, names, split)
+    return InMemorySequences(data=found['coefficients'], **_shared_arguments(folder, names[split], split, found))
 
 
 def load_wav(path: Path) -> Tensor:
-    """Load a clip of at most one second at 16 kHz, padded with silence at its end.
+    """Load a clip of at most one second at 16 kHz: ``(16000,)``, float32 in [-1, 1), padded with silence at its end.
 
     The padding keeps the time of each sample, and the causal network, which answers at the last step, has seen the
-    whole clip by then.
-
-    Returns:
-        ``(16000,)``, float32 in [-1, 1).
-
-    Raises:
-        ValueError: If the file has another format or is damaged.
-        OSError: If the file cannot be read.
+    whole clip by then. Raise ValueError if the file has another format or is damaged, OSError if it cannot be read.
     """
     try:
         with wave.open(str(path), 'rb') as file:
@@ -110,8 +87,7 @@ def load_wav(path: Path) -> Tensor:
     except (EOFError, wave.Error) as error:
         raise ValueError(f'{path} is not a WAV file or is damaged: {first_line(error)}') from error
     if found != (1, 16, RATE):
-        raise ValueError(f'{path}: expected 1 channel of 16 bits at {RATE} Hz, found {found[0]} of {found[1]} at '
-                         f'{found[2]} Hz')
+        raise ValueError(f'{path}: expected (channels, bits, Hz) of (1, 16, {RATE}), found {found}')
     if not 0 < count <= RATE:
         raise ValueError(f'{path}: expected 1 to {RATE} samples, found {count}')
     if len(content) != 2 * count:
@@ -166,35 +142,29 @@ def _dct_matrix() -> Tensor:
     return rows
 
 
-# --- files ---
-
-
-def _prepare(root: Path, download: bool) -> Path:
-    """Return the folder of the words, unpacked where torchaudio expects it too."""
+def _prepare(root: Path, download: bool) -> Tuple[Path, _SplitFiles]:
+    """Return the folder of the words, unpacked where torchaudio expects it too, and the files of its splits."""
     folder = root / 'SpeechCommands' / 'speech_commands_v0.02'
     archive = root / ARCHIVE
-    if folder.is_dir():
-        return folder
-    if not download and not archive.is_file():
-        raise missing(archive, URL)
-    with locked(root):
-        if not folder.is_dir():
-            if archive.is_file():
-                check_sha256(archive, SHA256)
-            else:
-                fetch(URL, archive, SHA256)
-            extract_tar(archive, folder)
-    return folder
+    if not folder.is_dir():
+        if not download and not archive.is_file():
+            raise missing(archive, URL)
+        with locked(root):
+            if not folder.is_dir():
+                if archive.is_file():
+                    check_sha256(archive, SHA256)
+                else:
+                    fetch(URL, archive, SHA256)
+                extract_tar(archive, folder)
+    return folder, _split_files(folder)
 
 
-def _split_files(folder: Path) -> Dict[str, List[str]]:
-    """Return the files of each split, 'WORD/NAME.wav', sorted."""
+def _split_files(folder: Path) -> _SplitFiles:
     present = {f'{word}/{path.name}' for word in WORDS for path in (folder / word).glob('*.wav')}
     empty = sorted(set(WORDS) - {name.partition('/')[0] for name in present})
     if empty:
         raise DownloadNeededError(
-            f'{folder}: expected a folder of wav files for each of {WORDS}, found none for {empty}; remove {folder} '
-            'and')
+            f'{folder}: expected WAV files for each of {WORDS}, found none for {empty}; remove {folder} and')
     lists = {split: _read_list(folder / file) for split, file in _LISTS.items()}
     twice = sorted(lists['validation'] & lists['test'])
     if twice:
@@ -222,15 +192,11 @@ def _read_list(path: Path) -> Set[str]:
     return {line for line in lines if line.partition('/')[0] in WORDS}
 
 
-def _labels(names: Sequence[str]) -> List[int]:
-    return [WORDS.index(name.partition('/')[0]) for name in names]
-
-
-def _paths(folder: Path, names: Sequence[str]) -> List[str]:
-    return [str(folder / name) for name in names]
-
-
-# --- cached tensors ---
+def _shared_arguments(folder: Path, names: Sequence[str], split: str, found: Tensors) -> Dict[str, Any]:
+    """Return the arguments that the data sets of sound and of coefficients share."""
+    return dict(
+        description=f'split {split!r} of {folder}', classes=WORDS, mean=found['mean'], std=found['std'],
+        labels=[WORDS.index(name.partition('/')[0]) for name in names], files=[str(folder / name) for name in names])
 
 
 def _cache_key(folder: Path, names: Sequence[str]) -> str:
@@ -240,6 +206,19 @@ def _cache_key(folder: Path, names: Sequence[str]) -> str:
     except OSError as error:
         raise ValueError(f'{folder} cannot be read: {first_line(error)}') from error
     return f'{_CACHE_VERSION} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}'
+
+
+def _load_mfcc(folder: Path, names: _SplitFiles, split: str) -> Tensors:
+    """Return the coefficients of a split, and the mean and standard deviation over the training split."""
+    def compute() -> Tensors:
+        if split != 'train':
+            return {**_load_mfcc(folder, names, 'train'), 'coefficients': _coefficients(folder, names[split])}
+        coefficients = _coefficients(folder, names['train'])
+        std, mean = torch.std_mean(coefficients.double(), dim=(0, 2), correction=0)
+        return {'coefficients': coefficients, 'mean': mean.float().unsqueeze(1), 'std': std.float().unsqueeze(1)}
+
+    key = _cache_key(folder, names['train'] if split == 'train' else names[split] + names['train'])
+    return cached_tensors(folder.parent / f'speech-mfcc-{split}.safetensors', key, compute)
 
 
 def _coefficients(folder: Path, names: Sequence[str]) -> Tensor:
@@ -254,11 +233,6 @@ def _coefficients(folder: Path, names: Sequence[str]) -> Tensor:
             parts.append(mfcc(torch.stack(clips)))
             clips = []
     return torch.cat(parts)
-
-
-def _with_statistics(coefficients: Tensor) -> Tensors:
-    std, mean = torch.std_mean(coefficients.double(), dim=(0, 2), correction=0)
-    return {'coefficients': coefficients, 'mean': mean.float().unsqueeze(1), 'std': std.float().unsqueeze(1)}
 
 
 def _sound_statistics(folder: Path, names: Sequence[str]) -> Tensors:

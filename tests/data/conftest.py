@@ -11,7 +11,7 @@ from smpconv_models.data import speech
 
 @pytest.fixture(autouse=True)
 def clips_that_were_made(monkeypatch):
-    """As many as the published ones are."""
+    """Expect the counts of the generated clips in place of the published ones."""
     monkeypatch.setattr(speech, 'CLIPS', {split: 10 * each for split, each in made.EACH.items()})
 
 
@@ -22,7 +22,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope='session')
 def server(tmp_path_factory):
-    """A folder and its address, on this machine: torchvision takes no file:// as an address."""
+    """Serve a folder on this machine; return the folder and its address. torchvision accepts no file:// address."""
     folder = tmp_path_factory.mktemp('served')
     with ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()

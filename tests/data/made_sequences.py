@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from smpconv_models.data import characters, images, speech
+from smpconv_models.data import characters, speech
 
 LETTERS = 'abcdeghlmnopqrsuvwyz'
 EACH = {'train': 3, 'validation': 1, 'test': 1}  # clips of a word
@@ -24,11 +24,16 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def below(folder):
+    """Return the paths of everything in a folder except locks."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.suffix != '.lock')
+
+
 # --- MNIST and CIFAR10 ---
 
 
 def mnist_files(counts=(('train', 40), ('t10k', 20))):
-    """The four files, unpacked: name -> bytes."""
+    """Return the four unpacked files: name -> bytes."""
     files = {}
     for part, count in counts:
         labels = np.arange(count, dtype='uint8') % 10
@@ -47,13 +52,13 @@ def make_mnist(root):
 
 
 def published(server):
-    """A new folder of the server, and its address."""
+    """Return a new folder of the server, and its address."""
     folder = Path(tempfile.mkdtemp(dir=server[0]))
     return folder, f'{server[1]}/{folder.name}'
 
 
 def publish_mnist(server, patch):
-    """A mirror of the packed files, for torchvision; its folder."""
+    """Return the folder of a mirror from which torchvision downloads the packed files."""
     from torchvision.datasets import MNIST
     folder, address = published(server)
     resources = []
@@ -66,14 +71,8 @@ def publish_mnist(server, patch):
     return folder
 
 
-def sizes_as_published(patch):
-    """The made files' sizes for the published ones', whose checksums they haven't."""
-    known = {name: (shape, len(mnist_files()[name]), md5) for name, (shape, _, md5) in images._MNIST_FILES.items()}
-    patch.setattr(images, '_MNIST_FILES', known)
-
-
 def publish_cifar10(server, patch):
-    """The archive, for torchvision; its folder. A pixel of image i is i + 2 row + column + 16 channel."""
+    """Return the folder of the archive for torchvision. Pixels of image i are i + 2 row + column + 16 channel."""
     from torchvision.datasets import CIFAR10
     folder, address = published(server)
     names = [f'data_batch_{number}' for number in range(1, 6)] + ['test_batch']
@@ -106,7 +105,7 @@ def add(archive, name, content):
 
 
 def letters(each=12):
-    """Trajectories between zeros, as the file has them, and their labels, from 1."""
+    """Return letters padded with zeros, as in the published file, and their labels from 1."""
     generator = np.random.default_rng(0)
     found, labels = [], []
     for label in range(1, len(LETTERS) + 1):
@@ -119,7 +118,7 @@ def letters(each=12):
 
 
 def mat(found, labels, key=LETTERS):
-    """The file's content, as MATLAB 5 writes it."""
+    """Return the content of a MATLAB 5 file."""
     cell = np.empty((1, len(found)), object)
     for index, letter in enumerate(found):
         cell[0, index] = letter
@@ -132,17 +131,12 @@ def mat(found, labels, key=LETTERS):
     return file.getvalue()
 
 
-@functools.lru_cache(maxsize=1)
-def whole_mat():
-    return mat(*letters())
-
-
 def publish_characters(path, patch, content=None, member='mixoutALL_shifted.mat'):
-    """The archive."""
+    """Write the archive and make it the published file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('trajectories.names', 'Character Trajectories')
-        archive.writestr(member, whole_mat() if content is None else content)
+        archive.writestr(member, mat(*letters()) if content is None else content)
     patch.setattr(characters, 'URL', path.as_uri())
     patch.setattr(characters, 'SHA256', sha256(path))
     return path
@@ -152,7 +146,7 @@ def publish_characters(path, patch, content=None, member='mixoutALL_shifted.mat'
 
 
 def sound(index, samples=16000, channels=1, width=2, rate=16000):
-    """A wav file's bytes."""
+    """Return the bytes of a WAV file."""
     generator = np.random.default_rng(index)
     time = np.arange(samples) / 16000
     values = 8000 * np.sin(2 * np.pi * (200 + 50 * index) * time) + generator.normal(0, 300, samples)
@@ -165,7 +159,7 @@ def sound(index, samples=16000, channels=1, width=2, rate=16000):
 
 @functools.lru_cache(maxsize=1)
 def clips():
-    """Name -> bytes of all files of the folder; the third of the training clips is shorter than a second."""
+    """Return all files of the folder: name -> bytes. The third training clip of a word is shorter than a second."""
     files, lists = {}, {part: [] for part in EACH}
     for number, word in enumerate((*speech.WORDS, 'bed')):
         for index, part in enumerate(part for part, count in EACH.items() for _ in range(count)):
@@ -179,16 +173,16 @@ def clips():
     return files
 
 
-def make_speech(root, files=None):
+def make_speech(root):
     folder = root / 'SpeechCommands' / 'speech_commands_v0.02'
-    for name, content in (clips() if files is None else files).items():
+    for name, content in clips().items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
 
 
 def publish_speech(path, patch, extra=()):
-    """The archive, whose members begin with ./, and members of others' making."""
+    """Write an archive whose members begin with ./, and `extra` members, and make it the published file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, 'w:gz', compresslevel=0) as archive:
         for name, content in clips().items():

@@ -1,4 +1,4 @@
-"""Character Trajectories: how letters are fitted and divided, and damaged files."""
+"""Character Trajectories: lengths of letters, splits, and damaged files."""
 import io
 
 import made_sequences as made
@@ -13,7 +13,7 @@ from smpconv_models.data import characters, create_sequence_dataset
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
-    """Opens what is published with these contents."""
+    """Return a function that publishes a file of given contents and opens a split."""
     def open_(split='train', **published):
         made.publish_characters(tmp_path / characters.ARCHIVE, monkeypatch, **published)
         return create_sequence_dataset('characters', tmp_path, split)
@@ -67,63 +67,26 @@ def test_the_splits_are_stratified_and_fixed():
     assert {split: part[:4].tolist() for split, part in parts.items()} == FROZEN
 
 
-# --- downloads ---
-
-
-def test_a_download_is_kept(tmp_path, monkeypatch):
-    path = made.publish_characters(tmp_path / 'published.zip', monkeypatch)
-    root = tmp_path / 'data'
-    first = create_sequence_dataset('characters', root, 'test', download=True)
-    path.unlink()
-    again = create_sequence_dataset('characters', root, 'test', download=True)
-    assert torch.equal(first[3][0], again[3][0]) and len(first) == 36
-
-
-@pytest.mark.parametrize('change', ['missing', 'html', 'truncated'])
-def test_a_failed_download_leaves_nothing_and_the_next_succeeds(tmp_path, monkeypatch, change):
-    path = made.publish_characters(tmp_path / 'published.zip', monkeypatch)
-    content = path.read_bytes()
-    path.unlink()
-    if change != 'missing':
-        path.write_bytes(b'<html>login</html>' if change == 'html' else content[:5000])
-    root = tmp_path / 'data'
-    told = r'^file://[^\n]*zip cannot be downloaded \([^\n]*; the file can be put at [^\n]*trajectories.zip by hand$'
-    with pytest.raises(ValueError, match=told):
-        create_sequence_dataset('characters', root, 'train', download=True)
-    assert [file.name for file in root.iterdir() if file.name != '.download.lock'] == []
-    path.write_bytes(content)
-    assert len(create_sequence_dataset('characters', root, 'train', download=True)) == 168
-
-
-def test_a_file_of_another_checksum_is_not_parsed(tmp_path, monkeypatch):
-    path = made.publish_characters(tmp_path / characters.ARCHIVE, monkeypatch)
-    content = bytearray(path.read_bytes())
-    content[1000] ^= 1
-    path.write_bytes(content)
-    monkeypatch.setattr('scipy.io.loadmat', lambda *args, **options: pytest.fail('parsed'))
-    for download in (False, True):
-        with pytest.raises(ValueError, match=r'zip is damaged, or another file: its SHA-256 is .*remove it and pass'):
-            create_sequence_dataset('characters', tmp_path, 'train', download)
-
-
 # --- contents ---
 
 
-def changed(index, change):
-    """The letters with one of them changed."""
+def changed(change):
+    """Return a file whose letter 7 is changed, by a function or to have another value."""
     found, labels = made.letters()
-    found[index] = change(found[index])
+    if callable(change):
+        found[7] = change(found[7])
+    else:
+        found[7][1, 30] = change
     return made.mat(found, labels)
 
 
-def with_value(value):
-    def change(letter):
-        letter[1, 30] = value
-        return letter
-    return change
+def saved(**variables):
+    file = io.BytesIO()
+    scipy.io.savemat(file, variables)
+    return file.getvalue()
 
 
-@pytest.mark.parametrize('content, told', [
+@pytest.mark.parametrize('content, message', [
     (lambda: b'', 'cannot be read: '),
     (lambda: b'<html>' * 200, 'cannot be read: '),
     (lambda: made.mat(*made.letters())[:3000], 'cannot be read: '),
@@ -134,40 +97,25 @@ def with_value(value):
     (lambda: made.mat(made.letters()[0], [0] + made.letters()[1][1:]), 'found 240 from 0 to 20'),
     (lambda: made.mat(made.letters()[0], [2] * 12 + made.letters()[1][12:]), r"needs 10 letters .*found \{'a': 0\}"),
     (lambda: made.mat(made.letters()[0], [2] * 5 + made.letters()[1][5:]), r"needs 10 letters .*found \{'a': 7\}"),
-    (lambda: changed(7, with_value(np.nan)), r'letter 7 \(mixoutALL_shifted.mat, mixout\{8\}\) has NaN or inf'),
-    (lambda: changed(7, with_value(np.inf)), r'letter 7 .* has NaN or inf'),
-    (lambda: changed(7, lambda letter: letter[:2]), r'letter 7 .*expected numbers .* found float64 of \(2'),
-    (lambda: changed(7, lambda letter: 0 * letter), r'letter 7 .*is empty: the pen does not move'),
-    (lambda: changed(7, lambda letter: letter[:, :0]), r'letter 7 .*is empty'),
-    (lambda: changed(7, lambda letter: 'text'), r'letter 7 .*found <U4'),
+    (lambda: changed(np.nan), r'letter 7 \(mixoutALL_shifted.mat, mixout\{8\}\) has NaN or inf'),
+    (lambda: changed(np.inf), r'letter 7 .* has NaN or inf'),
+    (lambda: changed(lambda letter: letter[:2]), r'letter 7 .*expected numbers .* found float64 of \(2'),
+    (lambda: changed(lambda letter: 0 * letter), r'letter 7 .*is empty: the pen does not move'),
+    (lambda: changed(lambda letter: letter[:, :0]), r'letter 7 .*is empty'),
+    (lambda: changed(lambda letter: 'text'), r'letter 7 .*found <U4'),
+    (lambda: made.mat([letter * [[1], [0], [1]] for letter in made.letters()[0]], made.letters()[1]),
+     'a channel is constant'),
+    (lambda: saved(mixout=np.ones((3, 4))), r"expected mixout, consts.key and consts.charlabels in .* \['mixout'\]"),
+    (lambda: saved(mixout=np.ones((3, 4)), consts={'key': 1.}), 'expected mixout, consts.key and consts.charlabels'),
 ])
-def test_damaged_contents_are_told(opened, content, told):
-    with pytest.raises(ValueError, match=f'^[^\n]*{told}[^\n]*$'):
+def test_damaged_contents_are_reported(opened, content, message):
+    with pytest.raises(ValueError, match=f'^[^\n]*{message}[^\n]*$'):
         opened(content=content())
 
 
-def test_another_archive_is_told(opened):
+def test_another_archive_is_reported(opened):
     with pytest.raises(ValueError, match=r'cannot be read: KeyError .*mixoutALL_shifted.mat'):
         opened(member='other.mat')
-
-
-def test_other_variables_are_told(opened):
-    file = io.BytesIO()
-    scipy.io.savemat(file, {'mixout': np.ones((3, 4))})
-    with pytest.raises(ValueError, match=r"expected mixout, consts.key and consts.charlabels in .*found \['mixout'\]"):
-        opened(content=file.getvalue())
-    file = io.BytesIO()
-    scipy.io.savemat(file, {'mixout': np.ones((3, 4)), 'consts': {'key': 1.}})
-    with pytest.raises(ValueError, match=r'expected mixout, consts.key and consts.charlabels'):
-        opened(content=file.getvalue())
-
-
-def test_a_still_channel_is_told(opened):
-    found, labels = made.letters()
-    for letter in found:
-        letter[1] = 0
-    with pytest.raises(ValueError, match='a channel is constant'):
-        opened(content=made.mat(found, labels))
 
 
 def test_letters_are_not_cropped(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
-"""The data sets by name, and what all have in common."""
+"""The data sets by name, and properties that all data sets share."""
 import ast
+import math
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from smpconv_models import data
-from smpconv_models.data import DATASET_NAMES, SequenceDataset, create_sequence_dataset
+from smpconv_models.data import DATASET_NAMES, SequenceDataset, characters, create_sequence_dataset, speech
 from smpconv_models.data.registry import InMemorySequences
 
 SHAPES = {
@@ -22,7 +23,7 @@ SPLITS.update(dict.fromkeys(('digits', 'permuted-digits'), ('train', 'validation
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory, server):
-    """All data sets in a folder."""
+    """Return a folder with the files of all data sets."""
     root = tmp_path_factory.mktemp('sequences')
     with pytest.MonkeyPatch.context() as patch:
         made.make_mnist(root)
@@ -40,6 +41,7 @@ def test_items_are_sequences_of_a_shape_with_their_class(root, name):
         assert isinstance(dataset, SequenceDataset) and dataset.shape == SHAPES[name]
         assert len(dataset) == len(dataset.labels) and set(dataset.labels) == set(range(len(dataset.classes)))
         assert len(dataset.classes) == (20 if name == 'characters' else 10)
+        assert dataset.image_size == {64: (8, 8), 784: (28, 28), 1024: (32, 32)}.get(dataset.shape[1])
         for index in (0, len(dataset) - 1):
             sequence, label = dataset[index]
             assert sequence.shape == SHAPES[name] and sequence.dtype == torch.float32 and sequence.isfinite().all()
@@ -90,23 +92,73 @@ def test_a_transform_is_applied():
     assert torch.equal(dataset[4][0], -plain)
 
 
-@pytest.mark.parametrize('split, same', [
-    ('training', 'train'), ('val', 'validation'), ('eval', 'validation'), ('testing', 'test')])
-def test_splits_go_by_timms_names(root, split, same):
-    found, expected = (create_sequence_dataset('characters', root, name) for name in (split, same))
-    assert found.labels == expected.labels and torch.equal(found[0][0], expected[0][0])
+@pytest.mark.parametrize('name, split, same', [
+    ('characters', 'training', 'train'), ('characters', 'val', 'validation'), ('characters', 'eval', 'validation'),
+    ('characters', 'testing', 'test'), ('mnist', 'validation', 'test'), ('cifar10', 'validation', 'test')])
+def test_splits_have_the_synonyms_of_timm(root, name, split, same):
+    found, expected = (create_sequence_dataset(name, root, each) for each in (split, same))
+    assert found.labels == expected.labels and torch.equal(found[5][0], expected[5][0])
 
 
-def test_validation_means_the_test_images_where_there_are_two_parts(root):
-    for name in ('mnist', 'cifar10'):
-        found, expected = (create_sequence_dataset(name, root, split) for split in ('validation', 'test'))
-        assert found.labels == expected.labels and torch.equal(found[5][0], expected[5][0])
+# --- downloads ---
 
 
-# --- what is refused ---
+def publish(name, folder, server, patch):
+    """Publish a data set and return the published files."""
+    if name in ('mnist', 'cifar10'):
+        return sorted(getattr(made, f'publish_{name}')(server, patch).iterdir())
+    return [getattr(made, f'publish_{name.removesuffix("-mfcc")}')(folder / 'published' / 'file', patch)]
 
 
-@pytest.mark.parametrize('name, root, split, told', [
+@pytest.mark.parametrize('name', ['mnist', 'cifar10', 'characters', 'speech', 'speech-mfcc'])
+def test_missing_files_are_downloaded_once(tmp_path, monkeypatch, server, name):
+    files, root = publish(name, tmp_path, server, monkeypatch), tmp_path / 'data'
+    first = create_sequence_dataset(name, root, 'test', download=True)
+    for file in files:
+        file.unlink()
+    (root / speech.ARCHIVE).unlink(missing_ok=True)  # the unpacked folder is enough
+    for download in (False, True):
+        assert torch.equal(create_sequence_dataset(name, root, 'test', download)[3][0], first[3][0])
+    assert not [path for path in made.below(root) if '.part' in path]
+
+
+@pytest.mark.parametrize('name', ['mnist', 'cifar10', 'characters', 'speech'])
+@pytest.mark.parametrize('change', ['missing', 'html', 'truncated'])
+def test_after_a_failed_download_the_next_succeeds(tmp_path, monkeypatch, server, name, change):
+    file, *_ = publish(name, tmp_path, server, monkeypatch)
+    content, root = file.read_bytes(), tmp_path / 'data'
+    file.unlink()
+    if change != 'missing':
+        file.write_bytes(b'<html>login</html>' if change == 'html' else content[:len(content) // 2])
+    message = (rf'^[^\n]*/{file.parent.name}/[^\n]*cannot be downloaded[^\n]* \([^\n]*; (it|the file) can be put at '
+               rf'{root}[^\n]* by hand$')
+    with pytest.raises(ValueError, match=message):
+        create_sequence_dataset(name, root, 'test', download=True)
+    with pytest.raises(ValueError, match='pass download=True'):
+        create_sequence_dataset(name, root, 'test')
+    assert name in ('mnist', 'cifar10') or made.below(root) == []  # torchvision keeps files that are complete
+    file.write_bytes(content)
+    assert len(create_sequence_dataset(name, root, 'test', download=True)) > 0
+
+
+@pytest.mark.parametrize('name, module', [('characters', characters), ('speech', speech)])
+def test_a_file_of_another_checksum_is_not_parsed(tmp_path, monkeypatch, name, module):
+    path = getattr(made, f'publish_{name}')(tmp_path / module.ARCHIVE, monkeypatch)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for parser in ('scipy.io.loadmat', 'tarfile.open'):
+        monkeypatch.setattr(parser, lambda *args, **options: pytest.fail('parsed'))
+    for download in (False, True):
+        with pytest.raises(ValueError, match=r' is damaged, or another file: its SHA-256 is .*remove it and pass'):
+            create_sequence_dataset(name, tmp_path, 'train', download)
+    assert made.below(tmp_path) == [path.name]
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize('name, root, split, message', [
     ('mnits', '.', 'train', r"one of \('characters', .*got 'mnits'; did you mean mnist\?$"),
     ('', '.', 'train', r"one of \('characters', .*got ''$"),
     ('digits', None, 'test', r"split of digits must be one of \('train', .*got 'test'$"),
@@ -116,43 +168,42 @@ def test_validation_means_the_test_images_where_there_are_two_parts(root):
     ('mnist', '', 'train', "mnist needs a folder .*: root is ''$"),
     ('mnist', __file__, 'train', 'mnist needs a folder .*: root is the file .*test_registry.py$'),
 ])
-def test_mistakes_are_told(name, root, split, told):
-    with pytest.raises(ValueError, match=told):
+def test_wrong_arguments_are_reported(name, root, split, message):
+    with pytest.raises(ValueError, match=message):
         create_sequence_dataset(name, root, split)
 
 
-@pytest.mark.parametrize('name, told', [
+@pytest.mark.parametrize('name, message', [
     ('mnist', 'train-images-idx3-ubyte is missing: pass download=True, or put https?://.*gz, unpacked, there by hand$'),
     ('cifar10', r'data_batch_1 is missing or damaged \(7 such files\): pass download=True, or unpack \S+://.*hand$'),
     ('characters', r'trajectories.zip is missing: pass download=True, or put \S+://.* there by hand$'),
     ('speech', r'v0.02.tar.gz is missing: pass download=True, or put https://storage.* there by hand$'),
     ('speech-mfcc', r'v0.02.tar.gz is missing: pass download=True'),
 ])
-def test_missing_files_are_told(tmp_path, name, told):
-    """And nothing is made where nothing was asked for."""
-    with pytest.raises(ValueError, match=told):
+def test_missing_files_are_reported(tmp_path, name, message):
+    """Without a download, nothing is written."""
+    with pytest.raises(ValueError, match=message):
         create_sequence_dataset(name, tmp_path / 'none', 'train')
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('name', ['mnist', 'cifar10', 'characters', 'speech'])
-def test_a_folder_that_cannot_be_made_is_told(tmp_path, name):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path, name):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match=r'file/data cannot be written: Not a directory$'):
         create_sequence_dataset(name, tmp_path / 'file' / 'data', 'train', download=True)
 
 
-def test_a_missing_class_is_told():
-    with pytest.raises(ValueError, match=r"^it has no sequence of 1 of 3 classes: \['b'\]$"):
-        InMemorySequences('it', 'abc', torch.zeros(3, 1, 5), [0, 2, 2], 0, 1)
-
-
-@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_numbers_that_are_not_finite_are_told(bad):
-    data = torch.zeros(3, 2, 5)
-    data[1, 1, 4] = bad
-    with pytest.raises(ValueError, match=r'^it has NaN or inf in 1 of 3 sequences, such as \[1\]$'):
-        InMemorySequences('it', 'ab', data, [0, 1, 1], 0, 1)
+@pytest.mark.parametrize('value, labels, message', [
+    (0, [0, 2, 2], r"has no sequence of 1 of 3 classes: \['b'\]"),
+    (math.nan, [0, 1, 2], r'has NaN or inf in 1 of 3 sequences, such as \[1\]'),
+    (math.inf, [0, 1, 2], r'has NaN or inf in 1 of 3 sequences, such as \[1\]'),
+])
+def test_missing_classes_and_values_that_are_not_finite_are_reported(value, labels, message):
+    sequences = torch.zeros(3, 2, 5)
+    sequences[1, 1, 4] = value
+    with pytest.raises(ValueError, match=f'^it {message}$'):
+        InMemorySequences('it', 'abc', sequences, labels, 0, 1)
 
 
 def test_public_names_are_frozen():
@@ -160,7 +211,7 @@ def test_public_names_are_frozen():
     assert tuple(sorted(SHAPES)) == DATASET_NAMES
 
 
-def test_heavy_libraries_are_imported_where_they_are_used():
+def test_heavy_libraries_are_imported_on_use():
     heavy = {'scipy', 'sklearn', 'torchvision'}
     for path in Path(data.__file__).parent.glob('*.py'):
         for node in ast.parse(path.read_text()).body:

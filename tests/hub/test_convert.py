@@ -246,7 +246,8 @@ def test_a_model_of_large_images_is_converted_and_evaluated_on_request(tmp_path,
     torch.save({'state_dict': model.state_dict(), 'model_kwargs': kwargs, 'args': {
         'model': 'smpconv_nano', 'img_size': 1280, 'dataset': 'digits'}}, tmp_path / 'a.pth')
     hub.convert(tmp_path / 'a.pth', tmp_path / 'folder')
-    assert hub.load(tmp_path / 'folder').pretrained_cfg['input_size'][1:] == (1280, 1280)
+    input_size = hub.load(tmp_path / 'folder').pretrained_cfg['input_size']  # a list before timm 1.0.31
+    assert tuple(input_size[1:]) == (1280, 1280)
     named = ('--model', f'local-dir:{tmp_path}/folder', '--dataset', 'digits')
     for source in ('--checkpoint', tmp_path / 'a.pth'), named:
         line = refused(capsys, validate, *source)
