@@ -1,4 +1,4 @@
-"""Output that cannot be written ends no program."""
+"""Standard output and error that cannot be written do not end a program."""
 import os
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 import smpconv_models.utils.streams
 
-# By its path, as the package would load PyTorch.
+# The module is imported by its path, as the package would load PyTorch.
 SCRIPT = f"""
 import os, sys
 sys.path.insert(0, {str(Path(smpconv_models.utils.streams.__file__).parent)!r})
@@ -39,7 +39,7 @@ def test_a_script_keeps_its_exit_code(redirection, unbuffered):
     assert run(redirection, PYTHONUNBUFFERED=unbuffered) == (3, b'', b'')
 
 
-def test_what_can_be_written_is():
+def test_output_that_can_be_written_is_complete():
     code, out, error = run('')
     assert code == 3 and out.count(b'\n') == 20001 and error == b'another\n' * 20000
 
@@ -51,7 +51,7 @@ def test_every_name_can_be_written(encoding):
     assert code == 3 and last == ('caf\\xe9' if encoding == 'ascii' else 'caf\u00e9') + ' image\\udcff.png'
 
 
-def test_no_other_file_is_opened_in_the_place_of_a_closed_stream(tmp_path):
+def test_no_other_file_takes_the_descriptor_of_a_closed_stream(tmp_path):
     script = SCRIPT.replace('for _', f"open({str(tmp_path / 'x')!r}, 'w').fileno() > 2 or os._exit(4)\nfor _")
     done = subprocess.run(['bash', '-c', f'"{sys.executable}" -c "$0" >&- 2>&-', script], timeout=60)
     assert done.returncode == 3
@@ -74,7 +74,7 @@ streams"""
 @pytest.mark.skipif(os.name == 'nt', reason='pipes are blocking there')
 @pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize('is_read', [True, False])
-def test_a_full_non_blocking_pipe_is_waited_for(is_read, unbuffered):
+def test_a_write_to_a_full_non_blocking_pipe_waits(is_read, unbuffered):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with subprocess.Popen(
@@ -82,7 +82,7 @@ def test_a_full_non_blocking_pipe_is_waited_for(is_read, unbuffered):
             env={**os.environ, 'PYTHONUNBUFFERED': unbuffered}) as process:
         os.close(writer)
         with open(reader, 'rb') as pipe:
-            time.sleep(0.3)  # by now the script waits
+            time.sleep(0.3)  # the script waits by then
             received = pipe.read(-1 if is_read else 100).lstrip(b'\0')
         assert process.wait(60) == 3
     if is_read:

@@ -51,19 +51,13 @@ class _Inert:
 
     name = ''
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> '_Inert':
-        return super().__new__(cls)
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def _ignore(self, *args: Any) -> None:
         pass
 
     def __call__(self, *args: Any) -> '_Inert':
         return self
 
-    __setstate__ = __setitem__ = append = extend = add = _ignore
+    __setstate__ = __setitem__ = append = extend = add = __init__
 
 
 class _Uncalled(_Inert):
@@ -129,9 +123,26 @@ class _Bounded:
 _PythonsUnpickler: Any = pickle._Unpickler
 
 
+def _with_checked_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """Return an opcode's handler that rejects keys which are tuples in tuples.
+
+    The recursion of their hash ends the process, or never ends.
+    """
+    def checked(unpickler: Any) -> None:
+        tuples = (key for key in unpickler.stack[keys] if isinstance(key, tuple))
+        if any(isinstance(item, tuple) for key in tuples for item in key):
+            raise pickle.UnpicklingError('it has a dictionary whose names are nested')
+        load(unpickler)
+    return checked
+
+
 class _Unpickler(_PythonsUnpickler):
     dispatch: ClassVar[Dict[int, Callable[..., None]]] = {
-        code: load for code, load in _PythonsUnpickler.dispatch.items() if bytes([code]) not in _UNUSED}
+        **{code: load for code, load in _PythonsUnpickler.dispatch.items() if bytes([code]) not in _UNUSED},
+        pickle.SETITEM[0]: _with_checked_keys(_PythonsUnpickler.load_setitem, slice(-2, -1)),
+        pickle.SETITEMS[0]: _with_checked_keys(_PythonsUnpickler.load_setitems, slice(None, None, 2)),
+        pickle.DICT[0]: _with_checked_keys(_PythonsUnpickler.load_dict, slice(None, None, 2)),
+    }
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         bounded: Any = _Bounded(file, size)
@@ -189,27 +200,6 @@ class _Unpickler(_PythonsUnpickler):
         if self.storages.setdefault(key, size * elements) != size * elements:
             raise pickle.UnpicklingError('it has a storage of two sizes')  # PyTorch would create each of them
         return _Storage(elements)
-
-    def _check_keys(self, keys: Any) -> None:
-        """Reject tuples in tuples: the recursion of their hash ends the process, or never ends."""
-        if any(isinstance(key, tuple) and any(isinstance(item, tuple) for item in key) for key in keys):
-            raise pickle.UnpicklingError('it has a dictionary whose names are nested')
-
-    def load_setitem(self) -> None:
-        self._check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        self._check_keys(self.stack[::2])
-        super().load_setitems()
-
-    def load_dict(self) -> None:
-        self._check_keys(self.stack[::2])
-        super().load_dict()
-
-    dispatch[pickle.SETITEM[0]] = load_setitem
-    dispatch[pickle.SETITEMS[0]] = load_setitems
-    dispatch[pickle.DICT[0]] = load_dict
 
 
 def _storage_kind(path: str) -> str:

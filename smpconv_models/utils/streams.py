@@ -44,7 +44,13 @@ def keep_writable() -> None:
 
 def _writable(stream: Any, number: int) -> Any:
     if stream is None:  # the file descriptor was closed when Python started
-        _occupy(number)
+        try:
+            os.fstat(number)
+        except OSError:  # still closed: no other file may be opened under its number
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
         return open(os.devnull, 'w', errors='backslashreplace')
     if os.name == 'nt' and stream.isatty():
         stream.reconfigure(errors='backslashreplace')  # a console takes UTF-16, which Python's own stream writes
@@ -65,14 +71,3 @@ def _flush(stream: Any) -> None:
             return stream.flush()
         except BlockingIOError:
             _wait_for_room(stream)
-
-
-def _occupy(number: int) -> None:
-    """Open the null device under a file descriptor that is free, so that no other file is opened there."""
-    try:
-        os.fstat(number)
-    except OSError:
-        null = os.open(os.devnull, os.O_RDWR)
-        if null != number:
-            os.dup2(null, number)
-            os.close(null)

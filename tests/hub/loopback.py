@@ -185,11 +185,6 @@ class Blob:
     def etag(self):
         return self.sha256 if self.lfs else self.git_oid
 
-    def listed(self, path):
-        """As the tree interface lists it."""
-        lfs = {'lfs': {'oid': self.sha256, 'size': self.size, 'pointerSize': len(self.pointer)}} if self.lfs else {}
-        return {'type': 'file', 'oid': self.git_oid, 'size': self.size, 'path': path, **lfs}
-
     def sibling(self, path, details):
         """As the model's information lists it."""
         if not details:
@@ -303,11 +298,6 @@ ROUTES = [(method, re.compile(path), name) for method, path, name in [
     ('GET', f'/cdn/{REPO}/{OID}/.+', 'lfs_file'),
     ('GET', '/api/whoami-v2', 'whoami'),
     ('GET', f'/api/models/{REPO}(/revision/{REVISION})?', 'info'),
-    ('GET', f'/api/models/{REPO}/tree/{REVISION}(/(?P<path>.+))?', 'tree'),
-    ('POST', f'/api/models/{REPO}/paths-info/{REVISION}', 'paths_info'),
-    ('GET', f'/api/models/{REPO}/refs', 'refs'),
-    ('POST', f'/api/models/{REPO}/branch/(?P<name>[^/]+)', 'branch'),
-    ('POST', f'/api/models/{REPO}/tag/{REVISION}', 'tag'),
     ('POST', '/api/repos/create', 'create'),
     ('POST', '/api/validate-yaml', 'validate_yaml'),
     ('POST', f'/api/models/{REPO}/preupload/{REVISION}', 'preupload'),
@@ -471,33 +461,6 @@ class _Handler(BaseHTTPRequestHandler):
             'likes': 0, 'siblings': siblings,
         })
 
-    def tree(self, repo, revision, path):
-        files = (repo := self._repo(repo)).commits[repo.resolve(revision)]
-        prefix = f'{path}/' if path else ''
-        recursive = parse_qs(self.asked.query).get('recursive', [''])[0].lower() in ('1', 'true')
-        listed = [self._listed(files, name) for name in _names(files)
-                  if name.startswith(prefix) and (recursive or '/' not in name[len(prefix):])]
-        if prefix and not listed:
-            raise Refusal(404, f'{path} does not exist on "{revision}"', 'EntryNotFound')
-        return _json(listed)
-
-    def paths_info(self, repo, revision):
-        files = (repo := self._repo(repo)).commits[repo.resolve(revision)]
-        asked = parse_qs(self._body().decode())['paths']
-        return _json([self._listed(files, name) for name in _names(files) if name in asked])
-
-    def _listed(self, files, name):
-        if name in files:
-            return files[name].listed(name)
-        inside = ''.join(files[path].sha256 for path in files if path.startswith(f'{name}/'))
-        return {'type': 'directory', 'oid': hashlib.sha1(inside.encode()).hexdigest(), 'size': 0, 'path': name}
-
-    def refs(self, repo):
-        def named(kind, oids):
-            return [{'name': name, 'ref': f'refs/{kind}/{name}', 'targetCommit': oid} for name, oid in oids.items()]
-        repo = self._repo(repo)
-        return _json({'branches': named('heads', repo.branches), 'tags': named('tags', repo.tags), 'converts': []})
-
     # -- writing
 
     def create(self):
@@ -511,23 +474,6 @@ class _Handler(BaseHTTPRequestHandler):
                 return _json({'error': 'You already created this model repo', **told}, 409)
             self.hub.repos[name] = Repo(name, private=bool(private))
         return _json(told)
-
-    def branch(self, repo, name):
-        self._must_write()
-        repo, asked = self._repo(repo), json.loads(self._body() or b'{}')
-        return self._name(repo, repo.branches, name, asked.get('startingPoint', 'main'))
-
-    def tag(self, repo, revision):
-        self._must_write()
-        repo, asked = self._repo(repo), json.loads(self._body())
-        return self._name(repo, repo.tags, asked['tag'], revision)
-
-    def _name(self, repo, names, name, revision):
-        with self.hub.lock:
-            if name in names:
-                raise Refusal(409, f'Reference already exists: {name}')
-            names[name] = repo.resolve(revision)
-        return _json({})
 
     def validate_yaml(self):
         return _json({'errors': [], 'warnings': []})
@@ -596,17 +542,10 @@ class _Handler(BaseHTTPRequestHandler):
             files[path] = store.blob(value['oid'], lfs=True)
         elif key == 'deletedFile' and path not in files:
             raise Refusal(404, "A file with this name doesn't exist", 'EntryNotFound')
-        elif key in ('deletedFile', 'deletedFolder'):
-            for name in [name for name in files if f'{name}/'.startswith(f'{path.rstrip("/")}/')]:
-                del files[name]
+        elif key == 'deletedFile':
+            del files[path]
         else:
             raise Refusal(400, f'Unknown operation {key}')
-
-
-def _names(files):
-    """The files and the folders that they are in."""
-    folders = {str(folder) for path in files for folder in Path(path).parents} - {'.'}
-    return sorted({*files, *folders})
 
 
 class LoopbackHub:

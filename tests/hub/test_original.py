@@ -224,24 +224,24 @@ def test_a_model_that_is_not_in_the_release(drive, path):
     assert 'smpconv_mobile31' in message and 'smpconv_t' in message and not drive.asked
 
 
-def test_several_at_a_time(drive, content, path):
+def test_several_processes_download_once(drive, content, path):
     """The processes of a training run: one downloads, the others wait."""
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(download, [path] * 4)) == [path] * 4
     assert path.read_bytes() == content and drive.sent == len(content)
 
 
-def test_a_folder_that_cannot_be(drive, path):
+def test_a_folder_that_cannot_be_created(drive, path):
     path.parent.write_bytes(b'')
     assert fails(path).startswith(f'{path.parent} cannot be written') and not drive.asked
 
 
-# --- connections that break off ---
+# --- interrupted downloads ---
 
 
 @pytest.mark.parametrize('reset', [False, True])
 @pytest.mark.parametrize('large', [False, True])
-def test_it_goes_on_where_it_broke_off(drive, content, path, large, reset):
+def test_a_download_is_resumed(drive, content, path, large, reset):
     drive.large, drive.drop, drive.reset = large, 50_000, reset
     message = fails(path)
     part = path.with_name(f'{path.name}.part')
@@ -255,30 +255,25 @@ def test_it_goes_on_where_it_broke_off(drive, content, path, large, reset):
     assert ranges(drive)[-1] == (f'bytes={begun}-' if begun else None) and drive.sent == len(content) - begun
 
 
-def test_it_breaks_off_twice(drive, content, path):
-    for _ in range(2):
+@pytest.mark.parametrize('takes_ranges, drops, asked, repeated', [
+    (True, 2, 'bytes=60000-', 0), (False, 1, 'bytes=30000-', 30_000)])
+def test_a_download_breaks_off_again_or_cannot_resume(drive, content, path, takes_ranges, drops, asked, repeated):
+    drive.takes_ranges = takes_ranges
+    for _ in range(drops):
         drive.drop = 30_000
         fails(path)
     assert download(path).read_bytes() == content
-    assert ranges(drive)[-1] == 'bytes=60000-' and drive.sent == len(content)
+    assert ranges(drive)[-1] == asked and drive.sent == len(content) + repeated
 
 
-def test_a_server_that_knows_no_ranges(drive, content, path):
-    drive.takes_ranges = False
-    drive.drop = 50_000
-    fails(path)
-    assert download(path).read_bytes() == content
-    assert ranges(drive)[-1] == 'bytes=50000-' and drive.sent == len(content) + 50_000
-
-
-def test_all_of_it_is_there_already(drive, content, path, part):
+def test_a_complete_part_is_not_downloaded_again(drive, content, path, part):
     """The download was stopped between the last byte and the check of the file."""
     part.write_bytes(content)
     assert download(path).read_bytes() == content
     assert drive.sent == 0 and not part.exists()
 
 
-def test_more_is_there_than_the_file_has(drive, content, path, part):
+def test_a_part_that_is_longer_than_the_file(drive, content, path, part):
     """Status 416."""
     part.write_bytes(content + b'more')
     message = fails(path)
@@ -287,13 +282,13 @@ def test_more_is_there_than_the_file_has(drive, content, path, part):
     assert download(path).read_bytes() == content
 
 
-def test_the_beginning_of_another_file(drive, content, path, part):
+def test_a_part_of_another_file(drive, content, path, part):
     part.write_bytes(bytes(50_000))
     assert str(part) in fails(path) and not part.exists()
     assert download(path).read_bytes() == content
 
 
-def test_a_dead_drive(monkeypatch, path):
+def test_a_server_that_is_not_reachable(monkeypatch, path):
     with contextlib.closing(socket.socket()) as free:
         free.bind(('127.0.0.1', 0))
         url = f'http://127.0.0.1:{free.getsockname()[1]}/download'
@@ -347,11 +342,6 @@ def test_a_status(drive, content, path, status):
     assert download(path).read_bytes() == content
 
 
-def test_a_file_that_is_gone(drive, path):
-    drive.files.clear()
-    assert '404' in fails(path)
-
-
 @pytest.mark.parametrize('damage', ['truncated', 'flipped', 'text', 'empty', 'code'])
 def test_a_file_that_is_no_checkpoint(drive, content, path, tmp_path, damage):
     """The number of bytes is the one that Drive announces."""
@@ -399,7 +389,7 @@ def test_without_a_repository_timm_loads_the_original_file(hub, drive, released,
     assert relative_error(create(**kwargs)(image), logits) < 1e-5 and not drive.asked
 
 
-def test_once_there_the_original_file_needs_no_network(hub, drive, released, monkeypatch, caplog):
+def test_a_downloaded_original_file_needs_no_network(hub, drive, released, monkeypatch, caplog):
     _, image, logits = released
     create()
     caplog.clear()
@@ -411,18 +401,18 @@ def test_once_there_the_original_file_needs_no_network(hub, drive, released, mon
 
 
 @pytest.mark.parametrize('overlay', [dict(hf_hub_id='owner/none', source='hf-hub'), dict(hf_hub_id='owner/none')])
-def test_it_is_no_replacement_for_what_somebody_asked_for(hub, drive, tmp_path, overlay):
+def test_the_original_file_does_not_replace_a_named_repository(hub, drive, tmp_path, overlay):
     message = fails(tmp_path / 'none', lambda _: create(overlay=overlay), kind=RepoNotFoundError)
     assert 'owner/none' in message
     assert not drive.asked
 
 
-def test_it_is_no_replacement_for_a_hub_that_fails(hub, drive, tmp_path):
+def test_the_original_file_does_not_replace_a_failing_hub(hub, drive, tmp_path):
     hub.fail('*', status=503, times=None)
     message = fails(tmp_path / 'none', lambda _: create())
     assert REPO in message and 'status 503' in message and not drive.asked
 
 
-def test_neither_is_there(hub, drive, tmp_path):
+def test_neither_repository_nor_file(hub, drive, tmp_path):
     drive.page = 200, QUOTA
     assert 'Quota exceeded' in fails(tmp_path / 'none', lambda _: create())
