@@ -29,7 +29,7 @@ def load_file(path: Union[str, Path], lazy: bool = False) -> Any:
 
     Args:
         path: Path of the file.
-        lazy: Leave tensors in the file until they are used, if its format allows that; the file must not change then.
+        lazy: Whether to leave tensors in the file until they are used, if its format allows that; the file must not change then.
 
     Raises:
         ValueError: If there is no such file, or it is no complete checkpoint, would run code, or would take more memory
@@ -204,7 +204,7 @@ def _check_members(members: List[zipfile.ZipInfo], size: int) -> None:
         raise ValueError('a name is in its directory twice')
     for member in members:
         if member.flag_bits & 1:
-            raise ValueError('it asks for a password')
+            raise ValueError('the archive is encrypted')
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f'{member.filename!r} is compressed')
         if member.filename != member.orig_filename or member.file_size != member.compress_size:

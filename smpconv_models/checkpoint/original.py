@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 from torch import Size, Tensor
 
-from ..utils.download import fetch_checked, locked
+from ..utils.download import WrongFileError, fetch_checked, locked
 from .files import check_file
 
 StateDict = Dict[str, Tensor]
@@ -132,8 +132,17 @@ def download_original(model: str, path: Union[str, Path]) -> Path:
     if not path.exists():
         with locked(path.parent, path.name):  # every process of a training run calls this
             if not path.exists():
-                fetch_checked(f'{_ADDRESS}?{urlencode(query)}', path, check_file, _Confirmation(files[model]))
+                fetch_checked(f'{_ADDRESS}?{urlencode(query)}', path, _check_download, _Confirmation(files[model]))
     return path
+
+
+def _check_download(path: Path) -> None:
+    try:
+        check_file(path)
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        raise WrongFileError(str(error)) from error
 
 
 class _Confirmation:

@@ -22,7 +22,7 @@ def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict,
 
     Args:
         checkpoint: Value returned by :func:`load_file`.
-        use_ema: Prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights.
 
     Raises:
         ValueError: If there are no weights in it.

@@ -66,8 +66,8 @@ class ModelSource:
         checkpoints: Paths of files or run folders, None for the named model.
         pretrained: Whether the named model gets its pretrained weights.
         untrained: Whether to put a random model first.
-        use_ema: Prefer the EMA weights.
-        reparam: Re-parameterize the models.
+        use_ema: Whether to prefer the EMA weights.
+        reparam: Whether to re-parameterize the models.
         seed: Seed of random weights, by default that of the checkpoint's run, otherwise 42.
         img_size: Image side in pixels, by default the model's.
     """

@@ -56,7 +56,7 @@ def convert(
         path: Path of the checkpoint.
         folder: Path of a new or an empty folder.
         model: Name of the model, needed if neither the arguments in the checkpoint nor the shapes name it.
-        use_ema: Prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights.
         source: Origin of the checkpoint, for the configuration.
         license: License of the weights.
         card: Text of the model card, with the fields ``{architecture}``, ``{source}``, ``{license}``, ``{sha256}`` and

@@ -142,7 +142,7 @@ class ResidualBlock(nn.Module):
         return self.act(y + self.shortcut(x))
 
 
-def init_weights_(
+def init_module_(
         module: nn.Module,
         kinds: Tuple[type, ...] = (CausalConv1d, nn.Conv2d),
         trunc_normal_: Callable[..., Any] = nn.init.trunc_normal_,

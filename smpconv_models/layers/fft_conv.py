@@ -271,7 +271,7 @@ class FFTConv2d(_SameLengthConv, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, bias, device, dtype: As in ``nn.Conv2d``; kernel sides are odd.
         stride, padding, dilation, groups, padding_mode: Arguments of ``nn.Conv2d``, which must have their defaults,
-            except for ``padding``, which is 'same'.
+            except for ``padding``: None stands for 'same', the only other value.
         method: As in :func:`fft_conv2d`.
 
     Raises:

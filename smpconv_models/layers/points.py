@@ -60,7 +60,7 @@ def evaluate_points(
         coords: ``(..., P, d)``.
         radius: ``(..., P)``, positive; see :func:`clip_radius`.
         weights: ``(..., C, P)``, each point's value in each channel.
-        normalize: Divide by the number of points that cover the query, |N(x)|, as equation 1 does. The ImageNet
+        normalize: Whether to divide by the number of points that cover the query, |N(x)|, as equation 1 does. The ImageNet
             models do not.
         eps: Number added to |N(x)|, so that queries outside of all radii get 0.
 

@@ -31,11 +31,11 @@ class _SMPConvNd(SMPLayer):
             num_points: int,
             bias: bool,
             coords_std: float,
-            init_radius: Optional[float] = None,
-            radius_range: Tuple[float, float] = (1e-4, 1.),
-            method: str = 'auto',
-            device: Any = None,
-            dtype: Any = None,
+            init_radius: Optional[float],
+            radius_range: Tuple[float, float],
+            method: str,
+            device: Any,
+            dtype: Any,
     ) -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, num_points=num_points)
         check_kernel_size(kernel_size, self.ndim)
@@ -107,9 +107,12 @@ class SMPConv1d(_SMPConvNd):
 
     def __init__(
             self, in_channels: int, out_channels: int, kernel_size: int, num_points: int = 30, bias: bool = True,
-            coords_std: float = 0.1, *args: Any, **kwargs: Any,
+            coords_std: float = 0.1, init_radius: Optional[float] = None,
+            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None, dtype: Any = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, num_points, bias, coords_std, *args, **kwargs)
+        super().__init__(
+            in_channels, out_channels, kernel_size, num_points, bias, coords_std, init_radius, radius_range, method,
+            device, dtype)
 
     @torch.jit.ignore
     def init_coords(self) -> None:
@@ -143,9 +146,12 @@ class SMPConv2d(_SMPConvNd):
 
     def __init__(
             self, in_channels: int, out_channels: int, kernel_size: int, num_points: int = 16, bias: bool = True,
-            coords_std: float = 0.05, *args: Any, **kwargs: Any,
+            coords_std: float = 0.05, init_radius: Optional[float] = None,
+            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None, dtype: Any = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, num_points, bias, coords_std, *args, **kwargs)
+        super().__init__(
+            in_channels, out_channels, kernel_size, num_points, bias, coords_std, init_radius, radius_range, method,
+            device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return fft_conv2d(x, self.kernel(), self.bias, self.method)

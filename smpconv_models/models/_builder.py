@@ -115,7 +115,7 @@ class ArchitectureMatch(NamedTuple):
 def architecture_hint(state_dict: StateDict) -> str:
     """Return which registered model a state dict fits, to be appended to an error message; '' if it fits none."""
     found = identify(state_dict)
-    return f'; it is of {found}' if found else ''
+    return f'; the weights fit {found}' if found else ''
 
 
 def identify(state_dict: StateDict) -> Optional[ArchitectureMatch]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smpconv_models.layers import CausalConv1d, ReparamConv, ResidualBlock, SMPConv1d, smp_layers
-from smpconv_models.layers.blocks import init_weights_
+from smpconv_models.layers.blocks import init_module_
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_rates, check_small_kernel
 from smpconv_models.utils.errors import suggestion_suffix
 
@@ -104,7 +104,7 @@ class SMPSequenceNet(SMPNet):
     @torch.jit.ignore
     def init_module(self, module: nn.Module, needs_reset: bool) -> None:
         if module is not self.head:
-            init_weights_(module, needs_reset=needs_reset)
+            init_module_(module, needs_reset=needs_reset)
 
     @torch.jit.ignore
     def init_classifier(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import ConvFFN, ConvNormActBlock, LargeKernelBlock, ReparamLargeKernelConv
-from smpconv_models.layers.blocks import init_weights_, pointwise
+from smpconv_models.layers.blocks import init_module_, pointwise
 from smpconv_models.layers.checks import check_odd, check_rates
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, create_act, create_norm
 
@@ -170,7 +170,7 @@ class SMPConvNet(StagedBackbone):
 
     @torch.jit.ignore
     def init_module(self, module: nn.Module, needs_reset: bool) -> None:
-        init_weights_(module, (nn.Conv2d, nn.Linear), trunc_normal_, needs_reset)
+        init_module_(module, (nn.Conv2d, nn.Linear), trunc_normal_, needs_reset)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

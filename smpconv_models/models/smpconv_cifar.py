@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smpconv_models import checkpoint
 from smpconv_models.layers import FFTConv2d, ReparamConv, ResidualBlock, SMPConv2d, smp_layers
-from smpconv_models.layers.blocks import init_weights_
+from smpconv_models.layers.blocks import init_module_
 from smpconv_models.layers.checks import check_counts, check_num_classes, check_odd, check_rates, check_small_kernel
 from smpconv_models.layers.conv_norm import NormLayer, create_norm
 
@@ -129,7 +129,7 @@ class SMPResNet(StagedBackbone):
 
     @torch.jit.ignore
     def init_module(self, module: nn.Module, needs_reset: bool) -> None:
-        init_weights_(module, needs_reset=needs_reset)
+        init_module_(module, needs_reset=needs_reset)
 
     @torch.jit.ignore
     def init_classifier(self) -> None:

@@ -22,6 +22,8 @@ from smpconv_models.checkpoint import description
 from ..utils import atomic_io
 from ..utils.atomic_io import atomic_write
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass
 class TrainState:
@@ -54,7 +56,7 @@ class TrainState:
             ValueError: If a field is missing or has another type.
         """
         if not isinstance(state, dict) or set(state) != {item.name for item in fields(cls)}:
-            raise ValueError('it has no progress of a run; --initial-checkpoint takes its weights')
+            raise ValueError('the checkpoint has no progress of a run; --initial-checkpoint loads weights alone')
         for name in ('epoch', 'step', 'loss_count', 'refused', 'unreadable'):
             description.check_number(f'progress.{name}', state[name], 0, 1 << 62, whole=True)
         description.check_number('progress.loss_sum', state['loss_sum'], -math.inf, math.inf)
@@ -374,8 +376,6 @@ def _is_reduced(value: Any, shape: torch.Size) -> bool:
 
 # --- the folder of a run ---
 
-
-_logger = logging.getLogger(__name__)
 
 # Seconds to wait for a killed run: its DataLoader workers hold the lock until they notice, after five.
 _LOCK_TIMEOUT_S = 6.

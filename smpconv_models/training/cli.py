@@ -37,7 +37,7 @@ def option(default: Any, help: str = '', *, flags: Sequence[str] = (), timm: Any
     """
     if default is False:
         argument.setdefault('action', 'store_true')
-    if default not in (None, False, {}) and '(default' not in help:
+    if default is not None and default is not False and default != {} and '(default' not in help:
         help += ' (default: %(default)s' + (f'; timm: {timm}' if timm is not None else '') + ')'
     metadata = {'flags': tuple(flags), 'argument': {'help': help.lstrip(), **argument}}
     if isinstance(default, (dict, list)):

@@ -43,7 +43,7 @@ class DataOptions:
     validation_batch_size: Optional[int] = option(
         None, 'batch size of evaluation (default: --batch-size)', flags=('-vb',), type=positive_int, metavar='N')
     workers: int = option(
-        min(4, os.cpu_count() or 1), 'number of DataLoader workers (default: %(default)s, at most the number of cores; '
+        min(4, os.cpu_count() or 1), 'number of DataLoader workers (default: 4, or the number of cores if there are fewer; '
         'timm: 4)', flags=('-j',), type=non_negative_int, metavar='N')
     pin_mem: bool = option(False, 'pin memory in the DataLoader')
     no_prefetcher: bool = option(False, "do not use timm's prefetcher on a GPU")
@@ -90,8 +90,7 @@ class DeviceOptions:
 
     device: Optional[str] = option(None, 'device (default: cuda if there is a GPU, otherwise cpu)', metavar='NAME')
     dist_timeout: float = option(
-        600., 'seconds to wait for other ranks, and for DataLoader workers', type=bounded_number(float, 1e-30, 1e6),
-        metavar='S')
+        600., 'seconds to wait for other ranks, and for DataLoader workers', type=moderate_float, metavar='S')
     amp: bool = option(False, 'automatic mixed precision')
     amp_dtype: str = option('float16', 'type of mixed precision', choices=('float16', 'bfloat16'))
     channels_last: bool = option(False, 'channels_last memory layout')

@@ -296,7 +296,7 @@ def _create_webdataset(data: DataOptions, split: str, read_image: ReadImage, is_
             _check_info(root, split)
     dataset = _create_with_timm(data, split, is_training)
     if not dataset.reader.num_samples:
-        raise ValueError(f'split {split!r} must say how many images it has: {split}|IMAGES')
+        raise ValueError(f'split {split!r} needs the number of its images: {split}|IMAGES')
     names = dataset.reader.split_info.filenames
     missing = [] if is_remote else [name for name in names if '://' not in name and not (root / name).is_file()]
     if missing:

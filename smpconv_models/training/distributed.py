@@ -62,7 +62,7 @@ class DistributedContext:
             timeout: Seconds after which a rank stops waiting for another one.
 
         Raises:
-            ValueError: If the environment has no address, or the other ranks do not answer.
+            ValueError: If the environment has no address, or the connection times out.
         """
         if self.size == 1:
             return
@@ -80,7 +80,7 @@ class DistributedContext:
                 # a store that torchrun shares still has the addresses from before the restart (PyTorch 2.10 to 2.15)
                 hint = '; restarts by torchrun need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment'
             raise ValueError(
-                f'rank {self.rank} of {self.size} cannot meet the other ranks at '
+                f'rank {self.rank} of {self.size} could not connect to the other ranks at '
                 f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}: {error}{hint}') from error
 
     @staticmethod
@@ -248,7 +248,7 @@ class WorkerSignalGuard:
 
 
 # Seconds for workers to end after the request to end, and for a killed worker to end.
-_GRACE = 3.
+_WORKER_GRACE_S = 3.
 
 
 class BoundedLoader:
@@ -313,7 +313,7 @@ class BoundedLoader:
             return
         shutdown = threading.Thread(target=batches._shutdown_workers, daemon=True)  # it may wait without a limit
         shutdown.start()
-        shutdown.join(_GRACE)
+        shutdown.join(_WORKER_GRACE_S)
         self._kill_and_join()
         self.loader._iterator = None
 
@@ -333,7 +333,7 @@ class BoundedLoader:
 
     def _join(self) -> None:
         for worker in self._workers():
-            worker.join(_GRACE)
+            worker.join(_WORKER_GRACE_S)
 
 
 class _Limit:

@@ -83,7 +83,7 @@ def create_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim
     try:
         trial = create_optimizer_v2([nn.Parameter(torch.zeros(1, 1))], opt=options.opt, lr=options.lr)
         if getattr(trial, 'is_second_order', False):
-            raise ValueError('it takes second derivatives, which a step does not compute here')
+            raise ValueError('the optimizer takes second derivatives, which a step does not compute here')
         for key, value in given.items():
             if key not in trial.defaults:  # timm drops it without a word
                 _logger.warning('--opt %s has no %s: --opt-%s %s is ignored', options.opt, key, key, value)
@@ -278,7 +278,7 @@ class CheckpointedModel(NamedTuple):
         kwargs: Described arguments of its constructor.
         described: Description in the file.
         state_dict: Weights in the file.
-        weights_key: Key of the weights in the file, '' for a bare state dict.
+        weights_key: Key of the weights in the file, '' if the file is itself a state dict.
     """
     path: str
     name: str
@@ -315,7 +315,7 @@ def open_checkpoint(path: str, name: Optional[str] = None, use_ema: bool = True)
         path: Path of a checkpoint of ours, of timm or of the original release.
         name: Name of the model, by default the described one, otherwise that of the model that the weights fit; it may
             be of a repository or a folder.
-        use_ema: Prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights.
 
     Raises:
         ValueError: If the file is no checkpoint, or no known model is named and the weights fit none of this package.

@@ -239,11 +239,6 @@ class SequenceTask(Task):
 # --- classes ---
 
 
-def class_names(dataset: Any) -> Optional[List[str]]:
-    """Return the names of a data set's classes by index; None if they are not known."""
-    return dataset.classes
-
-
 def check_classes(
         trained: Optional[List[str]],
         evaluated: Optional[List[str]],

@@ -34,7 +34,7 @@ from .factory import (
 )
 from .loader import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
 from .logger import ProgressLogger, check_logging_dependencies
-from .tasks import check_class_count, check_classes, class_names, create_task
+from .tasks import check_class_count, check_classes, create_task
 from .train_step import StepResult, TrainStep
 from .validate import evaluate
 
@@ -447,19 +447,18 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     Raises:
         ValueError: If options contradict each other, or do not fit the data set, the device, or the run in the folder.
     """
-    task = create_task(options.data)
-    task.check_options(options.as_dict())
-    _check_options(options)
-    check_logging_dependencies(options.logging)
     given = options.as_dict()
     if options.data.data_dir and '://' not in options.data.data_dir:
         # absolute, for a later evaluation from another folder
         options = options.with_values('data', data_dir=str(Path(options.data.data_dir).resolve()))
     options = options.with_values('data', dataset=options.data.dataset or '')
+    task = create_task(options.data)
+    task.check_options(given)
+    _check_options(options)
+    check_logging_dependencies(options.logging)
     world = world or DistributedContext.from_environment()
     device = select_device(options.device.device, world.local_rank if world.size > 1 else None)
     options = _resolve_grad_accum(options, world)
-    task = create_task(options.data)
     in_chans = _model_arguments(options, {'in_chans': 3})['in_chans']
     # of a stream each rank reads all validation images, but only its part of the training images: they are divided
     # among the ranks of the process group
@@ -467,8 +466,8 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     world.init(device, options.device.dist_timeout)
     train_set = task.create_dataset(options.run.train_split, in_chans, is_training=True)
     _check_same_data(world, device, train_set, val_set)
-    classes = class_names(train_set)
-    check_classes(classes, class_names(val_set))
+    classes = train_set.classes
+    check_classes(classes, val_set.classes)
     model, model_kwargs = _build_model(options, classes)
     task.check_model(str(options.model.model), model, train_set, in_chans)
     if options.run.sync_bn:
@@ -536,7 +535,7 @@ def _resolve_grad_accum(options: TrainOptions, world: DistributedContext) -> Tra
         quotient, rest = divmod(global_batch_size, batch_size * world.size)
         if rest or quotient == 0:
             raise ValueError(
-                f'--global-batch-size must be a multiple of --batch-size {batch_size} x {world.size} processes, '
+                f'--global-batch-size must be a multiple of --batch-size {batch_size} x {world.size} ranks, '
                 f'got {global_batch_size}')
         if grad_accum_steps not in (None, quotient):
             raise ValueError(
@@ -548,7 +547,7 @@ def _resolve_grad_accum(options: TrainOptions, world: DistributedContext) -> Tra
 
 def _check_same_data(world: DistributedContext, device: torch.device, *datasets: Any) -> None:
     """Raise ValueError on every rank unless all ranks have found the classes, and as many images, of rank 0."""
-    own = [(class_names(dataset), dataset.num_images) for dataset in datasets]
+    own = [(dataset.classes, dataset.num_images) for dataset in datasets]
     first = world.broadcast_object(own)
     differs = world.all_reduce_(torch.tensor(int(own != first), device=device))
     if own != first:

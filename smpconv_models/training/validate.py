@@ -24,7 +24,7 @@ from .config import DataOptions, DeviceOptions, ModelOptions, is_sequence_datase
 from .distributed import DistributedContext, GracefulStop
 from .factory import check_model_name, create_model, model_arguments, open_checkpoint, select_device
 from .loader import EvalLoader, create_eval_loader
-from .tasks import check_class_count, check_classes, class_names, create_task
+from .tasks import check_class_count, check_classes, create_task
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def evaluate_model(
     Args:
         options: Model and data.
         before: Completed options of a model that was evaluated before, on the same images.
-        with_confusion: Also count each pair of class and prediction.
+        with_confusion: Whether to count each pair of class and prediction as well.
 
     Raises:
         ValueError: If the options, the checkpoint or the data set do not fit, images are missing, or the weights or
@@ -125,7 +125,7 @@ def evaluate_model(
     data_config = task.resolve_data_config(model)
     dataset = task.create_dataset(split, model.in_chans, is_training=False)
     task.check_model(str(options.model.model), model, dataset, model.in_chans)
-    classes = class_names(dataset)
+    classes = dataset.classes
     check_classes(described.classes, classes)
     check_class_count(classes, model.num_classes)
     world = DistributedContext()
@@ -175,11 +175,11 @@ def _pretrained_model(name: Optional[str], kwargs: Dict[str, Any]) -> Any:
 
 
 def _check_same_images(options: EvalOptions, before: EvalOptions) -> None:
-    own, others = (f'{each.data.dataset or ""} {each.data.data_dir or ""}'.strip() for each in (options, before))
+    own, others = ((each.data.dataset or '', each.data.data_dir or '') for each in (options, before))
     if own != others:
         raise ValueError(
-            f'{options.name} is evaluated on other images than the models before it: expected {others}, got {own}; '
-            '--data-dir and --dataset name the images of all')
+            f'{options.name} is evaluated on other images than the models before it: expected '
+            f'{" ".join(others).strip()}, got {" ".join(own).strip()}; --data-dir and --dataset name the images of all')
 
 
 # Data sets that come with the package: a checkpoint may name them, as that fetches and locates nothing.

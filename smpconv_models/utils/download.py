@@ -24,6 +24,10 @@ _MAX_PAGE = 1 << 20  # bytes
 _logger = logging.getLogger(__name__)
 
 
+class WrongFileError(ValueError):
+    """A downloaded file is not the expected one."""
+
+
 class DownloadNeededError(ValueError):
     """Missing or damaged data that a download would replace.
 
@@ -76,7 +80,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     """Download a file by :func:`fetch_checked`, and check its SHA-256."""
     def check(part: Path) -> None:
         if file_sha256(part) != sha256:
-            raise ValueError('it is another file, by its SHA-256')
+            raise WrongFileError('the SHA-256 is that of another file')
 
     fetch_checked(url, path, check)
 
@@ -94,7 +98,7 @@ def fetch_checked(
     Args:
         url: Address of the file.
         path: Path of the file, which is replaced.
-        check: Function that raises ValueError if the complete file is not the expected one; such a file is removed.
+        check: Function that raises WrongFileError if the complete file is not the expected one; such a file is removed.
         confirm: Function that returns the address to ask next if the server sent this HTML page in place of the file,
             or raises ValueError.
 
@@ -115,7 +119,7 @@ def fetch_checked(
                         _append(response, part)
         try:
             check(part)
-        except ValueError:
+        except WrongFileError:
             part.unlink()
             raise
         os.replace(part, path)

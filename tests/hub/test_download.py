@@ -607,7 +607,7 @@ def test_the_weights_of_another_variant_are_named(tmp_path):
     torch.save(timm.create_model('smpconv_mobile31', num_classes=5).state_dict(), path)
     message = fails(create_from_file, path)
     assert message.startswith(f'{path}: ')
-    assert message.endswith('it is of smpconv_mobile31 with 5 classes and 3 input channels')
+    assert message.endswith('the weights fit smpconv_mobile31 with 5 classes and 3 input channels')
 
 
 @pytest.mark.parametrize('dtype', [torch.int32, torch.complex64])

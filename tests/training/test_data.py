@@ -47,7 +47,7 @@ def test_folders_are_read_in_the_models_channels(tmp_path):
     train = create_dataset(data, 'train', 3, is_training=True)
     validation = create_dataset(data, 'validation', 3, is_training=False)
     assert len(train) == len(validation) == train.num_images == 6
-    assert tasks.class_names(train) == tasks.class_names(validation) == ['cat', 'dog']
+    assert train.classes == validation.classes == ['cat', 'dog']
     assert train[0, 0][0].mode == 'RGB'
     assert create_dataset(data, 'train', 1, is_training=True)[0, 0][0].mode == 'L'
 

@@ -187,7 +187,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     (['--model', 'test_vit3', '--model-kwargs', 'img_size=160', '--img-size', '32'],
      "test_vit3 cannot take images of (1, 32, 32): Input height (32) doesn't match model (160).; see --img-size"),
     ([*TINY, '--model-kwargs', 'depths=(1,1'], 'argument --model-kwargs: expected a value of Python, got depths=(1,1'),
-    ([*TINY, '--opt', 'adahessian'], 'it takes second derivatives, which a step does not compute here'),
+    ([*TINY, '--opt', 'adahessian'], 'the optimizer takes second derivatives, which a step does not compute here'),
     ([*TINY[:2], '--model-kwargs', 'depths'], 'argument --model-kwargs: expected KEY=VALUE, got depths'),
     ([*TINY, '--mean', '1', '2'], '--mean takes 1 value, got [1.0, 2.0]'),
     ([*TINY, '--input-size', '3', '16', '16'], '--in-chans 1 contradicts --input-size [3, 16, 16]'),

@@ -337,7 +337,7 @@ def test_missing_packages_are_named(monkeypatch, tmp_path, dataset, package):
 
 @pytest.mark.parametrize('splits, message', [
     (('train-{0000..0003}.tar|24', 'val-{0000..0001}.tar|15'), r"lacks 2 of 4 shards: \['train-0002\.tar'"),
-    (('train-{0000..0001}.tar|24', 'val-{0000..0001}.tar'), r'must say how many images it has: val-.*\.tar\|IMAGES'),
+    (('train-{0000..0001}.tar|24', 'val-{0000..0001}.tar'), r'needs the number of its images: val-.*\.tar\|IMAGES'),
     (('train-{0000..0001}.tar|many', 'val-{0000..0001}.tar|15'), "invalid literal for int.*'many'"),
     (('train-{0000..0001}.tar|24', 'val-{0000..0001}.tar|15'), None),
 ])
