@@ -29,7 +29,8 @@ def load_file(path: Union[str, Path], lazy: bool = False) -> Any:
 
     Args:
         path: Path of the file.
-        lazy: Whether to leave tensors in the file until they are used, if its format allows that; the file must not change then.
+        lazy: Whether to leave tensors in the file until they are used, if its format allows that. The file must not
+            change then.
 
     Raises:
         ValueError: If there is no such file, or it is no complete checkpoint, would run code, or would take more memory

@@ -60,8 +60,8 @@ def evaluate_points(
         coords: ``(..., P, d)``.
         radius: ``(..., P)``, positive; see :func:`clip_radius`.
         weights: ``(..., C, P)``, each point's value in each channel.
-        normalize: Whether to divide by the number of points that cover the query, |N(x)|, as equation 1 does. The ImageNet
-            models do not.
+        normalize: Whether to divide by the number of points that cover the query, |N(x)|, as equation 1 does. The
+            ImageNet models do not.
         eps: Number added to |N(x)|, so that queries outside of all radii get 0.
 
     Returns:

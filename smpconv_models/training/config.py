@@ -43,8 +43,8 @@ class DataOptions:
     validation_batch_size: Optional[int] = option(
         None, 'batch size of evaluation (default: --batch-size)', flags=('-vb',), type=positive_int, metavar='N')
     workers: int = option(
-        min(4, os.cpu_count() or 1), 'number of DataLoader workers (default: 4, or the number of cores if there are fewer; '
-        'timm: 4)', flags=('-j',), type=non_negative_int, metavar='N')
+        min(4, os.cpu_count() or 1), 'number of DataLoader workers (default: 4, or the number of cores if there are '
+        'fewer; timm: 4)', flags=('-j',), type=non_negative_int, metavar='N')
     pin_mem: bool = option(False, 'pin memory in the DataLoader')
     no_prefetcher: bool = option(False, "do not use timm's prefetcher on a GPU")
     skip_unreadable: bool = option(False, 'skip unreadable images in evaluation too, instead of an error')

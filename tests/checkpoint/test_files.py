@@ -445,7 +445,7 @@ def test_encrypted(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(b'PK\x01\x02') + 8] |= 1
     path.write_bytes(content)
-    refused(path, 'password')
+    refused(path, 'encrypted')
 
 
 def test_parts_of_two_archives(tmp_path):

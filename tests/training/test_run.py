@@ -163,7 +163,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--batch-size', '33', '--mixup', '0.2'], '--batch-size must be even with Mixup or CutMix, got 33'),
     ([*TINY, '--epochs', '2', '--warmup-epochs', '3'], '--warmup-epochs must not exceed the 2 epochs, got 3'),
     ([*TINY, '--grad-accum-steps', '100'], '--batch-size must not exceed the 1437 training images, got 128 x 100'),
-    ([*TINY, '--global-batch-size', '100'], '--global-batch-size must be a multiple of --batch-size 128 x 1 processes'),
+    ([*TINY, '--global-batch-size', '100'], '--global-batch-size must be a multiple of --batch-size 128 x 1 ranks'),
     ([*TINY, '--global-batch-size', '256', '--grad-accum-steps', '3'], '--grad-accum-steps 3 contradicts'),
     ([*TINY, '--resume', 'nowhere.pth'], 'expected a checkpoint file, found nothing at nowhere.pth'),
     ([*TINY, '--initial-checkpoint', 'nowhere.pth'], 'expected a checkpoint file, found nothing at nowhere.pth'),

@@ -299,7 +299,7 @@ def test_what_fails_is_told_and_the_others_go_on(files, images, capsys, tmp_path
     failing = {
         save(tmp_path / 'nan.pth', nan): 'has weights that are NaN: head.fc.bias',
         save(tmp_path / 'infinite.pth', infinite): 'are not finite: the loss is ',
-        save(tmp_path / 'other.pth', other, model_kwargs={}): 'the weights fit smpconv_mobile31 with 7 classes and 3 input',
+        save(tmp_path / 'other.pth', other, model_kwargs={}): 'the weights fit smpconv_mobile31 with 7 classes and 3',
         save(tmp_path / 'cats.pth', create(6), classes=['cat', 'eagle']): "only in training ['eagle']",
     }
     argv = ('--model', 'smpconv_nano', '--data-dir', images, *ON, '--results-file', tmp_path / 'r.csv')
