@@ -110,14 +110,14 @@ def main(argv=None) -> int:
     finally:
         trainer.close()
     if world.is_primary:
-        _print_result(result, options.run.epochs)
+        _print_result(result, options)
     return 0
 
 
 def _leave(parser: argparse.ArgumentParser, trainer: Trainer, line: str, code: int) -> int:
     sys.stdout.flush()
     folder = trainer.run_dir.path
-    kept = f'its files are in {folder}' if folder.is_dir() else f'the folder {folder} was removed or renamed'
+    kept = f'the files of the run are in {folder}' if folder.is_dir() else f'the folder {folder} was removed or renamed'
     sys.stderr.write(f'{parser.prog}: {line}; {kept}{_rank(trainer.world)}\n')
     return code
 
@@ -126,12 +126,14 @@ def _rank(world: DistributedContext) -> str:
     return f' (rank {world.rank})' if world.size > 1 else ''
 
 
-def _print_result(result: Dict[str, Any], epochs: int) -> None:
-    print(f'validation top-1: {result["top1"]:.2f} % after {epochs} epochs in {result["seconds"]:.0f} s')
+def _print_result(result: Dict[str, Any], options: TrainOptions) -> None:
+    kind = 'EMA top-1' if options.ema.model_ema else 'top-1'
+    epochs, seconds = options.run.epochs, result['seconds']
+    print(f'validation {kind}: {result["top1"]:.2f} % after {epochs} epochs in {seconds:.0f} s')
     gone = '' if os.path.exists(result['checkpoint']) else ', which was removed'
     print(
-        f'best checkpoint: {result["checkpoint"]}{gone} (top-1 {result["best_top1"]:.2f} %, '
-        f'epoch {result["best_epoch"]}, chosen by validation top-1)'
+        f'best checkpoint: {result["checkpoint"]}{gone} ({kind} {result["best_top1"]:.2f} %, '
+        f'epoch {result["best_epoch"]}, chosen by the same)'
     )
     print(f'picture: {result["picture"]}')
 

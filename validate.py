@@ -94,7 +94,7 @@ def check_outputs(args: argparse.Namespace, checkpoints: List[str], count: int) 
         if not path.endswith(suffix):
             raise ValueError(f'{option} takes the name of a {suffix} file, got {path}')
         if suffix and count > 1:
-            raise ValueError(f'{option} is of a single model, got {count}')
+            raise ValueError(f'{option} works with a single model, got {count}')
         file = Path(path).resolve()
         if file in used:
             raise ValueError(f'{option} {path} is the file of {used[file]} too')

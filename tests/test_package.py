@@ -41,10 +41,12 @@ def test_public_names_are_frozen():
         'tent_basis',
     ]
     assert training.__all__ == [
-        'DataOptions', 'DebugOptions', 'DeviceOptions', 'Digits', 'DistributedContext', 'EvalOptions',
-        'ModelOptions', 'TrainOptions', 'Trainer', 'TrainingInterrupted', 'atomic_write', 'build_trainer',
-        'cli', 'describe_error', 'evaluate', 'evaluate_model', 'expand_model_list', 'ineffective_options',
-        'param_groups', 'save_confusion_matrix', 'save_per_class_results', 'save_results',
+        'AugmentationOptions', 'CheckpointOptions', 'DataOptions', 'DebugOptions', 'DeviceOptions', 'Digits',
+        'DistributedContext', 'EMAOptions', 'EvalOptions', 'LoggingOptions', 'ModelOptions', 'OptimizerOptions',
+        'RunOptions', 'ScheduleOptions', 'TrainOptions', 'Trainer', 'TrainingInterrupted', 'atomic_write',
+        'build_trainer', 'cli', 'describe_error', 'evaluate', 'evaluate_model', 'expand_model_list',
+        'ineffective_options', 'param_groups', 'save_confusion_matrix', 'save_per_class_results',
+        'save_results',
     ]
 
 

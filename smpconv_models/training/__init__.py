@@ -2,7 +2,21 @@
 from ..data.digits import Digits
 from ..utils.atomic_io import atomic_write
 from . import cli
-from .config import DataOptions, DebugOptions, DeviceOptions, ModelOptions, TrainOptions, ineffective_options
+from .config import (
+    AugmentationOptions,
+    CheckpointOptions,
+    DataOptions,
+    DebugOptions,
+    DeviceOptions,
+    EMAOptions,
+    LoggingOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    ScheduleOptions,
+    TrainOptions,
+    ineffective_options,
+)
 from .distributed import DistributedContext, TrainingInterrupted
 from .factory import param_groups
 from .logger import describe_error
@@ -18,8 +32,9 @@ from .validate import (
 )
 
 __all__ = [
-    'DataOptions', 'DebugOptions', 'DeviceOptions', 'Digits', 'DistributedContext', 'EvalOptions', 'ModelOptions',
-    'TrainOptions', 'Trainer', 'TrainingInterrupted', 'atomic_write', 'build_trainer', 'cli', 'describe_error',
-    'evaluate', 'evaluate_model', 'expand_model_list', 'ineffective_options', 'param_groups', 'save_confusion_matrix',
-    'save_per_class_results', 'save_results',
+    'AugmentationOptions', 'CheckpointOptions', 'DataOptions', 'DebugOptions', 'DeviceOptions', 'Digits',
+    'DistributedContext', 'EMAOptions', 'EvalOptions', 'LoggingOptions', 'ModelOptions', 'OptimizerOptions',
+    'RunOptions', 'ScheduleOptions', 'TrainOptions', 'Trainer', 'TrainingInterrupted', 'atomic_write',
+    'build_trainer', 'cli', 'describe_error', 'evaluate', 'evaluate_model', 'expand_model_list',
+    'ineffective_options', 'param_groups', 'save_confusion_matrix', 'save_per_class_results', 'save_results',
 ]

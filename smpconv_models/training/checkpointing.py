@@ -21,6 +21,7 @@ from smpconv_models.checkpoint import description
 
 from ..utils import atomic_io
 from ..utils.atomic_io import atomic_write
+from .cli import RENAMED_OPTIONS
 
 _logger = logging.getLogger(__name__)
 
@@ -270,12 +271,6 @@ _IGNORED_ARGS = (
     'max_nonfinite_steps',
 )
 
-# Names of options in older checkpoints.
-_RENAMED_ARGS = {
-    'crop_padding': 'random_crop_pad', 'patience_nonfinite': 'max_nonfinite_steps',
-    'snapshot_interval': 'save_interval',
-}
-
 
 def diff_args(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], List[str]]:
     """Describe the options that changed since a checkpoint.
@@ -287,7 +282,7 @@ def diff_args(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], Lis
     Returns:
         Lines for options that may change, and lines for those that must not.
     """
-    then = {_RENAMED_ARGS.get(key, key): value for key, value in then.items()}
+    then = {RENAMED_OPTIONS.get(key, key): value for key, value in then.items()}
     changed = {
         key: f'{checkpoint.printable(key)} {checkpoint.shown(then.get(key))} -> {checkpoint.shown(now.get(key))}'
         for key in sorted(set(then) | set(now))

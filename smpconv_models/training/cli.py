@@ -24,6 +24,28 @@ class Parser(argparse.ArgumentParser):
         """Exit with code 2."""
         self.exit(2, f'{self.prog}: error: {message}\n')
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line; an unknown option is an error with a suggestion."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition('=')[0]
+            hint = renamed_hint(name.lstrip('-')) or suggestion_suffix(name, self._option_string_actions)
+            self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
+        return parsed
+
+
+# Names of options in older versions, and in the checkpoints and args.yaml that these wrote.
+RENAMED_OPTIONS = {
+    'crop_padding': 'random_crop_pad', 'patience_nonfinite': 'max_nonfinite_steps',
+    'snapshot_interval': 'save_interval', 'confusion': 'confusion_matrix', 'class_results': 'per_class_results',
+}
+
+
+def renamed_hint(name: str) -> str:
+    """Return a suffix for an error message with the present name of a renamed option; '' for other names."""
+    renamed = RENAMED_OPTIONS.get(name.replace('-', '_'))
+    return '' if renamed is None else f'; it is named --{renamed.replace("_", "-")} now'
+
 
 def option(default: Any, help: str = '', *, flags: Sequence[str] = (), timm: Any = None, **argument: Any) -> Any:
     """Return a dataclass field that :func:`add_options` adds to a command line.
@@ -43,6 +65,27 @@ def option(default: Any, help: str = '', *, flags: Sequence[str] = (), timm: Any
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class CheckedOptions:
+    """Base of dataclasses of options, which have the types and ranges of the command line from Python as well.
+
+    Raises:
+        ValueError: If a value is not one that the command line accepts.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            argument, value = item.metadata['argument'], getattr(self, item.name)
+            convert, choices = argument.get('type'), argument.get('choices')
+            for part in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+                try:
+                    is_right = convert is None or convert(str(part)) == part
+                except (ValueError, argparse.ArgumentTypeError) as error:
+                    raise ValueError(f'{item.name} {error}') from error
+                if not is_right or (choices is not None and part not in choices):
+                    expected = f'one of {tuple(choices)}' if choices else f'a {convert.__name__}'
+                    raise ValueError(f'{item.name} must be {expected}, got {part!r}')
 
 
 def add_options(parser: argparse.ArgumentParser, *groups: Any) -> None:
@@ -168,7 +211,8 @@ def _convert_all(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: 
     for key, value in values.items():
         dest = key.replace('-', '_') if isinstance(key, str) else ''
         if dest not in actions:
-            raise ValueError(f'{path}: unknown key {checkpoint.shown(key)}{suggestion_suffix(dest, actions)}')
+            hint = renamed_hint(dest) or suggestion_suffix(dest, actions)
+            raise ValueError(f'{path}: unknown key {checkpoint.shown(key)}{hint}')
         try:
             converted[dest] = _convert(actions[dest], value)
             _check_no_remote_source(dest, converted[dest])

@@ -11,6 +11,7 @@ import torch
 from smpconv_models.checkpoint.description import INTERPOLATIONS
 
 from .cli import (
+    CheckedOptions,
     ParseKwargs,
     bounded_number,
     moderate_float,
@@ -29,7 +30,7 @@ Floats = Optional[List[float]]
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(CheckedOptions):
     """Options of the data set and of how images are read and prepared."""
     title: ClassVar[str] = 'data'
 
@@ -69,7 +70,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(CheckedOptions):
     """Options of the network."""
     title: ClassVar[str] = 'model'
 
@@ -84,7 +85,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DeviceOptions:
+class DeviceOptions(CheckedOptions):
     """Options of the device, precision and memory layout."""
     title: ClassVar[str] = 'device'
 
@@ -106,7 +107,7 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
-class DebugOptions:
+class DebugOptions(CheckedOptions):
     """Options of error messages."""
     title: ClassVar[str] = 'debugging'
 
@@ -114,7 +115,7 @@ class DebugOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(CheckedOptions):
     """Options of a training run."""
     title: ClassVar[str] = 'training'
 
@@ -144,7 +145,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class CheckpointOptions:
+class CheckpointOptions(CheckedOptions):
     """Options of checkpoints and resuming."""
     title: ClassVar[str] = 'checkpointing'
 
@@ -161,7 +162,7 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True)
-class LoggingOptions:
+class LoggingOptions(CheckedOptions):
     """Options of logging."""
     title: ClassVar[str] = 'logging'
 
@@ -172,7 +173,7 @@ class LoggingOptions:
 
 
 @dataclass(frozen=True)
-class OptimizerOptions:
+class OptimizerOptions(CheckedOptions):
     """Options of the optimizer."""
     title: ClassVar[str] = 'optimizer'
 
@@ -190,7 +191,7 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
-class ScheduleOptions:
+class ScheduleOptions(CheckedOptions):
     """Options of the learning rate schedule, which is stepped once per optimizer update."""
     title: ClassVar[str] = 'learning rate schedule'
 
@@ -204,7 +205,7 @@ class ScheduleOptions:
 
 
 @dataclass(frozen=True)
-class AugmentationOptions:
+class AugmentationOptions(CheckedOptions):
     """Options of augmentation and regularization."""
     title: ClassVar[str] = 'augmentation and regularization'
 
@@ -242,7 +243,7 @@ class AugmentationOptions:
 
 
 @dataclass(frozen=True)
-class EMAOptions:
+class EMAOptions(CheckedOptions):
     """Options of the exponential moving average (EMA) of the weights."""
     title: ClassVar[str] = 'model EMA'
 

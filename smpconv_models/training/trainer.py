@@ -41,7 +41,7 @@ from .validate import evaluate
 _logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Trainer:
     """Training run that is ready to begin or to resume; see :func:`build_trainer`.
 
@@ -511,7 +511,8 @@ def _check_options(options: TrainOptions) -> None:
             raise ValueError(f'--{name} takes the smaller value first, got {[low, high]}')
     if options.schedule.warmup_epochs > run.epochs:
         raise ValueError(
-            f'--warmup-epochs must not exceed the {run.epochs} epochs, got {options.schedule.warmup_epochs}')
+            f'--warmup-epochs must not exceed the --epochs {run.epochs}, got {options.schedule.warmup_epochs}, given, from '
+            'the --config or by default; 0 is no warm-up')
     for name in ('min_lr', 'warmup_lr'):
         value = getattr(options.schedule, name)
         if value > lr:

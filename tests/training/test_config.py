@@ -60,6 +60,7 @@ def test_null_leaves_an_option_open(parse):
 @pytest.mark.parametrize('text, told', [
     ('epoch: 5\n', "unknown key 'epoch'; did you mean epochs?"),
     ('config: x\n', "unknown key 'config'"),
+    ('crop-padding: 4\n', "unknown key 'crop-padding'; it is named --random-crop-pad now"),
     ('channels_last: "false"\n', "channels_last does not take 'false': expected true or false"),
     ('lr: fast\n', "lr does not take 'fast'"),
     ('lr: true\n', 'lr does not take True: expected a single value'),
@@ -151,3 +152,23 @@ def test_a_file_does_not_say_what_is_fetched_or_run(tmp_path, text):
     if option != 'model':
         given = cli.parse_args(train.create_parser(), [f'--{option}', value.strip("'")])
         assert getattr(given, option.replace('-', '_')) == value.strip("'")
+
+
+@pytest.mark.parametrize(('argv', 'message'), [
+    (['--snapshot-interval', '1'], 'unrecognized arguments: --snapshot-interval 1; it is named --save-interval now'),
+    (['--epoch=3'], 'unrecognized arguments: --epoch=3; did you mean --epochs?'),
+])
+def test_an_unknown_option_is_an_error_with_a_suggestion(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        train.create_parser().parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('group', 'values', 'message'), [
+    ('data', {'batch_size': 0}, 'batch_size must be at least 1'), ('run', {'epochs': '3'}, "whole number, got '3'"),
+    ('optimizer', {'lr': -1}, 'lr must be above 0'), ('schedule', {'sched': 'foo'}, "sched must be one of ('cosine',"),
+    ('augmentation', {'scale': [0.5, 2]}, 'scale must be above 0 and at most 1, got 2'),
+])
+def test_options_from_python_have_the_ranges_of_the_command_line(group, values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainOptions().with_values(group, **values)

@@ -59,9 +59,9 @@ def test_a_run_leaves_its_results(digits):
     assert [row['epoch'] for row in rows] == ['0', '1']
     lines = printed.splitlines()
     assert lines[0].split()[0] == 'epoch' and lines[1].split()[0] == '0' and lines[2].split()[0] == '1'
-    assert f'validation top-1: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
+    assert f'validation EMA top-1: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
     best = max(float(row['ema_top1']) for row in rows)
-    assert lines[4].startswith(f'best checkpoint: {folder / "model_best.pth.tar"} (top-1 {best:.2f} %, epoch ')
+    assert lines[4].startswith(f'best checkpoint: {folder / "model_best.pth.tar"} (EMA top-1 {best:.2f} %, epoch ')
     assert lines[5] == f'picture: {folder / "summary.png"}'
 
 
@@ -161,7 +161,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
     ([*TINY, '--batch-size', '0'], '--batch-size: must be at least 1 and at most 1e+09, got 0'),
     ([*TINY, '--batch-size', '2000'], '--batch-size must not exceed the 1437 training images, got 2000'),
     ([*TINY, '--batch-size', '33', '--mixup', '0.2'], '--batch-size must be even with Mixup or CutMix, got 33'),
-    ([*TINY, '--epochs', '2', '--warmup-epochs', '3'], '--warmup-epochs must not exceed the 2 epochs, got 3'),
+    ([*TINY, '--epochs', '2', '--warmup-epochs', '3'], '--warmup-epochs must not exceed the --epochs 2, got 3'),
     ([*TINY, '--grad-accum-steps', '100'], '--batch-size must not exceed the 1437 training images, got 128 x 100'),
     ([*TINY, '--global-batch-size', '100'], '--global-batch-size must be a multiple of --batch-size 128 x 1 ranks'),
     ([*TINY, '--global-batch-size', '256', '--grad-accum-steps', '3'], '--grad-accum-steps 3 contradicts'),
@@ -298,7 +298,7 @@ def test_an_interrupted_run_keeps_what_it_did(tmp_path):
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.strip() == (
-        f'train.py: stopped by SIGINT; the same command resumes the run; its files are in {tmp_path}/run')
+        f'train.py: stopped by SIGINT; the same command resumes the run; the files of the run are in {tmp_path}/run')
     assert (tmp_path / 'run' / 'curves.png').exists() and (tmp_path / 'run' / 'last.pth.tar').exists()
 
 
