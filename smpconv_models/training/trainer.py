@@ -511,8 +511,8 @@ def _check_options(options: TrainOptions) -> None:
             raise ValueError(f'--{name} takes the smaller value first, got {[low, high]}')
     if options.schedule.warmup_epochs > run.epochs:
         raise ValueError(
-            f'--warmup-epochs must not exceed the --epochs {run.epochs}, got {options.schedule.warmup_epochs}, given, from '
-            'the --config or by default; 0 is no warm-up')
+            f'--warmup-epochs must not exceed the --epochs {run.epochs}, got {options.schedule.warmup_epochs} '
+            '(given, from --config or by default); 0 is no warm-up')
     for name in ('min_lr', 'warmup_lr'):
         value = getattr(options.schedule, name)
         if value > lr:

@@ -77,9 +77,8 @@ def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, caplog,
     assert run(*command) == code
     told = capsys.readouterr().err
     assert told == (
-        f'train.py: stopped by {signal.Signals(number).name}; the same command resumes the run; the files of the run are '
-        'in '
-        f'{tmp_path}/run\n')
+        f'train.py: stopped by {signal.Signals(number).name}; the same command resumes the run; '
+        f'the files of the run are in {tmp_path}/run\n')
     progress = torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']
     assert progress['epoch'] == 1 and 0 < progress['step'] < 11
     assert run(*command, '--workers', workers) == 0
