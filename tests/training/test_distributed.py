@@ -36,6 +36,7 @@ def test_two_processes_compute_what_one_does_and_no_step_of_a_nan():
     assert [code for code, _, _ in ends] == [0, 0], ends
 
 
+@pytest.mark.slow  # 27 s: a job of two processes; the test above holds a step of two
 def test_steps_have_the_size_of_all_processes(straight):
     state = torch.load(straight / 'last.pth.tar', weights_only=True)
     assert state['args']['global_batch_size'] == 128 and state['optimizer']['state'][0]['step'] == 22
