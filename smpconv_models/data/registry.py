@@ -136,7 +136,7 @@ class InMemorySequences(SequenceDataset):
     """Sequences in memory, in the dtype of their source.
 
     Args:
-        description: As in :class:`SequenceDataset`, like the other arguments that are not listed.
+        description: Name for messages; this and arguments that are not listed are those of :class:`SequenceDataset`.
         data: Sequences of shape ``(N, channels, length)``, uint8 or float32.
         order: Position of each step in the source, ``(length,)``. Default: the order of the source.
         image_size: (height, width) of sequences that are images.

@@ -59,7 +59,7 @@ class InputBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where models come from: checkpoints, or a name.
+    """Source of models: checkpoints, or a name.
 
     Attributes:
         model: Options of the network.

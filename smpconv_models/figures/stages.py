@@ -81,7 +81,7 @@ def save_stages(path: Union[str, Path], models: Mapping[str, nn.Module]) -> None
         models: Networks by label.
 
     Raises:
-        ValueError: As :func:`stage_sums`; the message starts with the network's label.
+        ValueError: If :func:`stage_sums` raises it; the message starts with the network's label.
     """
     sums = {}
     for name, model in models.items():

@@ -34,7 +34,7 @@ class LargeKernelBlock(PreNormBlock):
 
     Args:
         dim: Number of channels.
-        kernel_size, num_points, small_kernel_size, dilation: As in :class:`ReparamLargeKernelConv`.
+        kernel_size, num_points, small_kernel_size, dilation: Arguments of :class:`ReparamLargeKernelConv`.
         drop_path: Probability of dropping the branch, per sample.
         act_layer, norm_layer: Activation and normalization.
     """
@@ -71,7 +71,7 @@ class ConvFFN(PreNormBlock):
     Args:
         dim: Number of channels.
         mlp_ratio: Ratio of hidden channels to ``dim``.
-        drop_path, act_layer, norm_layer: As in :class:`LargeKernelBlock`.
+        drop_path, act_layer, norm_layer: Arguments of :class:`LargeKernelBlock`.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: As
             in ``nn.Conv2d``.
-        backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
+        backend: Name of a backend, see :func:`smpconv_models.ops.depthwise_conv2d`.
 
     Raises:
         ValueError: The backend is unknown, ``nn.Conv2d`` refuses the arguments, or the backend is not ``'auto'`` and

@@ -61,7 +61,7 @@ def fft_conv2d(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, method:
         x: ``(N, C, H, W)``.
         weight: ``(O, C, kh, kw)``, both odd.
         bias: ``(O,)``.
-        method: As in :func:`causal_conv1d`.
+        method: Name of an algorithm, see :func:`causal_conv1d`.
 
     Returns:
         ``(N, O, H, W)``; numerics as in :func:`causal_conv1d`.
@@ -250,10 +250,10 @@ class CausalConv1d(_SameLengthConv, nn.Conv1d):
     """``nn.Conv1d`` that sees the past only, up to the FFT's rounding: :func:`causal_conv1d`, stride 1.
 
     Args:
-        in_channels, out_channels, kernel_size, bias, device, dtype: As in ``nn.Conv1d``.
+        in_channels, out_channels, kernel_size, bias, device, dtype: Arguments of ``nn.Conv1d``.
         stride, padding, dilation, groups, padding_mode: Arguments of ``nn.Conv1d``, which must have their defaults. The
             zeros before the beginning are no ``padding``, as the output has the input's length.
-        method: As in :func:`causal_conv1d`.
+        method: Name of an algorithm, see :func:`causal_conv1d`.
 
     Raises:
         ValueError: Unknown ``method``, or another value than the default of an argument that must have it.
@@ -269,10 +269,10 @@ class FFTConv2d(_SameLengthConv, nn.Conv2d):
     """``nn.Conv2d`` with ``padding='same'``: :func:`fft_conv2d` as a module, stride 1.
 
     Args:
-        in_channels, out_channels, kernel_size, bias, device, dtype: As in ``nn.Conv2d``; kernel sides are odd.
+        in_channels, out_channels, kernel_size, bias, device, dtype: Arguments of ``nn.Conv2d``; kernel sides are odd.
         stride, padding, dilation, groups, padding_mode: Arguments of ``nn.Conv2d``, which must have their defaults,
             except for ``padding``: None stands for 'same', the only other value.
-        method: As in :func:`fft_conv2d`.
+        method: Name of an algorithm, see :func:`fft_conv2d`.
 
     Raises:
         ValueError: Unknown ``method``, or another value than the default of an argument that must have it.

@@ -124,7 +124,7 @@ def sample_kernel(
         radius: ``(..., P)``.
         weights: ``(..., C, P)``.
         kernel_size: d sizes.
-        normalize: As in :func:`evaluate_points`.
+        normalize: Whether to divide by |N(x)|, see :func:`evaluate_points`.
 
     Returns:
         ``(..., C, *kernel_size)`` in the dtype of ``weights``.
@@ -159,7 +159,7 @@ def resample_kernel(
         weights: ``(..., C, P)``, for the kernel of ``base_size``.
         base_size: d sizes.
         kernel_size: d sizes of the kernel to sample.
-        normalize: As in :func:`evaluate_points`; the sums are then of tents divided by |N(x)|.
+        normalize: Whether to sum the tents divided by |N(x)|, see :func:`evaluate_points`.
 
     Returns:
         ``(..., C, *kernel_size)`` in the dtype of ``weights``; positions and sums in float32 at least.

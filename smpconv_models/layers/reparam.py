@@ -109,7 +109,7 @@ class ReparamLargeKernelConv(ReparamConv):
         """Sample the large kernel with :meth:`scaled_size` elements a side from now on.
 
         Raises:
-            ValueError: As for :meth:`scaled_size`.
+            ValueError: If :meth:`scaled_size` raises it.
         """
         large: Any = self.large.conv
         large.resize(self.scaled_size(scale))

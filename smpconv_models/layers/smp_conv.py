@@ -94,7 +94,7 @@ class SMPConv1d(_SMPConvNd):
         coords_std: Standard deviation of the half normal of the initial coordinates, before it is stretched to [-1, 1].
         init_radius: Initial radius, by default ``2 / k``.
         radius_range: Smallest and largest radius, in units in which the kernel has length 2.
-        method: As in :func:`.fft_conv.causal_conv1d`.
+        method: Name of an algorithm, see :func:`.fft_conv.causal_conv1d`.
 
     Shapes: ``(N, in_channels, L)`` to ``(N, out_channels, L)``.
 
@@ -133,7 +133,7 @@ class SMPConv2d(_SMPConvNd):
         coords_std: Standard deviation of the initial coordinates.
         init_radius: Initial radius, by default ``4 / k``.
         radius_range: Smallest and largest radius, in units in which the kernel's side is 2.
-        method: As in :func:`.fft_conv.fft_conv2d`.
+        method: Name of an algorithm, see :func:`.fft_conv.fft_conv2d`.
 
     Shapes: ``(N, in_channels, H, W)`` to ``(N, out_channels, H, W)``. Coordinates are (x to the right, y up).
 

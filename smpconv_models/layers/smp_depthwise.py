@@ -160,7 +160,7 @@ class SMPDepthwiseConv2d(SMPLayer):
         dilation: Spacing between kernel elements.
         coords_std: Standard deviation of the initial coordinates.
         radius_range: Smallest and largest radius, in units in which the kernel's side is 2.
-        backend: As in :func:`smpconv_models.ops.depthwise_conv2d`.
+        backend: Name of a backend, see :func:`smpconv_models.ops.depthwise_conv2d`.
 
     Parameters: ``weight (C, P)``, ``coords (P, 2)`` as (x to the right, y up), ``radius (P,)``.
 
