@@ -70,7 +70,7 @@ EXAMPLES = tuple(path.stem for path in (PACKAGE.parent / 'examples').glob('*.py'
 EXPERIMENTS = tuple(path.stem for path in (PACKAGE.parent / 'experiments').glob('*.py'))
 MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
-    'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._backends', f'{OPS}._space_to_batch'),
+    'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._backends'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
     'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, UTILS),
     'smpconv_models/checkpoint': ('torch', 'safetensors', UTILS),

@@ -1,4 +1,4 @@
-"""Images as sequences of their pixels, row by row: the digits, MNIST, CIFAR10."""
+"""The embedded digits, and images as sequences of their pixels, row by row: the digits, MNIST, CIFAR10."""
 import hashlib
 import json
 import math
@@ -8,17 +8,25 @@ import zlib
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Any, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from smpconv_models.utils.download import DownloadNeededError, locked, missing
 from smpconv_models.utils.errors import unreadable_file
 
-from .digits import Digits
-from .registry import TRAIN_TEST, TRAIN_VAL, InMemorySequences, register_sequence_dataset
+from .registry import (
+    EVAL_SYNONYMS,
+    TRAIN_SYNONYMS,
+    TRAIN_TEST,
+    TRAIN_VAL,
+    InMemorySequences,
+    register_sequence_dataset,
+)
 
 # Of pixels from 0 to 255. The digits' numbers are computed from their training split. MNIST's are the common ones of
 # its training images. CIFAR10's are ImageNet's, as in the original release.
@@ -40,6 +48,46 @@ _MNIST_FILES = {
 # samples the order of its permuted MNIST from NumPy's global generator, whose seed its commands set to 0. Nothing in
 # its code samples before that, so that its order should be the same. The file is what counts.
 _ORDERS = Path(__file__).with_name('permutations.json')
+
+
+class Digits(Dataset):
+    """Handwritten digits, as scikit-learn ships them: 1,797 gray images of 8x8 pixels, 10 classes.
+
+    The validation split is a fixed, stratified fifth of the images (360).
+
+    Args:
+        split: 'train' or 'validation', or a synonym that timm knows.
+        mode: PIL mode of the images, 'L' (gray) or 'RGB'.
+        transform: Transform of the PIL image; timm's loader sets it.
+
+    Raises:
+        ValueError: If the split is unknown or scikit-learn is not installed.
+    """
+
+    classes = tuple('0123456789')
+
+    def __init__(self, split: str, mode: str = 'L', transform: Any = None) -> None:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise ValueError('the digits need scikit-learn: pip install scikit-learn') from error
+        if split not in TRAIN_SYNONYMS + EVAL_SYNONYMS:
+            raise ValueError(f'split of the digits must be one of {TRAIN_SYNONYMS + EVAL_SYNONYMS}, got {split!r}')
+        images, labels = load_digits(return_X_y=True)
+        train, validation = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+        indices = train if split in TRAIN_SYNONYMS else validation
+        pixels = (images[indices] * (255 / 16)).round().astype('uint8').reshape(-1, 8, 8)
+        self.images = [Image.fromarray(image).convert(mode) for image in pixels]
+        self.labels = labels[indices].tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image = self.images[index]
+        return (image if self.transform is None else self.transform(image)), self.labels[index]
 
 
 @register_sequence_dataset('digits', 'permuted-digits', splits=TRAIN_VAL, needs_folder=False)

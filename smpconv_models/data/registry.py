@@ -8,8 +8,9 @@ from torch.utils.data import Dataset
 
 from smpconv_models.utils.errors import suggestion_suffix
 
-from .digits import EVAL_SYNONYMS, TRAIN_SYNONYMS
-
+# Names by which timm finds the folder of a split.
+TRAIN_SYNONYMS = ('train', 'training')
+EVAL_SYNONYMS = ('val', 'valid', 'validation', 'eval', 'evaluation')
 _TEST_SYNONYMS = ('test', 'testing')
 
 # Splits of a data set, each with the names that select the split.

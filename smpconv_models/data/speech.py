@@ -6,20 +6,23 @@ import functools
 import hashlib
 import logging
 import math
+import os
 import re
 import wave
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from smpconv_models.utils.download import DownloadNeededError, check_sha256, extract_tar, fetch, locked, missing
 from smpconv_models.utils.errors import first_line, unreadable_file
 
-from .cache import Tensors, cached_tensors
 from .registry import TRAIN_VAL_TEST, InMemorySequences, SequenceDataset, register_sequence_dataset
 
 _logger = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ SHA256 = 'af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58'
 ARCHIVE = 'speech_commands_v0.02.tar.gz'
 WORDS = ('yes', 'no', 'up', 'down', 'left', 'right', 'on', 'off', 'stop', 'go')
 CLIPS = {'train': 30_769, 'validation': 3_703, 'test': 4_074}  # of these words, by the lists of the archive
+Tensors = Dict[str, Tensor]
 _SplitFiles = Dict[str, List[str]]  # sorted files of each split, 'WORD/NAME.wav'
 _LISTS = {'validation': 'validation_list.txt', 'test': 'testing_list.txt'}
 _CACHE_VERSION = 1
@@ -254,3 +258,72 @@ def _sound_statistics(folder: Path, names: Sequence[str]) -> Tensors:
     mean = total / (clips * RATE)
     std = (squares / (clips * RATE) - mean ** 2) ** 0.5
     return {'mean': torch.tensor(mean), 'std': torch.tensor(std)}
+
+
+# --- results that are computed once and kept in a file ---
+
+
+def cached_tensors(path: Path, key: str, compute: Callable[[], Tensors]) -> Tensors:
+    """Load tensors from a file, or compute the tensors and write the file.
+
+    One process computes the tensors, and the others wait. A file that is damaged or has another key is computed again
+    and replaced, with a warning. If the file cannot be written, the tensors are computed on each use. ``path`` is a
+    safetensors file, ``key`` a line that stands for everything on which the tensors depend, and ``compute`` a function
+    that returns contiguous tensors on the CPU.
+    """
+    found = _read_cache(path, key, logging.DEBUG)
+    if found is not None:
+        return found
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path.parent, path.name))
+        except ValueError as error:  # then every process computes the tensors, and warns if it cannot write the file
+            _logger.debug('%s', error)
+        found = _read_cache(path, key, logging.WARNING)  # another process may have written the file
+        if found is None:
+            found = compute()
+            _write_cache(path, key, found)
+    return found
+
+
+def _read_cache(path: Path, key: str, level: int) -> Optional[Tensors]:
+    """Return the tensors of an intact file; otherwise log the reason at ``level`` and return None."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, 'pt') as file:
+            metadata = file.metadata() or {}
+            # safe_open is not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys() if metadata.get('key') == key}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        problem = f'cannot be read ({first_line(error)})'
+    else:
+        if metadata.get('key') != key:
+            problem = 'was computed from other files or by another version'
+        elif metadata.get('sha256') != _digest(tensors):
+            problem = 'is damaged: its checksum differs'
+        else:
+            return tensors
+    _logger.log(level, '%s %s; recomputing it', path, problem)
+    return None
+
+
+def _write_cache(path: Path, key: str, tensors: Tensors) -> None:
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        # safetensors' save_file would make the file readable by its owner alone
+        partial.write_bytes(save(tensors, {'key': key, 'sha256': _digest(tensors)}))
+        os.replace(partial, path)
+    except OSError as error:
+        _logger.warning(
+            '%s cannot be written, and is recomputed on each use: %s', path, error.strerror or first_line(error))
+        partial.unlink(missing_ok=True)
+
+
+def _digest(tensors: Tensors) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+        digest.update(tensor.reshape(-1).numpy().view('uint8').data)
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ try:
 except ImportError as error:
     raise ImportError("the figures need matplotlib: pip install 'smpconv_models[figures]'") from error
 
-from .animation import save_animation
 from .grad_cam import heat_maps, save_heat_maps
 from .kernels import choose_layers, draw_kernel, draw_points, save_kernels
 from .receptive_field import (
@@ -18,7 +17,7 @@ from .receptive_field import (
     save_receptive_fields,
 )
 from .stages import StageSum, save_stages, stage_sums
-from .training import save_confusion_matrix, save_curves, save_run
+from .training import save_animation, save_confusion_matrix, save_curves, save_run
 
 __all__ = [
     'CentralSquare', 'StageSum', 'central_square', 'choose_layers', 'draw_kernel', 'draw_points',

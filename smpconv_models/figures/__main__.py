@@ -33,7 +33,7 @@ from smpconv_models.utils import streams
 from smpconv_models.utils.atomic_io import atomic_write
 from smpconv_models.utils.errors import first_line
 
-from . import _inputs, animation, grad_cam
+from . import _inputs, grad_cam, training
 from ._inputs import ModelSource
 from .kernels import error_prefix
 from .receptive_field import SHARES
@@ -128,7 +128,7 @@ def _add_image_options(command: argparse.ArgumentParser, num_images: int) -> Non
 
 
 def _extensions(command: str) -> List[str]:
-    return list(animation.FORMATS) if command == 'animation' else ['.png']
+    return list(training.ANIMATION_FORMATS) if command == 'animation' else ['.png']
 
 
 def check_output(output: str, extensions: List[str]) -> Path:
@@ -226,7 +226,8 @@ def draw_animation(
     for file in tqdm(files, desc='reading', unit='checkpoint', leave=False, disable=None):
         loaded = source.load_file(file)
         snapshots.append((loaded.label, figures.choose_layers(loaded.model, layer, max_layers)))
-    figures.save_animation(path, snapshots, columns, fps, animation.FORMATS[Path(output).suffix.lower()], filter)
+    kind = training.ANIMATION_FORMATS[Path(output).suffix.lower()]
+    figures.save_animation(path, snapshots, columns, fps, kind, filter)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smpconv_models import checkpoint
 from smpconv_models.checkpoint.description import PREPARATION
-from smpconv_models.data.digits import Digits
+from smpconv_models.data.images import Digits
 from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.config import DataOptions, ModelOptions
 from smpconv_models.training.datasets import DECODE_ERRORS, ReadImage

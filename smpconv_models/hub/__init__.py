@@ -3,7 +3,6 @@
 timm loads them: ``timm.create_model('local-dir:FOLDER', pretrained=True)``, or ``'hf-hub:OWNER/NAME'`` once published.
 """
 from ._convert import Converted, convert
-from ._load import load
-from ._publish import Publication, publish
+from ._repository import Publication, load, publish
 
 __all__ = ['Converted', 'Publication', 'convert', 'load', 'publish']

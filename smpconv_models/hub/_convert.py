@@ -15,7 +15,7 @@ from smpconv_models.models import check_arguments, identify
 from smpconv_models.utils.download import file_sha256
 from smpconv_models.utils.errors import first_line
 
-from ._load import CARD, CONFIG, WEIGHTS
+from ._repository import CARD, CONFIG, WEIGHTS
 
 _DATA_FIELDS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
 

@@ -1,4 +1,4 @@
-"""The backends by name, and which one computes a problem.
+"""The backends by name, which one computes a problem, and what they share.
 
 A backend is a module of this package, imported at its first use, with ``forward``, ``weight_grad`` and two checks that
 return None or a reason: ``unsupported_reason(device, dtype)`` if it cannot run, and ``skip_reason(problem)``, which
@@ -8,9 +8,10 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Any, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _logger = logging.getLogger(__name__)
@@ -87,3 +88,29 @@ def run(backend: str, selected: str, step: str, *args: Any) -> Tensor:
 @functools.cache
 def _warn_once(message: str) -> None:
     _logger.warning(message)
+
+
+# --- a dilated convolution as plain ones: every dh-th row and dw-th column becomes an image ---
+
+
+def space_to_batch(input: Tensor, dilation: List[int]) -> Tensor:
+    """Return ``(N, C, H, W)`` as ``(N * dh * dw, C, ceil(H / dh), ceil(W / dw))``, padded with zeros at the end."""
+    n, c, h, w = input.shape
+    dh, dw = _within_map(dilation, h, w)
+    rows, columns = -(-h // dh), -(-w // dw)
+    padded = F.pad(input, (0, columns * dw - w, 0, rows * dh - h))
+    return padded.reshape(n, c, rows, dh, columns, dw).permute(0, 3, 5, 1, 2, 4).reshape(n * dh * dw, c, rows, columns)
+
+
+def batch_to_space(phases: Tensor, dilation: List[int], size: Sequence[int]) -> Tensor:
+    """Invert :func:`space_to_batch` for a map of ``size`` (N, C, H, W)."""
+    n, c, h, w = size
+    dh, dw = _within_map(dilation, h, w)
+    rows, columns = phases.shape[2:]
+    merged = phases.reshape(n, dh, dw, c, rows, columns).permute(0, 3, 4, 1, 5, 2)
+    return merged.reshape(n, c, rows * dh, columns * dw)[:, :, :h, :w]
+
+
+def _within_map(dilation: List[int], height: int, width: int) -> List[int]:
+    """Limit the dilation to the map's size: elements outside of the map may as well lie just outside."""
+    return [min(dilation[0], max(height, 1)), min(dilation[1], max(width, 1))]

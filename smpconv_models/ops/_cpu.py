@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._backends import ConvProblem
-from ._space_to_batch import batch_to_space, space_to_batch
+from ._backends import ConvProblem, batch_to_space, space_to_batch
 
 _LARGEST_FAST_NCHW_KERNEL = 13
 

@@ -1,5 +1,5 @@
 """Training on timm's parts, with what they lack: a learning rate and a range of the radii, and exact resuming."""
-from ..data.digits import Digits
+from ..data.images import Digits
 from ..utils.atomic_io import atomic_write
 from . import cli
 from .config import (

@@ -14,7 +14,8 @@ from PIL import Image
 from timm.data import get_img_extensions
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from smpconv_models.data.digits import EVAL_SYNONYMS, TRAIN_SYNONYMS, Digits
+from smpconv_models.data.images import Digits
+from smpconv_models.data.registry import EVAL_SYNONYMS, TRAIN_SYNONYMS
 from smpconv_models.utils.errors import first_line
 
 from .class_folders import READER_ERRORS, ClassFolders, ClassTars, Scan, listed, log_nesting, shown

@@ -7,14 +7,14 @@ import made_sequences as made
 import pytest
 import torch
 
-from smpconv_models.data import cache
+from smpconv_models.data import speech
 from smpconv_models.utils import download
 
 KEPT = {'a': torch.arange(6.).reshape(2, 3), 'b': torch.tensor(2.)}
 
 
 def kept(path, make=lambda: dict(KEPT), key='1'):
-    found = cache.cached_tensors(path, key, make)
+    found = speech.cached_tensors(path, key, make)
     assert found.keys() == KEPT.keys() and all(torch.equal(found[name], KEPT[name]) for name in KEPT)
     return path
 
@@ -71,7 +71,7 @@ def test_a_failure_leaves_no_cache(tmp_path):
         raise ValueError('no')
 
     with pytest.raises(ValueError, match='no'):
-        cache.cached_tensors(tmp_path / 'kept.safetensors', '1', fail)
+        speech.cached_tensors(tmp_path / 'kept.safetensors', '1', fail)
     assert made.below(tmp_path) == []
 
 

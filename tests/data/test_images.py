@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smpconv_models.data import create_sequence_dataset, images
-from smpconv_models.data.digits import Digits
+from smpconv_models.data.images import Digits
 
 
 def test_digits_equal_those_of_the_image_data_set():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from smpconv_models import SMPConvNet, figures
-from smpconv_models.figures import animation
+from smpconv_models.figures import training
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def test_each_snapshot_has_a_frame(snapshots, tmp_path, name, format):
 
 def test_frames_share_their_color_scales(snapshots, tmp_path, monkeypatch):
     frames = []
-    draw = animation.draw_frame
-    monkeypatch.setattr(animation, 'draw_frame', lambda *args: frames.append(draw(*args)) or frames[-1])
+    draw = training.draw_frame
+    monkeypatch.setattr(training, 'draw_frame', lambda *args: frames.append(draw(*args)) or frames[-1])
     figures.save_animation(tmp_path / 'points.gif', snapshots, columns=2)
     assert [figure.get_suptitle() for figure in frames] == ['epoch 0', 'epoch 1', 'epoch 2']
     (_, last_layers), = snapshots[2:]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from smpconv_models import SMPConvNet, SMPDepthwiseConv2d, figures
-from smpconv_models.figures import animation, kernels
+from smpconv_models.figures import kernels, training
 from smpconv_models.figures.kernels import kernel_view, layer_label, visible_range
 from smpconv_models.layers import SMPConv1d, SMPConv2d
 from smpconv_models.models import SMPResNet, create_sequence_model
@@ -241,8 +241,8 @@ def test_points_outside_the_range_do_not_flatten_the_line():
 def test_all_frames_show_the_same_range_and_heights(tmp_path, monkeypatch):
     """The point leaves the range in the last frame."""
     frames = []
-    draw = animation.draw_frame
-    monkeypatch.setattr(animation, 'draw_frame', lambda *args: frames.append(draw(*args)) or frames[-1])
+    draw = training.draw_frame
+    monkeypatch.setattr(training, 'draw_frame', lambda *args: frames.append(draw(*args)) or frames[-1])
     layer = layer_of(2000, [20], 3)
     snapshots = [(f'epoch {epoch}', {'conv': copy.deepcopy(layer)}) for epoch in range(3)]
     with torch.no_grad():

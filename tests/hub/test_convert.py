@@ -25,7 +25,7 @@ import smpconv_models
 import validate
 from smpconv_models import checkpoint, hub
 from smpconv_models.checkpoint import original
-from smpconv_models.hub import _convert, _publish
+from smpconv_models.hub import _convert, _repository
 from smpconv_models.utils.download import file_sha256
 
 ROOT = Path(__file__).parents[2]
@@ -478,13 +478,13 @@ def test_weights_of_another_kind_are_other_weights(remote, folder, capsys):
 
 def test_a_commit_of_another_client_is_kept(remote, folder, capsys, monkeypatch):
     assert run(publish, folder, REPO, '--publish') == 0
-    create_commit = _publish.HfApi.create_commit
+    create_commit = _repository.HfApi.create_commit
 
     def late(self, *args, **kwargs):
         remote.commit(REPO, {'model.safetensors': b'theirs'})
         return create_commit(self, *args, **kwargs)
 
-    monkeypatch.setattr(_publish.HfApi, 'create_commit', late)
+    monkeypatch.setattr(_repository.HfApi, 'create_commit', late)
     (folder / 'README.md').write_text('another card')
     assert 'status 412' in refused(capsys, publish, folder, REPO, '--publish')
     assert remote.files(REPO)['model.safetensors'].read_bytes() == b'theirs'

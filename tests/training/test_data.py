@@ -5,7 +5,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from smpconv_models import SMPConvNet
-from smpconv_models.data.digits import Digits
+from smpconv_models.data.images import Digits
 from smpconv_models.training import tasks
 from smpconv_models.training.config import DataOptions
 from smpconv_models.training.dataset_factory import create_dataset

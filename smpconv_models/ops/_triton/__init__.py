@@ -10,8 +10,7 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-from .._backends import ConvProblem
-from .._space_to_batch import batch_to_space, space_to_batch
+from .._backends import ConvProblem, batch_to_space, space_to_batch
 
 _logger = logging.getLogger(__name__)
 
