@@ -205,7 +205,7 @@ def test_norms_of_a_random_network_have_statistics_of_the_images(run, folder):
     network = timm.create_model('smpconv_nano', **TINY)
     sequences = create_sequence_model('smpconv_sdigits', depth=1, dim=3, input_drop_rate=0.)
     for model, first, shape in (
-            (network, network.stem[0], (6, 1, 16, 16)), (sequences, sequences.blocks[0].conv1.small, (6, 1, 64))):
+            (sequences, sequences.blocks[0].conv1.small, (6, 1, 64)), (network, network.stem[0], (6, 1, 16, 16))):
         images, momentum = torch.randn(shape), first.norm.momentum
         _inputs.recalibrate_bn(model, images)
         assert not model.training and first.norm.momentum == momentum
