@@ -13,36 +13,15 @@ from torch import nn
 
 from smpconv_models import SMPConvNet, clip_radius_
 from smpconv_models.layers import ReparamLargeKernelConv, SMPDepthwiseConv2d
-from smpconv_models.models.smpconv import checkpoint_filter_fn, default_cfgs
+from smpconv_models.models.smpconv import checkpoint_filter_fn
 
 NAMES = timm.list_models('smpconv*', exclude_filters='smpconv_cifar')  # another architecture
-PARAMETERS = {
-    'smpconv_t': 26_705_248,
-    'smpconv_b': 79_546_520,
-    'smpconv_mobile31': 2_892_494,
-    'smpconv_mobile51': 3_066_884,
-}
-
-
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def rounded(tensor):
     """Return a tolerance for float32 results in another order of summation, through a few dozen layers."""
     return 1e-5 * tensor.abs().max().item()
 
 
 # --- variants ---
-
-
-def test_registered_names():
-    assert sorted(NAMES) == ['smpconv_b', 'smpconv_mobile31', 'smpconv_mobile51', 'smpconv_nano', 'smpconv_t']
-
-
-@pytest.mark.parametrize('name', PARAMETERS)
-def test_parameter_counts_of_the_paper(name):
-    assert count(timm.create_model(name, device='meta')) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize(('name', 'kernel_sizes', 'drop_path', 'divisor'), [
@@ -76,24 +55,10 @@ def test_default_cfg(name):
     assert cfg['license'] == 'mit' and '2304.02330' in cfg['paper_ids']
 
 
-def test_tags():
-    assert {name: list(cfg.tags) for name, cfg in default_cfgs.items()} == {
-        'smpconv_t': ['in1k'], 'smpconv_b': ['in1k'],
-        'smpconv_mobile31': ['untrained'], 'smpconv_mobile51': ['untrained'], 'smpconv_nano': ['untrained'],
-    }
-
-
 @pytest.mark.parametrize('name', ['smpconv_nano', 'smpconv_t', 'smpconv_cifar'])
 def test_state_dict_is_frozen(name):
     """Saved files must keep loading."""
     assert_frozen(name, timm.create_model(name, device='meta'))
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_forward_on_meta(name):
-    model = timm.create_model(name, device='meta')
-    size = model.pretrained_cfg['input_size']
-    assert model(torch.empty(2, *size, device='meta')).shape == (2, 1000)
 
 
 # --- the release ---
@@ -173,18 +138,6 @@ def test_drop_path_rises_linearly_and_is_shared_in_a_block():
     assert [mixer for mixer, _ in rates] == pytest.approx([0.3 * i / 6 for i in range(7)])
 
 
-def test_drop_path_drops():
-    model = tiny(drop_path_rate=0.9).train()
-    x = torch.randn(4, 3, 32, 32)
-    model(x)
-    assert not torch.equal(model(x), model(x))
-
-
-def test_dropped_path_rate_of_a_variant_can_be_changed():
-    model = timm.create_model('smpconv_b', drop_path_rate=0.2, device='meta')
-    assert model.stages[-1].blocks[-1].ffn.drop_path.drop_prob == pytest.approx(0.2)
-
-
 @pytest.mark.parametrize('stem_stride', [1, 2, 4])
 def test_stem_stride(stem_stride):
     model = tiny(stem_stride=stem_stride).eval()
@@ -242,17 +195,16 @@ def test_act_layer(act_layer):
 
 @pytest.mark.parametrize('small_kernel_size', [0, 3])
 def test_small_kernel(small_kernel_size):
-    model = tiny(small_kernel_size=small_kernel_size)
-    for module in model.modules():
-        if isinstance(module, ReparamLargeKernelConv):
-            assert (module.small is None) == (small_kernel_size == 0)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    layers = [module for module in tiny(small_kernel_size=small_kernel_size).modules()
+              if isinstance(module, ReparamLargeKernelConv)]
+    assert layers and all((layer.small is None) == (small_kernel_size == 0) for layer in layers)
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(stem_stride=3), 'stem_stride must be 1, 2 or 4, got 3'),
     (dict(output_stride=4), 'output_stride must be 8, 16 or 32, got 4'),
     (dict(depths=(1, 1, 1)), 'depths, dims and kernel_sizes must have one entry for each stage, got 3, 4 and 4'),
+    (dict(depths=(), dims=(), kernel_sizes=()), 'there must be at least one stage, got empty depths'),
     (dict(dims=(8,) * 5), 'depths, dims and kernel_sizes must have one entry for each stage, got 4, 5 and 4'),
     (dict(kernel_sizes=(9, 8, 5, 3)), 'kernel size must be odd and positive, got 8'),
     (dict(kernel_sizes=(9, 7, -5, 3)), 'kernel size must be odd and positive, got -5'),
@@ -275,11 +227,6 @@ def test_bad_configuration(changes, message):
     with pytest.raises(ValueError) as error:
         tiny(**dict(dict(small_kernel_size=3), **changes))
     assert str(error.value) == message
-
-
-def test_empty_configuration():
-    with pytest.raises(ValueError, match='stage'):
-        SMPConvNet(depths=(), dims=(), kernel_sizes=())
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -437,15 +384,6 @@ def test_classifier_can_be_reset():
     assert model.head_hidden_size == 40
     model.reset_classifier(0, '')
     assert model(x).shape == (2, 20, 1, 1)
-
-
-def test_pre_logits():
-    model = network()
-    x = torch.randn(2, 3, 32, 32)
-    features = model.forward_features(x)
-    pre_logits = model.forward_head(features, pre_logits=True)
-    assert pre_logits.shape == (2, model.head_hidden_size)
-    torch.testing.assert_close(model.get_classifier()(pre_logits), model(x))
 
 
 def test_grad_checkpointing_changes_no_gradient():

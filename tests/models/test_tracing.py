@@ -92,7 +92,7 @@ def test_inductor():
 @pytest.mark.parametrize('strict', [pytest.param(True, marks=pytest.mark.slow), False])  # 17 s
 def test_export_with_dynamic_sizes(strict):
     """Batch, height and width are free, and the graph has no operator of this package in it."""
-    model = network()
+    model = network(**SHORT)
     # from 33 on, where the last map has more than one pixel in each direction: a size of 1 is a case of its own
     height, width = (torch.export.Dim(name, min=33, max=256) for name in ('height', 'width'))
     dims = {0: torch.export.Dim('batch', max=256), 2: height, 3: width}
