@@ -83,8 +83,8 @@ def test_a_stride_that_is_set_afterwards_counts():
         layer(image())
 
 
-def conv_norm(norm):
-    conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+def conv_norm(norm, channels=3, **kwargs):
+    conv = nn.Conv2d(channels, 4, 3, padding=1, **{'bias': False, **kwargs})
     return randomize_(ConvNormActBlock(conv, norm, nn.ReLU()).double()).eval()
 
 
@@ -98,6 +98,17 @@ def test_conv_norm_folds(norm):
     layer.reparameterize()
     assert isinstance(layer.norm, nn.Identity)
     assert relative_error(layer(x), expected) < EXACT
+
+
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_grouped_convolutions_fold(groups, bias, affine):
+    layer = conv_norm(nn.BatchNorm2d(4, affine=affine, eps=0.1), channels=4, groups=groups, bias=bias)
+    x = image()
+    expected = layer(x)
+    layer.reparameterize()
+    assert isinstance(layer.norm, nn.Identity) and relative_error(layer(x), expected) < EXACT
 
 
 @pytest.mark.parametrize('norm', [
@@ -148,7 +159,8 @@ def fused_and_compared(layer):
 
 
 @pytest.mark.parametrize('changes', [
-    {}, dict(small_kernel_size=0), dict(small_kernel_size=7), dict(small_kernel_size=1), dict(dilation=2)], ids=str)
+    {}, dict(small_kernel_size=0), dict(small_kernel_size=7), dict(small_kernel_size=1), dict(dilation=2),
+    dict(norm_layer=lambda channels: nn.Identity())], ids=str)
 def test_large_kernel_fuses_into_one_convolution(changes):
     assert type(fused_and_compared(large_kernel(**changes))) is DepthwiseConv2d
 
@@ -158,11 +170,6 @@ def test_large_kernel_is_the_sum_of_its_branches():
     x = image()
     assert relative_error(layer(x), layer.large(x) + layer.small(x)) < EXACT
     assert relative_error(layer(x), layer.large(x)) > 0.01
-
-
-def test_large_kernel_with_group_norm_is_fused_only():
-    fused = fused_and_compared(large_kernel(norm_layer=lambda channels: GroupNorm(channels, 2)))
-    assert type(fused.large.conv) is DepthwiseConv2d
 
 
 def test_large_kernel_with_norms_of_two_kinds():
@@ -250,22 +257,6 @@ def test_pointwise_has_no_activation_by_default():
     x = image()
     assert (pointwise(4, 5, nn.BatchNorm2d, dtype=torch.float64)(x) < 0).any()
     assert (pointwise(4, 5, nn.BatchNorm2d, nn.ReLU, dtype=torch.float64)(x) >= 0).all()
-
-
-@pytest.mark.parametrize(('changes', 'message'), [
-    (dict(small_kernel_size=9), 'small_kernel_size must not exceed the large kernel, 7, got 9'),
-    (dict(small_kernel_size=4), 'kernel size must be odd and positive, got 4'),
-    (dict(kernel_size=8), 'kernel size must be odd and positive, got 8'),
-    (dict(num_points=0), 'num_points must be a positive whole number, got 0'),
-])
-def test_errors(changes, message):
-    with pytest.raises(ValueError) as error:
-        large_kernel(**changes)
-    assert str(error.value) == message
-
-
-def test_without_norms_the_kernels_are_merged():
-    assert type(fused_and_compared(large_kernel(norm_layer=lambda channels: nn.Identity()))) is DepthwiseConv2d
 
 
 def test_a_shared_large_kernel_is_folded_once():

@@ -1,5 +1,4 @@
 """The representation: tents, evaluation, grid, kernels at once and in chunks, clipped radii, initial distributions."""
-import math
 
 import pytest
 import torch
@@ -201,39 +200,10 @@ def test_clip_radius_clamps_infinities_and_keeps_nan():
     assert (high, low) == (1., pytest.approx(1e-3)) and undefined != undefined
 
 
-def test_initial_coords():
-    coords = points.init_coords_(torch.empty(20000, 2), std=0.2)
-    assert coords.abs().max() <= 1
-    assert abs(coords.mean()) < 5 * 0.2 / math.sqrt(40000)
-    assert abs(coords.std() - 0.2) < 5 * 0.2 / math.sqrt(2 * 40000)  # the cut at five std changes nothing
-
-
 def test_initial_coords_are_cut_off():
     coords = points.init_coords_(torch.empty(20000), std=1., low=-0.5, high=0.25)
     assert coords.min() >= -0.5 and coords.max() <= 0.25
     assert coords.min() < -0.49 and coords.max() > 0.24
-
-
-def test_initial_causal_coords():
-    """Half a normal with its peak at 1, stretched from (-1, 0) to (-1, 1)."""
-    coords = points.init_causal_coords_(torch.empty(20000), std=0.1)
-    assert coords.min() >= -1 and coords.max() <= 1
-    distance = 1 - coords
-    assert abs(distance.mean() - 0.2 * math.sqrt(2 / math.pi)) < 5 * 0.12 / math.sqrt(20000)
-    assert abs(distance.square().mean().sqrt() - 0.2) < 5 * 0.2 / math.sqrt(2 * 20000)
-
-
-@pytest.mark.parametrize(('kernel_size', 'ndim', 'expected'), [(31, 2, 4 / 31), (100, 1, 2 / 100), (7, 3, 6 / 7)])
-def test_initial_radius(kernel_size, ndim, expected):
-    radius = torch.nn.Parameter(torch.empty(5))
-    points.init_radius_(radius, kernel_size, ndim)
-    assert torch.equal(radius, torch.full((5,), expected))
-
-
-def test_initial_weights():
-    weights = points.init_weights_(torch.empty(100, 200))
-    assert abs(weights.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * 20000)
-    assert abs(weights.mean()) < 5 * 0.02 / math.sqrt(20000)
 
 
 # --- long kernels in chunks ---

@@ -25,20 +25,6 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize('name', ['smp_filter_1d', 'smp_filter_2d'])
-def test_kernels_equal_the_original(golden, name):
-    data = golden(name)
-    one_dimensional = name.endswith('1d')
-    out, points = data['radius'].shape[:2]
-    kernel = data['kernel']
-    make = SMPConv1d if one_dimensional else SMPConv2d
-    layer = make(kernel.shape[1], out, kernel.shape[-1], points, bias=False)
-    layer.load_state_dict({
-        'coords': data['weight_coord'], 'radius': data['radius'].flatten(1), 'weight': data['weights'],
-        '_extra_state': torch.tensor([kernel.shape[-1]])})
-    assert relative_error(layer.kernel(), kernel) < 1e-5
-
-
 @pytest.mark.parametrize('kind', LAYERS)
 def test_is_its_convolution(kind):
     layer = randomize_(LAYERS[kind](bias=True, method='direct'))
