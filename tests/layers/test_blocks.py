@@ -27,17 +27,6 @@ def image(channels=4, **kwargs):
     return torch.randn(2, channels, 9, 7, dtype=torch.float64, **kwargs)
 
 
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize(('kernel_size', 'dilation'), [(5, 1), ((3, 7), (2, 1)), (3, 3)])
-def test_depthwise_conv_is_nn_conv(kernel_size, dilation, bias):
-    arguments = dict(kernel_size=kernel_size, padding='same', dilation=dilation, bias=bias, dtype=torch.float64)
-    layer, plain = (kind(4, 4, groups=4, **arguments) for kind in (DepthwiseConv2d, nn.Conv2d))
-    plain.load_state_dict(layer.state_dict())
-    x = image()
-    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=EXACT)
-    assert "backend='auto'" in repr(layer)
-
-
 def depthwise(**changes):
     return DepthwiseConv2d(**dict(dict(
         in_channels=4, out_channels=4, kernel_size=7, padding='same', groups=4, dtype=torch.float64), **changes))

@@ -166,19 +166,6 @@ def test_half_precision_kernel_is_float32s_rounded(dtype, normalize):
     assert ((kernel.float() - expected).abs() <= eps * expected.abs() + eps * 2 ** -7).all()
 
 
-def test_kernel_scripts_and_is_one_fx_leaf():
-    arguments = [tensor.float() for tensor in make(2)[1:]]
-
-    class Kernel(torch.nn.Module):
-        def forward(self, coords, radius, weights):
-            return sample_kernel(coords, radius, weights, [5, 3], False)
-    expected = sample_kernel(*arguments, [5, 3], False)
-    assert torch.equal(torch.jit.script(Kernel())(*arguments), expected)
-    traced = torch.fx.symbolic_trace(Kernel())
-    assert sum(node.op == 'call_function' for node in traced.graph.nodes) == 1
-    assert torch.equal(traced(*arguments), expected)
-
-
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_clipped_radius_is_exactly_in_range(dtype):
     radius = torch.tensor([6e4, 1.0001, 1., 0.5, 0.3, 1e-3, 1e-4, 0., -5., -7., -6e4], dtype=dtype)

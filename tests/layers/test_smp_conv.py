@@ -136,8 +136,6 @@ def test_modes(kind):
     layer = randomize_(LAYERS[kind]())
     x = torch.randn(2, 3, *[17] * layer.ndim)
     expected = layer(x)
-    assert relative_error(torch.jit.script(layer)(x), expected) < 1e-6
-    assert relative_error(torch.compile(layer, fullgraph=True, backend='aot_eager')(x), expected) < 1e-6
     assert relative_error(torch.fx.symbolic_trace(layer)(x), expected) < 1e-6
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
     assert LAYERS[kind](device='meta')(x.to('meta')).shape == expected.shape
