@@ -48,21 +48,6 @@ def raw(url, method='GET', path=FILE, **headers):
     return answer
 
 
-@pytest.mark.parametrize(('asked', 'first', 'last'), [
-    ('bytes=5-9', 5, 9), ('bytes=5-', 5, SIZE - 1), ('bytes=-3', SIZE - 3, SIZE - 1),
-    (f'bytes=5-{2 * SIZE}', 5, SIZE - 1), ('bytes=-0', None, None), (f'bytes={SIZE}-', None, None),
-])
-def test_ranges(hub, asked, first, last):
-    status, headers, body = raw(hub.cdn_url, path=CDN, Range=asked)
-    if first is None:
-        assert (status, headers['Content-Range']) == (416, f'bytes */{SIZE}')
-    else:
-        assert (status, headers['Content-Range']) == (206, f'bytes {first}-{last}/{SIZE}')
-        assert body == WEIGHTS[first:last + 1]
-    assert raw(hub.cdn_url, 'HEAD', CDN)[1]['Accept-Ranges'] == 'bytes'
-
-
-
 def test_a_download_resumes(hub, tmp_path):
     """The client resumes in the call that lost its connection; older clients resume in the next call."""
     def download():

@@ -16,7 +16,6 @@ from smpconv_models.layers import (
     ReparamLargeKernelConv,
     SMPDepthwiseConv2d,
 )
-from smpconv_models.layers.blocks import pointwise
 from smpconv_models.layers.conv_norm import create_act, create_norm
 
 # of float64: the folded sum is another order of the same terms
@@ -115,16 +114,6 @@ def test_norms_that_cannot_be_folded_stay(norm):
     assert torch.equal(layer(x), expected)
 
 
-def test_folding_keeps_layout_training_flag_and_requires_grad():
-    layer = conv_norm(nn.BatchNorm2d(4)).train().to(memory_format=torch.channels_last)
-    layer.conv.weight.requires_grad_(False)
-    strides = layer.conv.weight.stride()
-    layer.reparameterize()
-    assert layer.conv.weight.stride() == strides
-    assert not layer.conv.weight.requires_grad and not layer.conv.bias.requires_grad
-    assert layer.training and layer.conv.training
-
-
 def test_fuse_samples_the_kernel_once():
     layer = randomize_(SMPDepthwiseConv2d(4, 5, 6, dilation=2, backend='reference', dtype=torch.float64))
     x, fused = image(), layer.fuse()
@@ -152,13 +141,6 @@ def fused_and_compared(layer):
     dict(norm_layer=lambda channels: nn.Identity())], ids=str)
 def test_large_kernel_fuses_into_one_convolution(changes):
     assert type(fused_and_compared(large_kernel(**changes))) is DepthwiseConv2d
-
-
-def test_large_kernel_is_the_sum_of_its_branches():
-    layer = large_kernel()
-    x = image()
-    assert relative_error(layer(x), layer.large(x) + layer.small(x)) < EXACT
-    assert relative_error(layer(x), layer.large(x)) > 0.01
 
 
 def test_large_kernel_with_norms_of_two_kinds():
@@ -197,14 +179,6 @@ def test_blocks_fold(kind):
     assert relative_error(layer(x), expected) < EXACT
 
 
-def test_large_kernel_block_is_what_its_docstring_says():
-    layer = block(LargeKernelBlock)
-    x = image()
-    y = layer.pw1.norm(layer.pw1.conv(layer.norm(x))).relu()
-    y = layer.large_kernel(y).relu()
-    assert torch.equal(layer(x), x + layer.pw2.norm(layer.pw2.conv(y)))
-
-
 def test_ffn_is_what_its_docstring_says():
     layer = block(ConvFFN)
     assert layer.pw1.conv.out_channels == 10  # int(4 * 2.5)
@@ -240,12 +214,6 @@ def test_a_norm_on_the_meta_device_takes_no_memory():
 def test_create_act(act_layer):
     x = torch.linspace(-3, 3, 7)
     torch.testing.assert_close(create_act(act_layer)(x), nn.functional.gelu(x))
-
-
-def test_pointwise_has_no_activation_by_default():
-    x = image()
-    assert (pointwise(4, 5, nn.BatchNorm2d, dtype=torch.float64)(x) < 0).any()
-    assert (pointwise(4, 5, nn.BatchNorm2d, nn.ReLU, dtype=torch.float64)(x) >= 0).all()
 
 
 def test_a_shared_large_kernel_is_folded_once():

@@ -55,12 +55,6 @@ def test_tents_equal_scalar_loops(ndim):
     torch.testing.assert_close(got, loop_tents(query, coords, radius), rtol=0, atol=1e-14)
 
 
-def test_tent_is_one_on_its_point_and_zero_from_its_radius_on():
-    query = torch.tensor([[0.25, 0.], [0.5, 0.], [0.25, 0.25], [0.75, 0.], [1., 1.]])
-    g = tent_basis(query, torch.tensor([[0.25, 0.]]), torch.tensor([0.5]))
-    assert g.tolist() == [[1., 0.5, 0.5, 0., 0.]]
-
-
 @pytest.mark.parametrize('normalize', [False, True])
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 def test_evaluate_points_equals_scalar_loops(ndim, normalize):
@@ -69,11 +63,6 @@ def test_evaluate_points_equals_scalar_loops(ndim, normalize):
     assert torch.equal(got[:, 0], torch.zeros(3, dtype=torch.float64))  # outside of all radii
     torch.testing.assert_close(
         got, loop_evaluate(query, coords, radius, weights, normalize), rtol=0, atol=1e-14)
-
-
-def test_evaluate_points_normalizes_unless_told():
-    arguments = make(2)
-    assert torch.equal(evaluate_points(*arguments), evaluate_points(*arguments, normalize=True))
 
 
 @pytest.mark.parametrize('normalize', [False, True])
@@ -106,28 +95,14 @@ def test_one_set_of_points_broadcasts_to_many_weights():
         torch.testing.assert_close(kernel, evaluate_points(query, coords, radius, values))
 
 
-def test_grid_is_cartesian():
-    """Row-major over the kernel: x to the right, y up, so the first row is the top one."""
-    expected = [
-        [-1., 1.], [0., 1.], [1., 1.],
-        [-1., -1.], [0., -1.], [1., -1.],
-    ]
-    assert sampling_grid([2, 3]).tolist() == expected
-
-
-def test_grid_in_one_and_three_dimensions():
-    assert sampling_grid([3]).tolist() == [[-1.], [0.], [1.]]
-    grid = sampling_grid([2, 2, 3])  # z against the first axis, y against the second, x along the last
-    assert grid.shape == (12, 3)
-    assert grid[0].tolist() == [-1., 1., 1.]
-    assert grid[1].tolist() == [0., 1., 1.]
-    assert grid[3].tolist() == [-1., -1., 1.]
-    assert grid[6].tolist() == [-1., 1., -1.]
-
-
-def test_grid_of_size_one_lies_at_zero():
-    assert sampling_grid([1, 1]).tolist() == [[0., 0.]]
-    assert sampling_grid([1, 3]).tolist() == [[-1., 0.], [0., 0.], [1., 0.]]
+@pytest.mark.parametrize(('size', 'expected'), [
+    ([3], [[-1], [0], [1]]), ([1, 1], [[0, 0]]), ([1, 3], [[-1, 0], [0, 0], [1, 0]]),
+    ([2, 3], [[-1, 1], [0, 1], [1, 1], [-1, -1], [0, -1], [1, -1]]),
+    ([2, 2, 2], [[x, y, z] for z in (1, -1) for y in (1, -1) for x in (-1, 1)]),
+])
+def test_grid_is_cartesian(size, expected):
+    """Row-major over the kernel: x to the right, y up, so the first row is the top one. A size of 1 lies at zero."""
+    assert sampling_grid(size).tolist() == expected
 
 
 @pytest.mark.parametrize('size', [3, 13, 31, 51])

@@ -28,14 +28,6 @@ def test_radius_out_of_range_is_clipped_in_the_forward_pass():
     assert torch.equal(layer.kernel(), kernel)
 
 
-def test_a_radius_out_of_range_can_return():
-    layer = randomize_(SMPDepthwiseConv2d(3, 7, 3))
-    with torch.no_grad():
-        layer.radius.fill_(2.)
-    layer.kernel().square().sum().backward()
-    assert layer.radius.grad.abs().min() > 0
-
-
 def test_clip_radius_clips_the_parameters_and_leaves_the_coordinates():
     layer = SMPDepthwiseConv2d(3, 7, 4, radius_range=(0.01, 0.5))
     parameter = layer.radius
@@ -54,11 +46,6 @@ def test_parameters_and_shapes():
     assert shapes == {'weight': (4, 20), 'coords': (20, 2), 'radius': (20,)}
     assert all(value.is_meta and value.dtype == torch.bfloat16 for value in layer.parameters())
     assert layer(torch.empty(2, 4, 5, 6, device='meta', dtype=torch.bfloat16)).shape == (2, 4, 5, 6)
-
-
-def test_repr_names_the_choice():
-    text = repr(SMPDepthwiseConv2d(4, 9, 20, dilation=2, backend='reference'))
-    assert text == "SMPDepthwiseConv2d(4, kernel_size=9, num_points=20, dilation=2, backend='reference')"
 
 
 @pytest.mark.parametrize(('changes', 'message'), [

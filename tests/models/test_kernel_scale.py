@@ -76,14 +76,6 @@ def test_resetting_keeps_the_first_size():
     assert torch.equal(layer.radius, radius)
 
 
-def test_a_finer_kernel_is_the_same_function():
-    """Twice as many intervals: every second element keeps its position, with about a quarter of its value."""
-    coords, radius = torch.tensor([[0.21, -0.13]]), torch.tensor([0.9])
-    fine = points.resample_kernel(coords, radius, torch.ones(1, 1), [31, 31], [61, 61])
-    coarse = points.sample_kernel(coords, radius, torch.ones(1, 1), [31, 31], normalize=False)
-    torch.testing.assert_close(fine[:, ::2, ::2] * 4, coarse, rtol=0.01, atol=0.01)
-
-
 # --- layers ---
 
 
@@ -120,11 +112,11 @@ def test_invalid_sizes_are_refused():
         ReparamLargeKernelConv(2, 11, 4).rescale(0.2)
 
 
-def test_repr_tells_both_sizes():
-    layer = SMPDepthwiseConv2d(2, 5, 4)
-    assert 'base_size' not in repr(layer)
-    layer.resize(9)
-    assert 'kernel_size=9, base_size=5' in repr(layer)
+def test_repr_names_the_sizes_and_the_backend():
+    layer = SMPDepthwiseConv2d(4, 9, 20, dilation=2, backend='reference')
+    assert repr(layer) == "SMPDepthwiseConv2d(4, kernel_size=9, num_points=20, dilation=2, backend='reference')"
+    layer.resize(11)
+    assert 'kernel_size=11, base_size=9' in repr(layer)
 
 
 # --- models ---
