@@ -77,7 +77,7 @@ def test_new_parameters_are_leaves_that_train():
         assert parameter.is_leaf and parameter.grad is not None
 
 
-@pytest.mark.parametrize('name', timm.list_models('smpconv*'))
+@pytest.mark.parametrize('name', ['smpconv_nano', 'smpconv_mobile51', 'smpconv_cifar'])
 def test_on_meta(name):
     model = timm.create_model(name, device='meta').eval()
     folded = reparameterize_model(model)

@@ -22,7 +22,8 @@ def assert_same(convert, sizes=SIZES, **kwargs):
 
 
 @pytest.mark.parametrize(
-    'kwargs', [{}, dict(output_stride=8), dict(small_kernel_size=0), dict(drop_path_rate=0.1)], ids=str)
+    'kwargs', [{}, dict(output_stride=8), dict(small_kernel_size=0, **SHORT), dict(drop_path_rate=0.1, **SHORT)],
+    ids=str)
 def test_script(kwargs):
     assert_same(torch.jit.script, **kwargs)
 
@@ -46,7 +47,7 @@ def test_fx(kwargs):
 
 
 def test_the_fx_graph_can_be_scripted():
-    assert_same(lambda model: torch.jit.script(torch.fx.symbolic_trace(model)))
+    assert_same(lambda model: torch.jit.script(torch.fx.symbolic_trace(model)), **SHORT)
 
 
 def test_fx_has_one_leaf_for_each_kernel_and_convolution():
