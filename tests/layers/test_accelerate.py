@@ -363,3 +363,20 @@ def test_reparameterization_by_timm():
     assert relative_error(folded(x), model(x)) < EXACT
     assert accelerate_depthwise(folded).replaced == ('stages.3.pos_emb.reparam_conv',)
     assert relative_error(folded(x), model(x)) < EXACT
+
+
+def test_features_only():
+    model, x = convnext(features_only=True), torch.randn(2, 3, 64, 48)
+    fast = replaced(model)
+    assert fast.feature_info.channels() == model.feature_info.channels()
+    for got, expected in zip(fast(x), model(x)):
+        assert relative_error(got, expected) < 1e-5
+
+
+def test_gradient_checkpointing():
+    model = convnext().train()
+    fast = replaced(model)
+    fast.set_grad_checkpointing()
+    x = torch.randn(2, 3, 64, 48)
+    results = zip(output_and_gradients(fast, x), output_and_gradients(model, x))
+    assert max(relative_error(got, expected) for got, expected in results) < 1e-4

@@ -25,6 +25,20 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize('name', ['smp_filter_1d', 'smp_filter_2d'])
+def test_kernels_equal_the_original(golden, name):
+    data = golden(name)
+    one_dimensional = name.endswith('1d')
+    out, points = data['radius'].shape[:2]
+    kernel = data['kernel']
+    make = SMPConv1d if one_dimensional else SMPConv2d
+    layer = make(kernel.shape[1], out, kernel.shape[-1], points, bias=False)
+    layer.load_state_dict({
+        'coords': data['weight_coord'], 'radius': data['radius'].flatten(1), 'weight': data['weights'],
+        '_extra_state': torch.tensor([kernel.shape[-1]])})
+    assert relative_error(layer.kernel(), kernel) < 1e-5
+
+
 @pytest.mark.parametrize('kind', LAYERS)
 def test_is_its_convolution(kind):
     layer = randomize_(LAYERS[kind](bias=True, method='direct'))
@@ -58,18 +72,21 @@ def test_initial_points(kind):
     assert not layer.bias.any()
 
 
+def test_radius_may_be_given():
+    assert SMPConv2d(1, 1, 33, init_radius=0.12).radius.eq(torch.tensor(0.12)).all()
+
+
 @pytest.mark.parametrize('kind', LAYERS)
 def test_radii_are_clipped_and_found(kind):
-    layer, other = LAYERS[kind](), LAYERS[kind]()
-    model = nn.Sequential(other, nn.Sequential(layer))
-    assert list(smp_layers(model).values()) == [other, layer]
+    layer = LAYERS[kind]()
+    model = nn.Sequential(nn.Identity(), layer)
+    assert list(smp_layers(model).values()) == [layer]
     with torch.no_grad():
-        other.radius.fill_(2.)
         layer.radius[0] = 5.
         layer.radius[1] = -1.
     wide = layer.kernel()
     clip_radius_(model)
-    assert layer.radius[0].eq(1).all() and layer.radius[1].eq(1e-4).all() and other.radius.eq(1).all()
+    assert layer.radius[0].eq(1).all() and layer.radius[1].eq(1e-4).all()
     torch.testing.assert_close(layer.kernel(), wide)
 
 
@@ -133,6 +150,8 @@ def test_modes(kind):
     layer = randomize_(LAYERS[kind]())
     x = torch.randn(2, 3, *[17] * layer.ndim)
     expected = layer(x)
+    assert relative_error(torch.jit.script(layer)(x), expected) < 1e-6
+    assert relative_error(torch.compile(layer, fullgraph=True, backend='aot_eager')(x), expected) < 1e-6
     assert relative_error(torch.fx.symbolic_trace(layer)(x), expected) < 1e-6
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
     assert LAYERS[kind](device='meta')(x.to('meta')).shape == expected.shape
@@ -181,6 +200,15 @@ def test_parallel_kernels_become_one(ndim, small_bias):
     merged = module.fuse()
     assert type(merged) is (CausalConv1d if ndim == 1 else FFTConv2d)
     assert relative_error(merged(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize('is_temporal', [False, True])
+def test_residual_block_is_its_formula(is_temporal):
+    block = randomize_(ResidualBlock(parallel(1), parallel(1), nn.Conv1d(4, 4, 1), 0.5, is_temporal)).eval()
+    x = torch.randn(2, 4, 30)
+    y = block.conv2(block.conv1(x).relu())
+    y = y.relu() if is_temporal else y
+    assert torch.equal(block(x), (y + block.shortcut(x)).relu())
 
 
 def test_dropout_is_where_it_should_be():

@@ -57,3 +57,11 @@ def test_errors(changes, message):
     with pytest.raises(ValueError) as error:
         SMPDepthwiseConv2d(**dict(dict(channels=2, kernel_size=3, num_points=2), **changes))
     assert str(error.value) == message
+
+
+def test_kernel_of_the_release(golden):
+    data = golden('smp_depthwise_k13')
+    layer = SMPDepthwiseConv2d(6, 13, 42)
+    layer.load_state_dict({
+        'coords': data['weight_coord'][0], 'radius': data['radius'].flatten(), 'weight': data['weights'][0]})
+    torch.testing.assert_close(layer.kernel()[:, 0], data['kernel'], rtol=1e-5, atol=1e-6)
