@@ -100,20 +100,9 @@ class Description:
         """Seed of the training run."""
         return self._argument('seed', lambda name, value: check_number(name, value, 0, 2 ** 32 - 1, whole=True))
 
-    @property
-    def dataset(self) -> Optional[str]:
-        """Name of the data set of the training run."""
-        return self._argument('dataset', check_text)
-
-    @property
-    def data_dir(self) -> Optional[str]:
-        """Folder of the data set of the training run."""
-        return self._argument('data_dir', check_text)
-
-    @property
-    def val_split(self) -> Optional[str]:
-        """Validation split of the training run."""
-        return self._argument('val_split', check_text)
+    def text(self, key: str) -> Optional[str]:
+        """Return a text of the training run: ``dataset``, ``data_dir`` or ``val_split``."""
+        return self._argument(key, check_text)
 
     def preparation(
             self, fields: Iterable[str] = PREPARATION, max_side: int = MAX_IMAGE_SIDE, hint: str = '',

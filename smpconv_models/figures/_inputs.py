@@ -204,7 +204,7 @@ def load_images(
         config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
     read_image = ReadImage('L' if model.in_chans == 1 else 'RGB', bool(options.get('exif_orientation')))
-    if images is None and loaded.description.dataset == 'digits':
+    if images is None and loaded.description.text('dataset') == 'digits':
         images = ['digits']
     if images is None:
         raise ValueError("expected --images: files, folders, or 'digits' for the embedded ones")

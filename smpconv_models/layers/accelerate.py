@@ -76,9 +76,10 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
     validate_options(1, backend)
     replaced: Dict[str, nn.Conv2d] = {}
     skipped: Dict[str, str] = {}
-    for name, module in _named_modules(model):
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
-            skipped[name] = 'a ScriptModule'
+            if not any(name.startswith(f'{outer}.' if outer else '') for outer in skipped):  # not those within
+                skipped[name] = 'a ScriptModule'
         elif _is_depthwise(module):
             if reasons := list(_blockers(module, min_kernel_size)):
                 skipped[name] = ', '.join(reasons)
@@ -88,15 +89,6 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
     for name, conv in replaced.items():
         model.set_submodule(name, layers[conv])
     return DepthwiseReport(tuple(replaced), skipped)
-
-
-def _named_modules(module: nn.Module, name: str = '') -> Iterator[Tuple[str, nn.Module]]:
-    """Yield every module under each of its names, like ``named_modules``, but not those within ScriptModules."""
-    yield name, module
-    if not isinstance(module, torch.jit.ScriptModule):
-        for child_name, child in module._modules.items():
-            if child is not None:
-                yield from _named_modules(child, f'{name}.{child_name}' if name else child_name)
 
 
 def _is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:

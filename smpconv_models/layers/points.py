@@ -14,7 +14,6 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn.init import trunc_normal_
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 from torch.utils.checkpoint import checkpoint
 
@@ -217,34 +216,6 @@ def clip_radius(radius: Tensor, low: float, high: float) -> Tensor:
         return handle_torch_function(clip_radius, (radius,), radius, low, high)
     radius = radius.nan_to_num(nan=float('nan'), posinf=high, neginf=low)
     return radius.clamp(low, high).detach() + (radius - radius.detach())
-
-
-def init_coords_(coords: Tensor, std: float, low: float = -1., high: float = 1.) -> Tensor:
-    """Fill ``coords`` from a zero-mean normal cut off at [low, high]; the points start near the middle.
-
-    The paper takes std 0.2 for the ImageNet models (appendix A.2), 0.05 for its other 2-D kernels (A.1).
-    """
-    return trunc_normal_(coords, std=std, a=low, b=high)
-
-
-def init_causal_coords_(coords: Tensor, std: float = 0.1) -> Tensor:
-    """Fill the coordinates of a causal 1-D kernel: half a normal that ends at the present, position 1.
-
-    Sampled in (-1, 0) with ``std``, then stretched to (-1, 1) (appendix A.1).
-    """
-    with torch.no_grad():
-        return trunc_normal_(coords, std=std, a=-1., b=0.).mul_(2).add_(1)
-
-
-def init_radius_(radius: Tensor, kernel_size: int, ndim: int) -> Tensor:
-    """Fill ``radius`` with ``2 d / k``: about the distance of two kernel elements in L1 (appendix A.1)."""
-    with torch.no_grad():
-        return radius.fill_(2 * ndim / kernel_size)
-
-
-def init_weights_(weights: Tensor, std: float = 0.02) -> Tensor:
-    """Fill the points' weights from a zero-mean normal cut off at [-2, 2]."""
-    return trunc_normal_(weights, std=std, a=-2., b=2.)
 
 
 # --- long kernels in chunks ---

@@ -100,21 +100,6 @@ class ReparamLargeKernelConv(ReparamConv):
         self.small_kernel_size = small_kernel_size
 
     @torch.jit.ignore
-    def is_sampled_from_points(self) -> bool:
-        """Return whether the large kernel is still sampled from points: it is not once re-parameterized."""
-        return isinstance(self.large.conv, SMPDepthwiseConv2d)
-
-    @torch.jit.ignore
-    def rescale(self, scale: float) -> None:
-        """Sample the large kernel with :meth:`scaled_size` elements a side from now on.
-
-        Raises:
-            ValueError: If :meth:`scaled_size` raises it.
-        """
-        large: Any = self.large.conv
-        large.resize(self.scaled_size(scale))
-
-    @torch.jit.ignore
     def scaled_size(self, scale: float) -> int:
         """Return ``1 + 2 * round(scale * (k - 1) / 2)``, the side of the large kernel at a scale.
 

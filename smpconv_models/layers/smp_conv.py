@@ -4,7 +4,6 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from . import points
 from .checks import check_counts, check_kernel_size
 from .fft_conv import CausalConv1d, FFTConv2d, causal_conv1d, check_method, fft_conv2d
 from .smp_depthwise import SMPLayer
@@ -115,8 +114,10 @@ class SMPConv1d(_SMPConvNd):
             device, dtype)
 
     @torch.jit.ignore
+    @torch.no_grad()
     def init_coords(self) -> None:
-        points.init_causal_coords_(self.coords, self.coords_std)
+        """Sample half a normal that ends at the present, position 1: in (-1, 0), then stretched (appendix A.1)."""
+        nn.init.trunc_normal_(self.coords, std=self.coords_std, a=-1., b=0.).mul_(2).add_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return causal_conv1d(x, self.kernel(), self.bias, self.method)

@@ -70,18 +70,16 @@ class SMPLayer(CountedConv):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        points.init_weights_(self.weight)
+        nn.init.trunc_normal_(self.weight, std=0.02)
         self.init_coords()
-        if self.init_radius is None:
-            points.init_radius_(self.radius, self.base_size, self.ndim)
-        else:
-            nn.init.constant_(self.radius, self.init_radius)
+        # by default about the distance of two kernel elements in L1 (appendix A.1)
+        nn.init.constant_(self.radius, 2 * self.ndim / self.base_size if self.init_radius is None else self.init_radius)
         clip_radius_(self)  # 3x3 kernels would start beyond the range
 
     @torch.jit.ignore
     def init_coords(self) -> None:
-        """Sample the initial coordinates."""
-        points.init_coords_(self.coords, self.coords_std)
+        """Sample the initial coordinates; the points start near the middle (appendix A.2)."""
+        nn.init.trunc_normal_(self.coords, std=self.coords_std, a=-1., b=1.)
 
     def sample(self) -> Tensor:
         """Sample the kernel ``(..., k, ...)`` from the points."""

@@ -15,7 +15,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import ConvFFN, ConvNormActBlock, LargeKernelBlock, ReparamLargeKernelConv
+from smpconv_models.layers import ConvFFN, ConvNormActBlock, LargeKernelBlock, ReparamLargeKernelConv, SMPLayer
 from smpconv_models.layers.blocks import init_module_, pointwise
 from smpconv_models.layers.checks import check_odd, check_rates
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, create_act, create_norm
@@ -191,7 +191,7 @@ class SMPConvNet(StagedBackbone):
         the large ones have no other resolution, and stay.
 
         Args:
-            scale: Number for all stages, or one for each; see :meth:`ReparamLargeKernelConv.rescale`.
+            scale: Number for all stages, or one for each; see :meth:`ReparamLargeKernelConv.scaled_size`.
 
         Raises:
             ValueError: The numbers are not as many as the stages, a kernel would be smaller than the small one beside
@@ -201,15 +201,14 @@ class SMPConvNet(StagedBackbone):
         scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(stages)
         if len(scales) != len(stages):
             raise ValueError(f'kernel_scale must have one entry for each of {len(stages)} stages, got {scale}')
-        layers = [
-            (module, factor) for stage, factor in zip(stages, scales) for module in stage.modules()
-            if isinstance(module, ReparamLargeKernelConv) and module.is_sampled_from_points()]
-        if not layers and any(len(stage.blocks) for stage in stages):
+        sizes = [  # all of them are checked before any is changed
+            (module.large.conv, module.scaled_size(factor)) for stage, factor in zip(stages, scales)
+            for module in stage.modules()
+            if isinstance(module, ReparamLargeKernelConv) and isinstance(module.large.conv, SMPLayer)]
+        if not sizes and any(len(stage.blocks) for stage in stages):
             raise ValueError('kernel_scale cannot be changed: the model is re-parameterized and has no points left')
-        for layer, factor in layers:  # check all of them before any is changed
-            layer.scaled_size(factor)
-        for layer, factor in layers:
-            layer.rescale(factor)
+        for layer, size in sizes:
+            layer.resize(size)
 
 
 def _check_config(

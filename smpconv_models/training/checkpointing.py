@@ -1,5 +1,6 @@
 """Checkpoints of a run: progress, saving, validation of the content, and options that may change on resuming."""
 import errno
+import io
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import yaml
@@ -112,10 +113,12 @@ def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] 
             if value.is_floating_point() and not value.isfinite().all():
                 raise FloatingPointError(
                     f'{name} of the {key} is not finite, so it is not saved; a lower --lr may help')
+    content = io.BytesIO()  # torch's writer to a file hides the system's error in one of its own
+    torch.save(state, content)
     try:
         with atomic_write(path) as temporary:
             with open(temporary, 'wb') as file:
-                _write(state, file)
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             checkpoint.check_file(temporary)
@@ -124,40 +127,11 @@ def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] 
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise OSError(f'{path} cannot be written: {error}') from error
-        needed, free = (f'{size / 2 ** 20:.1f} MiB' for size in (_size(state), shutil.disk_usage(path.parent).free))
+        needed, free = (f'{size / 2 ** 20:.1f} MiB' for size in (content.tell(), shutil.disk_usage(path.parent).free))
         less = '' if error.errno == errno.ENOSPC else ', a quota or limit (ulimit -f) has less'
         raise OSError(
             f'no space: a checkpoint needs {needed}, the disk has {free}{less}, at {path} ({error.strerror})'
         ) from error
-
-
-def _write(state: Dict[str, Any], file: BinaryIO) -> None:
-    """Save to a file; raises the system's error, which torch's writer hides in one of its own."""
-    sink: Any = _ErrorCapturingFile(file)
-    try:
-        torch.save(state, sink)
-    except RuntimeError as error:
-        if sink.error is None:
-            raise
-        raise sink.error from error
-
-
-class _ErrorCapturingFile:
-    """File that keeps the error of a failed write."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: Optional[OSError] = None
-
-    def write(self, content: Any) -> int:
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _link_or_copy(path: Path, previous: Path) -> None:
@@ -169,15 +143,6 @@ def _link_or_copy(path: Path, previous: Path) -> None:
         except OSError:
             shutil.copy(path, temporary)
     temporary.unlink(missing_ok=True)  # renaming has no effect if both names are of one file already
-
-
-def _size(value: Any) -> int:
-    """Return the bytes of the tensors in nested containers, with their entries in the file."""
-    if isinstance(value, Tensor):
-        return value.nbytes + 400
-    if isinstance(value, dict):
-        value = list(value.values())
-    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 # --- content ---
@@ -418,11 +383,11 @@ class RunDir:
                 '--experiment') from error
         except OSError as error:
             raise ValueError(f'--output {self.path} cannot be written to: {error}') from error
-        atomic_io.remove_temporaries([
-            self.arguments, self.last, self.previous, self.best, self.summary_csv, self.summary_json, self.curves,
-            self.summary_png, self._owner_file])
-        for temporary in self.path.glob('.checkpoint-*.pth.tar.*'):  # of snapshots of any epoch
-            temporary.unlink(missing_ok=True)
+        for path in (
+                self.arguments, self.last, self.previous, self.best, self.summary_csv, self.summary_json, self.curves,
+                self.summary_png, self._owner_file, Path('checkpoint-*.pth.tar')):  # snapshots of any epoch
+            for temporary in self.path.glob(f'.{path.name}.*'):  # of atomic_write in a process that was killed
+                temporary.unlink(missing_ok=True)
 
     def _acquire_lock(self) -> None:
         while True:

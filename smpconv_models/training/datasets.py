@@ -5,7 +5,7 @@ An image passes these places from its file to the model in training:
 1. :class:`ResumableBatchSampler` lists the samples of each batch as pairs (epoch, index).
 2. In a DataLoader worker, :class:`SeededDataset` seeds the random generators by (seed, epoch, index), reads the image
    from its source, converts it with :class:`ReadImage`, and applies the transform that the task has set.
-3. :class:`CollateReadable` stacks the readable samples to a batch, and lists the unreadable ones.
+3. :func:`collate_readable` stacks the readable samples to a batch, and lists the unreadable ones.
 4. In the main process, :class:`~.distributed.BoundedLoader` bounds the wait for the batch, :class:`CheckedLoader`
    reports the unreadable samples and checks the class indices.
 5. On a GPU, timm's ``PrefetchLoader`` copies the batch to the device and normalizes it there.
@@ -305,28 +305,6 @@ class ResumableBatchSampler(Sampler):
             self.batch(step, part) for step in range(self.first, self.steps) for part in range(self.accumulation))
 
 
-class DistributedEvalSampler(Sampler):
-    """Batch sampler for evaluation that gives each image to one rank only.
-
-    Args:
-        length: Number of images.
-        batch_size: Batch size of one rank.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-    """
-
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
-        self._indices = range(rank, length, world_size)
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._indices) // self._batch_size)
-
-    def __iter__(self) -> Iterator[List[SampleKey]]:
-        for start in range(0, len(self._indices), self._batch_size):
-            yield [(0, index) for index in self._indices[start:start + self._batch_size]]
-
-
 # --- streams ---
 
 
@@ -488,36 +466,27 @@ def names_by_index(class_to_idx: Optional[Dict[str, int]]) -> Optional[List[str]
 # --- batches ---
 
 
-class CollateReadable:
-    """Collation of the readable samples to a batch, with a list of the unreadable ones.
-
-    Args:
-        collate: Function that makes a batch of samples.
-        size: Size of every batch, to which the first readable samples fill it up; None for no filling.
-    """
-
-    def __init__(self, collate: Callable[[List[Any]], Any], size: Optional[int] = None) -> None:
-        self.collate = collate
-        self.size = size
-
-    def __call__(self, samples: List[Any]) -> Tuple[Any, List[Unreadable]]:
-        for sample in samples:
-            if isinstance(sample, Failure):
-                return sample, []
-        unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
-        readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
-        if not readable:
-            return None, unreadable
-        if self.size is not None:
-            readable = [readable[i % len(readable)] for i in range(self.size)]
-        return self.collate(readable), unreadable
+def collate_readable(
+        samples: List[Any], collate: Callable[[List[Any]], Any], size: Optional[int] = None,
+) -> Tuple[Any, List[Unreadable]]:
+    """Return a batch of the readable samples, the first of which fill it up to ``size``, and the unreadable ones."""
+    for sample in samples:
+        if isinstance(sample, Failure):
+            return sample, []
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    if not readable:
+        return None, unreadable
+    if size is not None:
+        readable = [readable[i % len(readable)] for i in range(size)]
+    return collate(readable), unreadable
 
 
 class CheckedLoader:
     """Loader of batches (images, class indices) that reports unreadable samples and checks the class indices.
 
     Args:
-        loader: Loader with a :class:`CollateReadable`.
+        loader: Loader that collates by :func:`collate_readable`.
         on_unreadable: Function that is called with the unreadable samples of a batch, before the batch is yielded.
         num_classes: Number of classes of the model; None if it is not known.
         expected: Number of samples of a stream, which reports missing ones as unreadable; None for no such check.

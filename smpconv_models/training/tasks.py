@@ -1,7 +1,6 @@
 """The two tasks of training, on images and on sequences, behind one interface."""
-from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import timm.data
 import torch
@@ -30,59 +29,14 @@ _IMAGE_ONLY_OPTIONS: Dict[str, Any] = {
 }
 
 
-class Task(ABC):
-    """Checks, data set and transforms for one kind of input.
-
-    Args:
-        data: Options of the data set.
-
-    Attributes:
-        supports_prefetcher: Whether timm's prefetcher can normalize the batches on a GPU.
-    """
-    supports_prefetcher: bool
-
-    def __init__(self, data: DataOptions) -> None:
-        self.data = data
-
-    @abstractmethod
-    def check_options(self, values: Mapping[str, Any]) -> None:
-        """Raise ValueError if options do not go with the task; ``values`` may hold any of them, by name."""
-
-    @abstractmethod
-    def create_dataset(self, split: str, in_chans: int, is_training: bool) -> Any:
-        """Create the data set of a split; images are read with ``in_chans`` channels.
-
-        Raises:
-            ValueError: If the data set or the split does not exist, or has a fault that is found at once.
-        """
-
-    @abstractmethod
-    def resolve_data_config(self, model: Any) -> Dict[str, Any]:
-        """Return timm's data configuration for the model and the options, with ``num_classes``."""
-
-    @abstractmethod
-    def check_model(self, name: str, model: Any, dataset: Any, in_chans: int) -> None:
-        """Raise ValueError unless the model takes inputs of the shape of the data set."""
-
-    @abstractmethod
-    def prepare_training(
-            self, dataset: Any, data_config: Dict[str, Any], augmentation: AugmentationOptions, use_prefetcher: bool,
-    ) -> None:
-        """Set the augmentation of a data set; raise ValueError if it is not supported."""
-
-    @abstractmethod
-    def prepare_evaluation(self, dataset: Any, data_config: Dict[str, Any], use_prefetcher: bool) -> None:
-        """Set the transform of a data set for evaluation."""
+class _Task(NamedTuple):
+    """Checks, data set and transforms for one kind of input."""
+    data: DataOptions
 
 
-def create_task(data: DataOptions) -> Task:
-    """Return the task of a data set: sequences if its name begins with ``seq/``, otherwise images."""
-    return SequenceTask(data) if is_sequence_dataset(data.dataset) else ImageTask(data)
-
-
-class ImageTask(Task):
+class ImageTask(_Task):
     """Classification of images."""
-    supports_prefetcher = True
+    supports_prefetcher = True  # timm's, which normalizes the batches on a GPU
 
     def check_options(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError for a model of sequences."""
@@ -174,7 +128,7 @@ class ImageTask(Task):
         )
 
 
-class SequenceTask(Task):
+class SequenceTask(_Task):
     """Classification of sequences."""
     supports_prefetcher = False
 
@@ -234,6 +188,14 @@ class SequenceTask(Task):
 
     def prepare_evaluation(self, dataset: Any, data_config: Dict[str, Any], use_prefetcher: bool) -> None:
         """Leave the sequences as they are."""
+
+
+Task = Union[ImageTask, SequenceTask]
+
+
+def create_task(data: DataOptions) -> Task:
+    """Return the task of a data set: sequences if its name begins with ``seq/``, otherwise images."""
+    return SequenceTask(data) if is_sequence_dataset(data.dataset) else ImageTask(data)
 
 
 # --- classes ---
