@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 
 import torch
 from timm.utils import world_info_from_env
@@ -18,6 +18,13 @@ from torch.utils.data import DataLoader
 
 # Seconds within which ranks that time out notice it, one after another.
 _FAILURE_GRACE_S = 5.
+
+# Variables of torchrun, and those that timm reads in their absence.
+_VARIABLES = {
+    'WORLD_SIZE': ('WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'),
+    'RANK': ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
+    'LOCAL_RANK': ('LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
 
 Result = TypeVar('Result')
 
@@ -47,7 +54,20 @@ class DistributedContext:
         Raises:
             ValueError: If a variable is not a whole number, or the numbers contradict each other.
         """
-        return cls(*_ranks_from_environment())
+        found = {kind: next((name for name in names if name in os.environ), '') for kind, names in _VARIABLES.items()}
+        names = [name for name in found.values() if name]
+        if found['WORLD_SIZE'] == 'WORLD_SIZE':
+            names.append('MASTER_PORT')
+        for name in names:
+            text = os.environ.get(name, '0')
+            if not text.strip().isdecimal():
+                raise ValueError(f'the environment variable {name} must be a whole number, got {text!r}')
+        local_rank, rank, size = world_info_from_env()
+        if not rank < size:
+            raise ValueError(
+                f'the environment variable {found["RANK"] or "RANK"} must be below '
+                f'{found["WORLD_SIZE"] or "WORLD_SIZE"}, got {rank} and {size}')
+        return cls(local_rank, rank, size)
 
     @property
     def is_primary(self) -> bool:
@@ -149,32 +169,6 @@ class DistributedContext:
             return 'no response from the store of the process group'
         ranks = f'rank {gone[0]}' if len(gone) == 1 else f'ranks {", ".join(map(str, gone))}'
         return f'no response from {ranks}' if gone else f'all {self.size} ranks responded'
-
-
-# Variables of torchrun, and those that timm reads in their absence.
-_VARIABLES = {
-    'WORLD_SIZE': ('WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'),
-    'RANK': ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
-    'LOCAL_RANK': ('LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'),
-}
-
-
-def _ranks_from_environment() -> Tuple[int, int, int]:
-    """Return local rank, rank and world size."""
-    found = {kind: next((name for name in names if name in os.environ), '') for kind, names in _VARIABLES.items()}
-    names = [name for name in found.values() if name]
-    if found['WORLD_SIZE'] == 'WORLD_SIZE':
-        names.append('MASTER_PORT')
-    for name in names:
-        text = os.environ.get(name, '0')
-        if not text.strip().isdecimal():
-            raise ValueError(f'the environment variable {name} must be a whole number, got {text!r}')
-    local_rank, rank, size = world_info_from_env()
-    if not rank < size:
-        raise ValueError(
-            f'the environment variable {found["RANK"] or "RANK"} must be below {found["WORLD_SIZE"] or "WORLD_SIZE"}, '
-            f'got {rank} and {size}')
-    return local_rank, rank, size
 
 
 # --- signals ---
