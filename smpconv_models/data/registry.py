@@ -21,8 +21,7 @@ TRAIN_VAL_TEST: Splits = {**TRAIN_VAL, 'test': _TEST_SYNONYMS}
 
 
 def create_sequence_dataset(
-        name: str, root: Union[str, Path, None], split: str, download: bool = False,
-) -> 'SequenceDataset':
+        name: str, root: Union[str, Path, None], split: str, download: bool = False) -> 'SequenceDataset':
     """Create a split of a data set of sequences.
 
     ==================  ============  =======  ===================================================================
@@ -100,8 +99,7 @@ class SequenceDataset(Dataset):
 
     def __init__(
             self, description: str, classes: Sequence[str], shape: Tuple[int, int], labels: Sequence[int], mean: Any,
-            std: Any, files: Sequence[str] = (),
-    ) -> None:
+            std: Any, files: Sequence[str] = ()) -> None:
         absent = sorted(set(range(len(classes))) - set(labels))
         if absent:
             raise ValueError(

@@ -160,8 +160,7 @@ def draw_stages(path: Path, source: ModelSource) -> None:
     figures.save_stages(path, {loaded.label: loaded.model for loaded in source.load()})
 
 
-def draw_receptive_fields(
-        path: Path, source: ModelSource, images: Optional[List[str]], num_images: int) -> None:
+def draw_receptive_fields(path: Path, source: ModelSource, images: Optional[List[str]], num_images: int) -> None:
     fields: Dict[str, np.ndarray] = {}
     for loaded in source.load():
         batch = _inputs.load_images(loaded, images, num_images, source.img_size)
@@ -180,14 +179,8 @@ def draw_receptive_fields(
 
 
 def draw_heat_maps(
-        path: Path,
-        source: ModelSource,
-        images: Optional[List[str]],
-        num_images: int,
-        layer: Optional[str],
-        index: Optional[int],
-        method: str,
-) -> None:
+        path: Path, source: ModelSource, images: Optional[List[str]], num_images: int, layer: Optional[str],
+        index: Optional[int], method: str) -> None:
     loaded, = source.load()
     batch = _inputs.load_images(loaded, images, num_images, source.img_size)
     classes = None if index is None else [index] * len(batch.inputs)
@@ -206,15 +199,8 @@ def _shorten(name: str) -> str:
 
 
 def draw_animation(
-        path: Path,
-        source: ModelSource,
-        layer: Optional[List[str]],
-        max_layers: int,
-        columns: int,
-        filter: int,
-        fps: float,
-        output: str,
-) -> None:
+        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int, filter: int,
+        fps: float, output: str) -> None:
     if source.checkpoints is None:
         raise ValueError('expected --checkpoint: two or more, or the folder of a run')
     if source.pretrained:

@@ -66,12 +66,8 @@ class Publication(NamedTuple):
 
 
 def publish(
-        folder: Union[str, Path],
-        repo: str,
-        dry_run: bool = True,
-        force: bool = False,
-        private: bool = False,
-) -> Publication:
+        folder: Union[str, Path], repo: str, dry_run: bool = True, force: bool = False,
+        private: bool = False) -> Publication:
     """Create or update a repository of the Hugging Face Hub with a folder of :func:`convert`.
 
     Only the safetensors weights, the configuration and the card are sent; ``OWNER/NAME`` in the card becomes the

@@ -40,18 +40,9 @@ class LargeKernelBlock(PreNormBlock):
     """
 
     def __init__(
-            self,
-            dim: int,
-            kernel_size: int,
-            num_points: int,
-            small_kernel_size: int = 5,
-            dilation: int = 1,
-            drop_path: float = 0.,
-            act_layer: ActLayer = nn.ReLU,
-            norm_layer: NormLayer = nn.BatchNorm2d,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, dim: int, kernel_size: int, num_points: int, small_kernel_size: int = 5, dilation: int = 1,
+            drop_path: float = 0., act_layer: ActLayer = nn.ReLU, norm_layer: NormLayer = nn.BatchNorm2d,
+            device: Any = None, dtype: Any = None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, dim, drop_path, act_layer, norm_layer, **dd)
         self.large_kernel = ReparamLargeKernelConv(
@@ -75,15 +66,8 @@ class ConvFFN(PreNormBlock):
     """
 
     def __init__(
-            self,
-            dim: int,
-            mlp_ratio: float = 4.,
-            drop_path: float = 0.,
-            act_layer: ActLayer = nn.GELU,
-            norm_layer: NormLayer = nn.BatchNorm2d,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, dim: int, mlp_ratio: float = 4., drop_path: float = 0., act_layer: ActLayer = nn.GELU,
+            norm_layer: NormLayer = nn.BatchNorm2d, device: Any = None, dtype: Any = None) -> None:
         dd = {'device': device, 'dtype': dtype}
         hidden = int(dim * mlp_ratio)
         super().__init__(dim, hidden, drop_path, act_layer, norm_layer, **dd)
@@ -119,13 +103,8 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-            self,
-            conv1: ReparamConv,
-            conv2: ReparamConv,
-            shortcut: nn.Module,
-            drop_rate: float,
-            is_temporal: bool,
-    ) -> None:
+            self, conv1: ReparamConv, conv2: ReparamConv, shortcut: nn.Module, drop_rate: float,
+            is_temporal: bool) -> None:
         super().__init__()
         self.conv1 = conv1
         self.act1 = nn.ReLU()
@@ -143,11 +122,8 @@ class ResidualBlock(nn.Module):
 
 
 def init_module_(
-        module: nn.Module,
-        kinds: Tuple[type, ...] = (CausalConv1d, nn.Conv2d),
-        trunc_normal_: Callable[..., Any] = nn.init.trunc_normal_,
-        needs_reset: bool = False,
-) -> None:
+        module: nn.Module, kinds: Tuple[type, ...] = (CausalConv1d, nn.Conv2d),
+        trunc_normal_: Callable[..., Any] = nn.init.trunc_normal_, needs_reset: bool = False) -> None:
     """Initialize one module of a network, for ``nn.Module.apply``.
 
     Args:

@@ -99,20 +99,11 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
     """
 
     def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: Union[int, Tuple[int, int]],
-            stride: Union[int, Tuple[int, int]] = 1,
-            padding: Union[str, int, Tuple[int, int]] = 0,
-            dilation: Union[int, Tuple[int, int]] = 1,
-            groups: int = 1,
-            bias: bool = True,
-            padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros',
-            device: Any = None,
-            dtype: Any = None,
-            backend: str = 'auto',
-    ) -> None:
+            self, in_channels: int, out_channels: int, kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1, padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1, groups: int = 1, bias: bool = True,
+            padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros', device: Any = None,
+            dtype: Any = None, backend: str = 'auto') -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
         validate_options(dilation, backend)
         super().__init__(

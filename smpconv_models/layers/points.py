@@ -43,13 +43,8 @@ def tent_basis(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
 
 
 def evaluate_points(
-        query: Tensor,
-        coords: Tensor,
-        radius: Tensor,
-        weights: Tensor,
-        normalize: bool = True,
-        eps: float = 1e-6,
-) -> Tensor:
+        query: Tensor, coords: Tensor, radius: Tensor, weights: Tensor, normalize: bool = True,
+        eps: float = 1e-6) -> Tensor:
     """Evaluate equation 1: the function's value at each query, from the points whose radius covers the query.
 
     Differentiable in ``coords``, ``radius`` and ``weights`` (and ``query``), almost everywhere.
@@ -79,10 +74,7 @@ def _normalized_tents(query: Tensor, coords: Tensor, radius: Tensor, normalize: 
 
 
 def sampling_grid(
-        kernel_size: List[int],
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
-) -> Tensor:
+        kernel_size: List[int], device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Return the positions of a kernel's elements among the points: evenly over [-1, 1] in each dimension.
 
     Coordinates are Cartesian: the first grows along the kernel's last axis (x, to the right), every other one
@@ -106,12 +98,7 @@ def sampling_grid(
 
 
 def sample_kernel(
-        coords: Tensor,
-        radius: Tensor,
-        weights: Tensor,
-        kernel_size: List[int],
-        normalize: bool = True,
-) -> Tensor:
+        coords: Tensor, radius: Tensor, weights: Tensor, kernel_size: List[int], normalize: bool = True) -> Tensor:
     """Sample the kernel: :func:`evaluate_points` on :func:`sampling_grid`. A leaf function for fx.
 
     Positions and distances are computed in float32 at least, also for parameters in half precision, which is coarser
@@ -140,13 +127,8 @@ def sample_kernel(
 
 
 def resample_kernel(
-        coords: Tensor,
-        radius: Tensor,
-        weights: Tensor,
-        base_size: List[int],
-        kernel_size: List[int],
-        normalize: bool = False,
-) -> Tensor:
+        coords: Tensor, radius: Tensor, weights: Tensor, base_size: List[int], kernel_size: List[int],
+        normalize: bool = False) -> Tensor:
     """Sample the kernel of ``base_size`` on another grid, with the same response to a constant input. A leaf for fx.
 
     Every point keeps the sum of its tent over the grid. On a coarser grid the radii grow by as much as a point may be

@@ -79,16 +79,8 @@ class ReparamLargeKernelConv(ReparamConv):
     """
 
     def __init__(
-            self,
-            channels: int,
-            kernel_size: int,
-            num_points: int,
-            small_kernel_size: int = 5,
-            dilation: int = 1,
-            norm_layer: NormLayer = nn.BatchNorm2d,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, channels: int, kernel_size: int, num_points: int, small_kernel_size: int = 5, dilation: int = 1,
+            norm_layer: NormLayer = nn.BatchNorm2d, device: Any = None, dtype: Any = None) -> None:
         check_small_kernel(small_kernel_size, kernel_size)
         dd = {'device': device, 'dtype': dtype}
         super().__init__(

@@ -23,19 +23,9 @@ class _SMPConvNd(SMPLayer):
     _plain: Any
 
     def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: int,
-            num_points: int,
-            bias: bool,
-            coords_std: float,
-            init_radius: Optional[float],
-            radius_range: Tuple[float, float],
-            method: str,
-            device: Any,
-            dtype: Any,
-    ) -> None:
+            self, in_channels: int, out_channels: int, kernel_size: int, num_points: int, bias: bool, coords_std: float,
+            init_radius: Optional[float], radius_range: Tuple[float, float], method: str, device: Any,
+            dtype: Any) -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, num_points=num_points)
         check_kernel_size(kernel_size, self.ndim)
         check_method(method)

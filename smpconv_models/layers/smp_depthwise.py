@@ -46,17 +46,9 @@ class SMPLayer(CountedConv):
     ndim: int
 
     def __init__(
-            self,
-            kernel_size: int,
-            weight_size: Tuple[int, ...],
-            coords_size: Tuple[int, ...],
-            normalize: bool,
-            coords_std: float,
-            init_radius: Optional[float],
-            radius_range: Tuple[float, float],
-            device: Any,
-            dtype: Any,
-    ) -> None:
+            self, kernel_size: int, weight_size: Tuple[int, ...], coords_size: Tuple[int, ...], normalize: bool,
+            coords_std: float, init_radius: Optional[float], radius_range: Tuple[float, float], device: Any,
+            dtype: Any) -> None:
         super().__init__()
         self.kernel_size = kernel_size
         self.base_size = kernel_size
@@ -169,17 +161,9 @@ class SMPDepthwiseConv2d(SMPLayer):
     ndim = 2
 
     def __init__(
-            self,
-            channels: int,
-            kernel_size: int,
-            num_points: int,
-            dilation: int = 1,
-            coords_std: float = 0.2,
-            radius_range: Tuple[float, float] = (1e-3, 1.),
-            backend: str = 'auto',
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, channels: int, kernel_size: int, num_points: int, dilation: int = 1, coords_std: float = 0.2,
+            radius_range: Tuple[float, float] = (1e-3, 1.), backend: str = 'auto', device: Any = None,
+            dtype: Any = None) -> None:
         check_kernel_size(kernel_size, ndim=2)
         validate_options(dilation, backend)
         check_counts(num_points=num_points)

@@ -20,14 +20,9 @@ StateDict = Dict[str, Tensor]
 
 
 def build_model(
-        model_cls: ModelCtor,
-        variant: str,
-        pretrained: bool,
-        model_args: Dict[str, Any],
-        filter_fn: Callable[[StateDict, Any], StateDict],
-        overrides: Dict[str, Any],
-        args_for_weights: Callable[[ResolvedWeights], Dict[str, Any]] = lambda weights: {},
-) -> Any:
+        model_cls: ModelCtor, variant: str, pretrained: bool, model_args: Dict[str, Any],
+        filter_fn: Callable[[StateDict, Any], StateDict], overrides: Dict[str, Any],
+        args_for_weights: Callable[[ResolvedWeights], Dict[str, Any]] = lambda weights: {}) -> Any:
     """Build a variant; one that a repository or folder describes is validated before it takes memory.
 
     Args:
@@ -149,13 +144,8 @@ def _by_our_names(state_dict: StateDict) -> StateDict:
 
 
 def infer_kernel_scale(
-        weights: StateDict,
-        default_sizes: Sequence[int],
-        kernel_sizes: Sequence[int],
-        points_divisor: int,
-        kernel_scale: Union[float, Sequence[float]] = 1.,
-        **kwargs: Any,
-) -> Dict[str, Any]:
+        weights: StateDict, default_sizes: Sequence[int], kernel_sizes: Sequence[int], points_divisor: int,
+        kernel_scale: Union[float, Sequence[float]] = 1., **kwargs: Any) -> Dict[str, Any]:
     """Return the arguments with which kernels of other sizes than the weights' are sampled from the weights' points.
 
     Args:

@@ -44,11 +44,7 @@ def is_external_cfg(pretrained_cfg: Any) -> bool:
 
 
 def validate_config(
-        model_cls: ModelCtor,
-        pretrained_cfg: Dict[str, Any],
-        pretrained_model_args: Any = None,
-        **kwargs: Any,
-) -> None:
+        model_cls: ModelCtor, pretrained_cfg: Dict[str, Any], pretrained_model_args: Any = None, **kwargs: Any) -> None:
     """Validate a config before any of it is used.
 
     Args:
@@ -96,11 +92,8 @@ def _check_names(model_cls: ModelCtor, arguments: Any) -> None:
 
 
 def build_on_meta(
-        model_cls: ModelCtor,
-        pretrained_cfg: Dict[str, Any],
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        **kwargs: Any,
-) -> Any:
+        model_cls: ModelCtor, pretrained_cfg: Dict[str, Any], pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        **kwargs: Any) -> Any:
     """Build a config's network on the meta device, where it takes no memory.
 
     Args:

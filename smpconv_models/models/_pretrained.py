@@ -66,12 +66,8 @@ NO_WEIGHTS = ResolvedWeights({}, {}, None, lambda: None)
 
 
 def resolve_weights(
-        variant: str,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        cache_dir: Any = None,
-        **kwargs: Any,
-) -> ResolvedWeights:
+        variant: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Any = None, **kwargs: Any) -> ResolvedWeights:
     """Find the file of a model's weights, download it if necessary, and validate it.
 
     A thread computes the checksum while the caller creates the model.

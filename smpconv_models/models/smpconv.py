@@ -28,15 +28,8 @@ __all__ = ['SMPConvNet']
 
 
 def conv3x3(
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        dilation: int,
-        groups: int,
-        norm_layer: NormLayer,
-        act_layer: ActLayer,
-        **dd: Any,
-) -> ConvNormActBlock:
+        in_channels: int, out_channels: int, stride: int, dilation: int, groups: int, norm_layer: NormLayer,
+        act_layer: ActLayer, **dd: Any) -> ConvNormActBlock:
     """Create a 3x3 convolution, norm and activation."""
     return ConvNormActBlock(
         nn.Conv2d(
@@ -110,28 +103,12 @@ class SMPConvNet(StagedBackbone):
     first_convs = ('stem.0.conv.weight',)
 
     def __init__(
-            self,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: str = 'avg',
-            output_stride: int = 32,
-            stem_stride: int = 4,
-            depths: Sequence[int] = (2, 2, 8, 2),
-            dims: Sequence[int] = (96, 192, 384, 768),
-            kernel_sizes: Sequence[int] = (31, 29, 27, 13),
-            points_divisor: int = 4,
-            mlp_ratio: float = 4.,
-            small_kernel_size: int = 5,
-            kernel_scale: Union[float, Sequence[float]] = 1.,
-            act_layer: ActLayer = 'relu',
-            ffn_act_layer: ActLayer = 'gelu',
-            norm_layer: NormLayer = 'batchnorm2d',
-            drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            weight_init: str = '',
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = 'avg', output_stride: int = 32,
+            stem_stride: int = 4, depths: Sequence[int] = (2, 2, 8, 2), dims: Sequence[int] = (96, 192, 384, 768),
+            kernel_sizes: Sequence[int] = (31, 29, 27, 13), points_divisor: int = 4, mlp_ratio: float = 4.,
+            small_kernel_size: int = 5, kernel_scale: Union[float, Sequence[float]] = 1., act_layer: ActLayer = 'relu',
+            ffn_act_layer: ActLayer = 'gelu', norm_layer: NormLayer = 'batchnorm2d', drop_rate: float = 0.,
+            drop_path_rate: float = 0., weight_init: str = '', device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         if weight_init not in ('', 'skip'):
             raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
@@ -212,14 +189,8 @@ class SMPConvNet(StagedBackbone):
 
 
 def _check_config(
-        num_classes: int,
-        output_stride: int,
-        stem_stride: int,
-        depths: Sequence[int],
-        dims: Sequence[int],
-        kernel_sizes: Sequence[int],
-        points_divisor: int,
-) -> None:
+        num_classes: int, output_stride: int, stem_stride: int, depths: Sequence[int], dims: Sequence[int],
+        kernel_sizes: Sequence[int], points_divisor: int) -> None:
     if num_classes < 0:
         raise ValueError(f'num_classes must be at least 0, got {num_classes}')
     if stem_stride not in (1, 2, 4):

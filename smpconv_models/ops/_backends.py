@@ -40,12 +40,8 @@ def load(name: str) -> ModuleType:
 
 
 def select(
-        backend: str,
-        input: Tensor,
-        kernel_size: Sequence[int],
-        dilation: Sequence[int],
-        needs_weight_grad: bool = True,
-) -> str:
+        backend: str, input: Tensor, kernel_size: Sequence[int], dilation: Sequence[int],
+        needs_weight_grad: bool = True) -> str:
     """Return the name of the backend for ``input``: the given one, or for 'auto' the first that can and is not slower.
 
     Raises:

@@ -21,13 +21,7 @@ from . import _backends
 _CONV1D, _CONV2D = torch.conv1d, torch.conv2d  # F has the same objects unless somebody replaced them
 
 
-def convolve(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        dilation: List[int],
-        backend: str,
-) -> Tensor:
+def convolve(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
     """Autocast as ``conv2d`` does, select the backend, and call the operator, or the backend if nothing watches.
 
     The operator's own time, some 50 microseconds, is that of a small layer.
@@ -64,13 +58,8 @@ def _needs_dispatch(*tensors: Optional[Tensor]) -> bool:
 
 
 def _forward(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        dilation: List[int],
-        backend: str,
-        selected: str,
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str,
+        selected: str) -> Tensor:
     with _without_autocast(input.device.type):
         output = _backends.run(backend, selected, 'forward', input, weight, bias, dilation)
     return output.contiguous(memory_format=_memory_format(input))
@@ -126,9 +115,7 @@ def _weight_grad(
 
 
 @_weight_grad.register_fake
-def _(
-        grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str, selected: str,
-) -> Tensor:
+def _(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str, selected: str) -> Tensor:
     return input.new_empty((input.shape[1], 1, kernel_size[0], kernel_size[1]))
 
 

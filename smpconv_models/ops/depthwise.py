@@ -16,13 +16,8 @@ from . import _backends, _custom_op, _reference
 
 
 def depthwise_conv2d(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor] = None,
-        *,
-        dilation: Union[int, Tuple[int, int]] = 1,
-        backend: str = 'auto',
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor] = None, *, dilation: Union[int, Tuple[int, int]] = 1,
+        backend: str = 'auto') -> Tensor:
     """Compute a depthwise convolution with stride 1 and "same" zero padding, made for large kernels.
 
     Equal in meaning to ``F.conv2d(input, weight, bias, padding='same', dilation=dilation, groups=C)``. The result
@@ -62,12 +57,8 @@ def depthwise_conv2d(
 
 
 def _depthwise_conv2d(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor] = None,
-        dilation: Union[int, Tuple[int, int]] = 1,
-        backend: str = 'auto',
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: Union[int, Tuple[int, int]] = 1,
+        backend: str = 'auto') -> Tensor:
     """Dispatch a call whose options are valid. The leaf function of fx graphs, and what TorchScript compiles."""
     if isinstance(dilation, int):
         dilation_list = [dilation, dilation]
