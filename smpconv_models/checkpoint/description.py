@@ -107,13 +107,7 @@ class Description:
     def preparation(
             self, fields: Iterable[str] = PREPARATION, max_side: int = MAX_IMAGE_SIDE, hint: str = '',
     ) -> Dict[str, Any]:
-        """Return how images are prepared.
-
-        Args:
-            fields: Names of the fields to read, of those of :func:`check_preparation`.
-            max_side: Largest side of an image, in pixels.
-            hint: Text with which errors end.
-        """
+        """Return how images are prepared, of the fields of :func:`check_preparation`; errors end with ``hint``."""
         with self._named(hint):
             return check_preparation({key: self.arguments.get(key) for key in fields}, 'args.', max_side)
 

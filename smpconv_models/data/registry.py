@@ -132,11 +132,11 @@ class SequenceDataset(Dataset):
 
 
 class InMemorySequences(SequenceDataset):
-    """Sequences in memory, in the dtype of their source.
+    """Sequences in memory, ``(N, channels, length)`` in the dtype of their source, uint8 or float32.
+
+    Arguments that are not listed are those of :class:`SequenceDataset`.
 
     Args:
-        description: Name for messages; this and arguments that are not listed are those of :class:`SequenceDataset`.
-        data: Sequences of shape ``(N, channels, length)``, uint8 or float32.
         order: Position of each step in the source, ``(length,)``. Default: the order of the source.
         image_size: (height, width) of sequences that are images.
 

@@ -132,11 +132,7 @@ def _extensions(command: str) -> List[str]:
 
 
 def check_output(output: str, extensions: List[str]) -> Path:
-    """Return the path of the file to write.
-
-    Raises:
-        ValueError: If the file cannot be written, or its extension is not one of ``extensions``.
-    """
+    """Return the path of the file to write; raise ValueError if it cannot be written, or has none of the extensions."""
     path = Path(output).resolve()
     if path.suffix.lower() not in extensions:
         raise ValueError(f'--output takes the name of a {" or ".join(extensions)} file, got {output}')

@@ -115,15 +115,7 @@ def save_stages(path: Union[str, Path], models: Mapping[str, nn.Module]) -> None
 
 
 def draw_step_sum(axes: Axes, total: np.ndarray) -> List[Any]:
-    """Draw a sum of absolute kernels over the steps back from the present, on a logarithmic scale.
-
-    Args:
-        axes: Axes to draw on.
-        total: Sum of shape ``(k,)``, not negative, the present last.
-
-    Returns:
-        Handles for a legend.
-    """
+    """Draw absolute kernels, summed to ``(k,)``, over the steps back from the present; return handles for a legend."""
     back = total[::-1]  # the first is the present
     edges = np.unique(np.geomspace(1, len(back) + 1, _MAX_BARS).round().astype(int))
     means = np.add.reduceat(back, edges[:-1] - 1) / np.diff(edges)

@@ -13,15 +13,10 @@ from .conv_norm import DepthwiseConv2d, times, unsupported_arguments
 
 @dataclass(frozen=True)
 class DepthwiseReport:
-    """Result of :func:`accelerate_depthwise`, by the names of ``named_modules``; printed, it is a table.
+    """Result of :func:`accelerate_depthwise`, by the names of ``named_modules``; printed, it is a table."""
 
-    Args:
-        replaced: Names of the modules that were replaced, each under every name that it has.
-        skipped: Reason for each module that was not replaced. The name of the model itself is ''.
-    """
-
-    replaced: Tuple[str, ...]
-    skipped: Dict[str, str]
+    replaced: Tuple[str, ...]  # names of the modules that were replaced, each under every name that it has
+    skipped: Dict[str, str]  # reason for each module that was not replaced; '' names the model itself
 
     def __str__(self) -> str:
         names: Dict[str, List[str]] = {'replaced': list(self.replaced)} if self.replaced else {}

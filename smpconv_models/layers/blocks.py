@@ -126,11 +126,8 @@ def init_module_(
         trunc_normal_: Callable[..., Any] = nn.init.trunc_normal_, needs_reset: bool = False) -> None:
     """Initialize one module of a network, for ``nn.Module.apply``.
 
-    Args:
-        module: Module of the network.
-        kinds: Classes whose weights are sampled by ``trunc_normal_`` with std 0.02, and whose biases are zero.
-        trunc_normal_: Initialization, PyTorch's or timm's.
-        needs_reset: Whether to reset other modules too: points, norms, 1-D shortcuts.
+    Weights of ``kinds`` are sampled by ``trunc_normal_`` (PyTorch's or timm's) with std 0.02, and their biases are
+    zero. ``needs_reset`` resets other modules too: points, norms, 1-D shortcuts.
     """
     if isinstance(module, kinds):
         layer: Any = module

@@ -197,15 +197,10 @@ class ConvNormActBlock(nn.Module):
 
 
 def fold_norm(norm: nn.Module, conv: nn.Module, fuse: Callable[..., Tuple[Tensor, Tensor]]) -> Tuple[Any, Any]:
-    """Fold a batch norm into the convolution beside it, in place if its parameters are ordinary.
+    """Fold a batch norm into the convolution beside it, in place if its parameters are ordinary; return both.
 
-    Args:
-        norm: Any normalization; one that is no batch norm stays.
-        conv: Convolution after or before ``norm``; one that is not plain stays.
-        fuse: :func:`fuse_conv_bn` or :func:`fuse_bn_conv`.
-
-    Returns:
-        The norm, or an identity, and the convolution.
+    The folded norm becomes an identity. A norm that is no batch norm stays, and so does one beside a convolution that
+    is not plain. ``fuse`` is :func:`fuse_conv_bn` or :func:`fuse_bn_conv`.
     """
     plain = plain_conv(conv)
     affine = batch_norm_affine(norm)
@@ -283,9 +278,7 @@ _RECOMPUTING_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 def refresh_(module: nn.Module, name: Optional[str] = None) -> None:
     """Recompute the tensors of ``module`` that pruning, weight norm or spectral norm recompute before each forward.
 
-    Args:
-        module: Any module.
-        name: Attribute name of one tensor; by default all of them.
+    ``name`` is the attribute of one tensor; by default all are recomputed.
     """
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, _RECOMPUTING_HOOKS):
@@ -301,12 +294,11 @@ def _unparametrized_type(module: nn.Module) -> type:
 
 @torch.no_grad()
 def plain_conv(conv: nn.Module) -> Optional[Union[nn.Conv1d, nn.Conv2d]]:
-    """Return the convolution with its effective weight and bias as ordinary parameters.
+    """Return the convolution with its effective weight and bias as ordinary parameters: itself if it has them.
 
-    Returns:
-        ``conv`` itself if its parameters are ordinary. Otherwise a new module: ``remove_parametrizations`` on a deep
-        copy would break the original, as both share a class. None if ``conv`` is no ``nn.Conv1d`` or ``nn.Conv2d``, or
-        has modules of its own: an adapter's wrapper, for example.
+    Otherwise it is a new module: ``remove_parametrizations`` on a deep copy would break the original, as both share a
+    class. The result is None if ``conv`` is no ``nn.Conv1d`` or ``nn.Conv2d``, or has modules of its own: an adapter's
+    wrapper, for example.
     """
     if not isinstance(conv, (nn.Conv1d, nn.Conv2d)) or set(conv._modules) - {'parametrizations'}:
         return None

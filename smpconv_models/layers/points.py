@@ -134,16 +134,7 @@ def resample_kernel(
     Every point keeps the sum of its tent over the grid. On a coarser grid the radii grow by as much as a point may be
     farther from the nearest element. A tent that would still fall between the elements is widened to the nearest one.
 
-    Args:
-        coords: ``(..., P, d)``.
-        radius: ``(..., P)``.
-        weights: ``(..., C, P)``, for the kernel of ``base_size``.
-        base_size: d sizes.
-        kernel_size: d sizes of the kernel to sample.
-        normalize: Whether to sum the tents divided by |N(x)|, see :func:`evaluate_points`.
-
-    Returns:
-        ``(..., C, *kernel_size)`` in the dtype of ``weights``; positions and sums in float32 at least.
+    Arguments, result and numerics are those of :func:`sample_kernel`; ``weights`` are for the kernel of ``base_size``.
     """
     if has_torch_function_variadic(coords, radius, weights):
         return handle_torch_function(

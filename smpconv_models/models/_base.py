@@ -15,9 +15,8 @@ class SMPNet(nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Sample the initial weights.
 
-        Args:
-            needs_reset: Whether to reset the norms and points too, whose constructors have done so already; for a model
-                that was made on the meta device and moved by ``to_empty``.
+        ``needs_reset`` resets the norms and points too, whose constructors have done so already; for a model that was
+        made on the meta device and moved by ``to_empty``.
         """
         for module in self.modules():
             self.init_module(module, needs_reset)

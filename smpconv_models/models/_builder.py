@@ -27,10 +27,6 @@ def build_model(
 
     Args:
         model_cls: Constructor, with ``first_convs``; see :func:`convert_state_dict`.
-        variant: Name of the model.
-        pretrained: Whether to load weights.
-        model_args: Arguments of the variant.
-        filter_fn: timm's ``pretrained_filter_fn``.
         overrides: User and config arguments; they take precedence over ``model_args``.
         args_for_weights: Function that returns further arguments with which the weights load.
 
@@ -152,7 +148,6 @@ def infer_kernel_scale(
         weights: State dict, by the original release's names or ours.
         default_sizes: Kernel sizes of the model without the user's arguments.
         kernel_sizes: Kernel sizes that the user asks for, of each stage.
-        points_divisor: Argument of the constructor.
         kernel_scale: Argument of the constructor; must be 1 if the sizes differ from the weights'.
 
     Raises:

@@ -29,34 +29,19 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Progress of a run, in plain data.
-
-    Attributes:
-        epoch: Number of finished epochs, their evaluation included.
-        step: Number of finished steps of the current epoch.
-        loss_sum: Sum of the losses of the steps that were applied in the current epoch.
-        loss_count: Number of those steps.
-        refused: Number of consecutive steps, up to now, that were skipped because a number was not finite.
-        unreadable: Number of unreadable images that were skipped, over all ranks.
-        best_epoch: Epoch of the best accuracy.
-        rows: Measurements of each epoch.
-    """
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.
-    loss_count: int = 0
-    refused: int = 0
-    unreadable: int = 0
-    best_epoch: Optional[int] = None
-    rows: List[Dict[str, Any]] = field(default_factory=list)
+    """Progress of a run, in plain data."""
+    epoch: int = 0  # number of finished epochs, their evaluation included
+    step: int = 0  # number of finished steps of the current epoch
+    loss_sum: float = 0.  # sum of the losses of the steps that were applied in the current epoch
+    loss_count: int = 0  # number of those steps
+    refused: int = 0  # number of consecutive steps, up to now, that were skipped because a number was not finite
+    unreadable: int = 0  # number of unreadable images that were skipped, over all ranks
+    best_epoch: Optional[int] = None  # epoch of the best accuracy
+    rows: List[Dict[str, Any]] = field(default_factory=list)  # measurements of each epoch
 
     @classmethod
     def from_state_dict(cls, state: Any) -> 'TrainState':
-        """Return the progress that :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: If a field is missing or has another type.
-        """
+        """Return :meth:`state_dict` as progress; raise ValueError if a field is missing or has another type."""
         if not isinstance(state, dict) or set(state) != {item.name for item in fields(cls)}:
             raise ValueError('the checkpoint has no progress of a run; --initial-checkpoint loads weights alone')
         for name in ('epoch', 'step', 'loss_count', 'refused', 'unreadable'):
@@ -96,12 +81,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] = None) -> None:
-    """Write a checkpoint, and validate the file before it takes its name.
+    """Write a checkpoint, and validate the file before it takes its name; the replaced file is renamed to ``previous``.
 
-    Args:
-        path: Path of the checkpoint.
-        state: Tensors and plain data, which load with ``weights_only=True``.
-        previous: Path to which the replaced file is renamed.
+    ``state`` has tensors and plain data, which load with ``weights_only=True``.
 
     Raises:
         FloatingPointError: If a weight is not finite.
@@ -157,11 +139,7 @@ def is_resumable(loaded: Any) -> bool:
 
 
 def check_content(loaded: Any, path: Any) -> None:
-    """Check the types of everything that a run resumes from, before any of it is used.
-
-    Args:
-        loaded: Content of a checkpoint; one that is not of a training run passes.
-        path: Path of the file, for messages.
+    """Check the types of everything that a run resumes from; a file that is not of a training run passes.
 
     Raises:
         ValueError: If a value has another type than its field; the line names the file and the field.
@@ -238,15 +216,7 @@ _IGNORED_ARGS = (
 
 
 def diff_args(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], List[str]]:
-    """Describe the options that changed since a checkpoint.
-
-    Args:
-        then: Options in the checkpoint.
-        now: Options of this command.
-
-    Returns:
-        Lines for options that may change, and lines for those that must not.
-    """
+    """Return lines for options that changed since a checkpoint and may, and lines for those that must not."""
     then = {RENAMED_OPTIONS.get(key, key): value for key, value in then.items()}
     changed = {
         key: f'{checkpoint.printable(key)} {checkpoint.shown(then.get(key))} -> {checkpoint.shown(now.get(key))}'
@@ -274,11 +244,7 @@ _MOMENTS = ('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer', 'squar
 
 
 def load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
-    """Load an optimizer's state after a comparison with its parameters.
-
-    Args:
-        optimizer: Optimizer to load into; hyperparameters that the checkpoint lacks keep their values.
-        state: State dict of an optimizer of the same class.
+    """Load an optimizer's state; hyperparameters that the checkpoint lacks keep their values.
 
     Raises:
         ValueError: If parameter groups, types of hyperparameters or shapes differ.
@@ -342,11 +308,7 @@ _LOCK_TIMEOUT_S = 6.
 
 
 class RunDir:
-    """Files of a run.
-
-    Args:
-        path: Path of the folder, which need not exist.
-    """
+    """Files of a run in a folder, which need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -371,8 +333,7 @@ class RunDir:
     def acquire(self) -> None:
         """Create the folder if there is none, and lock it until :meth:`release` or the end of the process.
 
-        Raises:
-            ValueError: If it cannot be written to, or another run holds it.
+        A folder that cannot be written to, or that another run holds, is a ValueError.
         """
         try:
             self._acquire_lock()
@@ -432,11 +393,7 @@ class RunDir:
         return self.last.exists() or self.previous.exists()
 
     def load_latest(self) -> Optional[Tuple[str, Any]]:
-        """Return path and content of the newest valid checkpoint; None if there is no checkpoint.
-
-        Raises:
-            ValueError: If there are checkpoints, but no valid one.
-        """
+        """Return path and content of the newest valid checkpoint, if there is any; ValueError if none is valid."""
         problems: List[str] = []
         for path in (self.last, self.previous):
             if not path.exists():

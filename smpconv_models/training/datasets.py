@@ -63,14 +63,9 @@ DEEP_MODES = ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N', 'F')
 
 
 class ReadImage(NamedTuple):
-    """Function that reads image files and converts them to one mode.
-
-    Attributes:
-        mode: Mode of the result, ``'L'`` or ``'RGB'``.
-        exif_orientation: Whether to apply the EXIF orientation tag.
-    """
-    mode: str
-    exif_orientation: bool = False
+    """Function that reads image files and converts them to one mode."""
+    mode: str  # mode of the result, ``'L'`` or ``'RGB'``
+    exif_orientation: bool = False  # whether to apply the EXIF orientation tag
 
     def __call__(self, file: Any) -> Image.Image:
         """Return the converted image of a path or an open file."""
@@ -78,27 +73,18 @@ class ReadImage(NamedTuple):
             return self.convert(image)
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """Convert an opened image.
-
-        Raises:
-            ValueError: If the values of a 32-bit image are out of the range of :func:`to_8_bits`.
-        """
+        """Convert an opened image; raise ValueError if :func:`to_8_bits` does."""
         if self.exif_orientation:
             image = ImageOps.exif_transpose(image)
         return (to_8_bits(image) if image.mode in DEEP_MODES else image).convert(self.mode)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert a gray image with 16 or 32 bits per value to 8 bits.
+    """Convert a gray image in one of :data:`DEEP_MODES`, with 16 or 32 bits per value, to 8 bits.
 
     The scale depends on the mode of an image alone, never on its values. Integers range from 0 (black) to 65535
     (white); the upper byte is kept, as in Pillow's 16-bit RGB images. Floats range from 0. (black) to 1. (white).
-
-    Args:
-        image: Image in one of :data:`DEEP_MODES`.
-
-    Raises:
-        ValueError: If a value is outside of 0 to 65535, or of 0. to 1. for floats.
+    Values outside of the range are a ValueError.
     """
     pixels = np.asarray(image)
     highest = 1. if image.mode == 'F' else 65535
@@ -144,24 +130,16 @@ class SkippedSamples:
     Args:
         limit: Number of samples that may be skipped; None for any number.
         strict: Whether a single one is an error, as in evaluation.
-
-    Attributes:
-        count: Number of times that a sample was skipped.
-        seen: Names of the skipped samples.
     """
 
     def __init__(self, *, limit: Optional[int] = None, strict: bool = False) -> None:
         self.limit = limit
         self.strict = strict
-        self.count = 0
-        self.seen: Set[str] = set()
+        self.count = 0  # times that a sample was skipped
+        self.seen: Set[str] = set()  # names
 
     def __call__(self, unreadable: List[Unreadable]) -> None:
-        """Log and count samples that are skipped.
-
-        Raises:
-            ValueError: If no sample, or no more samples, may be skipped.
-        """
+        """Log and count samples that are skipped; raise ValueError if no sample, or no more samples, may be skipped."""
         self.count += len(unreadable)
         for name, reason in unreadable:
             if self.strict:
@@ -188,10 +166,6 @@ class SeededDataset(Dataset):
         seed: Seed of the augmentation.
         convert: Conversion of the source's images; None leaves them as they are.
         is_training: Whether a batch without any readable image is filled with the next readable one.
-
-    Attributes:
-        transform: Transform of the images; the task sets it.
-        classes: Names of the classes by index; None if they are not known.
     """
     is_stream = False
 
@@ -206,7 +180,7 @@ class SeededDataset(Dataset):
         self.seed = seed
         self.convert = convert
         self.is_training = is_training
-        self.transform: Any = None
+        self.transform: Any = None  # the task sets it
         self.classes: Optional[List[str]] = None if source.classes is None else list(source.classes)
 
     @property
@@ -258,14 +232,6 @@ class ResumableBatchSampler(Sampler):
     The order of an epoch's images is a function of the seed and the epoch. Each step takes the next
     ``batch_size * accumulation * world_size`` images, and each rank its part of them. Runs with the same product thus
     have the same images in each step. Images that do not fill a step are left out.
-
-    Args:
-        length: Number of images.
-        batch_size: Batch size of one rank.
-        accumulation: Number of batches that a rank accumulates in a step.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        seed: Seed of the order.
     """
 
     def __init__(self, length: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int) -> None:
@@ -311,30 +277,18 @@ class ResumableBatchSampler(Sampler):
 class SeededIterableDataset(IterableDataset):
     """timm's stream, augmented by (seed, rank, number of the pass, DataLoader worker).
 
-    Items are as those of :class:`SeededDataset`. The reader shuffles by the number of the pass, and divides the
-    samples among the workers. This class serves readers that decode the images themselves.
-
-    Args:
-        dataset: timm's data set.
-        seed: Seed of the augmentation.
-        convert: Conversion of decoded images.
-
-    Attributes:
-        transform: Transform of the images; the task sets it.
-        classes: Names of the classes by index; None if they are not known.
-        num_samples: Number of samples in the split.
-        num_images: None, as the number of samples that a rank sees depends on its DataLoader workers.
-        rank: Rank of this process in training.
+    Items are as those of :class:`SeededDataset`. The reader shuffles by the number of the pass, and divides the samples
+    among the workers. This class serves readers that decode the images themselves.
     """
     is_stream = True
-    num_images = None
+    num_images = None  # a rank sees as many as its DataLoader workers give
 
     def __init__(self, dataset: IterableImageDataset, seed: int, convert: Callable[[Any], Any]) -> None:
         self.dataset = dataset
         self.seed = seed
         self.convert = convert
         self.reader: Any = dataset.reader
-        self.transform: Any = None
+        self.transform: Any = None  # the task sets it
         self.classes = names_by_index(getattr(self.reader, 'class_to_idx', None))
         self.num_samples: int = self.reader.num_samples
         self.rank = 0
@@ -488,7 +442,6 @@ class CheckedLoader:
     Args:
         loader: Loader that collates by :func:`collate_readable`.
         on_unreadable: Function that is called with the unreadable samples of a batch, before the batch is yielded.
-        num_classes: Number of classes of the model; None if it is not known.
         expected: Number of samples of a stream, which reports missing ones as unreadable; None for no such check.
 
     Raises:

@@ -246,14 +246,10 @@ _WORKER_GRACE_S = 3.
 
 
 class BoundedLoader:
-    """DataLoader that kills its workers if they do not respond.
+    """DataLoader that kills its workers if they do not respond within a number of seconds.
 
-    PyTorch's own timeout does not cover a worker that stops while it hands over a batch, while an epoch begins, or
-    when the workers should end.
-
-    Args:
-        loader: DataLoader with persistent workers, or without workers.
-        seconds: Limit of each wait for the workers.
+    The workers are persistent, or there are none. PyTorch's own timeout does not cover a worker that stops while it
+    hands over a batch, while an epoch begins, or when the workers should end.
     """
 
     def __init__(self, loader: DataLoader, seconds: float) -> None:
@@ -269,11 +265,7 @@ class BoundedLoader:
         return self.loader.batch_size
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches.
-
-        Raises:
-            TimeoutError: If the workers gave no batch within the limit.
-        """
+        """Yield the batches; raise TimeoutError if the workers gave no batch within the limit."""
         if self.loader.num_workers == 0:
             yield from self.loader
             return

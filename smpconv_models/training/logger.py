@@ -30,14 +30,7 @@ def check_logging_dependencies(options: LoggingOptions) -> None:
 
 
 class ProgressLogger:
-    """Logger of steps and epochs.
-
-    Args:
-        options: Options of the run.
-        folder: Folder of the run.
-        state: Progress at which the run begins or resumes.
-        steps: Number of steps of an epoch.
-    """
+    """Logger of steps and epochs, from the progress at which the run begins or resumes."""
 
     def __init__(self, options: TrainOptions, folder: Path, state: TrainState, steps: int) -> None:
         self.options = options

@@ -59,15 +59,9 @@ def download_verified(repo: str, filename: str, cache_dir: Union[str, Path, None
 
 
 def hf_download(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
-    """Download a file of a model repository, unless the cache has it in the revision that the Hub has.
+    """Download a file of ``OWNER/NAME``, or ``OWNER/NAME@REVISION``, unless the cache has it in the Hub's revision.
 
-    Args:
-        repo: ``OWNER/NAME``, or ``OWNER/NAME@REVISION`` for a branch, a tag or a commit.
-        filename: Path of the file in the repository.
-        cache_dir: Folder of the cache, by default the Hub client's.
-
-    Returns:
-        Path in the cache, for :func:`verify_cached_file`.
+    The result is a path in the cache, for :func:`verify_cached_file`.
 
     Raises:
         RepoNotFoundError: If there is no such repository.
@@ -150,11 +144,7 @@ def cached_file_digest(path: Path) -> str:
 
 
 def verify_cached_file(path: Path, found: Optional[str] = None) -> None:
-    """Compare a file of the client's cache with the checksum that names its content.
-
-    Args:
-        path: Path of the file.
-        found: Its :func:`cached_file_digest`, if that is known already.
+    """Compare a file's :func:`cached_file_digest` with the checksum that names its content in the client's cache.
 
     Raises:
         ValueError: If the content has another checksum (it is then removed from the cache), or its name is no checksum.
