@@ -105,8 +105,8 @@ class Description:
         return self._argument(key, check_text)
 
     def preparation(
-            self, fields: Iterable[str] = PREPARATION, max_side: int = MAX_IMAGE_SIDE, hint: str = '',
-    ) -> Dict[str, Any]:
+            self, fields: Iterable[str] = PREPARATION, max_side: int = MAX_IMAGE_SIDE,
+            hint: str = '') -> Dict[str, Any]:
         """Return how images are prepared, of the fields of :func:`check_preparation`; errors end with ``hint``."""
         with self._named(hint):
             return check_preparation({key: self.arguments.get(key) for key in fields}, 'args.', max_side)

@@ -146,8 +146,8 @@ class InMemorySequences(SequenceDataset):
 
     def __init__(
             self, description: str, classes: Sequence[str], data: Tensor, labels: Sequence[int], mean: Any, std: Any,
-            order: Optional[Tensor] = None, image_size: Optional[Tuple[int, int]] = None, files: Sequence[str] = (),
-    ) -> None:
+            order: Optional[Tensor] = None, image_size: Optional[Tuple[int, int]] = None,
+            files: Sequence[str] = ()) -> None:
         super().__init__(description, classes, (data.shape[1], data.shape[2]), labels, mean, std, files)
         self.image_size = image_size
         bad: List[int] = (~data.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()

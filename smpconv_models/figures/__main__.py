@@ -75,8 +75,8 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _add(
-        commands: Any, name: str, draw: Callable[..., None], purpose: str, several: bool = False,
-) -> argparse.ArgumentParser:
+        commands: Any, name: str, draw: Callable[..., None], purpose: str,
+        several: bool = False) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name, help=purpose, description=f'{purpose[0].upper()}{purpose[1:]}.', allow_abbrev=False)
     command.set_defaults(draw=draw)
@@ -146,8 +146,8 @@ def check_output(output: str, extensions: List[str]) -> Path:
 
 
 def draw_kernels(
-        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int, filter: int,
-) -> None:
+        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int,
+        filter: int) -> None:
     loaded, = source.load()
     figures.save_kernels(path, loaded.model, layer, max_layers, columns, filter)
 

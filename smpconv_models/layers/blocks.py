@@ -15,8 +15,8 @@ class PreNormBlock(nn.Module):
     """
 
     def __init__(
-            self, dim: int, hidden: int, drop_path: float, act_layer: ActLayer, norm_layer: NormLayer, **dd: Any,
-    ) -> None:
+            self, dim: int, hidden: int, drop_path: float, act_layer: ActLayer, norm_layer: NormLayer,
+            **dd: Any) -> None:
         super().__init__()
         self.norm = create_norm(norm_layer, dim, **dd)
         self.pw1 = pointwise(dim, hidden, norm_layer, act_layer, **dd)
@@ -78,8 +78,8 @@ class ConvFFN(PreNormBlock):
 
 
 def pointwise(
-        in_channels: int, out_channels: int, norm_layer: NormLayer, act_layer: Any = None, **dd: Any,
-) -> ConvNormActBlock:
+        in_channels: int, out_channels: int, norm_layer: NormLayer, act_layer: Any = None,
+        **dd: Any) -> ConvNormActBlock:
     """Create a 1x1 convolution, norm and, if given, activation."""
     return ConvNormActBlock(
         nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd),

@@ -97,8 +97,8 @@ class SMPConv1d(_SMPConvNd):
     def __init__(
             self, in_channels: int, out_channels: int, kernel_size: int, num_points: int = 30, bias: bool = True,
             coords_std: float = 0.1, init_radius: Optional[float] = None,
-            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None, dtype: Any = None,
-    ) -> None:
+            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None,
+            dtype: Any = None) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, num_points, bias, coords_std, init_radius, radius_range, method,
             device, dtype)
@@ -138,8 +138,8 @@ class SMPConv2d(_SMPConvNd):
     def __init__(
             self, in_channels: int, out_channels: int, kernel_size: int, num_points: int = 16, bias: bool = True,
             coords_std: float = 0.05, init_radius: Optional[float] = None,
-            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None, dtype: Any = None,
-    ) -> None:
+            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None,
+            dtype: Any = None) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, num_points, bias, coords_std, init_radius, radius_range, method,
             device, dtype)

@@ -89,16 +89,16 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d', mutates_args=())
 def _conv(
-        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str, selected: str,
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str,
+        selected: str) -> Tensor:
     selected = selected or _backends.select(backend, input, weight.shape[2:], dilation)
     return _forward(input, weight, bias, dilation, backend, selected)
 
 
 @_conv.register_fake
 def _(
-        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str, selected: str,
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str,
+        selected: str) -> Tensor:
     if backend != 'auto' and not selected:
         _backends.select(backend, input, weight.shape[2:], dilation)  # one that cannot run raises on meta tensors too
     return input.new_empty(input.shape).contiguous(memory_format=_memory_format(input))
@@ -106,8 +106,8 @@ def _(
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d_weight_grad', mutates_args=())
 def _weight_grad(
-        grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str, selected: str,
-) -> Tensor:
+        grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str,
+        selected: str) -> Tensor:
     selected = selected or _backends.select(backend, input, kernel_size, dilation)
     with _without_autocast(input.device.type):
         weight_grad = _backends.run(backend, selected, 'weight_grad', grad, input, kernel_size, dilation)

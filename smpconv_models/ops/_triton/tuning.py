@@ -167,8 +167,8 @@ def _capability(device: torch.device) -> Optional[int]:
 
 @functools.cache
 def _tuned(
-        kernel: str, capability: Optional[int], precision: str, h: int, w: int, kernel_size: Tuple[int, ...],
-) -> Dict[int, Tile]:
+        kernel: str, capability: Optional[int], precision: str, h: int, w: int,
+        kernel_size: Tuple[int, ...]) -> Dict[int, Tile]:
     """Return the tuned tiles by the batch that they were tuned for."""
     return {
         entry['batch']: TILES[kernel](**entry['tile'])
