@@ -18,14 +18,7 @@ from torch.utils.data import Dataset
 from smpconv_models.utils.download import DownloadNeededError, locked, missing
 from smpconv_models.utils.errors import unreadable_file
 
-from .registry import (
-    EVAL_SYNONYMS,
-    TRAIN_SYNONYMS,
-    TRAIN_TEST,
-    TRAIN_VAL,
-    InMemorySequences,
-    register_sequence_dataset,
-)
+from .registry import EVAL_SYNONYMS, TRAIN_SYNONYMS, TRAIN_TEST, TRAIN_VAL, InMemorySequences, register_sequence_dataset
 
 # Of pixels from 0 to 255. The digits' numbers are computed from their training split. MNIST's are the common ones of
 # its training images. CIFAR10's are ImageNet's, as in the original release.

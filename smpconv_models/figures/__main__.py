@@ -57,8 +57,7 @@ def create_parser() -> argparse.ArgumentParser:
     command = _add(
         commands, 'heat-map', draw_heat_maps, 'plot the regions that support a class (needs the grad-cam package)')
     _add_image_options(command, 8)
-    command.add_argument(
-        '--layer', metavar='NAME', help='module whose feature maps to use (default: the last stage)')
+    command.add_argument('--layer', metavar='NAME', help='module whose feature maps to use (default: the last stage)')
     command.add_argument(
         '--class', dest='index', type=cli.non_negative_int, metavar='N',
         help='index of the class (default: the predicted class)')
@@ -96,8 +95,7 @@ def _add(
         '--seed', type=cli.bounded_number(int, 0, 2 ** 32 - 1), metavar='N',
         help="seed of random weights (default: the seed of the checkpoint's run, otherwise 42)")
     if name in ('stages', 'receptive-field'):
-        command.add_argument(
-            '--untrained', action='store_true', help='also plot the first network with random weights')
+        command.add_argument('--untrained', action='store_true', help='also plot the first network with random weights')
     cli.add_options(command, ModelOptions)
     return command
 

@@ -105,12 +105,10 @@ def save_stages(path: Union[str, Path], models: Mapping[str, nn.Module]) -> None
         row[0].set_ylabel(name, fontsize=10, parse_math=False)
     if curves is not None:
         figure.supxlabel('steps back (1: the present)', fontsize=9)
-        figure.legend(
-            handles=curves, loc='outside upper center', ncols=min(columns, 2), fontsize=8, frameon=False)
+        figure.legend(handles=curves, loc='outside upper center', ncols=min(columns, 2), fontsize=8, frameon=False)
     if picture is not None:
         line = '\n' if len(sums) == 1 else ' '  # a single row would cut off the end
-        figure.colorbar(
-            picture, ax=grid, label=f'sum of absolute kernels{line}over the largest', shrink=0.8, aspect=30)
+        figure.colorbar(picture, ax=grid, label=f'sum of absolute kernels{line}over the largest', shrink=0.8, aspect=30)
     figure.savefig(path, dpi=130, format='png')
 
 

@@ -82,10 +82,8 @@ def pointwise(
         **dd: Any) -> ConvNormActBlock:
     """Create a 1x1 convolution, norm and, if given, activation."""
     return ConvNormActBlock(
-        nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd),
-        create_norm(norm_layer, out_channels, **dd),
-        None if act_layer is None else create_act(act_layer),
-    )
+        nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd), create_norm(norm_layer, out_channels, **dd),
+        None if act_layer is None else create_act(act_layer))
 
 
 class ResidualBlock(nn.Module):

@@ -125,8 +125,7 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or not self._takes_operation():  # scripted, the operation is conv2d too
             return self._conv_forward(input, self.weight, self.bias)
-        return depthwise_conv2d(
-            input, self.weight, self.bias, dilation=to_2tuple(self.dilation), backend=self.backend)
+        return depthwise_conv2d(input, self.weight, self.bias, dilation=to_2tuple(self.dilation), backend=self.backend)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, backend={self.backend!r}'
@@ -308,8 +307,7 @@ def plain_conv(conv: nn.Module) -> Optional[Union[nn.Conv1d, nn.Conv2d]]:
     is_trained = any(parameter.requires_grad for parameter in conv.parameters())
     kind: Any = _unparametrized_type(conv)
     plain = kind.__new__(kind)
-    hooks = {
-        key: hook for key, hook in conv._forward_pre_hooks.items() if not isinstance(hook, _RECOMPUTING_HOOKS)}
+    hooks = {key: hook for key, hook in conv._forward_pre_hooks.items() if not isinstance(hook, _RECOMPUTING_HOOKS)}
     own = {name: value for name, value in vars(conv).items() if name not in ('weight', 'bias')}
     vars(plain).update(
         own, _parameters={}, _buffers={}, _modules={}, _forward_pre_hooks=type(conv._forward_pre_hooks)(hooks))

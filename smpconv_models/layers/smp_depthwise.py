@@ -80,8 +80,7 @@ class SMPLayer(CountedConv):
         size = [self.kernel_size] * ndim
         if self.kernel_size == self.base_size:
             return points.sample_kernel(self.coords, radius, self.weight, size, self.normalize)
-        return points.resample_kernel(
-            self.coords, radius, self.weight, [self.base_size] * ndim, size, self.normalize)
+        return points.resample_kernel(self.coords, radius, self.weight, [self.base_size] * ndim, size, self.normalize)
 
     def kernel(self) -> Tensor:
         """Return the kernel as a convolution takes it."""

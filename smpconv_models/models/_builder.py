@@ -86,8 +86,7 @@ def _check_out_indices(out_indices: Union[int, Sequence[int], None], num_stages:
         if not 1 <= out_indices <= num_stages:
             raise ValueError(f'out_indices as a number of last stages must lie in [1, {num_stages}], got {out_indices}')
     elif any(not -num_stages <= index < num_stages for index in out_indices):
-        raise ValueError(
-            f'out_indices must lie in [{-num_stages}, {num_stages - 1}], got {tuple(out_indices)}')
+        raise ValueError(f'out_indices must lie in [{-num_stages}, {num_stages - 1}], got {tuple(out_indices)}')
 
 
 # --- identification ---

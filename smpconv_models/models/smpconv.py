@@ -43,11 +43,8 @@ def create_stem(in_chans: int, dim: int, stride: int, **shared: Any) -> nn.Seque
     """Create the stem, with a reduction of 1, 2 or 4."""
     first_stride = min(stride, 2)
     return nn.Sequential(
-        conv3x3(in_chans, dim, first_stride, 1, 1, **shared),
-        conv3x3(dim, dim, 1, 1, dim, **shared),
-        pointwise(dim, dim, **shared),
-        conv3x3(dim, dim, stride // first_stride, 1, dim, **shared),
-    )
+        conv3x3(in_chans, dim, first_stride, 1, 1, **shared), conv3x3(dim, dim, 1, 1, dim, **shared),
+        pointwise(dim, dim, **shared), conv3x3(dim, dim, stride // first_stride, 1, dim, **shared))
 
 
 class SMPConvBlock(nn.Sequential):
@@ -246,8 +243,7 @@ def _create_smpconv(variant: str, pretrained: bool, model_args: Dict[str, Any], 
             kwargs.update(infer_kernel_scale(weights.state_dict, default_sizes, **{**model_args, **overrides}))
         return kwargs
 
-    return build_model(
-        SMPConvNet, variant, pretrained, model_args, checkpoint_filter_fn, overrides, args_for_weights)
+    return build_model(SMPConvNet, variant, pretrained, model_args, checkpoint_filter_fn, overrides, args_for_weights)
 
 
 @register_model

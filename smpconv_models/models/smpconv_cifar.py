@@ -140,8 +140,7 @@ def _check(
         in_chans: int, depths: Sequence[int], dims: Sequence[int], kernel_size: int, small_kernel_size: int,
         num_classes: int, learned: Sequence[str]) -> None:
     if len(depths) != len(dims) or not depths:
-        raise ValueError(
-            f'depths and dims must have one entry for each stage, got {len(depths)} and {len(dims)}')
+        raise ValueError(f'depths and dims must have one entry for each stage, got {len(depths)} and {len(dims)}')
     check_counts(
         in_chans=in_chans, **{f'depths[{stage}]': depth for stage, depth in enumerate(depths)},
         **{f'dims[{stage}]': dim for stage, dim in enumerate(dims)})

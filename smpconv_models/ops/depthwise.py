@@ -104,8 +104,7 @@ def validate_options(dilation: Union[int, Tuple[int, int]], backend: str) -> Non
 def available_backends(device: Union[str, torch.device] = 'cpu') -> Tuple[str, ...]:
     """Return the names of the backends that can run on ``device``, in the order in which 'auto' tries them."""
     device = torch.device(device)
-    return tuple(
-        name for name in _backends.AUTO_ORDER if _backends.load(name).unsupported_reason(device) is None)
+    return tuple(name for name in _backends.AUTO_ORDER if _backends.load(name).unsupported_reason(device) is None)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:

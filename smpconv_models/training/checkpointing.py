@@ -322,8 +322,7 @@ class RunDir:
         self.summary_png = path / 'summary.png'
         self._owner_file = path / '.run.json'
         self._lock = FileLock(path / '.run.lock')
-        self._owner = {
-            'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')}
+        self._owner = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')}
 
     @staticmethod
     def best_checkpoint(path: str) -> str:

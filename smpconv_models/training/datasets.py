@@ -267,8 +267,7 @@ class ResumableBatchSampler(Sampler):
         return (self.steps - self.first) * self.accumulation
 
     def __iter__(self) -> Iterator[List[SampleKey]]:
-        return (
-            self.batch(step, part) for step in range(self.first, self.steps) for part in range(self.accumulation))
+        return (self.batch(step, part) for step in range(self.first, self.steps) for part in range(self.accumulation))
 
 
 # --- streams ---

@@ -181,8 +181,7 @@ _SIGNALS = tuple(
 
 def _set_handlers(handler: Any) -> Dict[int, Any]:
     """Set the handler of all signals that are not ignored, as nohup ignores SIGHUP; return the previous handlers."""
-    return {
-        number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    return {number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
 
 class TrainingInterrupted(Exception):

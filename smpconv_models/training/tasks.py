@@ -88,23 +88,13 @@ class ImageTask(_Task):
         """Set timm's augmentation, with the crop of ``random_crop_pad`` if it is on."""
         try:
             transform = create_transform(
-                data_config['input_size'],
-                is_training=True,
-                use_prefetcher=use_prefetcher,
-                no_aug=augmentation.no_aug,
+                data_config['input_size'], is_training=True, use_prefetcher=use_prefetcher, no_aug=augmentation.no_aug,
                 scale=(augmentation.scale[0], augmentation.scale[1]),
-                ratio=(augmentation.ratio[0], augmentation.ratio[1]),
-                hflip=augmentation.hflip,
-                vflip=augmentation.vflip,
-                color_jitter=augmentation.color_jitter,
-                auto_augment=augmentation.aa,
+                ratio=(augmentation.ratio[0], augmentation.ratio[1]), hflip=augmentation.hflip,
+                vflip=augmentation.vflip, color_jitter=augmentation.color_jitter, auto_augment=augmentation.aa,
                 interpolation=augmentation.train_interpolation or data_config['interpolation'],
-                mean=data_config['mean'],
-                std=data_config['std'],
-                re_prob=augmentation.reprob,
-                re_mode=augmentation.remode,
-                re_count=augmentation.recount,
-            )
+                mean=data_config['mean'], std=data_config['std'], re_prob=augmentation.reprob,
+                re_mode=augmentation.remode, re_count=augmentation.recount)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'the augmentation is not supported: {type(error).__name__} {error}') from error
         dataset.transform = patch_posterize(transform)
@@ -118,14 +108,9 @@ class ImageTask(_Task):
     def prepare_evaluation(self, dataset: Any, data_config: Dict[str, Any], use_prefetcher: bool) -> None:
         """Set timm's resizing, crop and normalization."""
         dataset.transform = create_transform(
-            data_config['input_size'],
-            use_prefetcher=use_prefetcher,
-            interpolation=data_config['interpolation'],
-            mean=data_config['mean'],
-            std=data_config['std'],
-            crop_pct=data_config['crop_pct'],
-            crop_mode=data_config['crop_mode'],
-        )
+            data_config['input_size'], use_prefetcher=use_prefetcher, interpolation=data_config['interpolation'],
+            mean=data_config['mean'], std=data_config['std'], crop_pct=data_config['crop_pct'],
+            crop_mode=data_config['crop_mode'])
 
 
 class SequenceTask(_Task):

@@ -10,14 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn, Optional, Tuple, Union
 
-from huggingface_hub import (
-    HfFileMetadata,
-    constants,
-    get_hf_file_metadata,
-    get_token,
-    hf_hub_download,
-    hf_hub_url,
-)
+from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
