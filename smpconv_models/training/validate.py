@@ -202,9 +202,9 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
     filled = described.preparation(
         [key for key in keys if getattr(given, key) is None], checkpoint.MAX_INHERITED_SIDE,
         '; an option of this name overrides it')
-    dataset = described.dataset if given.dataset is None else None
+    dataset = described.text('dataset') if given.dataset is None else None
     if given.dataset is None and given.data_dir is None:
-        data_dir = described.data_dir
+        data_dir = described.text('data_dir')
         if dataset in _EMBEDDED:
             filled['dataset'] = dataset
         elif not dataset and data_dir and _is_local_folder(data_dir):
@@ -217,7 +217,7 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
     elif dataset and is_sequence_dataset(dataset) and dataset.lower().removeprefix('seq/') in data.DATASET_NAMES:
         # the user has named the folder of its files
         filled['dataset'] = dataset
-    split = described.val_split if options.split is None else None
+    split = described.text('val_split') if options.split is None else None
     if split and not re.fullmatch(r'[\w-]+', split):
         raise ValueError(
             f'{options.checkpoint} was evaluated on the split {checkpoint.shown(split)}, which is no plain name: '
