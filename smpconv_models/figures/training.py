@@ -1,4 +1,5 @@
 """Figures of training runs: losses and accuracy, kernels, the confusion matrix, and animations of the points."""
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -8,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -16,6 +18,7 @@ from smpconv_models.layers import SMPLayer, smp_layers
 
 from .kernels import (
     KernelView,
+    add_legend,
     draw_kernel_row,
     draw_rows,
     evenly_spaced,
@@ -23,6 +26,7 @@ from .kernels import (
     kernel_view,
     kernel_views,
     layer_label,
+    legend_height,
     value_limit,
     visible_range,
 )
@@ -31,6 +35,10 @@ Row = Dict[str, Any]
 Layers = Mapping[str, SMPLayer]
 # Numbers of classes up to which a confusion matrix names the classes, shows the counts, and needs no enlarged cells.
 _MAX_NAMED, _MAX_COUNTED, _MAX_VISIBLE = 40, 20, 250
+# Prefixes of the columns of summary.csv, and their labels; a series has the same color in all plots.
+_SERIES = {'train': 'training', 'eval': 'validation', 'ema': 'validation, EMA weights'}
+# The axis of top-1 is logarithmic in the difference to this percentage, so that 100 % has a place on it.
+_TOP1_LIMIT = 100.1
 
 # Pillow's formats of animations by file extension.
 ANIMATION_FORMATS = {'.gif': 'GIF', '.png': 'PNG', '.apng': 'PNG'}
@@ -54,9 +62,9 @@ def save_run(
         columns: Number of channels per layer; over time half as many panels, twice as wide, the first for all points.
     """
     views = kernel_views(dict(evenly_spaced(list(smp_layers(model).items()), max_layers)))
-    height = 3.2 + 1.5 * len(views)
-    figure = Figure(figsize=(10, height), layout='constrained')
-    parts: Any = figure.subfigures(2, 1, height_ratios=(3.2, max(1.5 * len(views), 1e-3)))
+    heights = (3.2, 1.5 * len(views) + legend_height(10) if views else 1e-3)
+    figure = Figure(figsize=(10, sum(heights)), layout='constrained')
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     curves, kernels = parts
     _draw_curves(curves.subplots(1, 2), rows)
     if views:
@@ -65,7 +73,10 @@ def save_run(
 
 
 def save_curves(path: Union[str, Path], rows: Sequence[Row]) -> None:
-    """Save a PNG of losses and accuracy over the epochs, from the rows of a run's ``summary.csv``."""
+    """Save a PNG of losses and accuracy over the epochs, from the rows of a run's ``summary.csv``.
+
+    The axis of top-1 is logarithmic in the error.
+    """
     figure = Figure(figsize=(10, 3.2), layout='constrained')
     _draw_curves(figure.subplots(1, 2), rows)
     figure.savefig(path, dpi=130, format='png')
@@ -120,23 +131,53 @@ def _draw_kernels(figure: Any, views: Mapping[str, KernelView], columns: int) ->
     for row, (name, view) in zip(figure.subplots(len(views), columns, squeeze=False), views.items()):
         row[0].set_ylabel(layer_label(name, view), fontsize=7)
         draw_kernel_row(row, view, True, [None] * columns)
+    add_legend(figure, views.values(), with_points=True)
 
 
 def _draw_curves(axes: Sequence[Axes], rows: Sequence[Row]) -> None:
-    epochs = [row['epoch'] for row in rows]
-    losses = {'train_loss': 'training', 'eval_loss': 'validation', 'ema_loss': 'validation, EMA weights'}
-    _draw_lines(axes[0], epochs, rows, losses, 'loss')
-    _draw_lines(
-        axes[1], epochs, rows, {'eval_top1': losses['eval_loss'], 'ema_top1': losses['ema_loss']}, 'top-1 (%)')
+    _set_top1_scale(axes[1], [value for row in rows for key, value in row.items() if key.endswith('_top1')])
+    for panel, metric, ylabel in zip(axes, ('loss', 'top1'), ('loss', 'top-1 (%)')):
+        for index, (prefix, label) in enumerate(_SERIES.items()):
+            key = f'{prefix}_{metric}'
+            if key in rows[0]:
+                panel.plot(
+                    [row['epoch'] for row in rows], [row[key] for row in rows], label=label, color=f'C{index}',
+                    marker='o' if len(rows) == 1 else None, markersize=4)
+        panel.set(xlabel='epoch', ylabel=ylabel)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
 
 
-def _draw_lines(axes: Axes, epochs: List[int], rows: Sequence[Row], labels: Dict[str, str], ylabel: str) -> None:
-    for key, label in labels.items():
-        if key in rows[0]:
-            axes.plot(epochs, [row[key] for row in rows], label=label, marker='.' if len(rows) == 1 else None)
-    axes.set(xlabel='epoch', ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+def _top1_height(top1: Any) -> Any:
+    return -np.log10(_TOP1_LIMIT - top1)
+
+
+def _top1_of_height(height: Any) -> Any:
+    return _TOP1_LIMIT - 10 ** -height
+
+
+def _set_top1_scale(axes: Axes, top1s: Sequence[float]) -> None:
+    """Give an axis of top-1 the logarithmic scale of the error, which separates 99.2 % from 99.7 %."""
+    low, high = _top1_height(min(top1s)), _top1_height(max(top1s))
+    margin = max(0.06 * (high - low), 0.01)
+    axes.set_ylim(_top1_of_height(low - margin), _top1_of_height(high + margin))  # before the scale: it has no others
+    axes.set_yscale('function', functions=(_top1_height, _top1_of_height))
+    ticks = _top1_ticks(low - margin, high + margin)
+    axes.set_yticks(ticks, [f'{tick:g}' for tick in ticks])
+    axes.minorticks_off()
+
+
+def _top1_ticks(low: float, high: float) -> List[float]:
+    """Return round values of top-1 between two heights, the roundest first, with room for their labels."""
+    ticks: List[float] = []
+    for step in (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):
+        first, last = (max(0., min(100., _top1_of_height(height))) / step for height in (low, high))
+        for index in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1):
+            heights = _top1_height(np.array(ticks))
+            if (abs(heights - _top1_height(index * step)) >= (high - low) / 9).all():
+                ticks.append(index * step)
+    return sorted(ticks)
 
 
 def _enlarge_cells(axes: Axes, shares: np.ndarray, colors: Dict[str, Any]) -> None:
