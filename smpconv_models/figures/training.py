@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from smpconv_models.layers import SMPLayer, smp_layers
 
+from ._text import drawable
 from .kernels import (
     KernelView,
     add_legend,
@@ -90,7 +91,8 @@ def save_confusion_matrix(
     """Save a PNG of a confusion matrix: the distribution of each class's images over the predictions.
 
     Colors follow the square root of the share, so that rare mistakes are visible. A class without images is gray. Up to
-    40 classes are named. Up to 20 classes have their counts in the cells.
+    40 classes are named, with their indices if shortened names are equal. Up to 20 classes have their counts in the
+    cells.
 
     Args:
         path: Path of the file to write.
@@ -109,9 +111,12 @@ def save_confusion_matrix(
     axes.set(xlabel='predicted', ylabel='class')
     axes.set_title(f'top-1 {100 * counts.trace() / images.sum():.2f} % of {images.sum()} images')
     if len(counts) <= _MAX_NAMED:
-        labels = [name if len(name) <= 32 else f'{name[:31]}…' for name in map(str, names or range(len(counts)))]
-        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0, parse_math=False)
-        axes.set_yticks(range(len(labels)), labels, parse_math=False)
+        labels, style = drawable([str(name) for name in names or range(len(counts))])
+        labels = [label if len(label) <= 32 else f'{label[:31]}…' for label in labels]
+        if len(set(labels)) < len(labels):
+            labels = [f'{index}: {label}' for index, label in enumerate(labels)]
+        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0, **style)
+        axes.set_yticks(range(len(labels)), labels, **style)
     if len(counts) <= _MAX_COUNTED:
         for row, column in np.argwhere(counts).tolist():
             color = 'white' if shares[row, column] > 40 else 'black'
@@ -253,7 +258,8 @@ def save_animation(
 def draw_frame(title: str, views: Mapping[str, KernelView], scales: Mapping[str, _Scale], columns: int) -> Figure:
     """Return the figure of one frame."""
     figure = Figure(figsize=figure_size(views.values(), 1 + columns, 0.4), layout='constrained')
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    (title,), style = drawable([title])
+    figure.suptitle(title, fontsize=10, **style)
     draw_rows(figure, views, columns, scales, with_titles=next(iter(views.values())).filter is not None)
     return figure
 
