@@ -387,6 +387,22 @@ def test_a_dry_run_sends_nothing(remote, folder, capsys):
     assert {request.method for request in remote.requests} <= {'GET', 'HEAD'}
 
 
+def test_a_dry_run_needs_no_token(remote, folder, capsys, monkeypatch):
+    assert run(publish, folder, REPO, '--publish') == 0
+    change_weight(folder, 1)
+    capsys.readouterr()
+    monkeypatch.delenv('HF_TOKEN')
+    assert run(publish, folder, REPO, '--force') == 0
+    assert capsys.readouterr().out.splitlines() == [
+        'changed  model.safetensors', 'changed  config.json', 'same     README.md',
+        'nothing was sent; --publish makes these changes and needs a token']
+    assert run(publish, folder, 'tester/other') == 0
+    assert capsys.readouterr().out.startswith(
+        'tester/other: a new repository, unless it is private: without a token only public ones are visible\nnew ')
+    assert run(publish, folder, 'tester/other', '--private') == 0
+    assert 'publishing needs a token' in refused(capsys, publish, folder, REPO, '--publish', '--force')
+
+
 def test_publishing_sends_what_changed_and_never_the_token(remote, folder, capsys):
     assert run(publish, folder, REPO, '--publish') == 0
     assert 'published: ' in capsys.readouterr().out
