@@ -75,9 +75,9 @@ def publish(
 ) -> Publication:
     """Create or update a repository of the Hugging Face Hub with a folder of :func:`convert`.
 
-    Only the safetensors weights, the configuration and the card are sent; ``OWNER/NAME`` in the card becomes the
-    repository's name. The token is the Hub client's: ``HF_TOKEN``, or that of ``hf auth login``. A dry run of a public
-    or a new repository needs none.
+    Only the safetensors weights, the configuration and the card are sent; ``'local-dir:.'`` in the card becomes
+    ``'hf-hub:OWNER/NAME'`` with the repository's name. The token is the Hub client's: ``HF_TOKEN``, or that of
+    ``hf auth login``. A dry run of a public or a new repository needs none.
 
     Args:
         folder: Folder to send.
@@ -96,7 +96,7 @@ def publish(
         raise ValueError(f'expected OWNER/NAME, got {repo!r}')
     texts = {
         CONFIG: (folder / CONFIG).read_bytes(),
-        CARD: (folder / CARD).read_bytes().replace(b'OWNER/NAME', repo.encode())}
+        CARD: (folder / CARD).read_bytes().replace(b"'local-dir:.'", f"'hf-hub:{repo}'".encode())}
     names = {WEIGHTS: sha256, **{file: hub_download.git_sha1(content) for file, content in texts.items()}}
     client = HfApi()
     is_created = False
