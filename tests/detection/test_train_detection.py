@@ -196,7 +196,45 @@ def test_an_image_that_is_cut_off_is_named(example, data, tmp_path, capsys, work
     code, error = failure(
         example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, '--workers', workers)
     assert code == 1 and error.count('\n') == 1
-    assert 'image ' in error and '.png cannot be read: ' in error
+    assert error.startswith('train_detection.py: error: image ') and '.png cannot be read: ' in error
+
+
+def test_an_error_of_the_data_set_is_raised_as_it_is(example):
+    class Refusing(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise OSError(5, 'the disk failed', 'a.png')
+
+    with pytest.raises(OSError, match=r'the disk failed') as found:
+        list(example.Loader(Refusing(), num_workers=1))
+    assert found.value.errno == 5 and found.value.filename == 'a.png'
+
+
+@pytest.mark.parametrize('argv, missing, text', [
+    ([], ['pycocotools', 'matplotlib'],
+     "packages are missing: matplotlib, pycocotools; pip install '.[detection]' installs them"),
+    ([], ['sklearn'], 'packages are missing: sklearn;'),
+    (['--backbone', 'smpconv_x'], [], 'smpconv_x'), (['--opt', 'nothing'], [], 'nothing'),
+    (['--backbone', 'smpconv_nano', '--pretrained'], [], '--backbone smpconv_nano: '),
+])
+def test_what_is_missing_is_named_before_the_scenes_are_made(
+        example, tmp_path, capsys, monkeypatch, argv, missing, text):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    code, error = failure(example, capsys, '--output', tmp_path / 'run', '--device', 'cpu', *argv)
+    assert code == 2 and error.count('\n') == 1 and text in error
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('gone', ['val', 'annotations/instances_val.json'])
+def test_a_missing_split_is_named_before_the_other_is_validated(
+        example, data, tmp_path, capsys, monkeypatch, gone):
+    monkeypatch.setattr(example, 'CocoFolder', None)
+    (data / gone).rename(tmp_path / 'gone')
+    code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY)
+    assert code == 2 and error.startswith(f'train_detection.py: error: {data / gone} does not exist: ')
 
 
 def test_categories_of_both_splits_must_agree(example, data, tmp_path, capsys):
