@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from smpconv_models.layers import SMPLayer, clip_radius, smp_layers
 
+from ._text import drawable
+
 # Panel width in inches by the kernels' dimensions: a line needs more room than a square.
 _PANEL_WIDTHS = {1: 2.2, 2: 1.4}
 # Number of steps that a panel of two inches can resolve.
@@ -371,7 +373,8 @@ def draw_rows(
     for row, (name, view) in zip(grid, views.items()):
         heaviest, highest = limits[name] if limits else (None, [None] * columns)
         draw_points(row[0], view, heaviest)
-        row[0].set_ylabel(layer_label(name, view), fontsize=7)
+        (label,), style = drawable([layer_label(name, view)])
+        row[0].set_ylabel(label, fontsize=7, **style)
         draw_kernel_row(row[1:], view, view.ndim == 1, highest)  # a line leaves room for the points
     if with_titles:
         channel = 'channel' if next(iter(views.values())).filter is None else 'input channel'

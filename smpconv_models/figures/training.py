@@ -134,7 +134,8 @@ def _draw_kernels(figure: Any, views: Mapping[str, KernelView], columns: int) ->
         draw_rows(figure, views, max(columns // 2 - 1, 1))  # panels twice as wide
         return
     for row, (name, view) in zip(figure.subplots(len(views), columns, squeeze=False), views.items()):
-        row[0].set_ylabel(layer_label(name, view), fontsize=7)
+        (label,), style = drawable([layer_label(name, view)])
+        row[0].set_ylabel(label, fontsize=7, **style)
         draw_kernel_row(row, view, True, [None] * columns)
     add_legend(figure, views.values(), with_points=True)
 

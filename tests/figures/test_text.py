@@ -7,6 +7,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 
 from smpconv_models import SMPConvNet, figures
+from smpconv_models.layers import SMPConv1d
 
 pytestmark = pytest.mark.filterwarnings('error')  # matplotlib warns of missing glyphs
 NAMES = ['猫', '犬', 'きつね', '\N{FOX FACE}', 'قطة', 'ant']
@@ -72,3 +73,4 @@ def test_titles_with_names_from_outside_are_drawn(fonts, tmp_path, name):
     figures.save_stages(tmp_path / 'stages.png', {name: network})
     layers = figures.choose_layers(network)
     figures.save_animation(tmp_path / 'points.gif', [(name, layers), (f'{name} 2', layers)])
+    figures.save_kernels(tmp_path / 'kernels.png', torch.nn.ModuleDict({name: SMPConv1d(1, 1, 9)}))
