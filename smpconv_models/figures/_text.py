@@ -27,7 +27,9 @@ def _fallbacks(missing: FrozenSet[str]) -> List[str]:
     """Return installed fonts that have these characters together, as far as there are any."""
     if not missing:
         return []
-    families = sorted({entry.name for entry in font_manager.fontManager.ttflist} - {_LAST_RESORT})
+    families = sorted({
+        entry.name for entry in font_manager.fontManager.ttflist
+        if (entry.style, entry.weight) == ('normal', 400) and entry.name != _LAST_RESORT})
     coverage = {family: _covered([family], missing) for family in families}
     chosen: List[str] = []
     while missing & frozenset().union(*coverage.values()):
