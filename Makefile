@@ -2,38 +2,39 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# One environment for all extras. If PYTHON is given, the environment must be one of this Python.
+environment = @PYTHON='$(PYTHON)' sh environment.sh $(VENV) $(1) $(if $(filter file,$(origin PYTHON)),,asked)
 
 # Otherwise OpenMP's threads spin while other processes need the cores (see train.py).
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: train test lint bench timm-suite clean
 
-train: $(VENV)/demo
+train:
+	$(call environment,demo)
 	$(RUN) train.py --config recipes/digits.yaml
 
 # Two tests run at a time, each with one core: more would need more memory.
-test: $(VENV)/test
+test:
+	$(call environment,test)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist worksteal
 
-lint: $(VENV)/dev
+lint:
+	$(call environment,dev)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
 # Compares the depthwise operation with PyTorch's, and measures the sampling of kernels. Appends to benchmarks/results/.
 # Threads wait as they do for users, so nothing else should run.
-bench: $(VENV)/demo
+bench:
+	$(call environment,demo)
 	env -u OMP_WAIT_POLICY $(RUN) benchmarks/depthwise.py --picture docs/depthwise.png
 	env -u OMP_WAIT_POLICY $(RUN) benchmarks/models.py
 
 # Runs timm's own model tests on the models of this package.
-timm-suite: $(VENV)/test
+timm-suite:
+	$(call environment,test)
 	$(RUN) tests/timm_suite.py
-
-# One environment for all extras. The file named after an extra marks it as installed.
-$(VENV)/%: pyproject.toml
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
-	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

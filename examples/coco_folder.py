@@ -49,7 +49,7 @@ class CocoFolder(Dataset):
     def __init__(
             self, folder: Path, split: str, skip_empty_boxes: bool = False,
             augment: Optional[Callable[..., Any]] = None) -> None:
-        path = folder / 'annotations' / f'instances_{split}.json'
+        path = annotation_file(folder, split)
         content = check(path, folder / split, skip_empty_boxes)
         with quiet():
             data = CocoDetection(folder / split, str(path))
@@ -115,6 +115,11 @@ class CocoFolder(Dataset):
         empty.dataset = {**self.coco.dataset, 'annotations': []}
         empty.createIndex()
         return empty
+
+
+def annotation_file(folder: Path, split: str) -> Path:
+    """Return the path of a split's annotations."""
+    return folder / 'annotations' / f'instances_{split}.json'
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from smpconv_models.figures import drawable
+
 Boxes = Dict[str, Any]
 
 
@@ -39,8 +41,9 @@ def save_detections(
 
 
 def _draw(axes: Axes, image: Tensor, boxes: Tensor, texts: Sequence[str], color: str) -> None:
+    texts, style = drawable(texts)
     axes.imshow(image.permute(1, 2, 0).numpy())
     for (left, top, right, bottom), text in zip((boxes - 0.5).tolist(), texts):  # centers of pixels are integers
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1))
-        axes.text(left, top, text, fontsize=6, color='black', va='bottom', parse_math=False,
-                  bbox=dict(facecolor=color, edgecolor='none', pad=0.5))
+        axes.text(left, top, text, fontsize=6, color='black', va='bottom',
+                  bbox=dict(facecolor=color, edgecolor='none', pad=0.5), **style)

@@ -16,6 +16,7 @@ result has the same bits as without the interruption.
 Exit codes: 0 done, 1 failed, 2 wrong arguments or data, 130 interrupted.
 """
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -29,16 +30,15 @@ from smpconv_models.utils.errors import first_line
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch loads OpenMP: no spinning threads
 
 import coco_folder
-import detection_picture
 import digit_scenes
 import torch
 from coco_folder import CocoFolder
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -114,6 +114,52 @@ def _add(group: Any, name: str, help: str, **kwargs: Any) -> None:
 # --- data, model and state of a run ---
 
 
+def check_requirements(args: argparse.Namespace) -> None:
+    """Raise ValueError if packages, files of the data or the optimizer are missing, which is found at once."""
+    needed = ['matplotlib', 'pycocotools', *(['scipy', 'sklearn'] if args.data_path is None else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"packages are missing: {', '.join(missing)}; pip install '.[detection]' installs them")
+    if args.data_path is not None:
+        for split in (args.train_split, args.val_split):
+            for path in (coco_folder.annotation_file(args.data_path, split), args.data_path / split):
+                if not path.exists():
+                    raise ValueError(f'{path} does not exist: --data-path needs SPLIT/IMAGES and '
+                                     'annotations/instances_SPLIT.json')
+    get_optimizer_class(args.opt)
+
+
+class ErrorsAsSamples(Dataset):
+    """Data set that returns its errors in place of samples: a DataLoader worker would make texts of them."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.data[index]
+        except (OSError, ValueError) as error:
+            return error
+
+
+class Loader(DataLoader):
+    """DataLoader of lists of images, which may differ in size, and of targets; it raises the errors of the data set."""
+
+    def __init__(self, data: Any, batch_size: int = 1, **kwargs: Any) -> None:
+        super().__init__(ErrorsAsSamples(data), batch_size, collate_fn=list, **kwargs)
+
+    def __iter__(self) -> Any:
+        for samples in super().__iter__():
+            for sample in samples:
+                if isinstance(sample, Exception):
+                    raise sample
+            images, targets = zip(*samples)
+            yield list(images), list(targets)
+
+
 def open_data(args: argparse.Namespace, world: DistributedContext) -> Tuple[CocoFolder, CocoFolder]:
     """Open the training and validation data; generate the digit scenes without --data-path."""
     folder = args.data_path or Path(args.output) / 'digits'
@@ -139,7 +185,7 @@ def open_data(args: argparse.Namespace, world: DistributedContext) -> Tuple[Coco
     return train, val
 
 
-def create_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
+def create_backbone(args: argparse.Namespace) -> detection.FPNBackbone:
     extra = LastLevelP6P7(args.out_channels, args.out_channels) if args.extra_levels == 'p6p7' else None
     try:
         backbone = detection.fpn_backbone(
@@ -148,7 +194,7 @@ def create_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         raise ValueError(f'--backbone {args.backbone}: {first_line(error)}') from error
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
-    return DETECTORS[args.detector](backbone, num_classes, min_size=args.min_size, max_size=args.max_size)
+    return backbone
 
 
 class Run:
@@ -162,13 +208,17 @@ class Run:
         self.args, self.world = args, world
         self.last = args.output / 'last.pth'
         self._check_output()
+        check_requirements(args)
         self.device = _device(args.device)
         if self.device.type == 'cuda' and world.size > 1:
             self.device = torch.device('cuda', world.local_rank)
         world.init(self.device, args.dist_timeout)
-        self.train_data, self.val_data = open_data(args, world)
         torch.manual_seed(args.seed)
-        self.model = create_model(args, 1 + len(self.train_data.categories)).to(self.device)
+        backbone = create_backbone(args)  # before the data, which may take long to make or to validate
+        self.train_data, self.val_data = open_data(args, world)
+        self.model: torch.nn.Module = DETECTORS[args.detector](
+            backbone, 1 + len(self.train_data.categories), min_size=args.min_size, max_size=args.max_size)
+        self.model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # saves a fifth of a step's time on the digits on a CPU
         self.optimizer = create_optimizer_v2(
             param_groups(self.model, args.weight_decay), opt=args.opt, lr=args.lr, weight_decay=args.weight_decay,
@@ -207,8 +257,8 @@ class Run:
                              f'{self.args.max_size}')
 
     def _loader(self, data: Any, **kwargs: Any) -> DataLoader:
-        return DataLoader(
-            data, self.args.batch_size, num_workers=self.args.workers, collate_fn=as_lists,
+        return Loader(
+            data, self.args.batch_size, num_workers=self.args.workers,
             pin_memory=self.device.type == 'cuda', worker_init_fn=self.world.worker_init_fn, **kwargs)
 
     def _settings(self) -> Dict[str, Any]:
@@ -300,6 +350,7 @@ class Run:
         return self.val_data.metrics(results)
 
     def save_picture(self) -> Path:
+        import detection_picture  # imported here, as check_requirements looks for matplotlib first
         path = self.args.output / 'detections.png'
         shown = Subset(self.val_data, range(min(SHOWN, len(self.val_data))))
         samples = [
@@ -316,12 +367,6 @@ def _device(name: Optional[str]) -> torch.device:
         return torch.empty(0, device=device).device
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f'--device {device} cannot be used here: {first_line(error)}') from error
-
-
-def as_lists(samples: Sequence[Tuple[Any, Any]]) -> Tuple[List[Any], List[Any]]:
-    """Collate images, which may differ in size, into lists."""
-    images, targets = zip(*samples)
-    return list(images), list(targets)
 
 
 def replace(path: Path, write: Any) -> None:
@@ -379,8 +424,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         line = describe_error(error, world, args.batch_size, args.workers)
         if line is None:
             raise
-        if line.startswith('Caught '):  # by a DataLoader worker; the traceback ends with the cause
-            line = str(error).rstrip().splitlines()[-1]
         is_wrong = run is None and isinstance(error, (OSError, ValueError))
         parser.exit(2 if is_wrong else 1, f'{parser.prog}: error: {line}\n')
     finally:

@@ -29,8 +29,6 @@ from smpconv_models import hub
 from smpconv_models.checkpoint import original
 from smpconv_models.utils import streams
 
-RELEASE = 'https://github.com/sangnekim/SMPConv'
-
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -46,7 +44,9 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the EMA weights')
     parser.add_argument('--source', metavar='TEXT', help="origin of the checkpoint (default: the file's name)")
-    parser.add_argument('--license', metavar='NAME', default='mit', help='license of weights (default: %(default)s)')
+    parser.add_argument(
+        '--license', metavar='NAME',
+        help="license of the weights (default: mit with the original release as --source, otherwise unknown)")
     return parser
 
 
@@ -64,7 +64,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if args.download:
             path = original.download_original(args.download, Path(args.download_dir or '.', f'{args.download}.pth.tar'))
             print(f'{path}: {path.stat().st_size} bytes, sha256 {file_sha256(path)}')
-            source = source or RELEASE
+            source = source or original.RELEASE_URL
         done = hub.convert(
             path, args.folder, args.model, args.use_ema, source or Path(path).name, args.license,
             Path(__file__).with_name('model_card.md').read_text())

@@ -4,7 +4,8 @@
     python hub/publish.py FOLDER OWNER/NAME              prints the changes
     python hub/publish.py FOLDER OWNER/NAME --publish    makes them
 
-The token is the Hub client's: HF_TOKEN, or that of `hf auth login`. It is never an argument, and never printed.
+The token is the Hub client's: HF_TOKEN, or that of `hf auth login`. It is never an argument, and never printed. Only
+--publish needs it, and private repositories.
 
 Exit codes: 0 finished, 2 wrong folder, name or token, or the Hub refuses, 130 interrupted.
 """
@@ -46,7 +47,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted\n')
     if done.creates:
-        print(f'{done.repo}: a new repository')
+        print(f'{done.repo}: a new repository' + (
+            '' if done.has_token else ', unless it is private: without a token only public ones are visible'))
     for name, change in done.changes.items():
         print(f'{change:8} {name}')
     if done.url:
@@ -54,7 +56,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     elif all(change == 'same' for change in done.changes.values()):
         print(f'{done.repo} is up to date')
     else:
-        print('nothing was sent; --publish makes these changes')
+        print('nothing was sent; --publish makes these changes' + ('' if done.has_token else ' and needs a token'))
     return 0
 
 

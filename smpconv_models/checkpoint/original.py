@@ -32,6 +32,7 @@ SEQUENCE_GDRIVE_IDS = {
     'smpconv_speech_mfcc': '1AKmeyBDkv0v5qk8GF4vkecY6PgR2JpGP',
     'smpconv_speech': '15OWR-ZZIVu12pTtdCU1Dyv87yxwIhRlu',
 }
+RELEASE_URL = 'https://github.com/sangnekim/SMPConv'
 _ADDRESS = 'https://drive.usercontent.google.com/download'
 
 # Release name -> our name, applied in order to every key. The ImageNet models of the release list mixer and FFN blocks

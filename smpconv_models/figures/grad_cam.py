@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ._text import drawable
 from .kernels import check_layer_name
 from .receptive_field import check_inputs, forward_or_raise
 
@@ -99,8 +100,9 @@ def save_heat_maps(
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(3.2 * columns, 1.85 * rows), layout='constrained')
     parts: Any = figure.subfigures(rows, columns, squeeze=False).ravel()
+    titles, style = drawable(titles)
     for part, image, heat, title in zip(parts, images, maps, titles):
-        part.suptitle(title, fontsize=9, parse_math=False)
+        part.suptitle(title, fontsize=9, **style)
         pixels = image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
         plain, overlaid = part.subplots(1, 2)
         plain.imshow(pixels, cmap='gray', vmin=0, vmax=1)

@@ -10,13 +10,19 @@ from typing import Any, Collection, Dict, Iterator, List, Mapping, Optional, Seq
 
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Polygon
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Polygon
 from torch import Tensor, nn
 
 from smpconv_models.layers import SMPLayer, clip_radius, smp_layers
+
+from ._text import drawable
 
 # Panel width in inches by the kernels' dimensions: a line needs more room than a square.
 _PANEL_WIDTHS = {1: 2.2, 2: 1.4}
@@ -30,6 +36,10 @@ _LABEL_RULES = (
     (r'^blocks\.(\d+)\.', r'block \1 '),
     (r'(?:\.large)?\.conv$', ''),
 )
+
+
+# Number of entries in a legend, and width of one in inches.
+_LEGEND_ENTRIES, _LEGEND_ENTRY_WIDTH = 4, 2.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,8 +340,9 @@ def value_limit(view: KernelView, channel: int, with_points: bool) -> float:
 
 
 def figure_size(views: Collection[KernelView], panels: int, margin: float) -> Tuple[float, float]:
-    """Return the size in inches of a figure with a row of ``panels`` panels for each view."""
-    return max(_PANEL_WIDTHS[view.ndim] for view in views) * panels + 0.5, 1.45 * len(views) + margin
+    """Return the size in inches of a figure with a legend and a row of ``panels`` panels for each view."""
+    width = max(_PANEL_WIDTHS[view.ndim] for view in views) * panels + 0.5
+    return width, 1.45 * len(views) + margin + legend_height(width)
 
 
 def draw_rows(
@@ -346,14 +357,63 @@ def draw_rows(
     for row, (name, view) in zip(grid, views.items()):
         heaviest, highest = limits[name] if limits else (None, [None] * columns)
         draw_points(row[0], view, heaviest)
-        row[0].set_ylabel(layer_label(name, view), fontsize=7)
+        (label,), style = drawable([layer_label(name, view)])
+        row[0].set_ylabel(label, fontsize=7, **style)
         draw_kernel_row(row[1:], view, view.ndim == 1, highest)  # a line leaves room for the points
-    if any(view.ndim == 1 for view in views.values()):
-        figure.supxlabel('steps (0: the present)', fontsize=8)
     if with_titles:
         channel = 'channel' if next(iter(views.values())).filter is None else 'input channel'
         for index, axes in enumerate(grid[0]):
             axes.set_title(f'{channel} {index - 1}' if index else 'points', fontsize=8)
+    add_legend(figure, views.values(), with_points=False)
+
+
+def add_legend(figure: Any, views: Collection[KernelView], with_points: bool) -> None:
+    """Add a legend of elements, points and supports below the panels of a figure or subfigure.
+
+    Args:
+        figure: Figure or subfigure to draw on.
+        views: Views of the panels.
+        with_points: Whether 2-D kernels are drawn with their points; otherwise the points have panels of their own.
+    """
+    width = figure.get_figure(root=True).get_size_inches()[0]
+    entries = [entry for ndim in sorted({view.ndim for view in views}) for entry in _legend_entries(ndim, with_points)]
+    figure.legend(
+        handles=entries, loc='outside lower center', ncols=_legend_columns(width), fontsize=7, frameon=False,
+        borderaxespad=0.2, columnspacing=1.2)
+
+
+def legend_height(width: float) -> float:
+    """Return the height in inches of the legend in a figure of this width."""
+    return 0.15 * math.ceil(_LEGEND_ENTRIES / _legend_columns(width)) + 0.1
+
+
+def _legend_columns(width: float) -> int:
+    return max(1, min(_LEGEND_ENTRIES, int(width / _LEGEND_ENTRY_WIDTH)))
+
+
+def _legend_entries(ndim: int, with_points: bool) -> List[Artist]:
+    if ndim == 1:
+        return [
+            Line2D([], [], color='tab:blue', linewidth=0.9, label='kernel over the steps (0: the present)'),
+            _marker('o', 'point: its height is its weight (left: mean absolute)', 'tab:orange', 'black'),
+            Line2D([], [], color='tab:orange', linewidth=1., label='support of a point: its radius')]
+    colors = colormaps['RdBu_r']
+    points = [
+        _marker('o', 'point: its color is its weight, its size is fixed', 'white', 'black'),
+        _marker('D', 'support of a point: its radius', 'none', '0.4'),
+    ] if with_points else [
+        _marker('o', 'point: darker for a larger mean absolute weight', '0.5', 'black'),
+        _marker('D', 'support of a point: its radius', to_rgba('tab:orange', 0.4), 'tab:orange')]
+    return [
+        Patch(facecolor=colors(0.15), label='negative element of a kernel'),
+        Patch(facecolor=colors(0.85), label='positive element (scaled per kernel)'),
+        *points]
+
+
+def _marker(marker: str, label: str, face: Any, edge: str) -> Line2D:
+    return Line2D(
+        [], [], linestyle='none', marker=marker, markersize=5, markeredgewidth=0.5, markerfacecolor=face,
+        markeredgecolor=edge, label=label)
 
 
 def draw_kernel_row(

@@ -11,6 +11,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ._text import drawable
+
 # Shares of the contributions that RepLKNet tabulates.
 SHARES = (0.2, 0.3, 0.5, 0.99)
 _COLORS = ('#d62728', '#ff7f0e', '#2ca02c', '#1f77b4')
@@ -122,7 +124,8 @@ def save_receptive_fields(path: Union[str, Path], fields: Mapping[str, np.ndarra
                 label=f'{100 * share:.0f} % of the contributions in {square}: {100 * square.area:.1f} % of the area'))
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
         axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.01), fontsize=8, handlelength=1, frameon=False)
-        axes.set_title(f'{name} ({height}x{width} pixels)', fontsize=10, parse_math=False)
+        (title,), style = drawable([f'{name} ({height}x{width} pixels)'])
+        axes.set_title(title, fontsize=10, **style)
     figure.colorbar(picture, ax=grid, label='contribution over the largest', shrink=0.8)
     figure.savefig(path, dpi=130, format='png')
 

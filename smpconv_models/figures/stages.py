@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smpconv_models.layers import CausalConv1d, FFTConv2d, SMPLayer
 
+from ._text import drawable
 from .kernels import error_prefix, size_label
 from .receptive_field import central_square
 
@@ -102,7 +103,8 @@ def save_stages(path: Union[str, Path], models: Mapping[str, nn.Module]) -> None
                 curves = draw_step_sum(axes, found.total)
             else:
                 picture = _draw_square_sum(axes, found.total)
-        row[0].set_ylabel(name, fontsize=10, parse_math=False)
+        (label,), style = drawable([name])
+        row[0].set_ylabel(label, fontsize=10, **style)
     if curves is not None:
         figure.supxlabel('steps back (1: the present)', fontsize=9)
         figure.legend(handles=curves, loc='outside upper center', ncols=min(columns, 2), fontsize=8, frameon=False)

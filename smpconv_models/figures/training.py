@@ -1,4 +1,5 @@
 """Figures of training runs: losses and accuracy, kernels, the confusion matrix, and animations of the points."""
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -8,14 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from smpconv_models.layers import SMPLayer, smp_layers
 
+from ._text import drawable
 from .kernels import (
     KernelView,
+    add_legend,
     draw_kernel_row,
     draw_rows,
     evenly_spaced,
@@ -23,6 +27,7 @@ from .kernels import (
     kernel_view,
     kernel_views,
     layer_label,
+    legend_height,
     value_limit,
     visible_range,
 )
@@ -31,6 +36,10 @@ Row = Dict[str, Any]
 Layers = Mapping[str, SMPLayer]
 # Numbers of classes up to which a confusion matrix names the classes, shows the counts, and needs no enlarged cells.
 _MAX_NAMED, _MAX_COUNTED, _MAX_VISIBLE = 40, 20, 250
+# Prefixes of the columns of summary.csv, and their labels; a series has the same color in all plots.
+_SERIES = {'train': 'training', 'eval': 'validation', 'ema': 'validation, EMA weights'}
+# The axis of top-1 is logarithmic in the difference to this percentage, so that 100 % has a place on it.
+_TOP1_LIMIT = 100.1
 
 # Pillow's formats of animations by file extension.
 ANIMATION_FORMATS = {'.gif': 'GIF', '.png': 'PNG', '.apng': 'PNG'}
@@ -54,9 +63,9 @@ def save_run(
         columns: Number of channels per layer; over time half as many panels, twice as wide, the first for all points.
     """
     views = kernel_views(dict(evenly_spaced(list(smp_layers(model).items()), max_layers)))
-    height = 3.2 + 1.5 * len(views)
-    figure = Figure(figsize=(10, height), layout='constrained')
-    parts: Any = figure.subfigures(2, 1, height_ratios=(3.2, max(1.5 * len(views), 1e-3)))
+    heights = (3.2, 1.5 * len(views) + legend_height(10) if views else 1e-3)
+    figure = Figure(figsize=(10, sum(heights)), layout='constrained')
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
     curves, kernels = parts
     _draw_curves(curves.subplots(1, 2), rows)
     if views:
@@ -65,7 +74,10 @@ def save_run(
 
 
 def save_curves(path: Union[str, Path], rows: Sequence[Row]) -> None:
-    """Save a PNG of losses and accuracy over the epochs, from the rows of a run's ``summary.csv``."""
+    """Save a PNG of losses and accuracy over the epochs, from the rows of a run's ``summary.csv``.
+
+    The axis of top-1 is logarithmic in the error.
+    """
     figure = Figure(figsize=(10, 3.2), layout='constrained')
     _draw_curves(figure.subplots(1, 2), rows)
     figure.savefig(path, dpi=130, format='png')
@@ -79,7 +91,8 @@ def save_confusion_matrix(
     """Save a PNG of a confusion matrix: the distribution of each class's images over the predictions.
 
     Colors follow the square root of the share, so that rare mistakes are visible. A class without images is gray. Up to
-    40 classes are named. Up to 20 classes have their counts in the cells.
+    40 classes are named, with their indices if shortened names are equal. Up to 20 classes have their counts in the
+    cells.
 
     Args:
         path: Path of the file to write.
@@ -98,9 +111,12 @@ def save_confusion_matrix(
     axes.set(xlabel='predicted', ylabel='class')
     axes.set_title(f'top-1 {100 * counts.trace() / images.sum():.2f} % of {images.sum()} images')
     if len(counts) <= _MAX_NAMED:
-        labels = [name if len(name) <= 32 else f'{name[:31]}…' for name in map(str, names or range(len(counts)))]
-        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0, parse_math=False)
-        axes.set_yticks(range(len(labels)), labels, parse_math=False)
+        labels, style = drawable([str(name) for name in names or range(len(counts))])
+        labels = [label if len(label) <= 32 else f'{label[:31]}…' for label in labels]
+        if len(set(labels)) < len(labels):
+            labels = [f'{index}: {label}' for index, label in enumerate(labels)]
+        axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0, **style)
+        axes.set_yticks(range(len(labels)), labels, **style)
     if len(counts) <= _MAX_COUNTED:
         for row, column in np.argwhere(counts).tolist():
             color = 'white' if shares[row, column] > 40 else 'black'
@@ -118,24 +134,56 @@ def _draw_kernels(figure: Any, views: Mapping[str, KernelView], columns: int) ->
         draw_rows(figure, views, max(columns // 2 - 1, 1))  # panels twice as wide
         return
     for row, (name, view) in zip(figure.subplots(len(views), columns, squeeze=False), views.items()):
-        row[0].set_ylabel(layer_label(name, view), fontsize=7)
+        (label,), style = drawable([layer_label(name, view)])
+        row[0].set_ylabel(label, fontsize=7, **style)
         draw_kernel_row(row, view, True, [None] * columns)
+    add_legend(figure, views.values(), with_points=True)
 
 
 def _draw_curves(axes: Sequence[Axes], rows: Sequence[Row]) -> None:
-    epochs = [row['epoch'] for row in rows]
-    losses = {'train_loss': 'training', 'eval_loss': 'validation', 'ema_loss': 'validation, EMA weights'}
-    _draw_lines(axes[0], epochs, rows, losses, 'loss')
-    _draw_lines(axes[1], epochs, rows, {'eval_top1': losses['eval_loss'], 'ema_top1': losses['ema_loss']}, 'top-1 (%)')
+    _set_top1_scale(axes[1], [value for row in rows for key, value in row.items() if key.endswith('_top1')])
+    for panel, metric, ylabel in zip(axes, ('loss', 'top1'), ('loss', 'top-1 (%)')):
+        for index, (prefix, label) in enumerate(_SERIES.items()):
+            key = f'{prefix}_{metric}'
+            if key in rows[0]:
+                panel.plot(
+                    [row['epoch'] for row in rows], [row[key] for row in rows], label=label, color=f'C{index}',
+                    marker='o' if len(rows) == 1 else None, markersize=4)
+        panel.set(xlabel='epoch', ylabel=ylabel)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
 
 
-def _draw_lines(axes: Axes, epochs: List[int], rows: Sequence[Row], labels: Dict[str, str], ylabel: str) -> None:
-    for key, label in labels.items():
-        if key in rows[0]:
-            axes.plot(epochs, [row[key] for row in rows], label=label, marker='.' if len(rows) == 1 else None)
-    axes.set(xlabel='epoch', ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+def _top1_height(top1: Any) -> Any:
+    return -np.log10(_TOP1_LIMIT - top1)
+
+
+def _top1_of_height(height: Any) -> Any:
+    return _TOP1_LIMIT - 10 ** -height
+
+
+def _set_top1_scale(axes: Axes, top1s: Sequence[float]) -> None:
+    """Give an axis of top-1 the logarithmic scale of the error, which separates 99.2 % from 99.7 %."""
+    low, high = _top1_height(min(top1s)), _top1_height(max(top1s))
+    margin = max(0.06 * (high - low), 0.01)
+    axes.set_ylim(_top1_of_height(low - margin), _top1_of_height(high + margin))  # before the scale: it has no others
+    axes.set_yscale('function', functions=(_top1_height, _top1_of_height))
+    ticks = _top1_ticks(low - margin, high + margin)
+    axes.set_yticks(ticks, [f'{tick:g}' for tick in ticks])
+    axes.minorticks_off()
+
+
+def _top1_ticks(low: float, high: float) -> List[float]:
+    """Return round values of top-1 between two heights, the roundest first, with room for their labels."""
+    ticks: List[float] = []
+    for step in (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01):
+        first, last = (max(0., min(100., _top1_of_height(height))) / step for height in (low, high))
+        for index in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1):
+            heights = _top1_height(np.array(ticks))
+            if (abs(heights - _top1_height(index * step)) >= (high - low) / 9).all():
+                ticks.append(index * step)
+    return sorted(ticks)
 
 
 def _enlarge_cells(axes: Axes, shares: np.ndarray, colors: Dict[str, Any]) -> None:
@@ -211,7 +259,8 @@ def save_animation(
 def draw_frame(title: str, views: Mapping[str, KernelView], scales: Mapping[str, _Scale], columns: int) -> Figure:
     """Return the figure of one frame."""
     figure = Figure(figsize=figure_size(views.values(), 1 + columns, 0.4), layout='constrained')
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    (title,), style = drawable([title])
+    figure.suptitle(title, fontsize=10, **style)
     draw_rows(figure, views, columns, scales, with_titles=next(iter(views.values())).filter is not None)
     return figure
 

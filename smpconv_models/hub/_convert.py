@@ -11,6 +11,7 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
 from smpconv_models import checkpoint
+from smpconv_models.checkpoint.original import RELEASE_URL
 from smpconv_models.models import check_arguments, identify
 from smpconv_models.utils.download import file_sha256
 from smpconv_models.utils.errors import first_line
@@ -44,7 +45,7 @@ def convert(
         model: Optional[str] = None,
         use_ema: bool = True,
         source: str = '',
-        license: str = 'mit',
+        license: Optional[str] = None,
         card: Optional[str] = None,
 ) -> Converted:
     """Convert a checkpoint of the original release, of timm's script or of ours to a folder for the Hub.
@@ -57,8 +58,9 @@ def convert(
         folder: Path of a new or an empty folder.
         model: Name of the model, needed if neither the arguments in the checkpoint nor the shapes name it.
         use_ema: Whether to prefer the EMA weights.
-        source: Origin of the checkpoint, for the configuration.
-        license: License of the weights.
+        source: Origin of the checkpoint, by default the name of the file. The address of the original release,
+            ``checkpoint.original.RELEASE_URL``, says that the weights are its authors'.
+        license: License of the weights, by default 'mit' for the original release's and 'unknown' for others.
         card: Text of the model card, with the fields ``{architecture}``, ``{source}``, ``{license}``, ``{sha256}`` and
             ``{classes}``; None for no card.
 
@@ -70,6 +72,8 @@ def convert(
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f'{folder} exists: expected a new or an empty folder')
+    source = source or Path(path).name
+    license = license or ('mit' if source == RELEASE_URL else 'unknown')
     if len(f'{source}{license}'.splitlines()) > 1:
         raise ValueError(f'expected one line each as source and license, got {source!r} and {license!r}')
     loaded = checkpoint.load_file(path, lazy=True)
@@ -86,7 +90,7 @@ def convert(
         sha256 = _save(network, saved, kwargs, classes, source, license)
         if card is not None:
             (saved / CARD).write_text(card.format(
-                architecture=name, source=source or Path(path).name, license=license, sha256=sha256,
+                architecture=name, source=source, license=license, sha256=sha256,
                 classes=network.num_classes))
         del loaded, network  # one model at a time
         converted = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()(images)
@@ -175,6 +179,8 @@ def _save(
 ) -> str:
     """Save a folder as timm does, with source, license and checksum in its configuration; return the checksum."""
     network.pretrained_cfg.update(license=license)
+    if source != RELEASE_URL:  # these fields describe the release's weights
+        network.pretrained_cfg.update(tag=None, origin_url=None)
     labels = {'label_names': classes} if classes else {}
     try:
         save_for_hf(network, str(folder), model_config=labels, model_args=kwargs, safe_serialization=True)

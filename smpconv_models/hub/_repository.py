@@ -58,11 +58,13 @@ class Publication(NamedTuple):
         creates: Whether the repository is new.
         changes: File name -> 'new', 'changed', 'same', or 'removed' for other weights.
         url: Address of the commit; None in a dry run or if nothing changes.
+        has_token: Whether a token was set; without one, a private repository cannot be told from none.
     """
     repo: str
     creates: bool
     changes: Dict[str, str]
     url: Optional[str] = None
+    has_token: bool = True
 
 
 def publish(
@@ -70,19 +72,20 @@ def publish(
         private: bool = False) -> Publication:
     """Create or update a repository of the Hugging Face Hub with a folder of :func:`convert`.
 
-    Only the safetensors weights, the configuration and the card are sent; ``OWNER/NAME`` in the card becomes the
-    repository's name. The token is the Hub client's: ``HF_TOKEN``, or that of ``hf auth login``.
+    Only the safetensors weights, the configuration and the card are sent; ``'local-dir:.'`` in the card becomes
+    ``'hf-hub:OWNER/NAME'`` with the repository's name. The token is the Hub client's: ``HF_TOKEN``, or that of
+    ``hf auth login``. A dry run of a public or a new repository needs none.
 
     Args:
         folder: Folder to send.
         repo: ``OWNER/NAME``.
-        dry_run: Only compare folder and repository.
+        dry_run: Whether to only compare folder and repository.
         force: Replace other weights in the repository, under any name.
         private: Create a private repository; an existing one must be private.
 
     Raises:
         ValueError: If the folder is incomplete, has weights that are not finite or other files; the repository has
-            other weights, no token is set, or the Hub refuses.
+            other weights, no token is set to publish with, or the Hub refuses.
     """
     folder = Path(folder)
     sha256 = _check_folder(folder)
@@ -90,17 +93,18 @@ def publish(
         raise ValueError(f'expected OWNER/NAME, got {repo!r}')
     texts = {
         CONFIG: (folder / CONFIG).read_bytes(),
-        CARD: (folder / CARD).read_bytes().replace(b'OWNER/NAME', repo.encode())}
+        CARD: (folder / CARD).read_bytes().replace(b"'local-dir:.'", f"'hf-hub:{repo}'".encode())}
     names = {WEIGHTS: sha256, **{file: git_hash(content) for file, content in texts.items()}}
     client = HfApi()
     is_created = False
     try:
         token = get_token()
-        if token is None:
+        if token is not None:
+            client.whoami(token=token)
+        elif not dry_run:
             raise ValueError('publishing needs a token: set HF_TOKEN, or run hf auth login')
-        client.whoami(token=token)
         info = _model_info(client, repo)
-        planned = _plan(repo, info, names, force, private)
+        planned = _plan(repo, info, names, force, private)._replace(has_token=token is not None)
         files = [file for file, change in planned.changes.items() if change in ('new', 'changed')]
         removed = [file for file, change in planned.changes.items() if change == 'removed']
         if dry_run or not files + removed:

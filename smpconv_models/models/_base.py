@@ -7,6 +7,8 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from smpconv_models.checkpoint.original import RELEASE_URL
+
 
 class SMPNet(nn.Module):
     """Base of networks whose kernels are sampled from points."""
@@ -166,6 +168,6 @@ def cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
         'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
         'paper_ids': 'arXiv:2304.02330',
         'paper_name': 'SMPConv: Self-moving Point Representations for Continuous Convolution',
-        'origin_url': 'https://github.com/sangnekim/SMPConv', 'license': 'mit',
+        'origin_url': RELEASE_URL, 'license': 'mit',
         **kwargs,
     }

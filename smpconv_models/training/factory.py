@@ -260,13 +260,23 @@ def create_model(name: Optional[str], pretrained: bool = False, **kwargs: Any) -
     if source == 'hf-hub':  # timm fetches the file as well, with other errors
         hub_download.download_verified(repo, 'config.json')
     try:
-        if name not in list_sequence_models():
-            return timm.create_model(name, pretrained=pretrained, **kwargs)
-        if pretrained:
-            raise ValueError('there are no pretrained weights except in files: --checkpoint, --initial-checkpoint')
-        return create_sequence_model(name, **kwargs)
+        if pretrained and not source and not _has_weights(name, **kwargs):  # timm advises pretrained=False
+            raise ValueError(
+                'there are no pretrained weights except in files: validate.py --checkpoint, train.py '
+                '--initial-checkpoint')
+        if name in list_sequence_models():
+            return create_sequence_model(name, **kwargs)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'{name} cannot be created: {first_line(error)}') from error
+
+
+def _has_weights(name: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: Any = None, **kwargs: Any) -> bool:
+    """Return whether weights of a registered model are published, or given by timm's arguments."""
+    if pretrained_cfg or pretrained_cfg_overlay:
+        return True
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return cfg is not None and bool(cfg.has_weights)
 
 
 class CheckpointedModel(NamedTuple):

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import tarfile
+import tempfile
 import urllib.error
 import urllib.request
 import zlib
@@ -52,7 +53,8 @@ def missing(path: Path, url: str) -> DownloadNeededError:
 def locked(folder: Path, name: str = 'download') -> Iterator[None]:
     """Create a folder, and hold the lock of this name in it for the block. Locks of one name cannot be nested.
 
-    A folder that cannot be created or written is a ValueError.
+    The lock's file is removed at the end of the block, if the file system allows that safely. A folder that cannot be
+    created or written is a ValueError.
     """
     lock = FileLock(folder / f'.{name}.lock')
     try:
@@ -67,7 +69,23 @@ def locked(folder: Path, name: str = 'download') -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        try:
+            if _counts_links(folder):
+                os.unlink(lock.lock_file)  # while it is held: a waiting process notices, and creates the next one
+        except OSError as error:  # the folder was removed, or is read-only by now
+            _logger.debug('%s is left as it is: %s', lock.lock_file, error)
+        finally:
+            lock.release()
+
+
+def _counts_links(folder: Path) -> bool:
+    """Return whether an open file without a name has no links, from which filelock recognizes a removed lock.
+
+    NFS and FUSE only rename such a file: two processes could hold the old lock and the new one there. Windows does not
+    remove open files, but filelock removes the lock there itself.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_nlink == 0
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:

@@ -25,8 +25,8 @@ def sha256(path):
 
 
 def below(folder):
-    """Return the paths of everything in a folder except locks."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.suffix != '.lock')
+    """Return the paths of everything in a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*'))
 
 
 # --- MNIST and CIFAR10 ---

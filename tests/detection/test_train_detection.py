@@ -192,6 +192,43 @@ def test_an_image_that_is_cut_off_is_named(data, tmp_path, capsys, workers):
     assert 'image ' in error and '.png cannot be read: ' in error
 
 
+def test_an_error_of_the_data_set_is_raised_as_it_is():
+    class Refusing(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise OSError(5, 'the disk failed', 'a.png')
+
+    with pytest.raises(OSError, match=r'the disk failed') as found:
+        list(example.Loader(Refusing(), num_workers=1))
+    assert found.value.errno == 5 and found.value.filename == 'a.png'
+
+
+@pytest.mark.parametrize('argv, missing, text', [
+    ([], ['pycocotools', 'matplotlib'],
+     "packages are missing: matplotlib, pycocotools; pip install '.[detection]' installs them"),
+    ([], ['sklearn'], 'packages are missing: sklearn;'),
+    (['--backbone', 'smpconv_x'], [], 'smpconv_x'), (['--opt', 'nothing'], [], 'nothing'),
+    (['--backbone', 'smpconv_nano', '--pretrained'], [], '--backbone smpconv_nano: '),
+])
+def test_what_is_missing_is_named_before_the_scenes_are_made(
+        tmp_path, capsys, monkeypatch, argv, missing, text):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert text in refused(example.main, capsys, '--output', tmp_path / 'run', '--device', 'cpu', *argv)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('gone', ['val', 'annotations/instances_val.json'])
+def test_a_missing_split_is_named_before_the_other_is_validated(
+        data, tmp_path, capsys, monkeypatch, gone):
+    monkeypatch.setattr(example, 'CocoFolder', None)
+    (data / gone).rename(tmp_path / 'gone')
+    error = refused(example.main, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY)
+    assert error.startswith(f'train_detection.py: error: {data / gone} does not exist: ')
+
+
 def test_categories_of_both_splits_must_agree(data, tmp_path, capsys):
     path = data / 'annotations' / 'instances_val.json'
     content = json.loads(path.read_text())
@@ -328,3 +365,11 @@ def test_memory_of_detection_size_images(tmp_path, argv, steps):
     row = json.loads((tmp_path / 'detection_memory.jsonl').read_text())
     assert row['peak_gib'][steps] * 2 ** 30 < 4e9
     assert row['peak_gib'][1] > row['peak_gib'][0] + 0.5  # it was a step
+
+
+@pytest.mark.filterwarnings('error')  # matplotlib warns of missing glyphs
+def test_a_picture_has_class_names_in_any_script(load, tmp_path):
+    boxes = {'boxes': torch.tensor([[2., 2., 9., 9.]]), 'labels': torch.tensor([1]), 'scores': torch.ones(1)}
+    sample = torch.zeros(3, 16, 16), boxes, boxes
+    load('detection_picture').save_detections(tmp_path / 'a.png', [sample], ['background', '\u732b'])
+    assert (tmp_path / 'a.png').exists()

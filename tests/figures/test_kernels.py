@@ -282,3 +282,33 @@ def test_a_row_is_a_layer_or_filter_and_a_column_a_channel(network, filter, tmp_
     figures.save_run(tmp_path / 'run.png', rows, network, max_layers=2)
     assert (tmp_path / 'run.png').stat().st_size > (tmp_path / 'k.png').stat().st_size > 1000
     assert {found for found, _ in calls} == {None if filter is None else 0}
+
+
+# --- legends ---
+
+
+def legend_of(figure):
+    """Return the labels of a figure's legend, which must lie below the panels and inside the figure."""
+    legend, = figure.legends
+    width, height = figure.get_figure(root=True).bbox.size
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height
+    assert box.y1 <= min(axes.get_tightbbox().y0 for axes in figure.axes)
+    return [text.get_text() for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize('columns', [1, 6])
+def test_a_legend_explains_points_supports_and_colors(saved_figures, tmp_path, network, columns):
+    figures.save_kernels(tmp_path / 'kernels.png', network, columns=columns)
+    labels = legend_of(saved_figures[0])
+    for word in ('negative', 'positive', 'darker', 'radius'):
+        assert any(word in label for label in labels)
+    figures.save_kernels(tmp_path / 'kernels.png', create_sequence_model('smpconv_sdigits'), max_layers=1)
+    assert ['kernel' in label for label in legend_of(saved_figures[1])] == [True, False, False]
+
+
+def test_a_picture_of_a_run_has_a_legend_of_its_kernels(saved_figures, tmp_path, network):
+    rows = [{'epoch': 0, 'train_loss': 1., 'eval_loss': 1., 'eval_top1': 50.}]
+    figures.save_run(tmp_path / 'run.png', rows, network)
+    labels = legend_of(saved_figures[0].subfigs[1])
+    assert labels[2:] == ['point: its color is its weight, its size is fixed', 'support of a point: its radius']

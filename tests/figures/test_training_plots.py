@@ -26,6 +26,47 @@ def test_a_run_is_drawn(tmp_path, model):
     assert picture.shape[1] == 1300 and picture.std() > 10
 
 
+def curves(saved_figures, path, top1, ema_top1=None):
+    """Draw the curves of a run with these accuracies; return both axes."""
+    rows = [
+        {'epoch': epoch, 'train_loss': 2., 'eval_loss': 1., 'eval_top1': value} for epoch, value in enumerate(top1)]
+    for row, value in zip(rows, ema_top1 or []):
+        row.update(ema_loss=1.5, ema_top1=value)
+    figures.save_curves(path / 'curves.png', rows)
+    return saved_figures[-1].axes
+
+
+def test_a_series_has_one_color_in_both_plots(saved_figures, tmp_path):
+    losses, top1s = ({line.get_label(): line.get_color() for line in axes.get_lines()} for axes in curves(
+        saved_figures, tmp_path, [10., 20.], [10., 15.]))
+    assert list(losses) == ['training', 'validation', 'validation, EMA weights']
+    assert len(set(losses.values())) == 3 and top1s == {label: losses[label] for label in list(losses)[1:]}
+
+
+@pytest.mark.parametrize('epochs', [1, 2, 3, 300])
+def test_epochs_are_whole_numbers(saved_figures, tmp_path, epochs):
+    for axes in curves(saved_figures, tmp_path, [50.] * epochs):
+        shown = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+        assert shown and all(tick == int(tick) for tick in shown)
+        assert all((line.get_marker() == 'o') == (epochs == 1) for line in axes.get_lines())
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('top1', [
+    [10., 82., 95., 99.2, 99.7], [10., 30., 45., 55., 60.], [0., 100.], [71.3, 71.45, 71.62], [99.9, 100., 100.],
+    [0.], [100.], [99.72], [0., 0., 0.]])
+def test_accuracies_are_apart_on_a_labelled_axis(saved_figures, tmp_path, top1):
+    axes = curves(saved_figures, tmp_path, top1)[1]
+    low, high = axes.get_ylim()
+    assert np.isfinite([low, high]).all() and low < min(top1) <= max(top1) < high
+    heights = [axes.transAxes.inverted().transform(axes.transData.transform((0, value)))[1] for value in top1]
+    assert all(abs(np.subtract.outer(heights, heights))[np.subtract.outer(top1, top1) != 0] > 0.04)
+    ticks = axes.get_yticks()
+    assert all(low <= tick <= high and 0 <= tick <= 100 for tick in ticks)
+    assert [float(label.get_text()) for label in axes.get_yticklabels()] == pytest.approx(ticks)
+    assert len(ticks) >= (3 if len(set(top1)) > 1 else 1)
+
+
 def confusion_of(classes):
     """Return counts of 50 images per class; half of the second's go to the first, and the third has no images."""
     confusion = 50 * torch.eye(classes, dtype=torch.int64)

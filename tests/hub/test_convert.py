@@ -109,10 +109,10 @@ def test_a_release_file_becomes_a_folder_that_timm_loads(tmp_path, file, release
     assert sorted(os.listdir(tmp_path / 'folder')) == ['README.md', 'config.json', 'model.safetensors']
     config = json.loads((tmp_path / 'folder/config.json').read_text())
     sha256 = file_sha256(tmp_path / 'folder/model.safetensors')
-    assert config['architecture'] == 'smpconv_t' and config['source'] == 'somewhere' and config['license'] == 'mit'
+    assert config['architecture'] == 'smpconv_t' and config['source'] == 'somewhere'
     assert config['sha256'] == sha256 and sha256 in text and config['model_args']['depths'] == [1, 1, 2, 1]
     card = (tmp_path / 'folder/README.md').read_text()
-    assert sha256 in card and 'license: mit' in card and not re.search(r'\{\w+\}', card)
+    assert sha256 in card and 'license: unknown' in card and not re.search(r'\{\w+\}', card)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith('.')] == []
 
 
@@ -133,6 +133,27 @@ def test_our_own_checkpoint_keeps_its_data_and_classes(tmp_path):
     data = timm.data.resolve_model_data_config(loaded)
     assert tuple(data['input_size']) == (1, 16, 16) and list(data['mean']) == [0.3] and data['crop_pct'] == 0.9
     assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog']
+
+
+@pytest.mark.parametrize('name', ['smpconv_t', 'smpconv_nano'])
+def test_own_weights_are_not_the_original_authors(tmp_path, name):
+    kwargs = dict(TINY, num_classes=2)
+    done, _ = convert_saved(tmp_path, {
+        'args': {'model': name}, 'state_dict': timm.create_model(name, **kwargs).state_dict(), 'model_kwargs': kwargs})
+    config = json.loads((done.folder / 'config.json').read_text())
+    assert not {'tag', 'origin_url'} & config['pretrained_cfg'].keys()
+    assert config['license'] == config['pretrained_cfg']['license'] == 'unknown'
+    assert config['source'] == 'saved.pth.tar'
+
+
+def test_the_code_in_an_unpublished_card_runs(folder, monkeypatch):
+    card = (folder / 'README.md').read_text()
+    assert not re.search('OWNER|NAME|FOLDER|pip install', card)
+    code, = re.findall('```python\n(.*?)```', card, re.DOTALL)
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(code, names)
+    assert names['model'].num_classes == 10
 
 
 @pytest.mark.parametrize('prefix, dtype', [('module.', torch.float32), ('_orig_mod.', torch.float16)])
@@ -196,7 +217,10 @@ def test_the_originals_file_is_downloaded_first(tmp_path, file, monkeypatch, cap
         monkeypatch.setenv('no_proxy', '127.0.0.1')
         assert run(convert, *argv) == 0
         config = json.loads((tmp_path / 'folder/config.json').read_text())
-        assert config['source'] == 'https://github.com/sangnekim/SMPConv'
+        release = 'https://github.com/sangnekim/SMPConv'
+        assert config['source'] == config['pretrained_cfg']['origin_url'] == release
+        assert config['license'] == config['pretrained_cfg']['license'] == 'mit'
+        assert config['pretrained_cfg']['tag'] == 'in1k'
         shutil.rmtree(tmp_path / 'folder')
         asked = len(drive.asked)
         assert run(convert, *argv) == 0 and len(drive.asked) == asked  # it is there
@@ -370,12 +394,28 @@ def test_a_dry_run_sends_nothing(remote, folder, capsys):
     assert {request.method for request in remote.requests} <= {'GET', 'HEAD'}
 
 
+def test_a_dry_run_needs_no_token(remote, folder, capsys, monkeypatch):
+    assert run(publish, folder, REPO, '--publish') == 0
+    change_weight(folder, 1)
+    capsys.readouterr()
+    monkeypatch.delenv('HF_TOKEN')
+    assert run(publish, folder, REPO, '--force') == 0
+    assert capsys.readouterr().out.splitlines() == [
+        'changed  model.safetensors', 'changed  config.json', 'same     README.md',
+        'nothing was sent; --publish makes these changes and needs a token']
+    assert run(publish, folder, 'tester/other') == 0
+    assert capsys.readouterr().out.startswith(
+        'tester/other: a new repository, unless it is private: without a token only public ones are visible\nnew ')
+    assert run(publish, folder, 'tester/other', '--private') == 0
+    assert 'publishing needs a token' in refused(capsys, publish, folder, REPO, '--publish', '--force')
+
+
 def test_publishing_sends_what_changed_and_never_the_token(remote, folder, capsys):
     assert run(publish, folder, REPO, '--publish') == 0
     assert 'published: ' in capsys.readouterr().out
-    assert 'OWNER/NAME' in (folder / 'README.md').read_text()
+    assert f"create_model('hf-hub:{REPO}'" in remote.files(REPO)['README.md'].read_text()
     assert {name: path.read_bytes() for name, path in remote.files(REPO).items() if name != '.gitattributes'} == {
-        path.name: path.read_bytes().replace(b'OWNER/NAME', REPO.encode()) for path in folder.iterdir()}
+        path.name: path.read_bytes().replace(b'local-dir:.', b'hf-hub:' + REPO.encode()) for path in folder.iterdir()}
     remote.forget()
     assert run(publish, folder, REPO, '--publish') == 0
     assert 'is up to date' in capsys.readouterr().out

@@ -149,7 +149,8 @@ def test_a_colour_model_trains_on_digits_by_an_optimizer_without_an_option(tmp_p
     ([*TINY, '--experiment', '..'], '--experiment must be the name of a folder, got ..'),
     ([*TINY, '--nonsense'], 'unrecognized arguments: --nonsense'),
     ([*TINY, '--in-chans', '4'], 'got in_chans 4'),
-    (['--model', 'smpconv_mobile31', '--pretrained'], 'No pretrained weights exist'),
+    (['--model', 'smpconv_mobile31', '--pretrained'],
+     'no pretrained weights except in files: validate.py --checkpoint, train.py --initial-checkpoint'),
     (['--model', 'smpconv_t', '--pretrained'], 'smpconv_t.in1k/model.safetensors cannot be downloaded from http://127'),
     (['--config', 'nowhere.yaml'], '--config nowhere.yaml cannot be read'),
 ])

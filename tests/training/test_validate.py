@@ -235,6 +235,13 @@ def test_pretrained_models_in_a_series(images, capsys, tmp_path):
     assert 'the pretrained weights of smpconv_nano are for 2 classes, not for 3' in line
 
 
+@pytest.mark.parametrize('name', ['smpconv_nano', 'smpconv_sdigits'])
+def test_a_model_without_published_weights_names_the_option(capsys, name):
+    dataset = 'digits' if name == 'smpconv_nano' else 'seq/digits'
+    line = refused(validate.main, capsys, '--model', name, '--dataset', dataset)
+    assert 'validate.py --checkpoint' in line and 'pretrained=False' not in line
+
+
 @pytest.mark.parametrize('options', [(), ('--no-use-ema',), ('--reparam',)])
 def test_every_kind_of_checkpoint_in_a_series(tmp_path, golden, capsys, options):
     """The same weights as we, timm's script and the original release save them; the averaged ones are others."""
