@@ -15,20 +15,23 @@ _MODEL_KEYS = ('state_dict', 'model')
 _WRAPPER_PREFIXES = ('_orig_mod.', 'module.')
 
 
-def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict, str]:
+def select_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Tuple[StateDict, str]:
     """Return the weights in a loaded checkpoint and their key ('' if the checkpoint is itself a state dict).
 
     The prefixes of wrappers (``module.``, ``_orig_mod.``) are removed from the names.
 
     Args:
         checkpoint: Value returned by :func:`load_file`.
-        use_ema: Whether to prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights; by default unless the checkpoint says, as those of train.py do, that
+            the model's own were better on the validation split.
 
     Raises:
         ValueError: If there are no weights in it.
     """
     if not isinstance(checkpoint, dict):
         raise ValueError(f'expected a checkpoint to be a dict, got {type(checkpoint).__name__}')
+    if use_ema is None:
+        use_ema = checkpoint.get('best_weights') not in _MODEL_KEYS
     keys = (*_EMA_KEYS, *_MODEL_KEYS) if use_ema else _MODEL_KEYS
     # timm's script stores None if there are no EMA weights
     found = next((key for key in keys if key in checkpoint and (checkpoint[key] is not None or key in _MODEL_KEYS)), '')

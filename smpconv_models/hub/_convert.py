@@ -42,7 +42,7 @@ def convert(
         path: Union[str, Path],
         folder: Union[str, Path],
         model: Optional[str] = None,
-        use_ema: bool = True,
+        use_ema: Optional[bool] = None,
         source: str = '',
         license: str = 'mit',
         card: Optional[str] = None,
@@ -56,7 +56,7 @@ def convert(
         path: Path of the checkpoint.
         folder: Path of a new or an empty folder.
         model: Name of the model, needed if neither the arguments in the checkpoint nor the shapes name it.
-        use_ema: Whether to prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights; by default unless the checkpoint says that the model's were better.
         source: Origin of the checkpoint, for the configuration.
         license: License of the weights.
         card: Text of the model card, with the fields ``{architecture}``, ``{source}``, ``{license}``, ``{sha256}`` and
@@ -101,7 +101,8 @@ def convert(
 
 
 def _load_network(
-        loaded: Any, model: Optional[str], use_ema: bool) -> Tuple[Any, Dict[str, Any], Optional[List[str]], str]:
+        loaded: Any, model: Optional[str], use_ema: Optional[bool],
+) -> Tuple[Any, Dict[str, Any], Optional[List[str]], str]:
     """Return the network with its weights, its constructor's arguments, the class names and the weights' key."""
     state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
     description = checkpoint.describe(loaded)

@@ -136,6 +136,13 @@ class RunOptions(CheckedOptions):
         None, 'torch.compile with this backend (inductor if none is named)', nargs='?', const='inductor',
         metavar='BACKEND')
     sync_bn: bool = option(False, 'synchronize batch norms over all ranks, on GPUs')
+    bn_momentum: Optional[float] = option(
+        None, "momentum of the batch norms' running statistics (default: the model's)", type=positive_unit_float,
+        metavar='X')
+    recalibrate_bn: Optional[int] = option(
+        None, 'compute the running statistics of the batch norms from N training batches before each evaluation '
+        '(default: from 256 images in runs of fewer than 2000 steps, otherwise 0: never)', type=non_negative_int,
+        metavar='N')
     global_batch_size: Optional[int] = option(
         None, 'images of a step over all ranks; gradients are accumulated to reach it', type=positive_int,
         metavar='N')
@@ -247,9 +254,11 @@ class EMAOptions(CheckedOptions):
     """Options of the exponential moving average (EMA) of the weights."""
     title: ClassVar[str] = 'model EMA'
 
-    model_ema: bool = option(False, 'keep EMA weights, and evaluate them')
+    model_ema: bool = option(False, 'keep EMA weights, and evaluate them as well')
     model_ema_decay: float = option(0.9999, 'decay', timm=0.9998, type=unit_float, metavar='X')
-    model_ema_warmup: bool = option(False, 'let the decay rise to its value')
+    model_ema_warmup: Optional[bool] = option(
+        None, 'let the decay rise to its value (default: in runs of fewer steps than 10 / (1 - decay); timm: no)',
+        action=argparse.BooleanOptionalAction)
 
 
 @dataclass(frozen=True)

@@ -113,11 +113,20 @@ def create_scheduler(options: ScheduleOptions, optimizer: torch.optim.Optimizer,
     return scheduler
 
 
-def create_ema(options: EMAOptions, model: nn.Module) -> Optional[ModelEmaV3]:
-    """Create the EMA of the weights, if the options ask for it."""
+def create_ema(options: EMAOptions, model: nn.Module, steps: int) -> Optional[ModelEmaV3]:
+    """Create the EMA of the weights, if the options ask for it.
+
+    Args:
+        options: Options of the EMA.
+        model: Model to average.
+        steps: Number of steps of the run: in a short one the initial weights would stay in the average to the end.
+    """
     if not options.model_ema:
         return None
-    return ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
+    use_warmup = options.model_ema_warmup
+    if use_warmup is None:
+        use_warmup = steps * (1 - options.model_ema_decay) < 10
+    return ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=use_warmup)
 
 
 def create_mixup(options: AugmentationOptions, num_classes: Any) -> Optional[Mixup]:
@@ -308,14 +317,14 @@ class CheckpointedModel(NamedTuple):
         return model
 
 
-def open_checkpoint(path: str, name: Optional[str] = None, use_ema: bool = True) -> CheckpointedModel:
+def open_checkpoint(path: str, name: Optional[str] = None, use_ema: Optional[bool] = None) -> CheckpointedModel:
     """Read a checkpoint, and find out which model it holds.
 
     Args:
         path: Path of a checkpoint of ours, of timm or of the original release.
         name: Name of the model, by default the described one, otherwise that of the model that the weights fit; it may
             be of a repository or a folder.
-        use_ema: Whether to prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights; by default as :func:`.checkpoint.select_state_dict` does.
 
     Raises:
         ValueError: If the file is no checkpoint, or no known model is named and the weights fit none of this package.
@@ -336,7 +345,7 @@ def open_checkpoint(path: str, name: Optional[str] = None, use_ema: bool = True)
     return CheckpointedModel(path, name, described.model_kwargs, described, state_dict, key)
 
 
-def select_weights(loaded: Any, path: str, use_ema: bool = True) -> Tuple[Dict[str, Tensor], str]:
+def select_weights(loaded: Any, path: str, use_ema: Optional[bool] = None) -> Tuple[Dict[str, Tensor], str]:
     """Return :func:`.checkpoint.select_state_dict` of a file; an error names the path."""
     try:
         return checkpoint.select_state_dict(loaded, use_ema)

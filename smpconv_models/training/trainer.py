@@ -1,4 +1,5 @@
 """Training run: set-up, the loop over steps and epochs, resuming, and the files of the run's folder."""
+import itertools
 import logging
 import math
 import platform
@@ -6,12 +7,12 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
 from timm.utils import distribute_bn, random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from smpconv_models import __version__, checkpoint
 from smpconv_models.utils.errors import first_line
@@ -19,6 +20,7 @@ from smpconv_models.utils.errors import first_line
 from ..utils import atomic_io
 from ..utils.atomic_io import atomic_write
 from . import factory
+from .batch_norm import accuracy_by_statistics, recalibrate_bn_, trained_norms
 from .checkpointing import RunDir, TrainState, check_content, diff_args, is_resumable, load_optimizer, save_checkpoint
 from .config import TrainOptions
 from .datasets import SkippedSamples
@@ -39,6 +41,13 @@ from .train_step import StepResult, TrainStep
 from .validate import evaluate
 
 _logger = logging.getLogger(__name__)
+
+# Runs with fewer steps recalibrate batch norms by default, from this number of images.
+# Digits recipe at 3 epochs of 22 steps: top-1 48.3 % before and 93.1 % after it, EMA weights 9.7 % and 97.2 %.
+_SHORT_RUN_STEPS, _RECALIBRATION_IMAGES = 2000, 256
+
+# Percentage points of top-1 on a training batch above which lagging statistics are reported.
+_MAX_STATISTICS_GAP = 20.
 
 
 @dataclass(repr=False, eq=False)
@@ -75,14 +84,25 @@ class Trainer:
     logger: Optional[ProgressLogger] = None
 
     @property
-    def eval_model(self) -> nn.Module:
-        """Model whose accuracy counts: the EMA if there is one."""
-        return self.model if self.train_step.ema is None else self.train_step.ema.module
+    def models(self) -> Dict[str, nn.Module]:
+        """Models that are evaluated, by the key of their weights in a checkpoint: the model and its EMA, if any."""
+        ema = self.train_step.ema
+        return {'state_dict': self.model, **({} if ema is None else {'state_dict_ema': ema.module})}
 
     @property
     def global_step(self) -> int:
         """Number of finished steps, over all epochs."""
         return self.state.epoch * self.train_loader.steps + self.state.step
+
+    @property
+    def recalibration_batches(self) -> int:
+        """Number of batches of this rank from which the batch norms are recalibrated before an evaluation."""
+        run, steps = self.options.run, self.train_loader.steps
+        count = run.recalibrate_bn
+        if count is None:
+            is_short = steps * run.epochs < _SHORT_RUN_STEPS
+            count = math.ceil(_RECALIBRATION_IMAGES / (self.options.data.batch_size * self.world.size)) * is_short
+        return min(count, steps * self.train_loader.accumulation) if trained_norms(self.model) else 0
 
     def train(self) -> Dict[str, Any]:
         """Train to the last epoch, from the current progress, and evaluate after each epoch.
@@ -94,8 +114,9 @@ class Trainer:
         with the learned kernels.
 
         Returns:
-            ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, both of the EMA weights if there are any,
-            ``checkpoint`` and ``picture`` as paths, and the ``seconds`` it took: 0 if the run was finished before.
+            ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, each of the better of the model's weights
+            and its EMA; ``weights`` and ``best_weights``, which of the two as the key in a checkpoint; ``checkpoint``
+            and ``picture`` as paths, and the ``seconds`` it took: 0 if the run was finished before.
 
         Raises:
             FloatingPointError: If too many consecutive steps, or all steps of the run, had NaN or infinity.
@@ -127,6 +148,7 @@ class Trainer:
                     self.logger.close()
         self.world.run_on_primary(self._draw)
         self._check_success()
+        self._report_lag()
         return {**self._results(), 'seconds': 0. if is_finished else time.perf_counter() - start}
 
     def close(self) -> None:
@@ -203,9 +225,16 @@ class Trainer:
     def _evaluate_epoch(self, stop: GracefulStop) -> Dict[str, Any]:
         """Return the row of an epoch, without times: the same numbers however often the run was resumed."""
         state, ema = self.state, self.train_step.ema
+        count, models = self.recalibration_batches, list(self.models.values())
+        if count:
+            with self.options.device.autocast(self.device):
+                recalibrate_bn_(models, self._first_images(count))
+            self.skipped.count = 0  # these were counted in the epoch
         if self.world.size > 1:
-            for model in dict.fromkeys((self.model, self.eval_model)):  # in the same order on every rank
-                distribute_bn(model, self.world.size)  # rank 0's: without SyncBN each rank has its own
+            for model in models:  # without SyncBN each rank has its own statistics: their mean, or rank 0's
+                distribute_bn(model, self.world.size, reduce=count > 0)
+        if not count:
+            self._check_running_statistics()
         self.model.eval()
         metrics = self._evaluate(self.model, 'validating', stop)
         row = {
@@ -220,6 +249,32 @@ class Trainer:
             row.update(ema_loss=metrics['loss'], ema_top1=metrics['top1'], ema_top5=metrics['top5'])
         row.update(lr=max(group['lr'] for group in self.train_step.optimizer.param_groups))
         return self.world.broadcast_object(row)  # of a stream, each rank has measured all, perhaps to other digits
+
+    def _first_images(self, count: int) -> Iterator[Tensor]:
+        """Yield the images of the first batches of the current epoch."""
+        for images, _ in itertools.islice(self.train_loader.start(self.state.epoch, 0), count):
+            yield images.to(self.device, memory_format=self.options.device.memory_format)
+
+    def _check_running_statistics(self) -> None:
+        """Warn if evaluation sees another network than training, as the running statistics of batch norms lag."""
+        if self.train_step.last_batch is None or not self.world.is_primary or not trained_norms(self.model):
+            return
+        with self.options.device.autocast(self.device):
+            running, own = accuracy_by_statistics(self.model, *self.train_step.last_batch)
+        if own - running > _MAX_STATISTICS_GAP:
+            _logger.warning(
+                'the running statistics of the batch norms lag behind the weights: on %d training images, top-1 is '
+                '%.0f %% with them and %.0f %% with the statistics of the batch; --recalibrate-bn 10 computes them '
+                'before each evaluation', len(self.train_step.last_batch[1]), running, own)
+
+    def _report_lag(self) -> None:
+        """Warn if the EMA weights of the last epoch are worse than the weights that they average."""
+        row = self.state.rows[-1]
+        if self.world.is_primary and row.get('ema_top1', 100.) < row['eval_top1'] - 1:
+            _logger.warning(
+                "the EMA weights lag behind the model's to the end: top-1 %.2f %% against %.2f %%; --model-ema-warmup "
+                'or a lower --model-ema-decay than %g follows faster', row['ema_top1'], row['eval_top1'],
+                self.options.ema.model_ema_decay)
 
     def _evaluate(self, model: nn.Module, description: str, stop: GracefulStop) -> Dict[str, Any]:
         """Evaluate a model; stop on all ranks if one was asked to, as the run was saved before."""
@@ -236,12 +291,12 @@ class Trainer:
         content = {
             'arch': self.options.model.model,
             'model_kwargs': self.model_kwargs,
-            'state_dict': self.model.state_dict(),
             'classes': self.classes,
             'args': {**self.options.as_dict(), 'world_size': self.world.size},
+            **{key: model.state_dict() for key, model in self.models.items()},
         }
-        if self.train_step.ema is not None:
-            content['state_dict_ema'] = self.train_step.ema.module.state_dict()
+        if self.state.rows:
+            content['best_weights'] = _best_weights(self.state.rows[-1])[1]
         return content
 
     def _save(self) -> None:
@@ -262,12 +317,15 @@ class Trainer:
         """Save what is kept of an epoch, then the progress: a run that ends in between repeats the evaluation."""
         state = self.state
         row, best = state.rows[-1], state.best_epoch
-        content = {**self._weights(), 'epoch': row['epoch'], 'metric': _score(row)}
+        score, weights = _best_weights(row)
+        content = {**self._weights(), 'epoch': row['epoch'], 'metric': score}
         interval = self.options.checkpointing.save_interval
         if interval and row['epoch'] % interval == 0:
             self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.snapshot(row['epoch']), content))
-        if best is None or _score(row) > _score(state.rows[best]):
+        if best is None or score > _best_weights(state.rows[best])[0]:
             state.best_epoch = row['epoch']
+            if weights == 'state_dict':
+                content.pop('state_dict_ema', None)  # which timm and others prefer wherever it is
             self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.best, content))
         self._save()
         self.world.run_on_primary(self._write_results)
@@ -300,14 +358,17 @@ class Trainer:
         """Draw the picture of the run."""
         from smpconv_models import figures  # imported here, as evaluation does not need matplotlib
         with atomic_write(self.run_dir.summary_png) as temporary:
-            figures.save_run(temporary, self.state.rows, self.eval_model)
+            figures.save_run(temporary, self.state.rows, self.models[_best_weights(self.state.rows[-1])[1]])
 
     def _results(self) -> Dict[str, Any]:
         rows, best = self.state.rows, self.state.best_epoch
         assert best is not None
+        (top1, weights), (best_top1, best_weights) = _best_weights(rows[-1]), _best_weights(rows[best])
         return {
-            'top1': _score(rows[-1]),
-            'best_top1': _score(rows[best]),
+            'top1': top1,
+            'weights': weights,
+            'best_top1': best_top1,
+            'best_weights': best_weights,
             'best_epoch': best,
             'checkpoint': str(self.run_dir.best),
             'picture': str(self.run_dir.summary_png),
@@ -431,10 +492,12 @@ class Trainer:
             scaler.load_state_dict(loaded['amp_scaler'])
 
 
-def _score(row: Dict[str, Any]) -> float:
-    """Return top-1 of the weights that count, -1 if their loss is not finite."""
-    loss = row.get('ema_loss', row['eval_loss'])
-    return row.get('ema_top1', row['eval_top1']) if math.isfinite(loss) else -1.
+def _best_weights(row: Dict[str, Any]) -> Tuple[float, str]:
+    """Return top-1 of an epoch's better weights, and their key in a checkpoint; -1 if no loss is finite."""
+    kinds = {'ema': 'state_dict_ema', 'eval': 'state_dict'}
+    found = [
+        (row[f'{kind}_top1'], key) for kind, key in kinds.items() if math.isfinite(row.get(f'{kind}_loss', math.nan))]
+    return max(found, key=lambda item: item[0], default=(-1., 'state_dict'))  # the EMA if both are equal
 
 
 def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = None) -> Trainer:
@@ -575,6 +638,9 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
     model_kwargs.update(rates)
     random_seed(options.data.seed, 0)
     model = create_model(name, pretrained=run.pretrained, **model_kwargs)
+    if run.bn_momentum is not None:
+        for norm in trained_norms(model):
+            norm.momentum = run.bn_momentum
     if run.pretrained:
         again = create_model(name, **model_kwargs, device='meta')
         shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, again)]
@@ -617,7 +683,7 @@ def _create_train_step(
     return TrainStep(
         model=model,
         wrapped=factory.wrap_model(model, options.run.torchcompile, world, device),
-        ema=factory.create_ema(options.ema, model),
+        ema=factory.create_ema(options.ema, model, options.run.epochs * steps),
         optimizer=optimizer,
         scheduler=factory.create_scheduler(options.schedule, optimizer, options.run.epochs, steps),
         scaler=torch.amp.GradScaler(device.type, enabled=options.device.amp and options.device.amp_dtype == 'float16'),

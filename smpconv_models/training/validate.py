@@ -34,7 +34,7 @@ class EvalOptions:
     model: ModelOptions
     device: DeviceOptions
     checkpoint: Optional[str] = None
-    use_ema: bool = True
+    use_ema: Optional[bool] = None
     reparam: bool = False
     split: Optional[str] = None
 

@@ -14,6 +14,7 @@ from smpconv_models.figures import _inputs
 from smpconv_models.figures.__main__ import main
 from smpconv_models.models import create_sequence_model
 from smpconv_models.training import Digits
+from smpconv_models.training.batch_norm import recalibrate_bn_
 
 TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), in_chans=1, num_classes=10)
 LAYER = 'stages.1.blocks.0.mixer.large_kernel.large.conv'
@@ -213,7 +214,7 @@ def test_norms_of_a_random_network_have_statistics_of_the_images(run, folder):
     _, fields = call
     model, images = timm.create_model('smpconv_nano', **TINY), torch.randn(6, 1, 16, 16)
     momenta = [norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
-    _inputs.recalibrate_bn(model, images)
+    recalibrate_bn_([model], [images])
     assert not model.training and momenta == [
         norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
     first = model.stem[0]
@@ -303,7 +304,7 @@ def test_a_missing_filter_is_one_line(folder, points_per_filter, tmp_path, capsy
 def test_norms_of_sequence_networks_are_recalibrated():
     model = create_sequence_model('smpconv_sdigits', depth=1, dim=3, input_drop_rate=0.)
     sequences = torch.randn(6, 1, 64)
-    _inputs.recalibrate_bn(model, sequences)
+    recalibrate_bn_([model], [sequences])
     small_kernel = model.blocks[0].conv1.small
     x = small_kernel.conv(sequences).detach()
     torch.testing.assert_close(small_kernel.norm.running_mean, x.mean((0, 2)))
