@@ -146,8 +146,8 @@ def evaluate_all(
 def sentence(result: Dict[str, Any]) -> str:
     without = f', without {result["unreadable"]} that cannot be read' if result['unreadable'] else ''
     return (
-        f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} % of {result["images"]}{without} '
-        f'({result["model"]}, {result["weights"]})'
+        f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, F1 {result["f1"]:.2f} % of {result["images"]}'
+        f'{without} ({result["model"]}, {result["weights"]})'
     )
 
 

@@ -111,6 +111,11 @@ class Description:
         return self._argument('data_dir', check_text)
 
     @property
+    def val_split_fraction(self) -> Optional[float]:
+        """Fraction of the images of a folder without splits that the training run was evaluated on."""
+        return self._argument('val_split_fraction', lambda name, value: check_number(name, value, 0.001, 0.999))
+
+    @property
     def val_split(self) -> Optional[str]:
         """Validation split of the training run."""
         return self._argument('val_split', check_text)

@@ -17,7 +17,7 @@ of the classes by index or None, and ``name(index)``, the name of an image in me
 import hashlib
 import logging
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, cycle, islice, repeat
 from struct import error as StructError
 from subprocess import SubprocessError
 from tarfile import TarError
@@ -25,6 +25,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from zlib import error as ZlibError
 
 import numpy as np
+import torch
 from PIL import EpsImagePlugin, Image, ImageOps
 from timm.data import IterableImageDataset
 from timm.data.readers.shared_count import SharedCount
@@ -214,6 +215,12 @@ class SeededDataset(Dataset):
         """Number of images in the split."""
         return len(self)
 
+    @property
+    def targets(self) -> Optional[List[int]]:
+        """Class indices of all images; None if only the images' files tell."""
+        targets = getattr(self.source, 'targets', getattr(self.source, 'labels', None))
+        return None if targets is None else list(map(int, targets))
+
     num_images = num_samples
 
     def name(self, index: int) -> str:
@@ -266,10 +273,16 @@ class ResumableBatchSampler(Sampler):
         rank: Rank of this process.
         world_size: Number of ranks.
         seed: Seed of the order.
+        targets: Class indices of the images, to sample each class equally often, images of rare classes several times;
+            None for each image once.
     """
 
-    def __init__(self, length: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+            self, length: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int,
+            targets: Optional[List[int]] = None,
+    ) -> None:
         self.length = length
+        self.targets = targets
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.rank = rank
@@ -287,6 +300,17 @@ class ResumableBatchSampler(Sampler):
         self.epoch = epoch
         self.first = step
         self._order = rng.seeded_permutation(self.length, self.seed, 'order', epoch)
+        if self.targets is not None:
+            shuffled = rng.seeded_permutation(self.length, self.seed, 'balance', epoch)
+            self._order = self._balanced(self._order)[shuffled]
+
+    def _balanced(self, order: Tensor) -> Tensor:
+        """Return as many images as there are, the classes in turn, those of each class in the order of ``order``."""
+        members: Dict[int, List[int]] = {}
+        for index in order.tolist():
+            members.setdefault(self.targets[index], []).append(index)  # type: ignore[index]
+        classes = zip(*(islice(cycle(indices), -(-self.length // len(members))) for indices in members.values()))
+        return torch.tensor(list(chain.from_iterable(classes))[:self.length])
 
     def batch(self, step: int, part: int) -> List[SampleKey]:
         """Return the samples of one batch of the current epoch, ``part`` in [0, accumulation)."""

@@ -1,6 +1,6 @@
 """Devices, models, and the parts of a run that come from timm and PyTorch: optimizer, schedule, EMA, Mixup, loss."""
 import logging
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -144,6 +144,46 @@ def create_loss(mixup: Optional[Mixup], smoothing: float) -> nn.Module:
     if mixup is not None:
         return SoftTargetCrossEntropy()  # Mixup smooths the labels itself
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+def freeze_(model: Any, names: Sequence[str]) -> None:
+    """Exclude modules from training: their weights, and the running statistics of their batch norms, stay.
+
+    Args:
+        model: Model to change.
+        names: Names of modules as in ``named_modules``, also several with commas between them; ``backbone`` stands for
+            all parameters but the classifier's.
+
+    Raises:
+        ValueError: If there is no such module, or nothing is left to train.
+    """
+    for name in (part for text in names for part in text.split(',')):
+        if name == 'backbone':
+            classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
+            frozen = [parameter for parameter in model.parameters() if id(parameter) not in classifier]
+        else:
+            try:
+                frozen = list(model.get_submodule(name).parameters() if name else [])
+            except AttributeError:
+                frozen = []
+        if not frozen:
+            modules = [module for module, _ in model.named_modules()]
+            raise ValueError(
+                f'--freeze {name}: no module of this name with weights; there are backbone, '
+                f'{", ".join(child for child, _ in model.named_children())}{suggestion_suffix(name, modules)}')
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f'--freeze {",".join(names)} leaves nothing to train')
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Set a model to training mode, except for its modules whose weights are all frozen."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
 
 
 def convert_sync_bn(model: nn.Module, world: DistributedContext, device: torch.device) -> nn.Module:

@@ -15,6 +15,7 @@ from timm.utils import distribute_bn, random_seed
 from torch import Tensor, nn
 
 from smpconv_models import __version__, checkpoint
+from smpconv_models.checkpoint import description
 from smpconv_models.utils.errors import first_line
 
 from ..utils import atomic_io
@@ -23,6 +24,7 @@ from . import factory
 from .batch_norm import accuracy_by_statistics, recalibrate_bn_, trained_norms
 from .checkpointing import RunDir, TrainState, check_content, diff_args, is_resumable, load_optimizer, save_checkpoint
 from .config import TrainOptions
+from .dataset_factory import fit_img_size
 from .datasets import SkippedSamples
 from .distributed import DistributedContext, GracefulStop, TrainingInterrupted
 from .factory import (
@@ -41,6 +43,8 @@ from .train_step import StepResult, TrainStep
 from .validate import evaluate
 
 _logger = logging.getLogger(__name__)
+
+_DEFAULT_INPUT_SIZE = (3, 224, 224)  # of models that timm does not know
 
 # Runs with fewer steps recalibrate batch norms by default, from this number of images.
 # Digits recipe at 3 epochs of 22 steps: top-1 48.3 % before and 93.1 % after it, EMA weights 9.7 % and 97.2 %.
@@ -90,6 +94,14 @@ class Trainer:
         return {'state_dict': self.model, **({} if ema is None else {'state_dict_ema': ema.module})}
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the last epoch is done, or --patience is exhausted."""
+        return self._is_finished(self.state)
+
+    def _is_finished(self, state: TrainState) -> bool:
+        return state.is_finished(self.options.run.epochs, self.options.run.patience)
+
+    @property
     def global_step(self) -> int:
         """Number of finished steps, over all epochs."""
         return self.state.epoch * self.train_loader.steps + self.state.step
@@ -126,7 +138,7 @@ class Trainer:
         """
         start = time.perf_counter()
         state = self.state
-        is_finished = state.epoch >= self.options.run.epochs
+        is_finished = self.is_finished
         if is_finished:
             self.world.run_on_primary(self._write_results)  # the run may have ended before it wrote them
         else:
@@ -134,7 +146,7 @@ class Trainer:
                 lambda: ProgressLogger(self.options, self.run_dir.path, state, self.train_loader.steps))
         with GracefulStop() as stop:
             try:
-                while state.epoch < self.options.run.epochs:
+                while not self.is_finished:
                     begin = time.perf_counter()
                     if state.step < self.train_loader.steps:
                         self._train_epoch(stop)
@@ -167,7 +179,7 @@ class Trainer:
         mixup, mixup_off_epoch = self.train_step.mixup, self.options.augmentation.mixup_off_epoch
         if mixup is not None:
             mixup.mixup_enabled = not mixup_off_epoch or state.epoch < mixup_off_epoch
-        self.model.train()
+        factory.set_train_mode(self.model)
         batches = self.train_loader.start(state.epoch, state.step)
         if self.logger is not None:
             self.logger.start_epoch(state)
@@ -322,11 +334,16 @@ class Trainer:
         interval = self.options.checkpointing.save_interval
         if interval and row['epoch'] % interval == 0:
             self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.snapshot(row['epoch']), content))
+        if weights == 'state_dict':
+            content.pop('state_dict_ema', None)  # which timm and others prefer wherever it is
         if best is None or score > _best_weights(state.rows[best])[0]:
             state.best_epoch = row['epoch']
-            if weights == 'state_dict':
-                content.pop('state_dict_ema', None)  # which timm and others prefer wherever it is
             self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.best, content))
+        top_k = self.options.checkpointing.save_top_k
+        if top_k is not None:
+            ranking = sorted(state.rows, key=lambda other: -_best_weights(other)[0])[:top_k]
+            epochs = [other['epoch'] for other in ranking]
+            self.world.run_on_primary(lambda: self.run_dir.keep_top(epochs, row['epoch'], content))
         self._save()
         self.world.run_on_primary(self._write_results)
 
@@ -403,8 +420,10 @@ class Trainer:
             found = self.world.broadcast_object(self.world.run_on_primary(self._find_resume_checkpoint))
             if found is not None:
                 self._load_checkpoint(*found)
-            if self.state.epoch < self.options.run.epochs:
+            if not self.is_finished:
                 self.world.run_on_primary(lambda: self.run_dir.save_arguments(given))
+                if self.options.data.val_split_fraction is not None:
+                    self.world.run_on_primary(self._save_split)
         except (OSError, RuntimeError, ValueError):
             self.close()
             raise
@@ -424,9 +443,17 @@ class Trainer:
                 '--experiment')
         if found is not None and is_resumable(found[1]) and not self.run_dir.best.exists():
             progress = found[1]['progress']
-            if progress['epoch'] < self.options.run.epochs:
+            if not self._is_finished(TrainState.from_state_dict(progress)):
                 progress['best_epoch'] = None  # resumed in another folder, or the best weights were removed
         return found
+
+    def _save_split(self) -> None:
+        """Write which images are for training and which for validation."""
+        rows = [
+            {'image': dataset.name(index), 'class': dataset.classes[target], 'split': split}
+            for split, dataset in (('train', self.train_loader.dataset), ('validation', self.val_loader.dataset))
+            for index, target in enumerate(dataset.targets)]
+        atomic_io.save_rows(self.run_dir.split_csv, rows)
 
     def _load_checkpoint(self, path: str, loaded: Any) -> None:
         """Resume from the content of a checkpoint, after :func:`check_content`.
@@ -437,7 +464,7 @@ class Trainer:
         if not is_resumable(loaded):
             raise ValueError(f'{path} has no run to resume; --initial-checkpoint takes its weights')
         state = TrainState.from_state_dict(loaded['progress'])
-        is_finished = state.epoch >= self.options.run.epochs
+        is_finished = self._is_finished(state)
         arguments = checkpoint.get_train_args(loaded)
         changed, refused = diff_args(arguments, {**self.options.as_dict(), 'world_size': self.world.size})
         try:
@@ -446,19 +473,24 @@ class Trainer:
             refused.append(str(error))
         if loaded['images'] != self.train_loader.num_images:
             refused.append(f'training images {loaded["images"]} -> {self.train_loader.num_images}')
+        was_finished = state.is_finished(arguments['epochs'], arguments.get('patience'))
         if is_finished and (changed or refused):
+            done = 'is finished' if was_finished else f'has done {state.epoch} of its {arguments["epochs"]} epochs'
             raise ValueError(
-                f'the run in {path} is finished, and this is another one: {"; ".join(refused + changed)}; choose '
-                'another --experiment')
+                f'the run in {path} {done}, and this is another one: {"; ".join(refused + changed)}; choose another '
+                '--experiment')
         # the global batch size may have changed, and under --force-resume the number of images
         assert self.options.run.global_batch_size is not None
         step = state.step * arguments['global_batch_size'] // self.options.run.global_batch_size
         if step > self.train_loader.steps and not refused:
             raise ValueError(f'{path}: progress.step must be at most {self.train_loader.steps}, got {state.step}')
         if refused and not self.options.checkpointing.force_resume:
+            size, rest = divmod(arguments['global_batch_size'], self.world.size)
+            hint = '' if rest or arguments['global_batch_size'] == self.options.run.global_batch_size else (
+                f'; --batch-size {size} keeps the {arguments["global_batch_size"]} images of a step')
             raise ValueError(
-                f'{path} is of another run: {"; ".join(refused)}; choose another --experiment, or resume anyway with '
-                '--force-resume')
+                f'{path} is of another run: {"; ".join(refused)}{hint}; choose another --experiment, or resume anyway, '
+                'if the weights fit, with --force-resume')
         if self.world.is_primary:
             for text in changed + refused:
                 _logger.warning('changed since %s: %s', path, text)
@@ -480,8 +512,8 @@ class Trainer:
                 weights = loaded.get('state_dict_ema', loaded['state_dict'])
                 ema.module.load_state_dict(checkpoint.convert_and_check(weights, ema.module))
             # --force-resume may have changed the optimizer, which then starts with a fresh state
-            optimizer = self.options.optimizer
-            if (arguments.get('opt'), arguments.get('layer_decay')) == (optimizer.opt, optimizer.layer_decay):
+            optimizer, then = self.options.optimizer, [arguments.get(key) for key in ('opt', 'layer_decay', 'freeze')]
+            if then == [optimizer.opt, optimizer.layer_decay, self.options.run.freeze]:
                 load_optimizer(self.train_step.optimizer, loaded['optimizer'])
         except (KeyError, ValueError) as error:
             raise ValueError(f'{path} does not fit this run: {error}') from error
@@ -520,8 +552,11 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     _check_options(options)
     check_logging_dependencies(options.logging)
     world = world or DistributedContext.from_environment()
+    options = _shorten_warmup(options, world)
     device = select_device(options.device.device, world.local_rank if world.size > 1 else None)
-    options = _resolve_grad_accum(options, world)
+    run_dir = RunDir(Path(options.run.output) / (
+        options.run.experiment or Path(parse_model_name(str(options.model.model))[1]).name))
+    options = _resolve_grad_accum(options, world, run_dir)
     in_chans = _model_arguments(options, {'in_chans': 3})['in_chans']
     # of a stream each rank reads all validation images, but only its part of the training images: they are divided
     # among the ranks of the process group
@@ -531,6 +566,8 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     _check_same_data(world, device, train_set, val_set)
     classes = train_set.classes
     check_classes(classes, val_set.classes)
+    options = _fit_img_size(options, train_set)
+    task = create_task(options.data)
     model, model_kwargs = _build_model(options, classes)
     task.check_model(str(options.model.model), model, train_set, in_chans)
     if options.run.sync_bn:
@@ -543,13 +580,12 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     train_loader = create_train_loader(
         task, train_set, data_config, options.augmentation, device, world, skipped,
         grad_accum_steps=options.run.grad_accum_steps, dist_timeout=options.device.dist_timeout,
-        train_split=options.run.train_split)
+        train_split=options.run.train_split, balance_classes=options.run.balance_classes)
     trainer = Trainer(
         options=options,
         world=world,
         device=device,
-        run_dir=RunDir(Path(options.run.output) / (
-            options.run.experiment or Path(parse_model_name(str(options.model.model))[1]).name)),
+        run_dir=run_dir,
         state=TrainState(),
         skipped=skipped,
         model=model,
@@ -572,10 +608,6 @@ def _check_options(options: TrainOptions) -> None:
     for name, (low, high) in (('scale', augmentation.scale), ('ratio', augmentation.ratio)):
         if low > high:
             raise ValueError(f'--{name} takes the smaller value first, got {[low, high]}')
-    if options.schedule.warmup_epochs > run.epochs:
-        raise ValueError(
-            f'--warmup-epochs must not exceed the --epochs {run.epochs}, got {options.schedule.warmup_epochs} '
-            '(given, from --config or by default); 0 is no warm-up')
     for name in ('min_lr', 'warmup_lr'):
         value = getattr(options.schedule, name)
         if value > lr:
@@ -588,10 +620,52 @@ def _check_options(options: TrainOptions) -> None:
         raise ValueError('--pretrained and --initial-checkpoint contradict each other: both name the first weights')
 
 
-def _resolve_grad_accum(options: TrainOptions, world: DistributedContext) -> TrainOptions:
-    """Return the options with both --grad-accum-steps and --global-batch-size."""
+def _shorten_warmup(options: TrainOptions, world: DistributedContext) -> TrainOptions:
+    """Return the options with a warm-up within the run, which the defaults and recipes need not fit."""
+    warmup, epochs = options.schedule.warmup_epochs, options.run.epochs
+    if warmup <= epochs:
+        return options
+    if world.is_primary:
+        _logger.warning('the warm-up of %d epochs is shortened to %d of the %d epochs', warmup, epochs // 2, epochs)
+    return options.with_values('schedule', warmup_epochs=epochs // 2)
+
+
+def _fit_img_size(options: TrainOptions, dataset: Any) -> TrainOptions:
+    """Return the options with the image side that --fit-img-size asks for."""
+    data = options.data
+    if not data.fit_img_size:
+        return options
+    if data.img_size is not None or data.input_size is not None:
+        raise ValueError('--fit-img-size and --img-size or --input-size contradict each other')
+    cfg = timm.get_pretrained_cfg(options.model.model, allow_unregistered=True) if options.model.model else None
+    largest = min((cfg.input_size if cfg else _DEFAULT_INPUT_SIZE)[1:])
+    return options.with_values('data', img_size=fit_img_size(dataset, largest))
+
+
+def _stored_global_batch_size(options: TrainOptions, run_dir: RunDir) -> Optional[int]:
+    """Return the images of a step of the run that is about to be resumed; None if there is none."""
+    path: Any = run_dir.last if run_dir.last.exists() else options.checkpointing.resume
+    if path is None:
+        return None
+    try:
+        stored = checkpoint.get_train_args(checkpoint.load_file(path, lazy=True)).get('global_batch_size')
+        return None if stored is None else description.check_number('global_batch_size', stored, 1, 10 ** 9, whole=True)
+    except ValueError as error:  # reported when the checkpoint is loaded
+        _logger.debug('%s is not a run to resume: %s', path, error)
+        return None
+
+
+def _resolve_grad_accum(options: TrainOptions, world: DistributedContext, run_dir: RunDir) -> TrainOptions:
+    """Return the options with both --grad-accum-steps and --global-batch-size.
+
+    If neither is given, a run that is resumed keeps the size of its step, with another number of ranks as well.
+    """
     batch_size, global_batch_size = options.data.batch_size, options.run.global_batch_size
     grad_accum_steps = options.run.grad_accum_steps
+    if global_batch_size is None and grad_accum_steps is None:
+        stored = _stored_global_batch_size(options, run_dir)
+        if stored is not None and stored % (batch_size * world.size) == 0:
+            global_batch_size = stored
     if global_batch_size is None:
         grad_accum_steps = grad_accum_steps or 1
         global_batch_size = batch_size * world.size * grad_accum_steps
@@ -656,6 +730,8 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
             checkpoint.check_finite(model.state_dict())
         except ValueError as error:
             raise ValueError(f'{run.initial_checkpoint}: {error}') from error
+    if run.freeze:
+        factory.freeze_(model, run.freeze)
     if run.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
