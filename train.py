@@ -56,6 +56,7 @@ def create_parser() -> argparse.ArgumentParser:
         prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, which the command line overrides')
+    cli.add_folder(parser)
     cli.add_options(parser, *TrainOptions.groups().values())
     return parser
 

@@ -79,6 +79,7 @@ def create_parser() -> argparse.ArgumentParser:
         '--per-class-results', metavar='FILE.csv',
         help='write the accuracy of each class, and the class it is most mistaken for')
     parser.add_argument('--confusion-matrix', metavar='FILE.png', help='draw the confusion matrix')
+    cli.add_folder(parser)
     cli.add_options(parser, DataOptions, ModelOptions, DeviceOptions, DebugOptions)
     parser.add_argument(  # replaces the option of a single model
         '--model', metavar='NAME', nargs='+', default=[],

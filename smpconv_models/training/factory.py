@@ -7,7 +7,7 @@ import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -94,7 +94,10 @@ def create_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim
             groups, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay, momentum=options.momentum,
             **given)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f'--opt {options.opt} with {given or "its defaults"} cannot be created: {error}') from error
+        known: Any = list_optimizers()
+        hint = '' if options.opt in known else suggestion_suffix(options.opt, known)
+        raise ValueError(
+            f'--opt {options.opt} with {given or "its defaults"} cannot be created: {error}{hint}') from error
 
 
 def create_scheduler(options: ScheduleOptions, optimizer: torch.optim.Optimizer, epochs: int, steps: int) -> Any:
@@ -391,6 +394,25 @@ def select_weights(loaded: Any, path: str, use_ema: Optional[bool] = None) -> Tu
         return checkpoint.select_state_dict(loaded, use_ema)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
+
+
+def load_backbone(model: Any, state_dict: Dict[str, Tensor], path: str) -> str:
+    """Load weights as :func:`load_weights` does, except for a classifier of another number of classes.
+
+    Returns:
+        Description of what was left out, '' if nothing was.
+    """
+    own, classifier = model.state_dict(), model.get_classifier()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    head = [names[id(parameter)] for parameter in classifier.parameters()]
+    if checkpoint.is_original(state_dict):
+        state_dict = checkpoint.convert_original(state_dict)
+    others = [name for name in head if name in state_dict and state_dict[name].shape != own[name].shape]
+    if not others:
+        load_weights(model, state_dict, path)
+        return ''
+    load_weights(model, {**state_dict, **{name: own[name] for name in head}}, path)
+    return f'its classifier of {len(state_dict[others[0]])} classes is left out'
 
 
 def load_weights(model: nn.Module, state_dict: Dict[str, Tensor], path: str) -> None:

@@ -30,7 +30,7 @@ from .distributed import DistributedContext, GracefulStop, TrainingInterrupted
 from .factory import (
     check_no_conflict,
     create_model,
-    load_weights,
+    load_backbone,
     model_arguments,
     parse_model_name,
     select_device,
@@ -725,7 +725,9 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
     check_class_count(classes, model.num_classes)
     if run.initial_checkpoint:
         state_dict, _ = select_weights(checkpoint.load_file(run.initial_checkpoint), run.initial_checkpoint)
-        load_weights(model, state_dict, run.initial_checkpoint)
+        left_out = load_backbone(model, state_dict, run.initial_checkpoint)
+        if left_out:
+            _logger.info('%s: %s', run.initial_checkpoint, left_out)
         try:
             checkpoint.check_finite(model.state_dict())
         except ValueError as error:

@@ -219,10 +219,10 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
     elif dataset and is_sequence_dataset(dataset) and dataset.lower().removeprefix('seq/') in data.DATASET_NAMES:
         # the user has named the folder of its files
         filled['dataset'] = dataset
-    data_dir: str = filled.get('data_dir', given.data_dir) or ''
-    is_folder = not (given.dataset or filled.get('dataset')) and os.path.isdir(data_dir)
+    folder = filled.get('data_dir', given.data_dir) or ''
+    is_folder = not (given.dataset or filled.get('dataset')) and os.path.isdir(folder)
     fraction = described.val_split_fraction if given.val_split_fraction is None else None
-    if fraction is not None and is_folder and not find_splits(Path(data_dir)):
+    if fraction is not None and is_folder and not find_splits(Path(folder)):
         filled.update(val_split_fraction=fraction, seed=given.seed if described.seed is None else described.seed)
     split = described.val_split if options.split is None else None
     if split and not re.fullmatch(r'[\w-]+', split):
