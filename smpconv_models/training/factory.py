@@ -396,23 +396,38 @@ def select_weights(loaded: Any, path: str, use_ema: Optional[bool] = None) -> Tu
         raise ValueError(f'{path}: {error}') from error
 
 
-def load_backbone(model: Any, state_dict: Dict[str, Tensor], path: str) -> str:
-    """Load weights as :func:`load_weights` does, except for a classifier of another number of classes.
+def load_first_weights(model: Any, path: str, classes: Optional[List[str]]) -> str:
+    """Load the weights of a checkpoint to start from, except for the classifier if its classes are others.
+
+    Args:
+        model: Model to load into.
+        path: Path of a checkpoint, ours, timm's or the original release's.
+        classes: Names of the classes to train, None if they are not known.
 
     Returns:
         Description of what was left out, '' if nothing was.
+
+    Raises:
+        ValueError: If the weights are another model's, or are not finite.
     """
+    loaded = checkpoint.load_file(path)
+    state_dict, _ = select_weights(loaded, path)
+    trained = checkpoint.describe(loaded, path).classes
     own, classifier = model.state_dict(), model.get_classifier()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     head = [names[id(parameter)] for parameter in classifier.parameters()]
     if checkpoint.is_original(state_dict):
         state_dict = checkpoint.convert_original(state_dict)
-    others = [name for name in head if name in state_dict and state_dict[name].shape != own[name].shape]
-    if not others:
-        load_weights(model, state_dict, path)
-        return ''
-    load_weights(model, {**state_dict, **{name: own[name] for name in head}}, path)
-    return f'its classifier of {len(state_dict[others[0]])} classes is left out'
+    is_other = trained is not None and classes is not None and trained != classes
+    is_other |= any(state_dict[name].shape != own[name].shape for name in head if name in state_dict)
+    if is_other:
+        state_dict = {**state_dict, **{name: own[name] for name in head}}
+    load_weights(model, state_dict, path)
+    try:
+        checkpoint.check_finite(model.state_dict())
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return 'without their classifier, which is of other classes' if is_other else ''
 
 
 def load_weights(model: nn.Module, state_dict: Dict[str, Tensor], path: str) -> None:

@@ -30,11 +30,10 @@ from .distributed import DistributedContext, GracefulStop, TrainingInterrupted
 from .factory import (
     check_no_conflict,
     create_model,
-    load_backbone,
+    load_first_weights,
     model_arguments,
     parse_model_name,
     select_device,
-    select_weights,
 )
 from .loader import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
 from .logger import ProgressLogger, check_logging_dependencies
@@ -71,6 +70,8 @@ class Trainer:
         train_loader: Training images.
         val_loader: Validation images.
         classes: Names of the classes by index, None if they are not known.
+        origin: Origin of the first weights, for the log.
+        input_size: Shape of an input without the batch.
         logger: Logger on rank 0 while the run trains, otherwise None.
     """
     options: TrainOptions
@@ -85,6 +86,8 @@ class Trainer:
     train_loader: TrainLoader
     val_loader: EvalLoader
     classes: Optional[List[str]]
+    origin: str
+    input_size: Tuple[int, ...]
     logger: Optional[ProgressLogger] = None
 
     @property
@@ -142,6 +145,8 @@ class Trainer:
         if is_finished:
             self.world.run_on_primary(self._write_results)  # the run may have ended before it wrote them
         else:
+            if self.world.is_primary:
+                self._log_setup()
             self.logger = self.world.run_on_primary(
                 lambda: ProgressLogger(self.options, self.run_dir.path, state, self.train_loader.steps))
         with GracefulStop() as stop:
@@ -162,6 +167,28 @@ class Trainer:
         self._check_success()
         self._report_lag()
         return {**self._results(), 'seconds': 0. if is_finished else time.perf_counter() - start}
+
+    def _log_setup(self) -> None:
+        """Log what will be trained, on what, from which weights, and where the results will be."""
+        options, world, loader = self.options, self.world, self.train_loader
+        counts = [
+            sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad == is_trained)
+            for is_trained in (True, False)]
+        frozen = f', {counts[1]:,} of them frozen' if counts[1] else ''
+        classes = '' if self.classes is None else f' of {len(self.classes)} classes'
+        threads = f', {torch.get_num_threads()} threads' if self.device.type == 'cpu' else ''
+        factors = [str(options.data.batch_size), f'{world.size} ranks' if world.size > 1 else '', (
+            f'{loader.accumulation} accumulated' if loader.accumulation > 1 else '')]
+        product = ' x '.join(filter(None, factors))
+        for line in (
+            f'device: {self.device}{threads}',
+            f'data: {options.data.dataset or options.data.data_dir}, {loader.dataset.num_samples} training and '
+            f'{self.val_loader.num_samples} validation samples{classes}, as {"x".join(map(str, self.input_size))}',
+            f'model: {options.model.model}, {sum(counts):,} parameters{frozen}, {self.origin}',
+            f'steps: {loader.steps} an epoch of {options.run.global_batch_size} samples'
+            + (f' ({product})' if ' x ' in product else '') + f'; folder: {self.run_dir.path}',
+        ):
+            _logger.info('%s', line)
 
     def close(self) -> None:
         """End the DataLoader workers, and release the run's folder."""
@@ -568,7 +595,7 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     check_classes(classes, val_set.classes)
     options = _fit_img_size(options, train_set)
     task = create_task(options.data)
-    model, model_kwargs = _build_model(options, classes)
+    model, model_kwargs, origin = _build_model(options, classes)
     task.check_model(str(options.model.model), model, train_set, in_chans)
     if options.run.sync_bn:
         model = factory.convert_sync_bn(model, world, device)
@@ -595,6 +622,8 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
         val_loader=create_eval_loader(
             task, val_set, data_config, device, world, dist_timeout=options.device.dist_timeout),
         classes=classes,
+        origin=origin,
+        input_size=data_config['input_size'],
     )
     trainer._acquire_run_dir(given)
     return trainer
@@ -701,8 +730,8 @@ def _model_arguments(options: TrainOptions, defaults: Dict[str, Any]) -> Dict[st
     return model_arguments(options.model, options.data.img_size, options.data.input_size, defaults)
 
 
-def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
-    """Return the model, and the arguments that create it again."""
+def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any], str]:
+    """Return the model, the arguments that create it again, and the origin of its weights."""
     name, run = options.model.model, options.run
     model_kwargs = _model_arguments(options, {} if classes is None else {'num_classes': len(classes)})
     rates = {key: value for key, value in (
@@ -723,15 +752,13 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
                 f'{name} with {model_kwargs} is another model without --pretrained; for kernels of other sizes than '
                 'the weights were trained with, take kernel_scale')
     check_class_count(classes, model.num_classes)
+    origin = 'random weights'
+    if run.pretrained:
+        is_own = model.num_classes == model.pretrained_cfg['num_classes']
+        origin = 'pretrained weights' + ('' if is_own else ', with a new classifier')
     if run.initial_checkpoint:
-        state_dict, _ = select_weights(checkpoint.load_file(run.initial_checkpoint), run.initial_checkpoint)
-        left_out = load_backbone(model, state_dict, run.initial_checkpoint)
-        if left_out:
-            _logger.info('%s: %s', run.initial_checkpoint, left_out)
-        try:
-            checkpoint.check_finite(model.state_dict())
-        except ValueError as error:
-            raise ValueError(f'{run.initial_checkpoint}: {error}') from error
+        left_out = load_first_weights(model, run.initial_checkpoint, classes)
+        origin = f'weights of {run.initial_checkpoint}' + (f' {left_out}' if left_out else '')
     if run.freeze:
         factory.freeze_(model, run.freeze)
     if run.grad_checkpointing:
@@ -739,7 +766,7 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
             model.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
             raise ValueError(f'{name} has no --grad-checkpointing') from error
-    return model, {**model_kwargs, 'num_classes': model.num_classes}
+    return model, {**model_kwargs, 'num_classes': model.num_classes}, origin
 
 
 @torch.no_grad()
