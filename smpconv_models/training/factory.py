@@ -7,6 +7,7 @@ import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -296,6 +297,22 @@ def parse_model_name(name: str) -> Tuple[str, str]:
     """Return the source of a model, ``hf-hub`` or ``local-dir``, and its name there; '' for timm's own names."""
     source, _, rest = name.partition(':')
     return (source, rest) if rest else ('', name)
+
+
+def resolve_source(name: str) -> Tuple[str, Dict[str, Any]]:
+    """Return the architecture of a model, and the arguments that its repository or folder gives to it.
+
+    A model is the same without its place: a checkpoint that names both can be opened after the place has gone.
+
+    Args:
+        name: Name of a model that :func:`create_model` has created.
+    """
+    source, place = parse_model_name(name)
+    if source not in _SOURCES:
+        return name, {}
+    load = load_model_config_from_path if source == 'local-dir' else load_model_config_from_hf
+    _, architecture, arguments = load(place)
+    return architecture, dict(arguments or {})
 
 
 def create_model(name: Optional[str], pretrained: bool = False, **kwargs: Any) -> Any:

@@ -33,6 +33,7 @@ from .factory import (
     load_first_weights,
     model_arguments,
     parse_model_name,
+    resolve_source,
     select_device,
 )
 from .loader import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
@@ -602,6 +603,7 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     model.to(device).to(memory_format=options.device.memory_format)
     data_config = task.resolve_data_config(model)
     _check_size(model, str(options.model.model), data_config['input_size'], device)
+    options = _without_source(options, data_config)
     skipped = SkippedSamples(limit=options.run.max_unreadable)
     assert options.run.grad_accum_steps is not None
     train_loader = create_train_loader(
@@ -744,12 +746,14 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
     if run.bn_momentum is not None:
         for norm in trained_norms(model):
             norm.momentum = run.bn_momentum
-    if run.pretrained:
-        again = create_model(name, **model_kwargs, device='meta')
+    architecture, arguments = resolve_source(str(name))
+    model_kwargs = {**arguments, **model_kwargs}
+    if run.pretrained or arguments:
+        again = create_model(architecture, **model_kwargs, device='meta')
         shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, again)]
         if shapes[0] != shapes[1]:  # no later command could load this run's weights
             raise ValueError(
-                f'{name} with {model_kwargs} is another model without --pretrained; for kernels of other sizes than '
+                f'{name} with {model_kwargs} is another model without its weights; for kernels of other sizes than '
                 'the weights were trained with, take kernel_scale')
     check_class_count(classes, model.num_classes)
     origin = 'random weights'
@@ -767,6 +771,22 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
         except (AssertionError, AttributeError) as error:
             raise ValueError(f'{name} has no --grad-checkpointing') from error
     return model, {**model_kwargs, 'num_classes': model.num_classes}, origin
+
+
+def _without_source(options: TrainOptions, data_config: Dict[str, Any]) -> TrainOptions:
+    """Return the options with the architecture and its data configuration in place of a repository or folder.
+
+    These are what checkpoints store: a place that is moved, or not reachable, does not matter to them.
+    """
+    name = str(options.model.model)
+    architecture, _ = resolve_source(name)
+    if architecture == name:
+        return options
+    data = {key: data_config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'input_size')}
+    data = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    if options.data.img_size is not None:
+        del data['input_size']
+    return options.with_values('model', model=architecture).with_values('data', **data)
 
 
 @torch.no_grad()
