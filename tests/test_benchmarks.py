@@ -235,19 +235,23 @@ def test_a_run_of_one_case_stores_its_row(tmp_path):
     assert (tmp_path / 'speed.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['--cases', 'nothing'], "invalid choice: 'nothing' (choose from 't_56', "),
-    (['--device', 'cuda'], 'finds no such device'),
-    (['--device', 'cpu', '--backends', 'nothing'], 'got nothing'),
-    (['--rounds', '0'], 'must be above 0'),
-    (['--results', __file__], '--results'),
-    (['--picture', f'{__file__}/picture.png'], '--picture'),
-    (['--picture', 'picture.nothing'], '--picture'),
+@pytest.mark.parametrize(('script', 'arguments', 'message'), [
+    ('depthwise', ['--cases', 'nothing'], "invalid choice: 'nothing' (choose from 't_56', "),
+    ('depthwise', ['--device', 'cuda'], 'finds no such device'),
+    ('depthwise', ['--device', 'cpu', '--backends', 'nothing'], 'got nothing'),
+    ('depthwise', ['--rounds', '0'], 'must be above 0'),
+    ('depthwise', ['--results', __file__], '--results'),
+    ('depthwise', ['--picture', f'{__file__}/picture.png'], '--picture'),
+    ('depthwise', ['--picture', 'picture.nothing'], '--picture'),
+    ('cifar_step', ['--networks', 'flexible'], "invalid choice: 'flexible'"),
+    ('cifar_step', ['--device', 'cuda'], 'finds no such device'),
+    ('cifar_step', ['--rounds', '0'], 'must be above 0'),
+    ('cifar_step', ['--results', __file__], '--results cannot be written'),
 ])
-def test_errors_are_one_line(load, monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(load, monkeypatch, capsys, script, arguments, message):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit) as exit:
-        load('depthwise').main(arguments)
+        load(script).main(arguments)
     output = capsys.readouterr()
     assert (exit.value.code, output.out, output.err.count('\n')) == (2, '', 1)
     assert message in output.err
@@ -294,13 +298,30 @@ def test_a_wrong_network_for_cifar_is_not_timed(load, monkeypatch, tmp_path, cap
     assert 'error: SMPConv by fft is wrong' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['--networks', 'flexible'], "invalid choice: 'flexible'"), (['--device', 'cuda'], 'finds no such device'),
-    (['--rounds', '0'], 'must be above 0'), (['--results', __file__], '--results cannot be written'),
-])
-def test_errors_with_cifar_are_one_line(load, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SystemExit) as exit:
-        load('cifar_step').main(arguments)
-    output = capsys.readouterr()
-    assert (exit.value.code, output.out, output.err.count('\n')) == (2, '', 1) and message in output.err
+# --- latency ---
+
+
+@pytest.fixture
+def latency(load, monkeypatch, tmp_path):
+    module = load('latency')
+    monkeypatch.setattr(module.measure, 'RESULTS', tmp_path)
+    monkeypatch.setattr(sys, 'argv', [
+        'latency.py', '--model', 'smpconv_nano', '--against', 'convnext_atto', '--img-size', '32', '--rounds', '1'])
+    return module
+
+
+def test_latencies_are_stored_and_compared(latency, tmp_path, capsys):
+    assert latency.main() == 0
+    row = json.loads((tmp_path / 'latency.jsonl').read_text())
+    assert row['batch_size'] == 1 and row['img_size'] == 32
+    ours, theirs = row['seconds']['smpconv_nano'], row['seconds']['convnext_atto']
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith('smpconv_nano') and f'{ours / theirs:.3f} x convnext_atto' in line
+
+
+def test_the_latency_of_a_wrong_network_is_not_measured(latency, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency.timm.utils, 'reparameterize_model', lambda model: latency.timm.create_model(
+        'smpconv_nano').eval())
+    with pytest.raises(SystemExit, match='nothing is timed'):
+        latency.main()
+    assert not list(tmp_path.iterdir())

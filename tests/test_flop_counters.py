@@ -98,6 +98,10 @@ def num_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def num_trained(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 # --- one call of each tool ---
 
 
@@ -116,6 +120,10 @@ def by_ptflops(model, x, backend):
 def by_fvcore(model, x):
     analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return analysis.by_operator()
+
+
+def layers_and_sampling(counted):
+    return counted['conv'] + counted['linear'], counted['matmul']
 
 
 def by_calflops(model, x):
@@ -167,38 +175,24 @@ def deepspeed(monkeypatch):
 
 # --- every model, as it is trained and re-parameterized ---
 
-
-def test_thop(case):
-    model, x, macs = case
-    assert by_thop(model, x) == (macs, num_parameters(model))
-
-
-def test_ptflops(case):
-    """Biases are its own."""
-    model, x, macs = case
-    assert by_ptflops(copy.deepcopy(model), x, 'pytorch') == (
-        macs + bias_additions(model, x), sum(p.numel() for p in model.parameters() if p.requires_grad))
-
-
-def test_ptflops_aten(case):
-    """Biases are its own, and the sampling of kernels is seen."""
-    model, x, macs = case
-    counted, _ = by_ptflops(copy.deepcopy(model), x, 'aten')
-    assert counted == macs + bias_additions(model, x) + sampling_macs(model)
+# Counts of a tool, and the expected ones from the model, the input and the MACs of the table. Biases and the sampling
+# of kernels are counted by some tools in addition; PyTorch counts two FLOPs for a product.
+COUNTS = {
+    'thop': lambda model, x, macs: (by_thop(model, x), (macs, num_parameters(model))),
+    'ptflops': lambda model, x, macs: (
+        by_ptflops(copy.deepcopy(model), x, 'pytorch'), (macs + bias_additions(model, x), num_trained(model))),
+    'ptflops aten': lambda model, x, macs: (
+        by_ptflops(copy.deepcopy(model), x, 'aten')[0], macs + bias_additions(model, x) + sampling_macs(model)),
+    'fvcore': lambda model, x, macs: (layers_and_sampling(by_fvcore(model, x)), (macs, sampling_macs(model))),
+    'calflops': lambda model, x, macs: (by_calflops(model, x)[1:], (macs, num_trained(model))),
+    'torch': lambda model, x, macs: (by_torch(model, x), 2 * (macs + sampling_macs(model))),
+}
 
 
-def test_fvcore(case):
-    model, x, macs = case
-    counted = by_fvcore(model, x)
-    assert counted['conv'] + counted['linear'] == macs
-    assert counted['matmul'] == sampling_macs(model)
-
-
-def test_calflops(case):
-    model, x, macs = case
-    _, counted, parameters = by_calflops(model, x)
-    assert counted == macs
-    assert parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+@pytest.mark.parametrize('tool', COUNTS)
+def test_counts(case, tool):
+    counted, expected = COUNTS[tool](*case)
+    assert counted == expected
 
 
 def test_deepspeed(case, deepspeed):
@@ -206,12 +200,6 @@ def test_deepspeed(case, deepspeed):
     with torch.no_grad():
         model(x)
     assert sum(deepspeed) == macs
-
-
-def test_torch(case):
-    """Two FLOPs a product, and the sampling of kernels is seen."""
-    model, x, macs = case
-    assert by_torch(model, x) == 2 * (macs + sampling_macs(model))
 
 
 def test_torchinfo(case):

@@ -63,6 +63,7 @@ from smpconv_models.training.validate import fill_from_checkpoint  # noqa: E402
 
 TINY = dict(depths=[1], dims=[4], kernel_sizes=[7], num_classes=10, in_chans=1)
 SMALL = dict(depths=[1, 1], dims=[6, 12], num_points=8, kernel_size=9)  # of tests/golden/cifar_tiny.safetensors
+RUN = ('last.pth.tar', 'previous.pth.tar')
 KINDS = (
     'zip', 'legacy', 'safetensors', 'values', 'legacy values', 'release values', 'run', 'holder', 'config',
     'config bytes', 'yaml', 'yaml bytes')
@@ -188,6 +189,10 @@ class Cases:
         self.trainer._save()
         self.state = copied(torch.load(self.trainer.run_dir.last, weights_only=True))
         del self.state['state_dict_ema']  # change_state adds one
+        self.saved = {}
+        for kind, name in (('zip', 'case.pth'), ('legacy', 'case.pth'), *((name, name) for name in RUN)):
+            torch.save(self.state, home / name, _use_new_zipfile_serialization=kind != 'legacy')
+            self.saved[kind] = (home / name).read_bytes()
         self.trainer.close()
         data = load_file(ROOT / 'tests/golden/cifar_tiny.safetensors')
         self.release = {
@@ -209,8 +214,7 @@ class Cases:
             state = changed(change_state, self.release if kind == 'release values' else self.state)
             torch.save(state, path, _use_new_zipfile_serialization=kind != 'legacy values')
         elif kind in ('zip', 'legacy'):
-            torch.save(self.state, path, _use_new_zipfile_serialization=kind == 'zip')
-            path.write_bytes(changed(change_bytes, path.read_bytes()))
+            path.write_bytes(changed(change_bytes, self.saved[kind]))
         elif kind == 'safetensors':
             path = self.home / 'case.safetensors'
             path.write_bytes(changed(change_bytes, (self.home / 'whole.safetensors').read_bytes()))
@@ -218,9 +222,11 @@ class Cases:
             path = self.home / 'case'
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
-            for name in ('last.pth.tar', 'previous.pth.tar'):
-                state = changed(change_state, self.state) if draw and draw.random() < 0.7 else self.state
-                torch.save(state, path / name)
+            for name in RUN:
+                if draw and draw.random() < 0.7:
+                    torch.save(change_state(self.state, draw), path / name)
+                else:
+                    (path / name).write_bytes(self.saved[name])
                 if draw and draw.random() < 0.2:
                     (path / name).write_bytes(change_bytes((path / name).read_bytes(), draw))
         elif kind == 'holder':
@@ -319,6 +325,7 @@ def main():
     log = logging.handlers.BufferingHandler(1 << 20)
     logging.basicConfig(level=logging.INFO, handlers=[log])
     signal.signal(signal.SIGALRM, signal.default_int_handler)
+    os.fsync = lambda descriptor: None  # files of a case need not outlast a power failure
     draw = random.Random(args.seed)
     outcomes, seconds, bad = Counter(), Counter(), []
     with tempfile.TemporaryDirectory() as home:

@@ -29,7 +29,11 @@ def test_descriptions_of_both_kinds_of_files():
 @pytest.mark.parametrize('content, field', [
     ({'args': {'mean': torch.ones(2)}}, r'args\.mean'), ({'args': {'model': 5}}, r'args\.model'),
     ({'args': {'seed': True}}, r'args\.seed'), ({'args': {'seed': -1}}, r'args\.seed'),
-    ({'args': {'img_size': 4097}}, r'args\.img_size'),
+    ({'args': {'img_size': 4097}}, r'args\.img_size'), ({'args': {'img_size': 'x'}}, r'args\.img_size'),
+    ({'args': {'input_size': [3, 0]}}, r'args\.input_size'), ({'args': {'mean': 'abc'}}, r'args\.mean'),
+    ({'args': {'interpolation': 'nope'}}, r'args\.interpolation'), ({'args': {'crop_pct': 'x'}}, r'args\.crop_pct'),
+    ({'model_kwargs': {'pretrained': True}}, 'got pretrained'),
+    ({'args': {'model_kwargs': {'checkpoint_path': 'x.pth'}}}, 'got checkpoint_path'),
     ({'args': {'input_size': [3, 10 ** 4999, 1]}}, 'args.input_size'),
     ({'args': {'std': [0.]}}, r'args\.std'), ({'args': {'mean': [float('nan')]}}, r'args\.mean'),
     ({'args': {'mean': [0.5] * 65}}, r'args\.mean'), ({'args': {'crop_pct': float('inf')}}, r'args\.crop_pct'),

@@ -1,6 +1,5 @@
 """Hostile files, and all kinds of files that torch.save and safetensors write."""
 import argparse
-import io
 import json
 import os
 import pickle
@@ -148,57 +147,11 @@ def test_another_loader_makes_the_call(tmp_path, new_format):
 
 
 @formats
-def test_all_calls_are_listed(tmp_path, new_format):
-    torch.save(
-        [Call(os.system, 'x'), Call(eval, '1'), Call(exec, '1')], tmp_path / 'a.pth',
-        _use_new_zipfile_serialization=new_format)
-    refused(tmp_path / 'a.pth', r'builtin\w*\.eval, __builtin__\.exec, posix\.system')
-
-
-@formats
 @pytest.mark.filterwarnings('ignore')
 def test_whole_module(tmp_path, new_format):
     torch.save(torch.nn.Linear(2, 3), tmp_path / 'a.pth', _use_new_zipfile_serialization=new_format)
     refused(tmp_path / 'a.pth', r'torch\.nn\.modules\.linear\.Linear')
     assert isinstance(torch.load(tmp_path / 'a.pth', weights_only=False), torch.nn.Linear)
-
-
-@pytest.mark.parametrize('protocol', range(6))
-def test_calls_in_every_protocol(tmp_path, protocol):
-    trap = tmp_path / 'trap'
-    content = pickle.dumps({'w': Call(os.mkdir, str(trap))}, protocol)
-    refused(write_zip(tmp_path / 'a.pth', content[:-1], proto=b''), r'posix\.mkdir')
-    assert not trap.exists()
-    pickle.loads(content)
-    assert trap.exists()
-
-
-CALLS = {
-    'reduce': lambda path: name('os.mkdir') + several(path) + b'R',
-    'inst': lambda path: b'(' + path + b'ios\nmkdir\n',
-    'obj': lambda path: b'(' + name('os.mkdir') + path + b'o',
-    'stack_global': lambda path: text('os') + text('mkdir') + b'\x93' + several(path) + b'R',
-}
-
-
-@pytest.mark.parametrize('opcode', CALLS)
-def test_calls_of_every_opcode(tmp_path, opcode):
-    trap = tmp_path / 'trap'
-    body = CALLS[opcode](text(str(trap)))
-    refused(write_zip(tmp_path / 'a.pth', under(body)), r'os\.mkdir')
-    assert not trap.exists()
-    pickle.loads(b'\x80\x04' + body + b'.')
-    assert trap.exists()
-
-
-@pytest.mark.parametrize('opcode', [b')\x81', b')}\x92', b')\x81}b', b'}b'], ids=['newobj', 'ex', 'build', 'class'])
-def test_classes_of_every_opcode(tmp_path, opcode):
-    refused(write_zip(tmp_path / 'a.pth', under(name('subprocess.Popen') + opcode)), r'subprocess\.Popen')
-
-
-def test_calls_of_what_a_call_gives(tmp_path):
-    body = name('builtins.getattr') + several(name('os.path'), text('system')) + b'R' + several(text('x')) + b'R'
-    refused(write_zip(tmp_path / 'a.pth', under(body)), r'builtins\.getattr, os\.path')
 
 
 @pytest.mark.parametrize('place', range(5))
@@ -211,15 +164,6 @@ def test_each_pickle_of_a_legacy_file(tmp_path, place):
     assert not (tmp_path / 'trap').exists()
 
 
-@pytest.mark.parametrize('record', ['DATA.PKL', 'sub/data.pkl', '../other/data.pkl'])
-def test_second_pickle_in_an_archive(tmp_path, record):
-    refused(write_zip(tmp_path / 'a.pth', under(b'N'), [(record, PROTO + name('os.system') + b'.')]))
-
-
-def test_behind_the_pickle(tmp_path):
-    refused(write_zip(tmp_path / 'a.pth', under(b'N') + b'.' + PROTO + name('os.system')), 'behind its pickle')
-
-
 @pytest.mark.filterwarnings('ignore')
 def test_programs_are_refused(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), tmp_path / 'a.pth')
@@ -229,30 +173,124 @@ def test_programs_are_refused(tmp_path):
     refused(tmp_path / 'b.pth')
 
 
-@pytest.mark.parametrize('body', [
-    b'\x8c\x03a\nb\x8c\x01c\x93', b'\x8c\x03a\rb\x8c\x01c\x93', storage(key=text('a\nb')), b'cos\n\x1b[2J\n',
-], ids=['newline', 'return', 'key', 'escape'])
-def test_names_stay_in_one_line(tmp_path, body):
-    refused(write_zip(tmp_path / 'a.pth', under(body)))
+# --- pickles of an archive: the dictionary's value, in torch.save's protocol, and the message ---
 
 
-# --- memory ---
+def set_many_times(kind, line):
+    """A line of 10 bytes copies all entries."""
+    entries = b'}(' + b''.join(number(i) + b'N' for i in range(2000)) + b'u'
+    return b'](' + name(kind) + b'q\x00' + entries + b'q\x01' + line * 100 + b'e'
 
 
-LENGTHS = {
-    'binbytes8': b'\x8e' + struct.pack('<Q', 1 << 60), 'binbytes8_small': b'\x8e' + struct.pack('<Q', 1 << 31),
-    'bytearray8': b'\x96' + struct.pack('<Q', 1 << 60), 'bytearray8_small': b'\x96' + struct.pack('<Q', 1 << 31),
-    'binunicode8': b'\x8d' + struct.pack('<Q', 1 << 60), 'binunicode': b'X\xff\xff\xff\xff',
-    'binbytes': b'B\xff\xff\xff\xff', 'long4': b'\x8b\xff\xff\xff\x7f', 'long4_negative': b'\x8b\xff\xff\xff\xff',
-    'binstring': b'T\xff\xff\xff\x7f', 'frame': b'\x95' + struct.pack('<Q', 1 << 31),
+LAUGHS = b'(t' + b'q\x00h\x00\x86' * 60  # a tuple of itself twice, 60 deep, is hashed in 2^60 steps
+PATH = text('trap')
+CALLS = {  # of os.mkdir('trap')
+    'reduce': name('os.mkdir') + several(PATH) + b'R',
+    'inst': b'(' + PATH + b'ios\nmkdir\n',
+    'obj': b'(' + name('os.mkdir') + PATH + b'o',
+    'stack_global': text('os') + text('mkdir') + b'\x93' + several(PATH) + b'R',
+    **{f'protocol {protocol}': pickle.dumps(Call(os.mkdir, 'trap'), protocol)[:-1] for protocol in range(6)},
+}
+HOSTILE = {
+    **{name: (call, r'(os|posix)\.mkdir') for name, call in CALLS.items()},
+    **{f'class by {opcode}': (name('subprocess.Popen') + opcode, r'subprocess\.Popen')
+       for opcode in (b')\x81', b')}\x92', b')\x81}b', b'}b')},
+    'call of a call': (
+        name('builtins.getattr') + several(name('os.path'), text('system')) + b'R' + several(text('x')) + b'R',
+        r'builtins\.getattr, os\.path'),
+    'behind the pickle': (b'N' + b's.' + PROTO + name('os.system'), 'behind its pickle'),
+    **{f'name of two lines {body}': (body, None) for body in (
+        b'\x8c\x03a\nb\x8c\x01c\x93', b'\x8c\x03a\rb\x8c\x01c\x93', storage(key=text('a\nb')), b'cos\n\x1b[2J\n')},
+    **{f'storage of {elements:.3g} elements': (storage(elements), None)
+       for elements in (-1, 2, 0, 1 << 40, 1 << 62, 1 << 70)},
+    'storage of many elements': (storage(1 << 5000), None),
+    'size of many dimensions': (name('torch.Size') + b'](' + b'K\x01' * 2000 + b'e' + b'\x85R', '2000 dimensions'),
+    # a Namespace whose __setstate__ is a storage's type reserves memory for its state
+    'object with a method': (
+        name('argparse.Namespace') + b')R' + under(name('torch.storage.UntypedStorage'), '__setstate__') + b'b'
+        + number(1 << 30) + b'b', 'what an object does'),
+    **{f'nested name {body}': (body % LAUGHS, None)
+       for body in (b'}(%sNu', b'(%sNd', b'}%sNs', b'](%s\x91', b'\x8f(%s\x90')},
+    'nested key of a storage': (storage(key=LAUGHS), None),
+    'nested number of elements': (storage().replace(number(1), LAUGHS), None),
+    **{f'state of {kind} set {times}': (set_many_times(kind, line), message)
+       for kind in ('collections.OrderedDict', 'argparse.Namespace')
+       for times, line, message in (('many times', b'h\x00)Rh\x01b', 'repeats'), (
+           'in calls', b'h\x00h\x01\x85R', 'in one call'))},
 }
 
 
+@pytest.mark.parametrize('kind', HOSTILE)
+def test_hostile_pickles_are_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    body, match = HOSTILE[kind]
+    refused(write_zip(tmp_path / 'a.pth', under(body)), match)
+    assert os.listdir() == ['a.pth']
+
+
+@pytest.mark.parametrize('kind', CALLS)
+def test_the_calls_would_be_made(tmp_path, monkeypatch, kind):
+    """Otherwise their refusal would prove nothing."""
+    monkeypatch.chdir(tmp_path)
+    pickle.loads((b'' if kind.startswith('protocol') else b'\x80\x04') + CALLS[kind] + b'.')
+    assert os.listdir() == ['trap']
+
+
 @formats
-@pytest.mark.parametrize('opcode', LENGTHS)
-def test_claimed_lengths_are_not_allocated(tmp_path, new_format, opcode):
-    path = write(tmp_path / 'a.pth', under(LENGTHS[opcode]), new_format)
-    refused(path)
+@pytest.mark.parametrize('body', [
+    b'J\x01\x02', b'h\x09', b'0', b'a', b's', b'R', b'e', b'\xff', b'(', b'Vabc', b'I12x\n', b'U\x02\xff\xff',
+    name('torch.Size') + text('x') + b'\x85R', name('torch._utils._rebuild_parameter') + b')R', b'}]Ns', b'P0\n',
+    name('argparse.Namespace') + several(b'N') + b'R', b'K\x01Q', b'\x82\x01', b'\x97', b')Q',
+])
+def test_malformed_pickles(tmp_path, new_format, body):
+    readers = (checkpoint.load_file,)  # PyTorch's reader is stricter than the scan
+    refused(write(tmp_path / 'a.pth', under(body), new_format), readers=readers)
+
+
+@formats
+@pytest.mark.parametrize('body', [
+    *(code + struct.pack('<Q', length) for code in (b'\x8e', b'\x96') for length in (1 << 60, 1 << 31)),
+    b'\x8d' + struct.pack('<Q', 1 << 60), b'X\xff\xff\xff\xff', b'B\xff\xff\xff\xff', b'\x8b\xff\xff\xff\x7f',
+    b'\x8b\xff\xff\xff\xff', b'T\xff\xff\xff\x7f', b'\x95' + struct.pack('<Q', 1 << 31)])
+def test_claimed_lengths_are_not_allocated(tmp_path, new_format, body):
+    refused(write(tmp_path / 'a.pth', under(body), new_format))
+
+
+@formats
+@pytest.mark.parametrize('content, match', [
+    ([Call(os.system, 'x'), Call(eval, '1'), Call(exec, '1')], r'builtin\w*\.eval, __builtin__\.exec, posix\.system'),
+    ({'a': {1}, 'b': b'x'}, r'__builtin__\.set, _codecs\.encode'),  # each is a call in torch.save's protocol
+    ({'metric': np.float64(3)}, r'numpy\S*\.scalar')])
+def test_all_unsafe_globals_are_listed(tmp_path, new_format, content, match):
+    torch.save(content, tmp_path / 'a.pth', _use_new_zipfile_serialization=new_format)
+    refused(tmp_path / 'a.pth', match)
+
+
+LEGACY = {
+    **{f'{elements:.3g} elements': (storage(elements, view=b'N'), None, None)
+       for elements in (-1, 2, 40_000_000_000, 1 << 62, 1 << 70)},
+    # PyTorch would leave their memory uninitialized
+    **{f'keys {keys}': (tensor(storage(view=b'N')), keys, 'not those')
+       for keys in (b']', b']' + text('1') + b'a', b'N', b']K\x01a')},
+    'later pickle': (
+        storage(40_000_000_000, view=b'N'), storage(0, view=b'N') + b'0' + b']' + text('0') + b'a', 'bytes of tensors'),
+}
+
+
+@pytest.mark.parametrize('kind', LEGACY)
+def test_storages_of_a_legacy_file(tmp_path, kind):
+    body, keys, match = LEGACY[kind]
+    refused(write_legacy(tmp_path / 'a.pth', under(body), keys), match)
+
+
+@formats
+def test_one_storage_of_two_sizes(tmp_path, new_format):
+    last = view_of(new_format)
+    pair = several(storage(4, 'torch.ByteStorage', view=last), storage(0, view=last))
+    refused(write(tmp_path / 'a.pth', under(pair), new_format), 'two sizes')
+
+
+# --- memory ---
 
 
 def test_memo_of_a_far_place(tmp_path):
@@ -298,29 +336,6 @@ def test_storages_are_not_made(tmp_path, kind, opcode):
         assert torch.load(path, weights_only=True)['w'].nbytes() == 1 << 30
 
 
-@pytest.mark.parametrize('elements', [-1, 2, 0, 1 << 40, 1 << 62, 1 << 70, 1 << 5000])
-def test_storage_of_another_size_in_a_zip(tmp_path, elements):
-    refused(write_zip(tmp_path / 'a.pth', under(storage(elements))))
-
-
-@pytest.mark.parametrize('elements', [-1, 2, 40_000_000_000, 1 << 62, 1 << 70])
-def test_storage_of_another_size_in_a_legacy_file(tmp_path, elements):
-    refused(write_legacy(tmp_path / 'a.pth', under(storage(elements, view=b'N'))))
-
-
-def test_storage_of_another_size_in_a_later_pickle(tmp_path):
-    keys = b']' + text('0') + b'a'
-    body = under(storage(40_000_000_000, view=b'N'))
-    refused(write_legacy(tmp_path / 'a.pth', body, keys=storage(0, view=b'N') + b'0' + keys), 'bytes of tensors')
-
-
-@formats
-def test_one_storage_of_two_sizes(tmp_path, new_format):
-    last = view_of(new_format)
-    pair = several(storage(4, 'torch.ByteStorage', view=last), storage(0, view=last))
-    refused(write(tmp_path / 'a.pth', under(pair), new_format), 'two sizes')
-
-
 @formats
 @pytest.mark.parametrize('key', [b'G' + struct.pack('>d', float('nan')), number(0), several(text('0'))])
 def test_storage_key_that_differs_from_itself(tmp_path, new_format, key):
@@ -332,34 +347,6 @@ def test_storage_key_that_differs_from_itself(tmp_path, new_format, key):
     else:
         write_legacy(path, body, b']', bytes(2 * MIB))
     refused(path, 'without a type, a name or a size')
-
-
-@pytest.mark.parametrize('keys', [b']', b']' + text('1') + b'a', b'N', b']K\x01a'])
-def test_legacy_storage_without_content(tmp_path, keys):
-    """PyTorch would leave its memory uninitialized."""
-    refused(write_legacy(tmp_path / 'a.pth', under(tensor(storage(view=b'N'))), keys), 'not those')
-
-
-def test_state_set_many_times(tmp_path):
-    """A line of 10 bytes copies all entries."""
-    entries = b'}(' + b''.join(number(i) + b'N' for i in range(2000)) + b'u'
-    for kind in ('collections.OrderedDict', 'argparse.Namespace'):
-        body = b'](' + name(kind) + b'q\x00' + entries + b'q\x01' + b'h\x00)Rh\x01b' * 100 + b'e'
-        refused(write_zip(tmp_path / 'a.pth', under(body)), 'repeats')
-        body = b'](' + name(kind) + b'q\x00' + entries + b'q\x01' + b'h\x00h\x01\x85R' * 100 + b'e'
-        refused(write_zip(tmp_path / 'a.pth', under(body)), 'in one call')
-
-
-def test_size_of_many_dimensions(tmp_path):
-    ones = b'](' + b'K\x01' * 2000 + b'e'
-    refused(write_zip(tmp_path / 'a.pth', under(name('torch.Size') + ones + b'\x85R')), '2000 dimensions')
-
-
-def test_objects_do_not_change_what_they_do(tmp_path):
-    """A Namespace whose __setstate__ is a storage's type reserves memory for its state."""
-    body = name('argparse.Namespace') + b')R' + under(name('torch.storage.UntypedStorage'), '__setstate__') + b'b'
-    path = write_zip(tmp_path / 'a.pth', under(body + number(1 << 30) + b'b'))
-    refused(path, 'what an object does')
 
 
 # --- depth ---
@@ -374,15 +361,6 @@ def test_deep_names_do_not_end_the_process(tmp_path):
     assert result.returncode == 1 and 'ValueError' in result.stderr and 'nested' in result.stderr
 
 
-@pytest.mark.parametrize('body', [b'}(%sNu', b'(%sNd', b'}%sNs', b'](%s\x91', b'\x8f(%s\x90'])
-def test_names_whose_hash_takes_forever(tmp_path, body):
-    """A tuple of itself twice, 60 deep, is hashed in 2^60 steps."""
-    laughs = b'(t' + b'q\x00h\x00\x86' * 60
-    refused(write_zip(tmp_path / 'a.pth', body % laughs))
-    refused(write_zip(tmp_path / 'a.pth', under(storage(key=laughs))))
-    refused(write_zip(tmp_path / 'a.pth', under(storage().replace(number(1), laughs))))
-
-
 def test_deep_and_circular_lists_are_read(tmp_path):
     deep = checkpoint.load_file(write_zip(tmp_path / 'a.pth', under(b']' * 20_000 + b'a' * 19_999)))['w']
     depth = 1
@@ -393,18 +371,12 @@ def test_deep_and_circular_lists_are_read(tmp_path):
     assert circular[0] is circular
 
 
-# --- malformed ---
+# --- files that are cut off, and archives ---
 
 
-@formats
-@pytest.mark.parametrize('body', [
-    b'J\x01\x02', b'h\x09', b'0', b'a', b's', b'R', b'e', b'\xff', b'(', b'Vabc', b'I12x\n', b'U\x02\xff\xff',
-    name('torch.Size') + text('x') + b'\x85R', name('torch._utils._rebuild_parameter') + b')R', b'}]Ns', b'P0\n',
-    name('argparse.Namespace') + several(b'N') + b'R', b'K\x01Q', b'\x82\x01', b'\x97', b')Q',
-])
-def test_malformed_pickles(tmp_path, new_format, body):
-    readers = (checkpoint.load_file,)  # PyTorch's reader is stricter than the scan
-    refused(write(tmp_path / 'a.pth', under(body), new_format), readers=readers)
+@pytest.mark.parametrize('record', ['DATA.PKL', 'sub/data.pkl', '../other/data.pkl'])
+def test_second_pickle_in_an_archive(tmp_path, record):
+    refused(write_zip(tmp_path / 'a.pth', under(b'N'), [(record, PROTO + name('os.system') + b'.')]))
 
 
 def test_every_truncation_of_a_legacy_file(tmp_path):
@@ -425,9 +397,6 @@ def test_malformed_records(tmp_path, record, content):
     refused(path, readers=(checkpoint.load_file,))
 
 
-# --- archives ---
-
-
 def test_compressed(tmp_path):
     path = write_zip(tmp_path / 'a.pth', under(b'N'), [('data/0', bytes(64 * MIB))], compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < MIB
@@ -440,12 +409,22 @@ def test_one_name_twice(tmp_path, names):
     refused(write_zip(tmp_path / 'a.pth', under(b'N'), [(record, bytes(4)) for record in names]))
 
 
-def test_encrypted(tmp_path):
+@pytest.mark.parametrize('place, value, match', [
+    (8, b'\x01', 'encrypted'), *((place, b'\xfe\xff\xff\x7f', None) for place in (20, 24, 42))])
+def test_damaged_directories(tmp_path, place, value, match):
+    """The flags of a record, its two sizes, and its place."""
     path = write_zip(tmp_path / 'a.pth', under(b'N'))
     content = bytearray(path.read_bytes())
-    content[content.index(b'PK\x01\x02') + 8] |= 1
+    start = content.index(b'PK\x01\x02') + place
+    content[start:start + len(value)] = value
     path.write_bytes(content)
-    refused(path, 'encrypted')
+    refused(path, match)
+
+
+def test_something_behind_the_end(tmp_path):
+    path = write_zip(tmp_path / 'a.pth', under(b'N'))
+    path.write_bytes(path.read_bytes() + bytes(30))
+    refused(path)
 
 
 def test_parts_of_two_archives(tmp_path):
@@ -485,22 +464,6 @@ def test_two_ends(tmp_path):
     content[-34:-26] = (8).to_bytes(8, 'little')
     (tmp_path / 'a.pth').write_bytes(content)
     refused(tmp_path / 'a.pth', 'two ends')
-
-
-def test_something_behind_the_end(tmp_path):
-    path = write_zip(tmp_path / 'a.pth', under(b'N'))
-    path.write_bytes(path.read_bytes() + bytes(30))
-    refused(path)
-
-
-@pytest.mark.parametrize('place', [20, 24, 42])
-def test_sizes_of_the_directory(tmp_path, place):
-    path = write_zip(tmp_path / 'a.pth', under(b'N'))
-    content = bytearray(path.read_bytes())
-    first = content.index(b'PK\x01\x02') + place
-    content[first:first + 4] = b'\xfe\xff\xff\x7f'
-    path.write_bytes(content)
-    refused(path)
 
 
 def test_tar_that_starts_like_a_pickle(tmp_path):
@@ -547,6 +510,7 @@ SAFE = {
     'deep': lambda path: safe(path, b'{"a":' + b'[' * 100_000),
     'list': lambda path: safe(path, b'[]'),
     'pickle': lambda path: torch.save({'a': torch.ones(2)}, path),
+    'short': lambda path: path.write_bytes(b'12345'),
     'duplicate': lambda path: safe(path, b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
 }
 
@@ -596,26 +560,22 @@ def test_weights_that_are_not_finite(value, dtype):
         checkpoint.check_finite({'a': weights})
 
 
-@pytest.mark.parametrize('content', [
-    [torch.ones(1)], {}, {0: torch.ones(1)}, {'state_dict': {}}, None, torch.ones(1),
-    {'state_dict': {'a': torch.ones(1)}, 'state_dict_ema': 1}, {'state_dict': {'a': torch.ones(1), 1: torch.ones(1)}},
-    {'state_dict': None, 'model': {'a': torch.ones(1)}}])
-def test_no_weights(tmp_path, content):
+@pytest.mark.parametrize('content, message', [
+    ([torch.ones(1)], 'a checkpoint to be a dict, got list'), (None, 'got NoneType'), (torch.ones(1), 'got Tensor'),
+    ({'epoch': 3, 'args': None}, r"found the keys \['args', 'epoch'\]"), ({}, ''), ({'state_dict': {}}, ''),
+    ({0: torch.ones(1)}, ''), ({'state_dict': None, 'model': {'a': torch.ones(1)}}, ''),
+    ({'state_dict': {'a': torch.ones(1)}, 'state_dict_ema': 1}, 'state_dict_ema to be a dictionary of tensors by name'),
+    ({'state_dict': {'a': torch.ones(1), 1: torch.ones(1)}}, 'state_dict to be a dictionary of tensors by name')])
+def test_no_weights(tmp_path, content, message):
     torch.save(content, tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match='expected') as error:
+    with pytest.raises(ValueError, match=f'^expected [^\n]*{message}[^\n]*$'):
         checkpoint.select_state_dict(checkpoint.load_file(tmp_path / 'a.pth'))
-    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize('message, line', [
     ('', 'ValueError'), ('a\nb', 'a'), ('\x1b[31m', r'\x1b[31m'), ('\ud800', r'\ud800'), ('a' * 5000, 'a' * 2000)])
 def test_messages_of_other_libraries_are_one_printable_line(message, line):
     assert first_line(ValueError(message)) == line
-
-
-def test_numpy_scalars(tmp_path):
-    torch.save({'metric': np.float64(3)}, tmp_path / 'a.pth')
-    refused(tmp_path / 'a.pth', r'numpy\S*\.scalar')
 
 
 # --- what must be read ---
@@ -686,13 +646,6 @@ def test_what_is_saved_is_read(tmp_path, kind, variant):
         assert given._metadata == content._metadata
 
 
-@formats
-def test_sets_and_bytes_are_refused_by_name(tmp_path, new_format):
-    """Neither our files nor timm's have any; each is a call in torch.save's protocol."""
-    torch.save({'a': {1}, 'b': b'x'}, tmp_path / 'a.pth', _use_new_zipfile_serialization=new_format)
-    refused(tmp_path / 'a.pth', r'__builtin__\.set, _codecs\.encode')
-
-
 def test_safetensors_are_read(tmp_path):
     weights = {**contents()['dtypes'], **contents()['small'], 'ü': torch.ones(2, 3)}
     del weights['torch.complex128'], weights['tail']
@@ -702,12 +655,6 @@ def test_safetensors_are_read(tmp_path):
         assert given.keys() == weights.keys()
         for key in weights:
             same(given[key], weights[key])
-
-
-def test_scan_returns_unsafe_globals_and_storages():
-    buffer = io.BytesIO(PROTO + under(tensor(storage())) + b'.')
-    found = pickles.scan_pickles(buffer, len(buffer.getvalue()))
-    assert found.unsafe_globals == [] and found.storages == {'0': 4}
 
 
 def test_a_data_type_is_named_and_not_called(tmp_path):

@@ -1,21 +1,13 @@
 """Examples of features and segmentation."""
-import importlib.util
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT, load, refused
 from safetensors.torch import load_file
 
-EXAMPLES = Path(__file__).parents[2] / 'examples'
-
-
-@pytest.fixture(scope='module')
-def segmentation():
-    spec = importlib.util.spec_from_file_location('segmentation_example', EXAMPLES / 'segmentation.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXAMPLES = ROOT / 'examples'
+segmentation = load('examples/segmentation')
 
 
 def test_features_prints_what_its_comments_say(capsys):
@@ -26,7 +18,7 @@ def test_features_prints_what_its_comments_say(capsys):
     assert lines[0] == comments[0] and ', '.join(lines[1:]) == comments[1]
 
 
-def test_masks_cover_the_digits(segmentation):
+def test_masks_cover_the_digits():
     images, masks = segmentation.make_images('validation', 40, 64, seed=3).tensors
     assert images.shape == (40, 3, 64, 64) and masks.shape == (40, 1, 64, 64)
     assert images.min() >= 0 and images.max() <= 1 and set(masks.unique().tolist()) == {0., 1.}
@@ -39,17 +31,7 @@ def test_masks_cover_the_digits(segmentation):
     assert not torch.equal(images, segmentation.make_images('validation', 40, 64, seed=4).tensors[0])
 
 
-def test_segmentation_writes_its_files(segmentation, tmp_path, capsys):
-    out = tmp_path / 'out'
-    assert segmentation.main([
-        '--output', str(out), '--images', '16', '--batch-size', '8', '--epochs', '1', '--size', '32']) == 0
-    assert sorted(path.name for path in out.iterdir()) == ['segmentation.png', 'unet.safetensors']
-    heading, row, last = capsys.readouterr().out.splitlines()
-    assert heading.split() == ['epoch', 'loss', 'IoU'] and row.split()[2] in last and str(out) in last
-    segmentation.create_model('smpconv_nano').load_state_dict(load_file(out / 'unet.safetensors'))
-
-
-def test_the_intersection_over_the_union(segmentation):
+def test_the_intersection_over_the_union():
     masks = torch.zeros(2, 1, 4, 4)
     masks[:, :, :2] = 1
     predicted = torch.zeros(2, 1, 4, 4)
@@ -57,15 +39,19 @@ def test_the_intersection_over_the_union(segmentation):
     assert segmentation.iou(predicted, masks) == pytest.approx(1 / 3)
 
 
-def test_a_step_trains_and_radii_stay_in_range(segmentation, tmp_path, monkeypatch):
-    splits, made = [], segmentation.make_images
+def test_a_run_trains_writes_its_files_and_keeps_radii_in_range(tmp_path, monkeypatch, capsys):
+    out, splits, made = tmp_path / 'out', [], segmentation.make_images
     monkeypatch.setattr(segmentation, 'make_images', lambda split, *args: splits.append(split) or made(split, *args))
     torch.manual_seed(0)
     before = segmentation.create_model('smpconv_nano').state_dict()
     assert segmentation.main([
-        '--output', str(tmp_path), '--images', '16', '--batch-size', '8', '--epochs', '1', '--size', '32', '--lr', '30',
+        '--output', str(out), '--images', '16', '--batch-size', '8', '--epochs', '1', '--size', '32', '--lr', '30',
         '--seed', '0']) == 0
-    after = load_file(tmp_path / 'unet.safetensors')
+    assert sorted(path.name for path in out.iterdir()) == ['segmentation.png', 'unet.safetensors']
+    heading, row, last = capsys.readouterr().out.splitlines()
+    assert heading.split() == ['epoch', 'loss', 'IoU'] and row.split()[2] in last and str(out) in last
+    after = load_file(out / 'unet.safetensors')
+    segmentation.create_model('smpconv_nano').load_state_dict(after)
     assert splits == ['train', 'validation']
     assert not any(torch.equal(after[name], before[name]) for name in before if name.endswith('.coords'))
     radii = torch.cat([value for name, value in after.items() if name.endswith('.radius')])
@@ -73,19 +59,17 @@ def test_a_step_trains_and_radii_stay_in_range(segmentation, tmp_path, monkeypat
 
 
 @pytest.mark.slow  # trains for a minute and a half
-def test_segmentation_learns(segmentation, tmp_path):
+def test_segmentation_learns(tmp_path):
     args = segmentation.create_parser().parse_args(['--output', str(tmp_path / 'out')])
     assert segmentation.run(args) > 0.85
 
 
-def test_invalid_arguments_are_one_line(segmentation, tmp_path, capsys):
+def test_invalid_arguments_are_one_line(tmp_path, capsys):
     (tmp_path / 'file').write_text('')
     for arguments, message in (
             (('--encoder', 'resnet18'), "got 'resnet18'"), (('--size', '50'), 'a multiple of 32, got 50'),
             (('--epochs', '0'), '--epochs 0'), (('--images', '4'), '--images 4'), (('--lr', '-1'), 'got -1.0'),
             (('--output', tmp_path / 'file'), str(tmp_path / 'file'))):
-        with pytest.raises(SystemExit) as error:
-            segmentation.main(['--output', str(tmp_path / 'out'), *map(str, arguments)])
-        line, = capsys.readouterr().err.splitlines()
-        assert error.value.code == 2 and line.startswith('segmentation.py: error: ') and message in line
+        line = refused(segmentation.main, capsys, '--output', tmp_path / 'out', *arguments)
+        assert line.startswith('segmentation.py: error: ') and message in line
     assert [path.name for path in tmp_path.iterdir()] == ['file']

@@ -135,11 +135,6 @@ def test_coefficients_are_normalised_each_over_the_training_split(tmp_path, fold
 # --- the archive ---
 
 
-def test_an_existing_archive_is_unpacked(tmp_path, monkeypatch):
-    made.publish_speech(tmp_path / speech.ARCHIVE, monkeypatch)
-    assert len(create_sequence_dataset('speech', tmp_path, 'train')) == 30
-
-
 def test_one_of_many_processes_downloads(tmp_path, monkeypatch):
     """Threads stand for processes: each has a file handle of its own for the lock."""
     made.publish_speech(tmp_path / 'published.tar.gz', monkeypatch)

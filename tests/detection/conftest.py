@@ -1,19 +1,8 @@
 """Fixtures for tests of detectors and of the example that trains one."""
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
-
-EXAMPLES = Path(__file__).parents[2] / 'examples'
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a module of examples/ by name, like a script there."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
 
 
 @pytest.fixture

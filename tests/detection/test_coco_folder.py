@@ -4,14 +4,12 @@ import json
 import pytest
 import torch
 from PIL import Image
+from programs import load
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.transforms import v2
 
-
-@pytest.fixture
-def folders(load):
-    return load('coco_folder')
+folders = load('examples/coco_folder')
 
 
 # --- bad data ---
@@ -44,7 +42,7 @@ def empty_box(content):
     (lambda c: c.pop('categories'), 'categories is missing or not a list'),
     (lambda c: c.update(images=[]), 'must have images and categories, got 0 and 2'),
 ])
-def test_a_wrong_record_is_named(folders, written, change, message):
+def test_a_wrong_record_is_named(written, change, message):
     folder = written(change=change)
     with pytest.raises(ValueError, match=message) as error:
         folders.CocoFolder(folder, 'train')
@@ -52,14 +50,14 @@ def test_a_wrong_record_is_named(folders, written, change, message):
 
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 300)])
-def test_images_of_one_pixel_are_named(folders, written, size):
+def test_images_of_one_pixel_are_named(written, size):
     folder = written(change=lambda c: c['images'][2].update(width=size[0], height=size[1]))
     Image.new('RGB', size).save(folder / 'train' / '13.png')
     with pytest.raises(ValueError, match=f'image 13: .*13.png must have at least 2x2 pixels, got {size[0]}x{size[1]}'):
         folders.CocoFolder(folder, 'train')
 
 
-def test_a_damaged_image_is_named(folders, written):
+def test_a_damaged_image_is_named(written):
     folder = written()
     (folder / 'train' / '12.png').write_bytes(b'<html>')
     with pytest.raises(ValueError, match=r'image 12: .*12.png cannot be read as an image'):
@@ -67,7 +65,7 @@ def test_a_damaged_image_is_named(folders, written):
 
 
 @pytest.mark.parametrize('text', ['{"images": [', '', '[]', '3', '\xff\xfe'])
-def test_other_files_are_refused(folders, written, text):
+def test_other_files_are_refused(written, text):
     folder = written()
     path = folder / 'annotations' / 'instances_train.json'
     path.write_bytes(text.encode('latin-1'))
@@ -76,7 +74,7 @@ def test_other_files_are_refused(folders, written, text):
     assert str(path) in str(error.value)
 
 
-def test_a_missing_file_is_named(folders, tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r'cannot be read: .*annotations/instances_train.json'):
         folders.CocoFolder(tmp_path, 'train')
 
@@ -84,7 +82,7 @@ def test_a_missing_file_is_named(folders, tmp_path):
 # --- what is read ---
 
 
-def test_images_and_targets(folders, written):
+def test_images_and_targets(written):
     data = folders.CocoFolder(written(), 'train')
     assert data.categories == {3: 'emu', 7: 'gnu'} and len(data) == 3
     image, target = data[0]
@@ -97,31 +95,36 @@ def test_images_and_targets(folders, written):
     assert data[2][1]['boxes'].shape == (0, 4) and data[2][1]['labels'].dtype == torch.long
 
 
-def test_crowds_are_no_targets(folders, written):
+def test_crowds_are_no_targets(written):
     data = folders.CocoFolder(written(change=lambda c: c['annotations'][0].update(iscrowd=1)), 'train')
     assert data[0][1]['labels'].tolist() == [1] and data[0][1]['boxes'].tolist() == [[30, 10, 42.5, 35]]
 
 
-def test_mirrored_images_have_mirrored_boxes(folders, written):
+def test_mirrored_images_have_mirrored_boxes(written):
     data = folders.CocoFolder(
         written(), 'train', augment=v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(1.)]))
     assert data[0][1]['boxes'].tolist() == [[35, 6, 55, 16], [17.5, 10, 30, 35]]
 
 
 @pytest.mark.parametrize('change', [
+    lambda content: None,
     lambda content: [record.update(id=index) for index, record in enumerate(content['annotations'])],  # from 0
     lambda content: [(record.pop('iscrowd'), record.pop('area')) for record in content['annotations']],
 ])
-def test_what_other_programs_write_or_leave_out(folders, written, change):
+def test_the_truth_itself_is_perfect(written, capsys, change):
+    """Also with ids from 0, and without what other programs leave out."""
     data = folders.CocoFolder(written(change=change), 'train')
     results = []
     for _, target in data:
         results += data.results(target['image_id'], {**target, 'scores': torch.ones(len(target['labels']))})
-    results[2]['bbox'] = [-2, 0, 20, 80]
+    results[2]['bbox'] = [-2, 0, 20, 80]  # the annotation goes beyond the image
     assert data.metrics(results)['AP'] == pytest.approx(1)
+    nothing = data.metrics([])
+    assert nothing['AP'] == 0 and nothing['AP large'] == -1  # there are none
+    assert capsys.readouterr().out == ''
 
 
-def test_empty_boxes_are_left_out_if_asked(folders, written):
+def test_empty_boxes_are_left_out_if_asked(written):
     data = folders.CocoFolder(written(change=empty_box), 'train', skip_empty_boxes=True)
     assert data.skipped == 1
     assert data[0][1]['labels'].tolist() == [2]
@@ -135,7 +138,7 @@ def detections(boxes, labels, scores):
     return {'boxes': torch.tensor(boxes), 'labels': torch.tensor(labels), 'scores': torch.tensor(scores)}
 
 
-def test_figures_are_those_of_pycocotools(folders, written, tmp_path):
+def test_figures_are_those_of_pycocotools(written, tmp_path):
     folder = written()
     data = folders.CocoFolder(folder, 'train')
     found = {11: detections([[5., 6, 24, 17], [31., 12, 40, 35], [0., 0, 9, 9]], [2, 1, 1], [0.9, 0.6, 0.7]),
@@ -151,15 +154,3 @@ def test_figures_are_those_of_pycocotools(folders, written, tmp_path):
     figures = data.metrics(results)
     assert list(figures.values()) == evaluation.stats.tolist()
     assert 0 < figures['AP'] < figures['AP50'] < 1
-
-
-def test_the_truth_itself_is_perfect_and_nothing_is_zero(folders, written, capsys):
-    data = folders.CocoFolder(written(), 'train')
-    results = []
-    for _, target in data:
-        results += data.results(target['image_id'], {**target, 'scores': torch.ones(len(target['labels']))})
-    results[2]['bbox'] = [-2, 0, 20, 80]  # the annotation goes beyond the image
-    assert data.metrics(results)['AP'] == pytest.approx(1)
-    nothing = data.metrics([])
-    assert nothing['AP'] == 0 and nothing['AP large'] == -1  # there are none
-    assert capsys.readouterr().out == ''

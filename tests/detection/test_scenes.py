@@ -4,20 +4,18 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from programs import load, refused
 
 from smpconv_models.training import Digits
 
-
-@pytest.fixture
-def scenes(load):
-    return load('digit_scenes')
+scenes = load('examples/digit_scenes')
 
 
 def content(folder, split='train'):
     return json.loads((folder / 'annotations' / f'instances_{split}.json').read_text())
 
 
-def test_boxes_match_the_pixels(scenes, monkeypatch):
+def test_boxes_match_the_pixels(monkeypatch):
     """Without a texture, all pixels off the background are in the boxes and touch all sides of each."""
     monkeypatch.setattr(scenes, 'texture', lambda random, size: np.full((size, size, 3), 240.))
     monkeypatch.setattr(scenes, 'INKED', 0.004)  # all that is drawn
@@ -36,7 +34,7 @@ def test_boxes_match_the_pixels(scenes, monkeypatch):
         assert not left_over.any()
 
 
-def test_labels_are_those_of_the_digits(scenes, monkeypatch):
+def test_labels_are_those_of_the_digits(monkeypatch):
     """Other labels would teach a network nothing."""
     monkeypatch.setattr(scenes, 'texture', lambda random, size: np.full((size, size, 3), 240.))
     digits = Digits('train')
@@ -49,7 +47,7 @@ def test_labels_are_those_of_the_digits(scenes, monkeypatch):
         assert label in {digits.labels[index] for index, image in enumerate(digits.images) if image is digit}
 
 
-def test_validation_digits_are_in_no_training_image(scenes, tmp_path, monkeypatch):
+def test_validation_digits_are_in_no_training_image(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(scenes, 'Digits', lambda split: asked.append(split) or Digits(split))
     scenes.make(tmp_path / 'made', train=1, val=1, size=64)
@@ -58,7 +56,7 @@ def test_validation_digits_are_in_no_training_image(scenes, tmp_path, monkeypatc
     assert not train & validation
 
 
-def test_the_same_arguments_make_the_same_files(scenes, tmp_path):
+def test_the_same_arguments_make_the_same_files(tmp_path):
     first = scenes.make(tmp_path / 'a', train=3, val=2, size=64)
     second = scenes.make(tmp_path / 'b', train=3, val=2, size=64)
     files = sorted(path.relative_to(first) for path in first.rglob('*') if path.is_file())
@@ -69,7 +67,7 @@ def test_the_same_arguments_make_the_same_files(scenes, tmp_path):
     assert oct(first.stat().st_mode & 0o777) == '0o755'
 
 
-def test_the_files_are_coco(scenes, tmp_path):
+def test_the_files_are_coco(tmp_path):
     folder = scenes.make(tmp_path / 'made', train=4, val=3, size=64)
     for split, count in (('train', 4), ('val', 3)):
         made = content(folder, split)
@@ -83,7 +81,7 @@ def test_the_files_are_coco(scenes, tmp_path):
             assert min(x, y) >= 0 and x + width <= 64 and y + height <= 64 and note['area'] == width * height > 0
 
 
-def test_what_is_there_is_used_again_or_left_alone(scenes, tmp_path):
+def test_what_is_there_is_used_again_or_left_alone(tmp_path):
     folder = scenes.make(tmp_path / 'made', train=2, val=1, size=64)
     before = (folder / 'train/00000.png').stat().st_mtime_ns
     scenes.make(folder, train=2, val=1, size=64)
@@ -92,7 +90,7 @@ def test_what_is_there_is_used_again_or_left_alone(scenes, tmp_path):
         scenes.make(folder, train=3, val=1, size=64)
 
 
-def test_nothing_half_made_stays(scenes, tmp_path, monkeypatch):
+def test_nothing_half_made_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, 'DIGITS', (1, -1))
     with pytest.raises(ValueError):
         scenes.make(tmp_path / 'made', train=2, val=1, size=64)
@@ -103,10 +101,6 @@ def test_nothing_half_made_stays(scenes, tmp_path, monkeypatch):
     (['--size', '20'], 'argument --size: must be at least 48, got 20'),
     (['--train', '0'], 'argument --train: must be at least 1 and at most 1e+09, got 0'),
 ])
-def test_bad_arguments_are_one_line(scenes, tmp_path, capsys, argv, line):
-    with pytest.raises(SystemExit) as end:
-        scenes.main([str(tmp_path / 'made'), *argv])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count('\n') == 1 and line in error
+def test_bad_arguments_are_one_line(tmp_path, capsys, argv, line):
+    assert line in refused(scenes.main, capsys, tmp_path / 'made', *argv)
     assert not (tmp_path / 'made').exists()

@@ -2,38 +2,42 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from programs import ROOT, load, refused
 
-ROOT = Path(__file__).parents[2]
+example = load('examples/train_detection')
 TINY = ['--epochs', '2', '--batch-size', '3', '--out-channels', '32', '--returned-layers', '3', '4',
         '--min-size', '64', '--max-size', '64', '--workers', '0', '--eval-interval', '1', '--device', 'cpu']
 
 
-@pytest.fixture
-def example(load):
-    return load('train_detection')
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    """Return the folder of a data set, and the folder of a finished run on it."""
+    folder = tmp_path_factory.mktemp('scenes')
+    data = load('examples/digit_scenes').make(folder / 'data', train=7, val=3, size=64)
+    assert example.main(finished(data, folder / 'run')) == 0
+    return data, folder / 'run'
 
 
 @pytest.fixture
-def data(load, tmp_path):
-    return load('digit_scenes').make(tmp_path / 'data', train=7, val=3, size=64)
+def data(scenes, tmp_path):
+    return shutil.copytree(scenes[0], tmp_path / 'data')
+
+
+def finished(data, output, *more):
+    """Return the arguments of a run of one epoch."""
+    words = ['--data-path', data, '--output', output, *TINY, '--epochs', '1', '--warmup-epochs', '0', *more]
+    return list(map(str, words))
 
 
 def state(folder):
     return torch.load(folder / 'last.pth', weights_only=True)
-
-
-def failure(example, capsys, *argv):
-    """Return exit code and message of a run that must fail."""
-    with pytest.raises(SystemExit) as end:
-        example.main([str(arg) for arg in argv])
-    return end.value.code, capsys.readouterr().err
 
 
 def same(a, b):
@@ -50,7 +54,7 @@ def same(a, b):
 @pytest.mark.parametrize(('detector', 'more'), [
     ('fcos', ['--amp', '--hflip', '0.5']), ('fasterrcnn', ['--opt', 'sgd', '--lr', '0.01', '--grad-checkpointing']),
     ('retinanet', ['--extra-levels', 'p6p7', '--sched', 'multistep', '--milestones', '1'])])
-def test_a_run_leaves_rows_checkpoint_and_picture(example, data, tmp_path, capsys, detector, more):
+def test_a_run_leaves_rows_checkpoint_and_picture(data, tmp_path, capsys, detector, more):
     output = tmp_path / 'run'
     assert example.main(
         ['--data-path', str(data), '--output', str(output), '--detector', detector, *more, *TINY]) == 0
@@ -64,7 +68,7 @@ def test_a_run_leaves_rows_checkpoint_and_picture(example, data, tmp_path, capsy
     assert printed.count('AP50') == 2 and str(output / 'detections.png') in printed
 
 
-def test_a_run_that_goes_on_ends_in_the_same_bits(example, data, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, capsys):
     straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
     argv = ['--data-path', str(data), *TINY]
     assert example.main([*argv, '--output', str(straight)]) == 0
@@ -75,9 +79,8 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(example, data, tmp_path, monke
         save(run)
         raise KeyboardInterrupt
     monkeypatch.setattr(example.Run, 'save', interrupted)
-    code, line = failure(example, capsys, *argv, '--output', stopped)
-    assert code == 130 and line == (
-        'train_detection.py: interrupted; --resume continues after the last saved epoch\n')
+    line = refused(example.main, capsys, *argv, '--output', stopped, code=130)
+    assert line == 'train_detection.py: interrupted; --resume continues after the last saved epoch'
     assert len(state(stopped)['rows']) == 1
     monkeypatch.setattr(example.Run, 'save', save)
     torch.manual_seed(123)
@@ -89,29 +92,21 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(example, data, tmp_path, monke
     assert figures[0] == figures[1]
 
 
-def test_a_finished_run_only_tells_again(example, data, tmp_path, capsys):
-    argv = ['--data-path', str(data), '--output', str(tmp_path / 'run'), *TINY, '--epochs', '1', '--warmup-epochs', '0']
-    example.main(argv)
-    before = (tmp_path / 'run' / 'last.pth').read_bytes()
-    assert example.main([*argv, '--resume']) == 0
-    assert (tmp_path / 'run' / 'last.pth').read_bytes() == before
-
-
-def test_training_lowers_the_loss(example, data, tmp_path):
-    example.main(['--data-path', str(data), '--output', str(tmp_path / 'run'), *TINY, '--epochs', '12',
-                  '--eval-interval', '12'])
+def test_training_lowers_the_loss(data, tmp_path):
+    example.main(['--data-path', str(data), '--output', str(tmp_path / 'run'), *TINY, '--epochs', '7',
+                  '--eval-interval', '7'])
     rows = state(tmp_path / 'run')['rows']
     assert rows[-1]['loss'] < 0.8 * rows[0]['loss']
-    assert [row['epoch'] for row in rows if 'AP' in row] == [12]
+    assert [row['epoch'] for row in rows if 'AP' in row] == [7]
 
 
-def make_run(example, data, tmp_path, *argv):
+def make_run(data, tmp_path, *argv):
     args = ['--data-path', str(data), '--output', str(tmp_path / 'run'), *TINY, *argv]
     return example.Run(example.create_parser().parse_args(args), example.DistributedContext.from_environment())
 
 
-def test_radii_are_in_their_range_after_a_step(example, data, tmp_path):
-    run = make_run(example, data, tmp_path)
+def test_radii_are_in_their_range_after_a_step(data, tmp_path):
+    run = make_run(data, tmp_path)
     radii = [param for name, param in run.model.named_parameters() if name.endswith('.radius')]
     with torch.no_grad():
         for radius in radii:
@@ -120,8 +115,8 @@ def test_radii_are_in_their_range_after_a_step(example, data, tmp_path):
     assert radii and all(radius.max() <= 1 for radius in radii)
 
 
-def test_every_epoch_has_an_order_of_its_own(example, data, tmp_path, monkeypatch):
-    run = make_run(example, data, tmp_path)
+def test_every_epoch_has_an_order_of_its_own(data, tmp_path, monkeypatch):
+    run = make_run(data, tmp_path)
     seen = []
 
     def note(images, targets):
@@ -138,10 +133,9 @@ def test_every_epoch_has_an_order_of_its_own(example, data, tmp_path, monkeypatc
 # --- what goes wrong ---
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(example, data, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(example.DETECTORS, 'fcos', lambda *args, **kwargs: _Broken())
-    code, line = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY)
-    assert code == 1 and line.count('\n') == 1
+    line = refused(example.main, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, code=1)
     assert 'error: the loss is not finite: nan for images [' in line
     assert not (tmp_path / 'run' / 'last.pth').exists()
 
@@ -169,87 +163,87 @@ class _Broken(torch.nn.Conv2d):
     (['--resume'], 'cannot resume: '),
     (['--epochs', '0'], 'argument --epochs: must be at least 1'),
     (['--lr', 'nan'], 'argument --lr'),
+    (['--milestones', '3'], '--sched multistep'), (['--sched', 'multistep', '--milestones', '11', '8'], 'ascending'),
+    (['--pretrained'], '--backbone smpconv_nano'), (['--backbone', 'smpconv_nano.nope'], 'smpconv_nano.nope'),
 ])
-def test_wrong_arguments_are_one_line_before_anything_is_written(example, data, tmp_path, capsys, argv, line):
-    code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, *argv)
-    assert code == 2 and error.count('\n') == 1, error
+def test_wrong_arguments_are_one_line_before_anything_is_written(data, tmp_path, capsys, argv, line):
+    error = refused(example.main, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, *argv)
     assert error.startswith('train_detection.py: error: ') and line in error
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_wrong_record_is_one_line_before_training(example, data, tmp_path, capsys):
+def test_a_wrong_record_is_one_line_before_training(data, tmp_path, capsys):
     path = data / 'annotations' / 'instances_val.json'
     content = json.loads(path.read_text())
     content['annotations'][0]['bbox'][2] = 0
     path.write_text(json.dumps(content))
     argv = ['--data-path', data, '--output', tmp_path / 'run', *TINY]
-    code, error = failure(example, capsys, *argv)
-    assert code == 2 and error.count('\n') == 1 and 'annotation 1: bbox must have an area' in error
+    assert 'annotation 1: bbox must have an area' in refused(example.main, capsys, *argv)
     assert example.main([*map(str, argv), '--skip-empty-boxes']) == 0
     assert 'skipped annotations without an area: 0 and 1' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('workers', ['0', '1'])
-def test_an_image_that_is_cut_off_is_named(example, data, tmp_path, capsys, workers):
+def test_an_image_that_is_cut_off_is_named(data, tmp_path, capsys, workers):
     for path in (data / 'train').iterdir():
         path.write_bytes(path.read_bytes()[:3000])  # the header, which is validated first, is complete
-    code, error = failure(
-        example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, '--workers', workers)
-    assert code == 1 and error.count('\n') == 1
+    argv = ['--data-path', data, '--output', tmp_path / 'run', *TINY, '--workers', workers]
+    error = refused(example.main, capsys, *argv, code=1)
     assert 'image ' in error and '.png cannot be read: ' in error
 
 
-def test_categories_of_both_splits_must_agree(example, data, tmp_path, capsys):
+def test_categories_of_both_splits_must_agree(data, tmp_path, capsys):
     path = data / 'annotations' / 'instances_val.json'
     content = json.loads(path.read_text())
     content['categories'][3]['name'] = 'drei'
     path.write_text(json.dumps(content))
-    code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY)
-    assert code == 2 and 'train and val must have the same categories' in error and "(4, 'drei')" in error
+    error = refused(example.main, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY)
+    assert 'train and val must have the same categories' in error and "(4, 'drei')" in error
 
 
-def test_runs_that_cannot_be_resumed(example, data, tmp_path, capsys):
-    run = tmp_path / 'run'
-    argv = ['--data-path', data, '--output', run, *TINY, '--epochs', '1', '--warmup-epochs', '0']
-    example.main(list(map(str, argv)))
-    capsys.readouterr()
-    code, error = failure(example, capsys, *argv)
-    assert code == 2 and f'{run} has a run: give --resume' in error
-    code, error = failure(example, capsys, *argv, '--resume', '--detector', 'retinanet')
-    assert code == 2 and 'last.pth was trained with detector fcos, got retinanet' in error
-    code, error = failure(example, capsys, *argv, '--resume', '--trainable-layers', '1')
-    assert code == 2 and 'was trained with trainable_layers None, got 1' in error
-    (run / 'last.pth').write_bytes((run / 'last.pth').read_bytes()[:1000])
-    code, error = failure(example, capsys, *argv, '--resume')
-    assert code == 2 and error.count('\n') == 1 and 'last.pth' in error
+def test_a_finished_run_is_left_as_it_is(scenes, capsys):
+    before = (scenes[1] / 'last.pth').read_bytes()
+    assert f'{scenes[1]} has a run: give --resume' in refused(example.main, capsys, *finished(*scenes))
+    assert example.main(finished(*scenes, '--resume')) == 0
+    assert (scenes[1] / 'last.pth').read_bytes() == before
 
 
-@pytest.mark.parametrize('option', [('--weight-decay', '0.5'), ('--epochs', '5'), ('--amp',), ('--lr', '1')])
-def test_a_run_resumes_with_its_own_settings(example, data, tmp_path, capsys, option):
-    argv = ['--data-path', data, '--output', tmp_path / 'run', *TINY, '--epochs', '1', '--warmup-epochs', '0']
-    example.main(list(map(str, argv)))
-    code, error = failure(example, capsys, *argv, '--resume', *option)
-    assert code == 2 and f'was trained with {option[0][2:].replace("-", "_")} ' in error
-
-
-@pytest.mark.parametrize('change', [
-    lambda state: state.pop('settings'), lambda state: state.pop('rows'), lambda state: state.update(optimizer={}),
-    lambda state: state['model'].popitem(), lambda state: state['settings'].pop('opt'),
-    lambda state: state.update(rows=3),
+@pytest.mark.parametrize('more, message', [
+    (['--detector', 'retinanet'], 'last.pth was trained with detector fcos, got retinanet'),
+    (['--trainable-layers', '1'], 'was trained with trainable_layers None, got 1'),
+    (['--weight-decay', '0.5'], 'was trained with weight_decay '), (['--epochs', '5'], 'was trained with epochs '),
+    (['--amp'], 'was trained with amp '), (['--lr', '1'], 'was trained with lr '),
 ])
-def test_a_foreign_checkpoint_is_one_line(example, data, tmp_path, capsys, change):
-    argv = ['--data-path', data, '--output', tmp_path / 'run', *TINY, '--epochs', '1', '--warmup-epochs', '0']
-    example.main(list(map(str, argv)))
-    state = torch.load(tmp_path / 'run/last.pth')
-    change(state)
-    torch.save(state, tmp_path / 'run/last.pth')
-    code, error = failure(example, capsys, *argv, '--resume')
-    assert code == 2 and 'last.pth is not a checkpoint of this program' in error
-    assert len(error.strip().splitlines()) == 1
+def test_a_run_resumes_with_its_own_settings(scenes, capsys, more, message):
+    assert message in refused(example.main, capsys, *finished(*scenes, '--resume', *more))
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(example, data, tmp_path):
-    run = make_run(example, data, tmp_path)
+def cut_off(path, state):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def changed(change):
+    def write(path, state):
+        change(state)
+        torch.save(state, path)
+    return write
+
+
+@pytest.mark.parametrize('damage', [
+    cut_off, *map(changed, (
+        lambda state: state.pop('settings'), lambda state: state.pop('rows'), lambda state: state.update(optimizer={}),
+        lambda state: state['model'].popitem(), lambda state: state['settings'].pop('opt'),
+        lambda state: state.update(rows=3)))])
+def test_a_foreign_checkpoint_is_one_line(scenes, tmp_path, capsys, damage):
+    data, run = scenes
+    copy = shutil.copytree(run, tmp_path / 'run')
+    damage(copy / 'last.pth', state(copy))
+    error = refused(example.main, capsys, *finished(data, copy, '--resume'))
+    assert 'last.pth' in error and (damage is cut_off or 'is not a checkpoint of this program' in error)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(data, tmp_path):
+    run = make_run(data, tmp_path)
     next(iter(run.model.parameters())).register_hook(lambda gradient: gradient * float('inf'))
     before = copy.deepcopy(run.model.state_dict())
     with pytest.raises(FloatingPointError, match='the gradient is not finite'):
@@ -258,8 +252,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(example, data, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in parameters.items())
 
 
-def test_options_reach_what_they_are_for(example, data, tmp_path):
-    run = make_run(example, data, tmp_path, '--min-size', '64', '--max-size', '96', '--hflip', '0.25')
+def test_options_reach_what_they_are_for(data, tmp_path):
+    run = make_run(data, tmp_path, '--min-size', '64', '--max-size', '96', '--hflip', '0.25')
     assert run.model.transform.min_size == (64,) and run.model.transform.max_size == 96
     assert any(getattr(step, 'p', None) == 0.25 for step in run.train_data.augment.transforms)
     scales = {group.get('lr_scale', 1.) for group in run.optimizer.param_groups}
@@ -267,16 +261,7 @@ def test_options_reach_what_they_are_for(example, data, tmp_path):
     assert scales == {1., 0.1} and decays == {0., 0.05}
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['--milestones', '3'], '--sched multistep'), (['--sched', 'multistep', '--milestones', '11', '8'], 'ascending'),
-    (['--pretrained'], '--backbone smpconv_nano'), (['--backbone', 'smpconv_nano.nope'], 'smpconv_nano.nope'),
-])
-def test_invalid_options_are_refused(example, data, tmp_path, capsys, argv, message):
-    code, error = failure(example, capsys, '--data-path', data, '--output', tmp_path / 'run', *TINY, *argv)
-    assert code == 2 and message in error
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(example, tmp_path):
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / 'last.pth'
     path.write_text('old')
 
@@ -306,17 +291,17 @@ def launch(*argv, processes=1):
 
 @pytest.mark.slow  # two processes start in half a minute
 @pytest.mark.timeout(600)
-def test_two_processes_train_one_network_and_evaluate_all_images(example, data, tmp_path):
+def test_two_processes_train_one_network_and_evaluate_all_images(data, tmp_path):
     output = tmp_path / 'run'
     argv = ['--data-path', data, '--output', output, *TINY]
     done = launch(ROOT / 'examples' / 'train_detection.py', *argv, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('epoch     loss') == 1 and '1 steps an epoch' in done.stdout
     # one process finds the same in the same weights
-    run = make_run(example, data, tmp_path, '--resume')
+    run = make_run(data, tmp_path, '--resume')
     assert run.evaluate() == pytest.approx({name: run.rows[-1][name] for name in example.coco_folder.METRICS})
     wrong = launch(ROOT / 'examples' / 'train_detection.py', *argv, processes=2)
-    assert wrong.returncode and wrong.stderr.count('holds a run') == 2 and 'Traceback' not in wrong.stdout
+    assert wrong.returncode and wrong.stderr.count('has a run') == 2 and 'Traceback' not in wrong.stdout
 
 
 @pytest.mark.slow  # ten minutes, as a user would run it

@@ -1,52 +1,45 @@
 """Ablations: the settings of the paper, one run for each, and the files with the results."""
 import csv
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 from PIL import Image
+from programs import ROOT, load, refused
 
 from smpconv_models.training import Trainer, TrainingInterrupted
 
-EXPERIMENTS = Path(__file__).parents[2] / 'experiments'
+script = load('experiments/ablations')
 TINY = [
     '--tables', '6', '--seeds', '1', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '720', '--model-kwargs',
     'kernel_size=5', 'depths=(1,)', 'dims=(2,)', 'small_kernel_size=0']
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    return importlib.import_module('ablations')
-
-
-def base_of(script, *arguments):
+def base_of(*arguments):
     args, args.others = script.create_parser().parse_known_args(list(arguments))
     return script.training_options(args)
 
 
-def values(script, table, name, kernel_size=33):
+def values(table, name, kernel_size=33):
     return [script.model_kwargs(setting.varied, kernel_size)[name] for setting in script.SETTINGS[table]]
 
 
 # --- the settings ---
 
 
-def test_settings_are_the_papers(script):
-    assert values(script, 6, 'learned') == [[], ['radius'], ['coords'], ['coords', 'radius']]
-    assert values(script, 7, 'coords_std') == [0.05, 0.2, 0.3, 0.5]
-    assert values(script, 8, 'init_radius') == [0.12, 0.18, 0.24, 0.3]
-    assert values(script, 9, 'num_points') == [4, 8, 16, 32, 64]
+def test_settings_are_the_papers():
+    assert values(6, 'learned') == [[], ['radius'], ['coords'], ['coords', 'radius']]
+    assert values(7, 'coords_std') == [0.05, 0.2, 0.3, 0.5]
+    assert values(8, 'init_radius') == [0.12, 0.18, 0.24, 0.3]
+    assert values(9, 'num_points') == [4, 8, 16, 32, 64]
     assert {table: [setting.paper_top1 for setting in settings] for table, settings in script.SETTINGS.items()} == {
         6: [90.92, 91.35, 92.47, 93.00], 7: [93.00, 92.24, 91.84, 91.51], 8: [93.00, 92.36, 92.06, 91.76],
         9: [92.56, 92.28, 93.00, 92.84, 92.21]}
 
 
-def test_the_network_of_the_paper_has_its_parameters(script):
+def test_the_network_of_the_paper_has_its_parameters():
     """16 points have 489,646; the table's numbers are rounded to thousands."""
     for setting in script.SETTINGS[9]:
         model = timm.create_model('smpconv_cifar', device='meta', **script.model_kwargs(setting.varied, 33))
@@ -54,7 +47,7 @@ def test_the_network_of_the_paper_has_its_parameters(script):
         assert f'{parameters / 1e3:.0f}k' == setting.paper_parameters
 
 
-def test_each_setting_differs_in_one_parameter_and_the_base_is_in_each_table(script):
+def test_each_setting_differs_in_one_parameter_and_the_base_is_in_each_table():
     base = script.model_kwargs({}, 33)
     for settings in script.SETTINGS.values():
         differ = [
@@ -66,13 +59,13 @@ def test_each_setting_differs_in_one_parameter_and_the_base_is_in_each_table(scr
     assert len(set(names)) == len(names) - 3 == 14
 
 
-def test_radii_of_the_digits_are_in_range(script):
-    kernel_size = base_of(script).model.model_kwargs['kernel_size']
-    assert values(script, 8, 'init_radius', kernel_size) == [0.36, 0.54, 0.72, 0.9]
+def test_radii_of_the_digits_are_in_range():
+    kernel_size = base_of().model.model_kwargs['kernel_size']
+    assert values(8, 'init_radius', kernel_size) == [0.36, 0.54, 0.72, 0.9]
 
 
-def test_the_recipe_of_cifar10_is_the_papers(script):
-    values = base_of(script, '--config', str(EXPERIMENTS.parent / 'recipes' / 'cifar10.yaml')).as_dict()
+def test_the_recipe_of_cifar10_is_the_papers():
+    values = base_of('--config', str(ROOT / 'recipes' / 'cifar10.yaml')).as_dict()
     assert tuple(values[name] for name in ('lr', 'epochs', 'warmup_epochs', 'batch_size', 'weight_decay', 'opt')) == (
         0.005, 210, 10, 64, 1e-5, 'adam')
     assert (values['dataset'], values['val_split'], values['model_kwargs']) == ('torch/cifar10', 'test', {})
@@ -81,13 +74,13 @@ def test_the_recipe_of_cifar10_is_the_papers(script):
 # --- the command ---
 
 
-def run_tiny(script, folder, *more):
+def run_tiny(folder, *more):
     return script.main([*TINY, '--output', str(folder / 'out'), '--runs', str(folder / 'runs'), *more])
 
 
-def test_files_are_complete_and_no_run_is_repeated(script, tmp_path, monkeypatch, capsys):
+def test_files_are_complete_and_no_run_is_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(script.SETTINGS, 6, script.SETTINGS[6][2:3])  # each takes seconds
-    assert run_tiny(script, tmp_path) == 0
+    assert run_tiny(tmp_path) == 0
     printed = capsys.readouterr()
     out = tmp_path / 'out'
     assert sorted(path.name for path in out.iterdir()) == sorted(script.FILES)
@@ -108,12 +101,12 @@ def test_files_are_complete_and_no_run_is_repeated(script, tmp_path, monkeypatch
         assert picture.format == 'PNG'
     weights = {path: path.stat().st_mtime_ns for path in (tmp_path / 'runs').rglob('*.pth.tar')}
     monkeypatch.setattr(torch.Tensor, 'backward', lambda *args, **kwargs: pytest.fail('it trained again'))
-    assert run_tiny(script, tmp_path) == 0
+    assert run_tiny(tmp_path) == 0
     assert capsys.readouterr().out == printed.out
     assert weights == {path: path.stat().st_mtime_ns for path in (tmp_path / 'runs').rglob('*.pth.tar')}
 
 
-def test_settings_of_several_tables_are_trained_once(script, tmp_path, monkeypatch):
+def test_settings_of_several_tables_are_trained_once(tmp_path, monkeypatch):
     done = []
 
     def run_one(base, kwargs, seed, folder):
@@ -130,7 +123,7 @@ def test_settings_of_several_tables_are_trained_once(script, tmp_path, monkeypat
     assert '| 64 points | 90.50 ± 0.71 | 0.3000 ± 0.0000 | 92.21 | 6,400 | 1447k |' in text
 
 
-def test_errors_are_one_line_and_train_nothing(script, tmp_path, capsys, monkeypatch):
+def test_errors_are_one_line_and_train_nothing(tmp_path, capsys, monkeypatch):
     (tmp_path / 'file').write_text('')
     monkeypatch.setattr(Trainer, 'train', lambda trainer: pytest.fail('it trained'))
     for arguments, message in (
@@ -141,10 +134,9 @@ def test_errors_are_one_line_and_train_nothing(script, tmp_path, capsys, monkeyp
             (('--config', tmp_path / 'none.yaml'), 'none.yaml cannot be read'), (('--device', 'tpu9'), 'tpu9'),
             (('--output', tmp_path / 'file'), str(tmp_path / 'file')),
             (('--runs', tmp_path / 'file'), str(tmp_path / 'file'))):
-        with pytest.raises(SystemExit) as error:
-            script.main(['--output', str(tmp_path / 'out'), '--runs', str(tmp_path / 'runs'), *map(str, arguments)])
-        line, = capsys.readouterr().err.splitlines()
-        assert error.value.code == 2 and line.startswith('ablations.py: error: ') and message in line
+        line = refused(
+            script.main, capsys, '--output', tmp_path / 'out', '--runs', tmp_path / 'runs', *arguments)
+        assert line.startswith('ablations.py: error: ') and message in line
 
 
 @pytest.mark.parametrize(('error', 'code', 'message'), [
@@ -152,13 +144,11 @@ def test_errors_are_one_line_and_train_nothing(script, tmp_path, capsys, monkeyp
     (TrainingInterrupted(15), 143, 'stopped by SIGTERM; finished'),
     (FloatingPointError('NaN'), 1, 'error: neither_std0.05_radius0.8_points16_epochs1_seed0: NaN'),
 ])
-def test_a_run_that_ends_early_is_one_line(script, tmp_path, capsys, monkeypatch, error, code, message):
+def test_a_run_that_ends_early_is_one_line(tmp_path, capsys, monkeypatch, error, code, message):
     def train(trainer):
         raise error
 
     monkeypatch.setattr(Trainer, 'train', train)
-    with pytest.raises(SystemExit) as exit:
-        run_tiny(script, tmp_path)
-    line, = capsys.readouterr().err.splitlines()
-    assert exit.value.code == code and line.startswith(f'ablations.py: {message}')
+    line = refused(lambda _: run_tiny(tmp_path), capsys, code=code)
+    assert line.startswith(f'ablations.py: {message}')
     assert not list((tmp_path / 'out').iterdir())

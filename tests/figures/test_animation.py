@@ -59,15 +59,9 @@ def test_frames_share_their_color_scales(snapshots, tmp_path, monkeypatch):
             assert axes.images[0].get_clim() == pytest.approx((-largest, largest))
 
 
-def test_invalid_animations_are_refused(snapshots, tmp_path):
+def test_snapshots_of_other_layers_are_refused(snapshots, tmp_path):
     path = tmp_path / 'points.gif'
-    with pytest.raises(ValueError, match='at least 2 checkpoints, got 1'):
-        figures.save_animation(path, snapshots[:1])
     other = SMPConvNet(depths=(1,), dims=(2,), kernel_sizes=(7,))
     with pytest.raises(ValueError, match=r'the layers must be the same in all snapshots: epoch 0 has .*5x5.*other has'):
         figures.save_animation(path, [*snapshots, ('other', figures.choose_layers(other))])
-    with pytest.raises(ValueError, match=r'\.gif.* got .*points\.mp4'):
-        figures.save_animation(tmp_path / 'points.mp4', snapshots)
-    with pytest.raises(ValueError, match='fps must lie in'):
-        figures.save_animation(path, snapshots, fps=0)
     assert not path.exists()

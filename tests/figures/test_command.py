@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import timm
 import torch
@@ -130,12 +131,9 @@ def test_the_model_of_an_original_release_file_is_identified(run, tmp_path):
 def refused(capsys, tmp_path, *argv):
     """Return the one line of error output of a command that must fail and leave no file."""
     before = set(tmp_path.iterdir())
-    with pytest.raises(SystemExit) as stopped:
-        main(list(map(str, argv)))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1, lines
+    line = programs.refused(main, capsys, *argv)
     assert set(tmp_path.iterdir()) == before
-    return lines[0]
+    return line
 
 
 @pytest.mark.parametrize(('command', 'argv', 'message'), [
@@ -164,30 +162,23 @@ def refused(capsys, tmp_path, *argv):
     ('animation', ['--checkpoint', 'RUN/model_best.pth.tar', 'RUN/model_best.pth.tar'], 'one of them twice'),
     ('animation', ['--checkpoint', 'RUN', '--fps', '0.001'], '--fps'),
     ('heat-map', ['--checkpoint', 'RUN', '--layer', ''], "''"),
+    # an invalid output is reported first
+    ('kernels', ['--checkpoint', 'GONE', '--output', 'out.jpg'], 'takes the name of a .png file'),
+    ('animation', ['--checkpoint', 'GONE', '--output', 'out.mp4'], 'takes the name of a .gif or .png or .apng file'),
+    ('kernels', ['--checkpoint', 'GONE', '--output', 'gone/out.png'], 'cannot be written: No such file or directory'),
+    ('kernels', ['--checkpoint', 'GONE', '--output', 'EMPTY'], 'is not a file'),
 ])
 def test_errors_are_one_line(folder, tmp_path, tmp_path_factory, capsys, command, argv, message):
     elsewhere = tmp_path_factory.mktemp('elsewhere')
     (elsewhere / 'broken.png').write_bytes(b'no image')
-    (elsewhere / 'empty').mkdir()
-    places = {'RUN': folder, 'BROKEN': elsewhere / 'broken.png', 'EMPTY': elsewhere / 'empty'}
+    (elsewhere / 'empty.png').mkdir()
+    places = {'RUN': folder, 'BROKEN': elsewhere / 'broken.png', 'EMPTY': elsewhere / 'empty.png'}
     words = argv
     for place, path in places.items():
         words = [word.replace(place, str(path)) if word.split('/')[0] == place else word for word in words]
     output = tmp_path / ('out.gif' if command == 'animation' else 'out.png')
     line = refused(capsys, tmp_path, command, '--output', output, *words)
     assert line.startswith('python -m smpconv_models.figures') and ': error: ' in line and message in line
-
-
-@pytest.mark.parametrize(('command', 'output', 'message'), [
-    ('kernels', 'out.jpg', 'takes the name of a .png file'),
-    ('animation', 'out.mp4', 'takes the name of a .gif or .png or .apng file'),
-    ('kernels', 'gone/out.png', 'cannot be written: No such file or directory'),
-    ('kernels', 'taken.png', 'is not a file'),
-])
-def test_an_invalid_output_is_reported_first(tmp_path, capsys, command, output, message):
-    (tmp_path / 'taken.png').mkdir()
-    line = refused(capsys, tmp_path, command, '--checkpoint', 'GONE', '--output', tmp_path / output)
-    assert message in line
 
 
 def test_weights_that_are_not_finite_are_reported(tmp_path, capsys):
@@ -212,15 +203,17 @@ def test_norms_of_a_random_network_have_statistics_of_the_images(run, folder):
     """Otherwise its large kernels would contribute nothing visible."""
     (call,), _ = run('receptive-field', '--checkpoint', folder, '--untrained', '--num-images', 4)
     _, fields = call
-    model, images = timm.create_model('smpconv_nano', **TINY), torch.randn(6, 1, 16, 16)
-    momenta = [norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
-    recalibrate_bn_([model], [images])
-    assert not model.training and momenta == [
-        norm.momentum for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
-    first = model.stem[0]
-    x = first.conv(images)
-    torch.testing.assert_close(first.norm.running_mean, x.mean((0, 2, 3)))
-    torch.testing.assert_close(first.norm.running_var, x.var((0, 2, 3)))
+    network = timm.create_model('smpconv_nano', **TINY)
+    sequences = create_sequence_model('smpconv_sdigits', depth=1, dim=3, input_drop_rate=0.)
+    for model, first, shape in (
+            (sequences, sequences.blocks[0].conv1.small, (6, 1, 64)), (network, network.stem[0], (6, 1, 16, 16))):
+        images, momentum = torch.randn(shape), first.norm.momentum
+        recalibrate_bn_([model], [images])
+        assert not model.training and first.norm.momentum == momentum
+        x = first.conv(images).detach()
+        dims = [0, *range(2, x.ndim)]
+        torch.testing.assert_close(first.norm.running_mean, x.mean(dims))
+        torch.testing.assert_close(first.norm.running_var, x.var(dims))
     random = _inputs.ModelSource(checkpoints=[str(folder)], untrained=True).load()[0]
     assert random.is_random
     assert not np.allclose(fields['untrained'], figures.effective_receptive_field(random.model, images))
@@ -299,12 +292,3 @@ def test_a_missing_filter_is_one_line(folder, points_per_filter, tmp_path, capsy
         line = refused(
             capsys, tmp_path, 'kernels', '--checkpoint', place, '--filter', 9, '--output', tmp_path / 'out.png')
         assert message in line and line.endswith('got 9')
-
-
-def test_norms_of_sequence_networks_are_recalibrated():
-    model = create_sequence_model('smpconv_sdigits', depth=1, dim=3, input_drop_rate=0.)
-    sequences = torch.randn(6, 1, 64)
-    recalibrate_bn_([model], [sequences])
-    small_kernel = model.blocks[0].conv1.small
-    x = small_kernel.conv(sequences).detach()
-    torch.testing.assert_close(small_kernel.norm.running_mean, x.mean((0, 2)))

@@ -110,10 +110,10 @@ NO_FAULT = Fault('', times=0)
 
 
 class Content:
-    """Bytes of a file or of memory, from `start` to before `stop`, in pieces that need little memory."""
-    def __init__(self, source, start=0, stop=None):
-        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-        self.source, self.start, self.stop = source, start, size if stop is None else stop
+    """Bytes of a file or of memory, from `start` on, in pieces that need little memory."""
+    def __init__(self, source, start=0):
+        self.source, self.start = source, start
+        self.stop = len(source) if isinstance(source, bytes) else os.path.getsize(source)
         self.zeros, self.flip = 0, None
 
     def __len__(self):
@@ -430,18 +430,16 @@ class _Handler(BaseHTTPRequestHandler):
         return self._content(self.hub.store.blob(oid, lfs=True), {'Content-Type': 'application/octet-stream'})
 
     def _content(self, blob, headers):
-        """All of a file, or the range that was asked for."""
+        """All of a file, or the rest from the byte that was asked for."""
         headers = {'ETag': f'"{blob.etag}"', 'Accept-Ranges': 'bytes', **headers}
-        match = re.fullmatch(r'bytes=(\d*)-(\d*)', self.asked.headers.get('range', ''))
-        if not match or not any(match.groups()):
+        match = re.fullmatch(r'bytes=(\d+)-', self.asked.headers.get('range', ''))
+        if not match:
             return Answer(200, headers, Content(blob.path))
-        first, last = match.groups()
-        start = int(first) if first else max(blob.size - int(last), 0)
-        stop = min(int(last) + 1, blob.size) if first and last else blob.size
-        if start >= stop:
+        start = int(match[1])
+        if start >= blob.size:
             raise Refusal(416, 'Requested range not satisfiable', **{'Content-Range': f'bytes */{blob.size}'})
-        headers['Content-Range'] = f'bytes {start}-{stop - 1}/{blob.size}'
-        return Answer(206, headers, Content(blob.path, start, stop))
+        headers['Content-Range'] = f'bytes {start}-{blob.size - 1}/{blob.size}'
+        return Answer(206, headers, Content(blob.path, start))
 
     def whoami(self):
         if self._role() is None:

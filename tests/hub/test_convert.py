@@ -21,7 +21,6 @@ from loopback import LoopbackHub, set_client
 from safetensors.torch import load_file, save_file
 from test_original import Drive
 
-import smpconv_models
 import validate
 from smpconv_models import checkpoint, hub
 from smpconv_models.checkpoint import original
@@ -117,13 +116,6 @@ def test_a_release_file_becomes_a_folder_that_timm_loads(tmp_path, file, release
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith('.')] == []
 
 
-def test_the_folder_takes_other_classes_channels_and_features(tmp_path, file):
-    hub.convert(file, tmp_path / 'folder')
-    assert load(tmp_path / 'folder', num_classes=7)(torch.randn(1, 3, 32, 32)).shape == (1, 7)
-    assert load(tmp_path / 'folder', in_chans=1)(torch.randn(1, 1, 32, 32)).shape == (1, 10)
-    assert len(load(tmp_path / 'folder', features_only=True)(torch.randn(1, 3, 32, 32))) == 4
-
-
 def test_the_weights_that_are_not_averaged(tmp_path, file, capsys):
     assert run(convert, file, tmp_path / 'folder', '--no-use-ema') == 0
     assert "the weights under 'state_dict'" in capsys.readouterr().out
@@ -165,6 +157,12 @@ def test_files_have_the_users_permissions(tmp_path, file):
     assert set(modes.values()) == {0o640}, modes
 
 
+def save_with_nan(path):
+    content = torch.load(path, weights_only=False)
+    content['state_dict_ema']['norm.weight'][0] = torch.nan
+    torch.save(content, path)
+
+
 @pytest.mark.parametrize('change, text', [
     (lambda path: path.write_bytes(b'<html>'), 'HTML'),
     (lambda path: path.write_bytes(path.read_bytes()[:-500]), 'truncated or damaged'),
@@ -174,19 +172,13 @@ def test_files_have_the_users_permissions(tmp_path, file):
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace(model_kwargs={'x': 1})}, path),
      "got ['x']"),
     (lambda path: torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': namespace()}, path), 'does not fit'),
+    (save_with_nan, 'not finite: norm.weight'),
     (lambda path: path.unlink(), 'found nothing'),
 ])
 def test_a_failed_conversion_is_one_line_and_leaves_nothing(tmp_path, file, capsys, change, text):
     change(file)
     assert text in refused(capsys, convert, file, tmp_path / 'folder')
     assert {path.name for path in tmp_path.iterdir()} <= {'release.pth.tar'}
-
-
-def test_weights_that_are_not_finite_are_not_converted(tmp_path, released, capsys):
-    state = {**released[0], 'norm.weight': torch.full((32,), float('nan'))}
-    torch.save({'state_dict': state, 'args': namespace()}, tmp_path / 'bad.pth')
-    assert 'not finite: norm.weight' in refused(capsys, convert, tmp_path / 'bad.pth', tmp_path / 'folder')
-    assert not (tmp_path / 'folder').exists()
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path, file, capsys):
@@ -263,19 +255,11 @@ def test_another_model_than_the_weights_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize('content, text', [
     (dict(model_kwargs={'dims': [10 ** 4] * 4}), 'at most 2e+09 numbers'),
     (dict(model_kwargs={'checkpoint_path': 'x.pth'}), 'got checkpoint_path'),
-    (dict(model_kwargs={'pretrained': True}), 'got pretrained'),
-    (dict(args={'model_kwargs': {'checkpoint_path': 'x.pth'}}), 'got checkpoint_path'),
     (dict(model_kwargs={'nothing': 1}), "got ['nothing']"),
-    (dict(model_kwargs={'device': 'meta'}), 'got device'),
     (dict(model_kwargs={'points_divisor': -1}), 'a number as points_divisor'),
     (dict(model_kwargs={'kernel_scale': float('inf')}), 'model_kwargs.kernel_scale must be'),
     (dict(args={'model': 'smpconv_nano', 'img_size': 10 ** 6}), 'args.img_size must be'),
-    (dict(args={'model': 'smpconv_nano', 'img_size': 'x'}), 'args.img_size must be'),
-    (dict(args={'model': 'smpconv_nano', 'input_size': [3, 0]}), 'args.input_size must be'),
-    (dict(args={'model': 'smpconv_nano', 'mean': 'abc'}), 'args.mean must be'),
-    (dict(args={'model': 'smpconv_nano', 'interpolation': 'nope'}), 'args.interpolation must be'),
-    (dict(args={'model': 'smpconv_nano', 'crop_pct': 'x'}), 'args.crop_pct must be'),
-    (dict(classes={'a': 0}), 'classes must be a list'), (dict(classes=['a']), 'expected 2 names of classes'),
+    (dict(classes=['a']), 'expected 2 names of classes'),
 ])
 def test_the_description_in_a_checkpoint_is_validated(tmp_path, capsys, content, text):
     state = timm.create_model('smpconv_nano', num_classes=2).state_dict()
@@ -357,7 +341,6 @@ def merged(own, changes):
     ('[1, 2]', 'cannot be loaded'), ('nonsense', 'cannot be loaded'),
 ])
 def test_a_hostile_configuration_is_one_line(folder, changes, message):
-    assert hub.load(folder, num_classes=3).num_classes == 3
     config = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(changes if isinstance(changes, str) else json.dumps(merged(config, changes)))
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -578,14 +561,3 @@ def test_from_the_releases_file_through_the_hub_to_a_model_in_a_fresh_process(tm
             image, intermediates_only=True)):
         assert relative_error(got, wanted) < 1e-6
     assert int(peak.read_text()) * 1024 <= 2.2 * path.stat().st_size
-
-
-def test_names_equal_the_releases(released):
-    """The names of the tests above are the release's."""
-    model = timm.create_model('smpconv_t', num_classes=10, **TINY)
-    model.load_state_dict(checkpoint.convert_original(released[0]))
-    made = to_release(model.state_dict())
-    theirs = {key: value for key, value in released[0].items() if not key.endswith('kernel_coord')}
-    assert made.keys() == theirs.keys()
-    assert all(torch.equal(made[key], theirs[key]) for key in made)
-    assert smpconv_models.__version__

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -187,35 +185,7 @@ def test_weights_in_memory(model):
     assert torch.equal(loaded(IMAGE), model(IMAGE))
 
 
-@pytest.mark.slow  # 10 s: several programs
-def test_a_plain_name_in_a_fresh_process(hub, tmp_path):
-    """The namespace and the Hub's address are read at import."""
-    plain = make(name='smpconv_t', num_classes=1000)
-    save_file(plain.state_dict(), tmp_path / WEIGHTS)
-    hub.add_repo('mine/smpconv_t.in1k', {WEIGHTS: tmp_path / WEIGHTS})
-    save_file({'image': IMAGE, 'expected': plain(IMAGE)}, tmp_path / 'expected.safetensors')
-    script = f'''
-import sys
-import timm, torch
-from safetensors.torch import load_file
-import smpconv_models
-model = timm.create_model('smpconv_t', pretrained=True, **{TINY}).eval()
-data = load_file(sys.argv[1])
-assert torch.equal(model(data['image']), data['expected'])
-print(model.pretrained_cfg['hf_hub_id'], model.pretrained_cfg['file'])
-'''
-    environment = hub.environment(tmp_path / 'home', SMPCONV_HUB_NAMESPACE='mine')
-    done = subprocess.run(
-        [sys.executable, '-c', script, str(tmp_path / 'expected.safetensors')], env=environment, capture_output=True,
-        text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    name, path = done.stdout.split()
-    assert name == 'mine/smpconv_t.in1k' and path.startswith(str(tmp_path / 'home'))
-    assert [request.method for request in hub.asked('/cdn/*')] == ['GET']
-
-
 def test_a_plain_name(hub, model):
-    """Like the test in a fresh process, but checks the config of the loaded model."""
     repo = f'{_pretrained.HUB_NAMESPACE}/smpconv_t.in1k'
     plain = make(name='smpconv_t', num_classes=1000)
     hub.add_repo(repo, files_of_state(plain, hub))
@@ -521,7 +491,7 @@ def test_the_token_stays_with_the_hub(hub, monkeypatch):
     assert {request.headers.get('authorization') for request in hub.requests if request.server == 'hub'} == {
         f'Bearer {hub.token}'}
     get, = hub.asked(CDN)
-    assert hub.token not in str(get)
+    assert hub.token not in f'{get.path} {get.query} {get.headers}'
 
 
 # --- folders and their files ---
@@ -554,13 +524,6 @@ def test_a_folders_checksum(folder, model, tmp_path):
     message = fails(create, f'local-dir:{to}')
     assert 'checksum' in message and str(to / WEIGHTS) in message
     assert (to / WEIGHTS).exists()  # a user's file is not removed
-
-
-def test_weights_of_another_architecture(folder, tmp_path):
-    def change(weights):
-        weights.clear()
-        weights.update(make(name='smpconv_t').state_dict())
-    assert 'does not fit the model' in fails(create, f'local-dir:{copy(folder, tmp_path / "copy", change)}')
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])

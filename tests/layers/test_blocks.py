@@ -16,7 +16,6 @@ from smpconv_models.layers import (
     ReparamLargeKernelConv,
     SMPDepthwiseConv2d,
 )
-from smpconv_models.layers.blocks import pointwise
 from smpconv_models.layers.conv_norm import create_act, create_norm
 
 # of float64: the folded sum is another order of the same terms
@@ -25,17 +24,6 @@ EXACT = 1e-12
 
 def image(channels=4, **kwargs):
     return torch.randn(2, channels, 9, 7, dtype=torch.float64, **kwargs)
-
-
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize(('kernel_size', 'dilation'), [(5, 1), ((3, 7), (2, 1)), (3, 3)])
-def test_depthwise_conv_is_nn_conv(kernel_size, dilation, bias):
-    arguments = dict(kernel_size=kernel_size, padding='same', dilation=dilation, bias=bias, dtype=torch.float64)
-    layer, plain = (kind(4, 4, groups=4, **arguments) for kind in (DepthwiseConv2d, nn.Conv2d))
-    plain.load_state_dict(layer.state_dict())
-    x = image()
-    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=EXACT)
-    assert "backend='auto'" in repr(layer)
 
 
 def depthwise(**changes):
@@ -83,8 +71,8 @@ def test_a_stride_that_is_set_afterwards_counts():
         layer(image())
 
 
-def conv_norm(norm):
-    conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+def conv_norm(norm, channels=3, **kwargs):
+    conv = nn.Conv2d(channels, 4, 3, padding=1, **{'bias': False, **kwargs})
     return randomize_(ConvNormActBlock(conv, norm, nn.ReLU()).double()).eval()
 
 
@@ -100,6 +88,17 @@ def test_conv_norm_folds(norm):
     assert relative_error(layer(x), expected) < EXACT
 
 
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_grouped_convolutions_fold(groups, bias, affine):
+    layer = conv_norm(nn.BatchNorm2d(4, affine=affine, eps=0.1), channels=4, groups=groups, bias=bias)
+    x = image()
+    expected = layer(x)
+    layer.reparameterize()
+    assert isinstance(layer.norm, nn.Identity) and relative_error(layer(x), expected) < EXACT
+
+
 @pytest.mark.parametrize('norm', [
     lambda: GroupNorm(4, 2),
     lambda: nn.BatchNorm2d(4, track_running_stats=False),
@@ -113,16 +112,6 @@ def test_norms_that_cannot_be_folded_stay(norm):
     layer.reparameterize()
     assert type(layer.norm) is kind
     assert torch.equal(layer(x), expected)
-
-
-def test_folding_keeps_layout_training_flag_and_requires_grad():
-    layer = conv_norm(nn.BatchNorm2d(4)).train().to(memory_format=torch.channels_last)
-    layer.conv.weight.requires_grad_(False)
-    strides = layer.conv.weight.stride()
-    layer.reparameterize()
-    assert layer.conv.weight.stride() == strides
-    assert not layer.conv.weight.requires_grad and not layer.conv.bias.requires_grad
-    assert layer.training and layer.conv.training
 
 
 def test_fuse_samples_the_kernel_once():
@@ -148,21 +137,10 @@ def fused_and_compared(layer):
 
 
 @pytest.mark.parametrize('changes', [
-    {}, dict(small_kernel_size=0), dict(small_kernel_size=7), dict(small_kernel_size=1), dict(dilation=2)], ids=str)
+    {}, dict(small_kernel_size=0), dict(small_kernel_size=7), dict(small_kernel_size=1), dict(dilation=2),
+    dict(norm_layer=lambda channels: nn.Identity())], ids=str)
 def test_large_kernel_fuses_into_one_convolution(changes):
     assert type(fused_and_compared(large_kernel(**changes))) is DepthwiseConv2d
-
-
-def test_large_kernel_is_the_sum_of_its_branches():
-    layer = large_kernel()
-    x = image()
-    assert relative_error(layer(x), layer.large(x) + layer.small(x)) < EXACT
-    assert relative_error(layer(x), layer.large(x)) > 0.01
-
-
-def test_large_kernel_with_group_norm_is_fused_only():
-    fused = fused_and_compared(large_kernel(norm_layer=lambda channels: GroupNorm(channels, 2)))
-    assert type(fused.large.conv) is DepthwiseConv2d
 
 
 def test_large_kernel_with_norms_of_two_kinds():
@@ -201,14 +179,6 @@ def test_blocks_fold(kind):
     assert relative_error(layer(x), expected) < EXACT
 
 
-def test_large_kernel_block_is_what_its_docstring_says():
-    layer = block(LargeKernelBlock)
-    x = image()
-    y = layer.pw1.norm(layer.pw1.conv(layer.norm(x))).relu()
-    y = layer.large_kernel(y).relu()
-    assert torch.equal(layer(x), x + layer.pw2.norm(layer.pw2.conv(y)))
-
-
 def test_ffn_is_what_its_docstring_says():
     layer = block(ConvFFN)
     assert layer.pw1.conv.out_channels == 10  # int(4 * 2.5)
@@ -244,28 +214,6 @@ def test_a_norm_on_the_meta_device_takes_no_memory():
 def test_create_act(act_layer):
     x = torch.linspace(-3, 3, 7)
     torch.testing.assert_close(create_act(act_layer)(x), nn.functional.gelu(x))
-
-
-def test_pointwise_has_no_activation_by_default():
-    x = image()
-    assert (pointwise(4, 5, nn.BatchNorm2d, dtype=torch.float64)(x) < 0).any()
-    assert (pointwise(4, 5, nn.BatchNorm2d, nn.ReLU, dtype=torch.float64)(x) >= 0).all()
-
-
-@pytest.mark.parametrize(('changes', 'message'), [
-    (dict(small_kernel_size=9), 'small_kernel_size must not exceed the large kernel, 7, got 9'),
-    (dict(small_kernel_size=4), 'kernel size must be odd and positive, got 4'),
-    (dict(kernel_size=8), 'kernel size must be odd and positive, got 8'),
-    (dict(num_points=0), 'num_points must be a positive whole number, got 0'),
-])
-def test_errors(changes, message):
-    with pytest.raises(ValueError) as error:
-        large_kernel(**changes)
-    assert str(error.value) == message
-
-
-def test_without_norms_the_kernels_are_merged():
-    assert type(fused_and_compared(large_kernel(norm_layer=lambda channels: nn.Identity()))) is DepthwiseConv2d
 
 
 def test_a_shared_large_kernel_is_folded_once():

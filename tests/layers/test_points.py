@@ -1,5 +1,4 @@
 """The representation: tents, evaluation, grid, kernels at once and in chunks, clipped radii, initial distributions."""
-import math
 
 import pytest
 import torch
@@ -56,12 +55,6 @@ def test_tents_equal_scalar_loops(ndim):
     torch.testing.assert_close(got, loop_tents(query, coords, radius), rtol=0, atol=1e-14)
 
 
-def test_tent_is_one_on_its_point_and_zero_from_its_radius_on():
-    query = torch.tensor([[0.25, 0.], [0.5, 0.], [0.25, 0.25], [0.75, 0.], [1., 1.]])
-    g = tent_basis(query, torch.tensor([[0.25, 0.]]), torch.tensor([0.5]))
-    assert g.tolist() == [[1., 0.5, 0.5, 0., 0.]]
-
-
 @pytest.mark.parametrize('normalize', [False, True])
 @pytest.mark.parametrize('ndim', [1, 2, 3])
 def test_evaluate_points_equals_scalar_loops(ndim, normalize):
@@ -70,11 +63,6 @@ def test_evaluate_points_equals_scalar_loops(ndim, normalize):
     assert torch.equal(got[:, 0], torch.zeros(3, dtype=torch.float64))  # outside of all radii
     torch.testing.assert_close(
         got, loop_evaluate(query, coords, radius, weights, normalize), rtol=0, atol=1e-14)
-
-
-def test_evaluate_points_normalizes_unless_told():
-    arguments = make(2)
-    assert torch.equal(evaluate_points(*arguments), evaluate_points(*arguments, normalize=True))
 
 
 @pytest.mark.parametrize('normalize', [False, True])
@@ -107,28 +95,14 @@ def test_one_set_of_points_broadcasts_to_many_weights():
         torch.testing.assert_close(kernel, evaluate_points(query, coords, radius, values))
 
 
-def test_grid_is_cartesian():
-    """Row-major over the kernel: x to the right, y up, so the first row is the top one."""
-    expected = [
-        [-1., 1.], [0., 1.], [1., 1.],
-        [-1., -1.], [0., -1.], [1., -1.],
-    ]
-    assert sampling_grid([2, 3]).tolist() == expected
-
-
-def test_grid_in_one_and_three_dimensions():
-    assert sampling_grid([3]).tolist() == [[-1.], [0.], [1.]]
-    grid = sampling_grid([2, 2, 3])  # z against the first axis, y against the second, x along the last
-    assert grid.shape == (12, 3)
-    assert grid[0].tolist() == [-1., 1., 1.]
-    assert grid[1].tolist() == [0., 1., 1.]
-    assert grid[3].tolist() == [-1., -1., 1.]
-    assert grid[6].tolist() == [-1., 1., -1.]
-
-
-def test_grid_of_size_one_lies_at_zero():
-    assert sampling_grid([1, 1]).tolist() == [[0., 0.]]
-    assert sampling_grid([1, 3]).tolist() == [[-1., 0.], [0., 0.], [1., 0.]]
+@pytest.mark.parametrize(('size', 'expected'), [
+    ([3], [[-1], [0], [1]]), ([1, 1], [[0, 0]]), ([1, 3], [[-1, 0], [0, 0], [1, 0]]),
+    ([2, 3], [[-1, 1], [0, 1], [1, 1], [-1, -1], [0, -1], [1, -1]]),
+    ([2, 2, 2], [[x, y, z] for z in (1, -1) for y in (1, -1) for x in (-1, 1)]),
+])
+def test_grid_is_cartesian(size, expected):
+    """Row-major over the kernel: x to the right, y up, so the first row is the top one. A size of 1 lies at zero."""
+    assert sampling_grid(size).tolist() == expected
 
 
 @pytest.mark.parametrize('size', [3, 13, 31, 51])
@@ -167,19 +141,6 @@ def test_half_precision_kernel_is_float32s_rounded(dtype, normalize):
     assert ((kernel.float() - expected).abs() <= eps * expected.abs() + eps * 2 ** -7).all()
 
 
-def test_kernel_scripts_and_is_one_fx_leaf():
-    arguments = [tensor.float() for tensor in make(2)[1:]]
-
-    class Kernel(torch.nn.Module):
-        def forward(self, coords, radius, weights):
-            return sample_kernel(coords, radius, weights, [5, 3], False)
-    expected = sample_kernel(*arguments, [5, 3], False)
-    assert torch.equal(torch.jit.script(Kernel())(*arguments), expected)
-    traced = torch.fx.symbolic_trace(Kernel())
-    assert sum(node.op == 'call_function' for node in traced.graph.nodes) == 1
-    assert torch.equal(traced(*arguments), expected)
-
-
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_clipped_radius_is_exactly_in_range(dtype):
     radius = torch.tensor([6e4, 1.0001, 1., 0.5, 0.3, 1e-3, 1e-4, 0., -5., -7., -6e4], dtype=dtype)
@@ -201,39 +162,10 @@ def test_clip_radius_clamps_infinities_and_keeps_nan():
     assert (high, low) == (1., pytest.approx(1e-3)) and undefined != undefined
 
 
-def test_initial_coords():
-    coords = points.init_coords_(torch.empty(20000, 2), std=0.2)
-    assert coords.abs().max() <= 1
-    assert abs(coords.mean()) < 5 * 0.2 / math.sqrt(40000)
-    assert abs(coords.std() - 0.2) < 5 * 0.2 / math.sqrt(2 * 40000)  # the cut at five std changes nothing
-
-
 def test_initial_coords_are_cut_off():
     coords = points.init_coords_(torch.empty(20000), std=1., low=-0.5, high=0.25)
     assert coords.min() >= -0.5 and coords.max() <= 0.25
     assert coords.min() < -0.49 and coords.max() > 0.24
-
-
-def test_initial_causal_coords():
-    """Half a normal with its peak at 1, stretched from (-1, 0) to (-1, 1)."""
-    coords = points.init_causal_coords_(torch.empty(20000), std=0.1)
-    assert coords.min() >= -1 and coords.max() <= 1
-    distance = 1 - coords
-    assert abs(distance.mean() - 0.2 * math.sqrt(2 / math.pi)) < 5 * 0.12 / math.sqrt(20000)
-    assert abs(distance.square().mean().sqrt() - 0.2) < 5 * 0.2 / math.sqrt(2 * 20000)
-
-
-@pytest.mark.parametrize(('kernel_size', 'ndim', 'expected'), [(31, 2, 4 / 31), (100, 1, 2 / 100), (7, 3, 6 / 7)])
-def test_initial_radius(kernel_size, ndim, expected):
-    radius = torch.nn.Parameter(torch.empty(5))
-    points.init_radius_(radius, kernel_size, ndim)
-    assert torch.equal(radius, torch.full((5,), expected))
-
-
-def test_initial_weights():
-    weights = points.init_weights_(torch.empty(100, 200))
-    assert abs(weights.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * 20000)
-    assert abs(weights.mean()) < 5 * 0.02 / math.sqrt(20000)
 
 
 # --- long kernels in chunks ---

@@ -6,7 +6,7 @@ import torch
 from nets import network, tiny
 
 CLASSES = ['list', 'dict', 'hook', 'fx', 'getter']
-INDICES = [None, (0,), (1,), (2,), (3,), (0, 2), (1, 2, 3), (-1,), (-2,), (-4, -1)]
+INDICES = [(None, 32), (2, 32), ((1,), 32), ((0, 2), 32), ((1, 2, 3), 32), ((-4, -1), 32), ((1, 3), 8)]
 
 
 def features(x, feature_cls, out_indices, **kwargs):
@@ -23,41 +23,22 @@ def features(x, feature_cls, out_indices, **kwargs):
     return model, list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
 
 
-def stages(x, **kwargs):
-    return network(**kwargs).forward_intermediates(x, intermediates_only=True)
-
-
 FX_WARNING = pytest.mark.filterwarnings('ignore:NOTE. The nodes obtained by tracing')  # of torchvision, always
 
 
 @FX_WARNING
-@pytest.mark.parametrize('out_indices', INDICES, ids=str)
+@pytest.mark.parametrize(('out_indices', 'output_stride'), INDICES, ids=str)
 @pytest.mark.parametrize('feature_cls', CLASSES)
-def test_features_are_the_stages_outputs(feature_cls, out_indices):
+def test_features_are_the_stages_outputs(feature_cls, out_indices, output_stride):
     x = torch.randn(2, 3, 64, 96)
-    model, got = features(x, feature_cls, out_indices)
-    expected = [stages(x)[i] for i in out_indices or range(4)]
+    model, got = features(x, feature_cls, out_indices, output_stride=output_stride)
+    every = network(output_stride=output_stride).forward_intermediates(x, intermediates_only=True)
+    expected = every[-out_indices:] if isinstance(out_indices, int) else [every[i] for i in out_indices or range(4)]
     assert len(got) == len(expected)
     for a, b in zip(got, expected):
         assert torch.equal(a, b)
     assert model.feature_info.channels() == [b.shape[1] for b in expected]
     assert model.feature_info.reduction() == [64 // b.shape[2] for b in expected]
-
-
-def test_the_last_n_by_number():
-    x = torch.randn(1, 3, 64, 64)
-    _, got = features(x, 'getter', 2)
-    assert all(torch.equal(a, b) for a, b in zip(got, stages(x)[2:]))
-    assert len(got) == 2
-
-
-@FX_WARNING
-@pytest.mark.parametrize('feature_cls', CLASSES)
-def test_features_with_output_stride(feature_cls):
-    x = torch.randn(1, 3, 64, 64)
-    model, got = features(x, feature_cls, (1, 3), output_stride=8)
-    assert all(torch.equal(a, b) for a, b in zip(got, stages(x, output_stride=8)[1::2]))
-    assert model.feature_info.reduction() == [8, 8]
 
 
 @FX_WARNING

@@ -11,38 +11,18 @@ from timm.layers import DropPath, GroupNorm, LayerNorm2d
 from timm.models import group_parameters
 from torch import nn
 
-from smpconv_models import SMPConvNet, clip_radius_
+from smpconv_models import SMPConvNet
 from smpconv_models.layers import ReparamLargeKernelConv, SMPDepthwiseConv2d
-from smpconv_models.models.smpconv import checkpoint_filter_fn, default_cfgs
+from smpconv_models.models import smpconv
+from smpconv_models.models.smpconv import checkpoint_filter_fn
 
 NAMES = timm.list_models('smpconv*', exclude_filters='smpconv_cifar')  # another architecture
-PARAMETERS = {
-    'smpconv_t': 26_705_248,
-    'smpconv_b': 79_546_520,
-    'smpconv_mobile31': 2_892_494,
-    'smpconv_mobile51': 3_066_884,
-}
-
-
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def rounded(tensor):
     """Return a tolerance for float32 results in another order of summation, through a few dozen layers."""
     return 1e-5 * tensor.abs().max().item()
 
 
 # --- variants ---
-
-
-def test_registered_names():
-    assert sorted(NAMES) == ['smpconv_b', 'smpconv_mobile31', 'smpconv_mobile51', 'smpconv_nano', 'smpconv_t']
-
-
-@pytest.mark.parametrize('name', PARAMETERS)
-def test_parameter_counts_of_the_paper(name):
-    assert count(timm.create_model(name, device='meta')) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize(('name', 'kernel_sizes', 'drop_path', 'divisor'), [
@@ -76,24 +56,10 @@ def test_default_cfg(name):
     assert cfg['license'] == 'mit' and '2304.02330' in cfg['paper_ids']
 
 
-def test_tags():
-    assert {name: list(cfg.tags) for name, cfg in default_cfgs.items()} == {
-        'smpconv_t': ['in1k'], 'smpconv_b': ['in1k'],
-        'smpconv_mobile31': ['untrained'], 'smpconv_mobile51': ['untrained'], 'smpconv_nano': ['untrained'],
-    }
-
-
 @pytest.mark.parametrize('name', ['smpconv_nano', 'smpconv_t', 'smpconv_cifar'])
 def test_state_dict_is_frozen(name):
     """Saved files must keep loading."""
     assert_frozen(name, timm.create_model(name, device='meta'))
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_forward_on_meta(name):
-    model = timm.create_model(name, device='meta')
-    size = model.pretrained_cfg['input_size']
-    assert model(torch.empty(2, *size, device='meta')).shape == (2, 1000)
 
 
 # --- the release ---
@@ -122,11 +88,8 @@ def test_no_classes_returns_pooled_features():
     assert isinstance(model.get_classifier(), nn.Identity)
     torch.testing.assert_close(model(x), model.forward_features(x).mean((2, 3)))
     assert model.num_features == model.head_hidden_size == 20
-
-
-@pytest.mark.parametrize('in_chans', [1, 2, 5])
-def test_input_channels(in_chans):
-    assert tiny(in_chans=in_chans)(torch.randn(2, in_chans, 32, 32)).shape == (2, 7)
+    model.reset_classifier(0, '')
+    assert torch.equal(model(x), model.forward_features(x)) and model(x).shape == (2, 20, 1, 2)
 
 
 @pytest.mark.parametrize(('global_pool', 'pooled'), [
@@ -143,13 +106,6 @@ def test_pooling(global_pool, pooled):
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
     torch.testing.assert_close(model(x), model.get_classifier()(expected))
     assert model.head_hidden_size == expected.shape[1] == model.get_classifier().in_features
-
-
-def test_no_pooling_keeps_the_map():
-    model = tiny(num_classes=0, global_pool='').eval()
-    x = torch.randn(2, 3, 64, 96)
-    assert torch.equal(model(x), model.forward_features(x))
-    assert model(x).shape == (2, 20, 2, 3)
 
 
 def test_drop_rate_is_the_heads():
@@ -171,18 +127,6 @@ def test_drop_path_rises_linearly_and_is_shared_in_a_block():
     ]
     assert all(mixer == ffn for mixer, ffn in rates)
     assert [mixer for mixer, _ in rates] == pytest.approx([0.3 * i / 6 for i in range(7)])
-
-
-def test_drop_path_drops():
-    model = tiny(drop_path_rate=0.9).train()
-    x = torch.randn(4, 3, 32, 32)
-    model(x)
-    assert not torch.equal(model(x), model(x))
-
-
-def test_dropped_path_rate_of_a_variant_can_be_changed():
-    model = timm.create_model('smpconv_b', drop_path_rate=0.2, device='meta')
-    assert model.stages[-1].blocks[-1].ffn.drop_path.drop_prob == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize('stem_stride', [1, 2, 4])
@@ -242,17 +186,16 @@ def test_act_layer(act_layer):
 
 @pytest.mark.parametrize('small_kernel_size', [0, 3])
 def test_small_kernel(small_kernel_size):
-    model = tiny(small_kernel_size=small_kernel_size)
-    for module in model.modules():
-        if isinstance(module, ReparamLargeKernelConv):
-            assert (module.small is None) == (small_kernel_size == 0)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    layers = [module for module in tiny(small_kernel_size=small_kernel_size).modules()
+              if isinstance(module, ReparamLargeKernelConv)]
+    assert layers and all((layer.small is None) == (small_kernel_size == 0) for layer in layers)
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(stem_stride=3), 'stem_stride must be 1, 2 or 4, got 3'),
     (dict(output_stride=4), 'output_stride must be 8, 16 or 32, got 4'),
     (dict(depths=(1, 1, 1)), 'depths, dims and kernel_sizes must have one entry for each stage, got 3, 4 and 4'),
+    (dict(depths=(), dims=(), kernel_sizes=()), 'there must be at least one stage, got empty depths'),
     (dict(dims=(8,) * 5), 'depths, dims and kernel_sizes must have one entry for each stage, got 4, 5 and 4'),
     (dict(kernel_sizes=(9, 8, 5, 3)), 'kernel size must be odd and positive, got 8'),
     (dict(kernel_sizes=(9, 7, -5, 3)), 'kernel size must be odd and positive, got -5'),
@@ -263,6 +206,7 @@ def test_small_kernel(small_kernel_size):
     (dict(small_kernel_size=7), 'small_kernel_size must not exceed the large kernel, 5, got 7'),
     (dict(norm_layer='nonorm'), "norm_layer must be a callable or one of timm's names, got 'nonorm'"),
     (dict(act_layer='noact'), "act_layer must be a callable or one of timm's names, got 'noact'"),
+    (dict(weight_init='none'), "weight_init must be '' or 'skip', got 'none'"),
     (dict(drop_rate=1.), 'drop_rate must lie in [0, 1), got 1.0'),
     (dict(drop_path_rate=-0.1), 'drop_path_rate must lie in [0, 1), got -0.1'),
     (dict(small_kernel_size=2), 'kernel size must be odd and positive, got 2'),
@@ -275,11 +219,6 @@ def test_bad_configuration(changes, message):
     with pytest.raises(ValueError) as error:
         tiny(**dict(dict(small_kernel_size=3), **changes))
     assert str(error.value) == message
-
-
-def test_empty_configuration():
-    with pytest.raises(ValueError, match='stage'):
-        SMPConvNet(depths=(), dims=(), kernel_sizes=())
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -299,25 +238,12 @@ def test_any_input_size(size):
     assert torch.isfinite(y).all()
 
 
-def test_results_do_not_depend_on_the_batch():
-    model = network()
-    x = torch.randn(3, 3, 40, 56)
-    together = model(x)
-    alone = torch.cat([model(part) for part in x.split(1)])
-    torch.testing.assert_close(alone, together, rtol=0, atol=rounded(together))
-
-
-def test_batch_of_one_trains():
-    model = tiny().train()
-    model(torch.randn(1, 3, 64, 64)).sum().backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-
-
-def test_every_parameter_has_a_gradient():
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_every_parameter_has_a_gradient(batch_size):
     model = randomize_(tiny()).train()
-    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    model(torch.randn(batch_size, 3, 64, 64)).square().sum().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert [name for name, grad in grads.items() if grad is None or not grad.any()] == []
+    assert [name for name, grad in grads.items() if grad is None or not grad.any() or not grad.isfinite().all()] == []
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -329,12 +255,6 @@ def test_half_precision(dtype):
     y = model.to(dtype)(x.to(dtype))
     assert y.dtype == dtype
     assert relative_error(y, expected) < 8 * torch.finfo(dtype).eps
-
-
-def test_dtype_argument():
-    model = tiny(dtype=torch.bfloat16, dims=(24, 32, 40, 48)).eval()
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model(torch.randn(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
 
 
 def test_autocast_trains_in_float32_parameters():
@@ -439,16 +359,9 @@ def test_classifier_can_be_reset():
     assert model(x).shape == (2, 20, 1, 1)
 
 
-def test_pre_logits():
-    model = network()
-    x = torch.randn(2, 3, 32, 32)
-    features = model.forward_features(x)
-    pre_logits = model.forward_head(features, pre_logits=True)
-    assert pre_logits.shape == (2, model.head_hidden_size)
-    torch.testing.assert_close(model.get_classifier()(pre_logits), model(x))
-
-
-def test_grad_checkpointing_changes_no_gradient():
+def test_grad_checkpointing_changes_no_gradient(monkeypatch):
+    calls, checkpoint_seq = [], smpconv.checkpoint_seq
+    monkeypatch.setattr(smpconv, 'checkpoint_seq', lambda *args: calls.append(1) or checkpoint_seq(*args))
     x = torch.randn(2, 3, 64, 64)
     gradients = []
     for enable in (False, True):
@@ -456,22 +369,9 @@ def test_grad_checkpointing_changes_no_gradient():
         model.set_grad_checkpointing(enable)
         torch.manual_seed(1)
         model(x).square().sum().backward()
+        assert len(calls) == (4 if enable else 0)  # one for each stage
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-
-
-def test_grad_checkpointing_is_used(monkeypatch):
-    from smpconv_models.models import smpconv
-    calls = []
-    checkpoint_seq = smpconv.checkpoint_seq
-    monkeypatch.setattr(smpconv, 'checkpoint_seq', lambda *args: calls.append(1) or checkpoint_seq(*args))
-    model = tiny()
-    model.set_grad_checkpointing()
-    model(torch.randn(2, 3, 32, 32))
-    assert len(calls) == 4
-    model.set_grad_checkpointing(False)
-    model(torch.randn(2, 3, 32, 32))
-    assert len(calls) == 4
 
 
 @pytest.mark.parametrize('indices', [None, 1, 2, 4, [0], [1, 3], [-1], [0, -2]])
@@ -547,16 +447,3 @@ def test_pruning_can_keep_norm_and_head():
     assert torch.equal(model(x), expected)
     model.prune_intermediate_layers([3], prune_norm=True, prune_head=True)
     assert isinstance(model.norm, nn.Identity) and isinstance(model.get_classifier(), nn.Identity)
-
-
-def test_clip_radius_clips_every_layer():
-    model = tiny()
-    radii = [parameter for name, parameter in model.named_parameters() if name.endswith('.radius')]
-    with torch.no_grad():
-        for radius in radii:
-            radius.fill_(3.)
-            radius[0] = -1.
-    clip_radius_(model)
-    assert len(radii) == 5
-    assert all(radius.max() == 1 for radius in radii)
-    assert all(radius[0].item() == pytest.approx(1e-3) for radius in radii)

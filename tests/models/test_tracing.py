@@ -22,7 +22,8 @@ def assert_same(convert, sizes=SIZES, **kwargs):
 
 
 @pytest.mark.parametrize(
-    'kwargs', [{}, dict(output_stride=8), dict(small_kernel_size=0), dict(drop_path_rate=0.1)], ids=str)
+    'kwargs', [{}, dict(output_stride=8), dict(small_kernel_size=0, **SHORT), dict(drop_path_rate=0.1, **SHORT)],
+    ids=str)
 def test_script(kwargs):
     assert_same(torch.jit.script, **kwargs)
 
@@ -46,7 +47,7 @@ def test_fx(kwargs):
 
 
 def test_the_fx_graph_can_be_scripted():
-    assert_same(lambda model: torch.jit.script(torch.fx.symbolic_trace(model)))
+    assert_same(lambda model: torch.jit.script(torch.fx.symbolic_trace(model)), **SHORT)
 
 
 def test_fx_has_one_leaf_for_each_kernel_and_convolution():
@@ -92,7 +93,7 @@ def test_inductor():
 @pytest.mark.parametrize('strict', [pytest.param(True, marks=pytest.mark.slow), False])  # 17 s
 def test_export_with_dynamic_sizes(strict):
     """Batch, height and width are free, and the graph has no operator of this package in it."""
-    model = network()
+    model = network(**SHORT)
     # from 33 on, where the last map has more than one pixel in each direction: a size of 1 is a case of its own
     height, width = (torch.export.Dim(name, min=33, max=256) for name in ('height', 'width'))
     dims = {0: torch.export.Dim('batch', max=256), 2: height, 3: width}

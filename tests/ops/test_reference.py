@@ -57,15 +57,6 @@ def test_reference_equals_scalar_loops(case):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-13, msg=lambda text, name=name: f'{name}: {text}')
 
 
-def test_asymmetric_kernel_is_not_rotated():
-    """A cross-correlation: an element right of the kernel's centre takes the pixel on the right."""
-    x = torch.arange(12.).reshape(1, 1, 3, 4)
-    weight = torch.zeros(1, 1, 3, 3)
-    weight[0, 0, 1, 2] = 1
-    expected = torch.tensor([[[[1., 2., 3., 0.], [5., 6., 7., 0.], [9., 10., 11., 0.]]]])
-    assert torch.equal(depthwise_conv2d(x, weight, backend='reference'), expected)
-
-
 def test_poison_reaches_new_tensors():
     """The NaN checks of these tests depend on it."""
     x = torch.zeros(3)

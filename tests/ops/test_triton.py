@@ -131,7 +131,7 @@ class TestKernels:
         ('block_weight_grad', tuning.BlockGradTile(r=1, s=16, d=2, tc=16, bn=16, bj=1)),
     ], ids=str)
     def test_other_tiles(self, form, tile):
-        check_form(form, Shape(3, 2, 15, 23 if form.startswith('block') else 13, 9, 11), torch.float32, tile)
+        check_form(form, Shape(3, 2, 9, 23 if form.startswith('block') else 13, 9, 11), torch.float32, tile)
 
     @pytest.mark.parametrize(('kernel', 'error', 'lack'), [
         ('block_forward', OutOfResources(232448, 101376, 'shared memory'), 'shared memory needed 232448, .* 101376'),
@@ -143,7 +143,7 @@ class TestKernels:
         monkeypatch.setattr(_backends, 'AUTO_ORDER', ('triton', 'reference'))
         monkeypatch.setattr(_triton, 'skip_reason', lambda problem: None)
         monkeypatch.setattr(launch.kernels, kernel, TooLarge(error))
-        tensors = make(Shape(2, 2, 9, 18, 5, 5), torch.float32, device=DEVICE)
+        tensors = make(Shape(1, 1, 9, 18, 3, 3), torch.float32, device=DEVICE)
 
         def call():
             return with_gradients(lambda *args: depthwise_conv2d(*args, backend=backend), *tensors)
@@ -175,7 +175,7 @@ class TestKernels:
 
     def test_tiny_kernel_on_a_map_of_one_block(self):
         """The window excludes columns outside of the map, on both sides."""
-        shape = Shape(2, 2, 40, 10, 15, 15)
+        shape = Shape(2, 2, 12, 10, 15, 15)
         tile = default_tile('block_forward', shape, 'half')
         assert tuning.window(tile.s, tile.tc, 10, 15) == (0, 1)
         check_form('block_forward', shape, torch.float32, tile)
@@ -218,7 +218,8 @@ class TestKernels:
             assert_close(got[key], plain[key], exact[key], num_terms, mode)
 
     def test_deterministic(self):
-        x, weight, bias, grad = make(WIDE['k7_one_chunk'], torch.float16, device=DEVICE)
+        shape = Shape(2, 2, 9, 18, 3, 3) if INTERPRETED else WIDE['k7_one_chunk']
+        x, weight, bias, grad = make(shape, torch.float16, device=DEVICE)
         first, second = (with_gradients(
             lambda *args: depthwise_conv2d(*args, backend='triton'), x, weight, bias, grad) for _ in range(2))
         assert all(torch.equal(first[key], second[key]) for key in first)
@@ -356,10 +357,6 @@ def test_a_lack_of_memory_is_not_the_toolchains_fault(broken):
     with pytest.raises(torch.OutOfMemoryError):
         broken((9, 0), probe)
     assert broken((9, 0), lambda device: None) is None
-
-
-def test_a_working_toolchain_has_no_reason(broken):
-    assert broken((8, 0), lambda device: None) is None
 
 
 def test_old_gpu(broken):

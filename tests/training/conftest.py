@@ -1,9 +1,14 @@
 """Fixtures for tests of training."""
 import logging
+import os
 import signal
+from pathlib import Path
 
 import made
 import pytest
+
+from smpconv_models import figures
+from smpconv_models.training.datasets import SeededDataset
 
 
 @pytest.fixture
@@ -23,6 +28,32 @@ def heard_signals():
     yield
     for number, handler in zip(numbers, before):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def signal_at(monkeypatch, heard_signals):
+    """Return a function that lets the n-th read of an image send this process a signal."""
+    def arm(number, count):
+        original, left = SeededDataset.__getitem__, [count]
+
+        def read(self, position):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+            return original(self, position)
+
+        monkeypatch.setattr(SeededDataset, '__getitem__', read)
+
+    return arm
+
+
+@pytest.fixture(scope='module')
+def no_pictures():
+    """Runs write empty pictures: to draw them takes a third of a short run. test_run.py has real ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('save_curves', 'save_run'):
+            patch.setattr(figures, name, lambda path, *_: Path(path).write_bytes(b''))
+        yield
 
 
 @pytest.fixture(scope='module')

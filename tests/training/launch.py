@@ -7,28 +7,28 @@ import sys
 from pathlib import Path
 
 import torch
+from programs import ROOT
 
-ROOT = Path(__file__).parents[2]
 TINY = [
     '--model', 'smpconv_nano', '--model-kwargs', 'depths=(1,1)', 'dims=(4,8)', 'kernel_sizes=(7,5)', '--workers', '0']
 
 # Everything that draws, decays, accumulates or averages.
 EVERYTHING = [
-    *TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs', '1',
+    *TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '8', '--epochs', '2', '--warmup-epochs', '1',
     '--lr', '4e-3', '--aa', 'rand-m9-mstd0.5-inc1', '--reprob', '0.25', '--mixup', '0.8', '--cutmix', '1',
     '--train-interpolation', 'random', '--drop', '0.1', '--drop-path', '0.2', '--layer-decay', '0.9', '--model-ema',
     '--model-ema-decay', '0.9', '--model-ema-warmup', '--clip-grad', '5', '--global-batch-size', '128', '--batch-size',
-    '64', '--recovery-interval', '1', '--log-interval', '1']
+    '64', '--log-interval', '1']
 
 
-def start(argv, ranks=1, script=ROOT / 'train.py', more=None, **options):
-    """As torchrun would start these processes; alone without."""
+def start(argv, ranks=1, script=ROOT / 'train.py', more=None, environments=None, **options):
+    """Start a program as torchrun would, or alone; `more` and `environments` are of single ranks."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        env = dict(os.environ)
+        env = {**os.environ, **(environments[rank] if environments else {})}
         if ranks > 1:
             env.update(
                 OMP_NUM_THREADS='1', RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
@@ -60,6 +60,10 @@ def wait_for_step(process, epoch, step):
         if line.startswith(told):
             return
     raise AssertionError(f'the run ended without {told}: {process.stderr.read()}')
+
+
+def children(process):
+    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
 
 
 def stop(process, number=signal.SIGKILL):

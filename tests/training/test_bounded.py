@@ -112,7 +112,7 @@ def test_a_stopped_worker_does_not_keep_the_end():
 
 
 @pytest.mark.timeout(60)
-def test_a_worker_that_dies_is_told_by_pytorch():
+def test_a_worker_that_dies_is_reported_by_pytorch():
     loader = bounded(seconds=60)
     batches = iter(loader)
     next(batches)

@@ -87,16 +87,11 @@ def test_null_leaves_an_option_open(parse):
     ('model_kwargs: {pretrained_cfg: {hf_hub_id: evil/x}}\n', 'got pretrained_cfg'),
     ('model_kwargs: {a: {cache_dir: x}}\n', 'got cache_dir'),
 ])
-def test_mistakes_are_told_in_one_line(parse, text, told):
+def test_mistakes_are_reported_in_one_line(parse, text, told):
     with pytest.raises(ValueError) as error:
         parse(text)
     assert told in str(error.value) and 'options.yaml' in str(error.value)
     assert str(error.value).isprintable() and len(str(error.value)) < 1000
-
-
-def test_a_missing_file_is_told(parser):
-    with pytest.raises(ValueError, match=r'--config nowhere\.yaml cannot be read'):
-        cli.parse_args(parser, ['--config', 'nowhere.yaml'])
 
 
 @pytest.mark.parametrize('argv, told', [
@@ -110,7 +105,7 @@ def test_a_missing_file_is_told(parser):
     (['--aa', '3a', '--color-jitter', '0'], []),
     (['--config', 'CONFIG', '--mixup', '0'], []),  # a part of a recipe is switched off
 ])
-def test_options_without_effect_are_told(tmp_path, argv, told):
+def test_options_without_effect_are_reported(tmp_path, argv, told):
     parser, path = train.create_parser(), tmp_path / 'options.yaml'
     path.write_text('mixup: 0.8\nmixup_prob: 0.5\n')
     args = cli.parse_args(parser, [str(path) if word == 'CONFIG' else word for word in argv])

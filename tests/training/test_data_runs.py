@@ -3,7 +3,6 @@ import csv
 import json
 import logging
 import os
-import socket
 import unicodedata
 from contextlib import nullcontext
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import ROOT, error_line, refused
 from test_data import make_folder, options
 from test_image_reading import GRAY, files
 from test_sources import SOURCES, TRAIN, VAL, source
@@ -24,7 +24,7 @@ from smpconv_models.training.datasets import ReadImage
 from smpconv_models.training.distributed import DistributedContext
 from smpconv_models.training.trainer import _check_same_data
 
-pytestmark = pytest.mark.usefixtures('logs_of_rank_0', 'quick_streams')
+pytestmark = pytest.mark.usefixtures('logs_of_rank_0', 'quick_streams', 'no_pictures')
 
 
 def command(data_dir, output, *more):
@@ -34,35 +34,20 @@ def command(data_dir, output, *more):
 
 
 @pytest.mark.slow  # 20 s on idle cores: four processes with hash seeds of their own
-def test_ranks_with_different_hash_seeds_train_on_the_same_labels(tmp_path, monkeypatch):
+def test_ranks_with_different_hash_seeds_train_on_the_same_labels(tmp_path):
     """With timm's order the seeds 0 and 3 exchange A with a, and B with b."""
     make_folder(tmp_path / 'images', classes=('A', 'a', 'B', 'b'), count=8)
     (tmp_path / 'images/train/.hidden').mkdir()
-    argv = command(tmp_path / 'images', tmp_path)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank, seed in enumerate(('0', '3')):
-        monkeypatch.setenv('PYTHONHASHSEED', seed)
-        for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1',
-                                MASTER_PORT=port).items():
-            monkeypatch.setenv(name, str(value))
-        processes += launch.start(argv)
-    ends = launch.finish(processes)
+    seeds = [{'PYTHONHASHSEED': '0'}, {'PYTHONHASHSEED': '3'}]
+    ends = launch.finish(launch.start(command(tmp_path / 'images', tmp_path), ranks=2, environments=seeds))
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert [out.count('skipped 1 hidden') for _, out, _ in ends] == [1, 0]
     summary = json.loads((tmp_path / 'run/summary.json').read_text())
     assert summary['classes'] == ['A', 'a', 'B', 'b']
-    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
-        monkeypatch.delenv(name)
-    processes = []
-    for seed in ('0', '3'):
-        monkeypatch.setenv('PYTHONHASHSEED', seed)
+    for seed in seeds:
         argv = ['--checkpoint', tmp_path / 'run', '--workers', '0']
-        processes += launch.start(argv, script=launch.ROOT / 'validate.py')
-    ends = launch.finish(processes)
-    assert [code for code, _, _ in ends] == [0, 0], ends
+        (code, _, error), = launch.finish(launch.start(argv, script=ROOT / 'validate.py', environments=[seed]))
+        assert code == 0, error
 
 
 @pytest.mark.parametrize('classes, count, message', [
@@ -91,9 +76,7 @@ def test_a_rank_with_other_data_ends_all(tmp_path):
 
 def test_a_run_on_one_class_is_refused(tmp_path, capsys):
     make_folder(tmp_path / 'images', classes=('cat',))
-    with pytest.raises(SystemExit, match='2'):
-        train.main(command(tmp_path / 'images', tmp_path / 'out'))
-    line, = capsys.readouterr().err.strip().splitlines()
+    line = refused(train.main, capsys, *command(tmp_path / 'images', tmp_path / 'out'))
     assert "expected 2 classes or more, got 1 ('cat')" in line and not (tmp_path / 'out').exists()
 
 
@@ -193,22 +176,19 @@ def test_two_processes_train_and_evaluate_a_stream(folders, tmp_path, capsys):
 def test_labels_beyond_the_models_classes_are_one_line(folders, tmp_path, capsys, smoothing):
     argv = source_command('wds', folders('wds'), tmp_path, '--num-classes', '2', '--smoothing', smoothing)
     assert train.main(argv) == 1
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert 'an image is of class 2, the model has 2 classes' in line
+    assert 'an image is of class 2, the model has 2 classes' in error_line(capsys)
 
 
 @pytest.mark.parametrize('name, more, message', [
     ('wds', ['--num-classes', '3', '--train-split', 'nope'], '_info.json: expected a split named nope'),
+    ('wds', ['--num-classes', '1'], 'expected 2 classes or more, got 1'),
     ('hfds_parquet', ['--train-split', 'nope'], 'Unknown split "nope"'),
     ('tars', ['--train-split', 'nope'], 'expected a folder named nope'),
 ])
 def test_a_mistake_is_one_line(folders, tmp_path, capsys, name, more, message):
     argv = source_command(name, folders(name), tmp_path, *more)
     capsys.readouterr()  # of making the folder
-    with pytest.raises(SystemExit, match='2'):
-        train.main(argv)
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert message in line
+    assert message in refused(train.main, capsys, *argv)
     assert list(tmp_path.iterdir()) == []
     assert not name.startswith('hf') or logging.getLogger('datasets').handlers == []
 

@@ -1,5 +1,7 @@
 """How a run ends: its exit code, its one line, what it leaves."""
+import functools
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -9,10 +11,10 @@ import threading
 import time
 from pathlib import Path
 
+import programs
 import pytest
-import torch
-from launch import EVERYTHING, ROOT, TINY, finish, start, wait_for_step
-from test_faults import children
+from launch import EVERYTHING, TINY, children, finish, start, wait_for_step
+from programs import ROOT, error_line
 from torch import distributed
 
 import train
@@ -20,16 +22,14 @@ from smpconv_models import checkpoint, training
 from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.distributed import GracefulStop
 from smpconv_models.training.train_step import TrainStep
-from smpconv_models.utils import atomic_io, streams
+from smpconv_models.utils import streams
 from smpconv_models.utils.download import file_sha256
 
 SMALL = [
-    *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--batch-size', 512, '--epochs', 1,
+    *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 8, '--batch-size', 512, '--epochs', 1,
     '--warmup-epochs', 0, '--color-jitter', 0, '--experiment', 'run']
-
-
-def run(*argv):
-    return train.main([str(argument) for argument in argv])
+pytestmark = pytest.mark.usefixtures('no_pictures')
+run = functools.partial(programs.run, train.main)
 
 
 # --- what is said ---
@@ -52,19 +52,19 @@ def test_a_finished_run_whose_best_weights_are_damaged_has_failed(tmp_path, caps
     path = tmp_path / 'run/model_best.pth.tar'
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    capsys.readouterr()
     assert run(*command) == 1
-    line, = capsys.readouterr().err.strip().splitlines()
+    line = error_line(capsys)
     assert f'its best checkpoint is damaged: {path} is a truncated' in line and f'{tmp_path}/run/last.pth.tar' in line
     path.write_bytes(whole)
     assert run(*command) == 0
 
 
-def test_a_rate_at_which_statistics_overflow_is_named_at_the_step(tmp_path, capsys):
-    command = [*SMALL, '--lr', 1e6, '--epochs', 10, '--max-nonfinite-steps', 2, '--output', tmp_path]
-    assert run(*command) == 1
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert '2 consecutive steps had NaN or infinity; the last: epoch ' in line
+@pytest.mark.parametrize('options, count', [((), 10), (('--max-nonfinite-steps', 2), 2)])
+def test_steps_that_are_not_finite_end_the_run_and_name_its_images(tmp_path, capsys, options, count):
+    assert run(*SMALL, '--lr', 1e6, '--epochs', 10, *options, '--output', tmp_path) == 1
+    line = error_line(capsys)
+    assert f'{count} consecutive steps had NaN or infinity; the last: epoch ' in line
+    assert re.search(r'not finite.*, at learning rate', line) and 'image ' in line  # which one depends on rounding
     assert 'a lower --lr than 1e+06' in line
 
 
@@ -80,15 +80,13 @@ def test_the_step_that_broke_a_weight_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TrainStep, '_apply', break_weight)
     command = [*SMALL, '--epochs', 3, '--sched', 'step', '--warmup-epochs', 2, '--warmup-lr', 0, '--lr', 4e-3]
     assert run(*command, '--output', tmp_path) == 1
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert 'error: a weight is not finite after epoch 1, step 0, at learning rate 2.00e-03; a lower --lr than' in line
+    assert 'error: a weight is not finite after epoch 1, step 0, at learning rate 2.00e-03; a lower --lr than' in (
+        error_line(capsys))
 
 
 @pytest.mark.parametrize('option', ['--lr', '--weight-decay', '--opt-eps'])
 def test_numbers_that_overflow_in_the_optimizer_are_refused(option, capsys):
-    with pytest.raises(SystemExit, match='2'):
-        run(*SMALL, option, 1e38)
-    line, = capsys.readouterr().err.strip().splitlines()
+    line = programs.refused(train.main, capsys, *SMALL, option, 1e38)
     assert f'argument {option}: must be' in line and 'at most 1e+06, got 1e+38' in line
 
 
@@ -110,19 +108,13 @@ def script(monkeypatch):
     signal.signal(signal.SIGINT, handler)
 
 
-CODES = [('words', 1, 'words\n'), (None, 0, ''), (3, 3, '')]
-
-
-@pytest.mark.parametrize(('code', 'number', 'told'), CODES)
-def test_a_process_alone_ends_as_python_does(code, number, told, script):
-    """So that functions of atexit are called."""
+@pytest.mark.parametrize(('code', 'number', 'printed'), [('words', 1, 'words\n'), (None, 0, ''), (3, 3, '')])
+def test_a_process_ends_as_python_does_alone_and_at_once_among_others(
+        code, number, printed, script, capsys, monkeypatch):
+    """A process alone calls functions of atexit; a rank that waits for others in such a function would not end."""
     with pytest.raises(SystemExit) as end:
         script(code)
     assert end.value.code == code
-
-
-@pytest.mark.parametrize(('code', 'number', 'told'), CODES)
-def test_a_process_among_others_ends_at_once_with_the_same_code(code, number, told, script, capsys, monkeypatch):
     ends = []
     monkeypatch.setattr(os, '_exit', ends.append)
     distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
@@ -130,48 +122,29 @@ def test_a_process_among_others_ends_at_once_with_the_same_code(code, number, to
         script(code)
     finally:
         distributed.destroy_process_group()
-    assert (ends, capsys.readouterr().err) == ([number], told)
+    assert (ends, capsys.readouterr().err) == ([number], printed)
 
 
 # --- checkpoints that cannot be read ---
 
 
-@pytest.fixture
-def unreadable(monkeypatch):
-    """Makes files that the system refuses to open; root may read whatever has no permission."""
-    refused = set()
-    real = open
+def test_a_checkpoint_that_may_not_be_read_gives_way_to_the_previous_one(tmp_path, monkeypatch):
+    """Root may read files without permission, so the system's refusal is simulated."""
+    folder, real = RunDir(tmp_path), open
 
-    def opened(path, *args, **kwargs):
-        if path in refused:
+    def refuse(path, *args, **kwargs):
+        if path == folder.last:
             raise PermissionError(13, 'Permission denied', str(path))
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr('builtins.open', opened)
-    return refused
-
-
-def test_a_checkpoint_that_may_not_be_read_is_told(tmp_path, unreadable):
-    path = tmp_path / 'last.pth.tar'
-    torch.save({'a': 1}, path)
-    unreadable.add(path)
-    for read in (checkpoint.load_file, checkpoint.check_file, file_sha256):
-        with pytest.raises(ValueError, match=f'{path} cannot be read: Permission denied'):
-            read(path)
-
-
-def test_in_place_of_a_checkpoint_that_may_not_be_read_the_previous_one_is_taken(tmp_path, unreadable):
-    folder = RunDir(tmp_path)
     for number in (1, 2):
         folder.save({'state_dict': {}, 'progress': number})
-    unreadable.add(folder.last)
+    monkeypatch.setattr('builtins.open', refuse)
+    for read in (checkpoint.load_file, checkpoint.check_file, file_sha256):
+        with pytest.raises(ValueError, match=f'{folder.last} cannot be read: Permission denied'):
+            read(folder.last)
     path, loaded = folder.load_latest()
     assert path == str(folder.previous) and loaded['progress'] == 1
-
-
-def test_names_that_are_not_utf8_can_be_in_a_table(tmp_path):
-    atomic_io.save_rows(tmp_path / 'rows.csv', [{'name': os.fsdecode(b'cat\xff')}])
-    assert (tmp_path / 'rows.csv').read_bytes() == b'name\r\ncat\\udcff\r\n'
 
 
 # --- signals ---
@@ -199,32 +172,18 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 @pytest.mark.slow  # 8 s each: a process
-@pytest.mark.parametrize(('name', 'code'), [('SIGHUP', 129), ('SIGQUIT', 131)])
-def test_a_closed_terminal_saves_the_run(name, code, tmp_path, heard_signals):
-    process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--recovery-interval', 10000])
+@pytest.mark.parametrize(('name', 'code'), [('SIGHUP', 129), ('SIGQUIT', 131), ('SIGINT', 130), ('SIGTERM', 143)])
+def test_a_signal_to_the_whole_job_saves_the_run(name, code, tmp_path, heard_signals):
+    """Terminals and schedulers send signals to DataLoader workers too."""
+    process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 2], start_new_session=True)
     wait_for_step(process, 0, 3)
-    process.send_signal(getattr(signal, name))
+    os.killpg(process.pid, getattr(signal, name))
     (ended, _, error), = finish([process])
     assert ended == code and error.startswith(f'train.py: stopped by {name}; the same command resumes the run')
     assert RunDir(tmp_path / 'smpconv_nano').load_latest()[1]['progress']['step'] >= 3
 
 
 # --- whole programs ---
-
-
-@pytest.mark.slow  # 9 s each: a process
-@pytest.mark.timeout(120)
-def test_stopped_workers_end_train_in_time_with_one_line(tmp_path):
-    process, = start([
-        *EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 2, '--dist-timeout', 3])
-    wait_for_step(process, 0, 3)
-    workers = children(process)
-    for worker in workers:
-        os.kill(worker, signal.SIGSTOP)
-    (code, _, error), = finish([process], timeout=30)
-    line, = error.strip().splitlines()
-    assert code == 1 and line.startswith('train.py: error: no batch came from the DataLoader workers in 3 s')
-    assert not any(Path(f'/proc/{worker}').exists() for worker in workers)
 
 
 @pytest.fixture(scope='module')
@@ -236,9 +195,13 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow  # 9 s each: a process
 @pytest.mark.timeout(120)
-def test_stopped_workers_end_validate_in_time_with_one_line(trained):
-    process, = start(
-        ['--checkpoint', trained, '--workers', 2, '--batch-size', 1, '--dist-timeout', 3], script=ROOT / 'validate.py')
+@pytest.mark.parametrize(('script', 'expected_code'), [('train.py', 1), ('validate.py', 2)])
+def test_stopped_workers_end_a_program_in_time_with_one_line(trained, tmp_path, script, expected_code):
+    argv = [*EVERYTHING, '--output', tmp_path, '--epochs', 1000] if script == 'train.py' else [
+        '--checkpoint', trained, '--batch-size', 1]
+    process, = start([*argv, '--workers', 2, '--dist-timeout', 3], script=ROOT / script)
+    if script == 'train.py':
+        wait_for_step(process, 0, 3)
     deadline = time.monotonic() + 60
     while len(children(process)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -248,29 +211,22 @@ def test_stopped_workers_end_validate_in_time_with_one_line(trained):
         os.kill(worker, signal.SIGSTOP)
     (code, _, error), = finish([process], timeout=30)
     line, = error.strip().splitlines()
-    assert code == 2 and line.startswith('validate.py: error: no batch came from the DataLoader workers in 3 s')
+    assert code == expected_code
+    assert line.startswith(f'{script}: error: no batch came from the DataLoader workers in 3 s')
     assert not any(Path(f'/proc/{worker}').exists() for worker in workers)
 
 
-def shell(script, redirection, *argv):
-    command = [sys.executable, str(script), *map(str, argv)]
-    return subprocess.run(['bash', '-c', f'"$@" {redirection}', 'bash', *command], capture_output=True, text=True)
-
-
 @pytest.mark.slow  # 8 s each: a process
+@pytest.mark.parametrize('script', ['train.py', 'validate.py'])
 @pytest.mark.parametrize('redirection', [
-    '>/dev/full', '>&-', '2>&-', '>&- 2>&-', '| head -1; exit ${PIPESTATUS[0]}'])
-def test_train_keeps_on_without_anybody_to_print_for(redirection, tmp_path):
-    done = shell(ROOT / 'train.py', redirection, *SMALL, '--output', tmp_path)
+    '>/dev/full', '>&-', '2>&-', '>&- 2>&-', '| head -c 1; exit ${PIPESTATUS[0]}'])
+def test_programs_continue_without_a_reader_of_their_output(script, redirection, trained, tmp_path):
+    argv = [*SMALL, '--output', tmp_path] if script == 'train.py' else ['--checkpoint', trained, '--workers', 0]
+    command = [sys.executable, str(ROOT / script), *map(str, argv)]
+    done = subprocess.run(['bash', '-c', f'"$@" {redirection}', 'bash', *command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '')
-    assert RunDir(tmp_path / 'run').load_latest()[1]['progress']['epoch'] == 1
-
-
-@pytest.mark.slow  # 6 s each: a process
-@pytest.mark.parametrize('redirection', ['>/dev/full', '>&-', '2>&-', '| head -c 1; exit ${PIPESTATUS[0]}'])
-def test_validate_keeps_on_without_anybody_to_print_for(redirection, trained):
-    done = shell(ROOT / 'validate.py', redirection, '--checkpoint', trained, '--workers', 0)
-    assert (done.returncode, done.stderr) == (0, '')
+    if script == 'train.py':
+        assert RunDir(tmp_path / 'run').load_latest()[1]['progress']['epoch'] == 1
 
 
 @pytest.mark.parametrize('happens', [
@@ -284,7 +240,7 @@ def test_a_folder_that_is_taken_away_from_its_run_is_one_line(happens, tmp_path,
 
     monkeypatch.setattr(RunDir, 'save', take_away)
     assert run(*SMALL, '--output', tmp_path) == 1
-    line, = capsys.readouterr().err.strip().splitlines()
+    line = error_line(capsys)
     assert line.startswith(f'train.py: error: {tmp_path}/run/last.pth.tar cannot be written: ')
     assert line.endswith(f'; the folder {tmp_path}/run was removed or renamed')
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)  # none keeps the process from its end

@@ -1,5 +1,6 @@
 """What goes wrong around a run: disks, memory, other runs, processes that load."""
 import errno
+import functools
 import multiprocessing
 import os
 import random
@@ -10,9 +11,11 @@ import stat
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
-from launch import EVERYTHING, ROOT, TINY, finish, start, wait_for_step
+from launch import EVERYTHING, TINY, children, finish, start, wait_for_step
+from programs import ROOT, error_line
 from test_data import make_folder
 
 import train
@@ -20,15 +23,9 @@ from smpconv_models.training import checkpointing, describe_error
 from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.distributed import DistributedContext
 
-
-def describe(error, is_training=False):
-    return describe_error(error, DistributedContext(), batch_size=64, workers=2, is_training=is_training)
-
-
-
-def run(*argv):
-    return train.main([str(argument) for argument in argv])
-
+pytestmark = pytest.mark.usefixtures('no_pictures')
+run = functools.partial(programs.run, train.main)
+refused = functools.partial(programs.refused, train.main)
 
 def state(number, megabytes=1):
     return {'state_dict': {'w': torch.full((megabytes * 2 ** 18,), float(number))}, 'progress': number}
@@ -67,15 +64,10 @@ def kill_while_saving(path, times, draw):
     return numbers
 
 
-def test_a_kill_while_saving_leaves_the_newest_whole(tmp_path):
-    numbers = kill_while_saving(tmp_path, 20, random.Random(0))
-    assert numbers == sorted(numbers) and numbers[-1] >= 20
-
-
-@pytest.mark.slow  # half a minute
-def test_two_hundred_kills_while_saving(tmp_path):
-    numbers = kill_while_saving(tmp_path, 200, random.Random(1))
-    assert numbers == sorted(numbers) and numbers[-1] >= 200
+@pytest.mark.parametrize('times', [20, pytest.param(200, marks=pytest.mark.slow)])  # 200 take half a minute
+def test_a_kill_while_saving_leaves_the_newest_whole(tmp_path, times):
+    numbers = kill_while_saving(tmp_path, times, random.Random(times))
+    assert numbers == sorted(numbers) and numbers[-1] >= times
 
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
@@ -87,7 +79,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
 
 
 @pytest.mark.slow  # 20 s: three runs
-def test_a_full_disk_is_told_and_the_old_checkpoints_stay(tmp_path):
+def test_a_full_disk_is_reported_and_the_old_checkpoints_stay(tmp_path):
     """By a limit on the size of files."""
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
     assert run(*command, '--epochs', 1) == 0
@@ -145,9 +137,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, key):
 def test_two_runs_in_one_folder(tmp_path, capsys):
     first, = start([*EVERYTHING, '--output', tmp_path, '--experiment', 'run', '--epochs', 1000])
     wait_for_step(first, 0, 1)
-    with pytest.raises(SystemExit, match='2'):
-        run(*EVERYTHING, '--output', tmp_path, '--experiment', 'run')
-    line, = capsys.readouterr().err.strip().splitlines()
+    line = refused(capsys, *EVERYTHING, '--output', tmp_path, '--experiment', 'run')
     assert f'another run is in {tmp_path}/run: process {first.pid} on ' in line and '--experiment' in line
     first.kill()
     finish([first])
@@ -159,13 +149,9 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
 # --- processes that load ---
 
 
-def children(process):
-    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
-
-
 @pytest.mark.slow  # 11 s: two runs with loaders
 def test_a_dead_process_that_loads(tmp_path):
-    process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 2])
+    process, = start([*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 2, '--recovery-interval', 1])
     wait_for_step(process, 0, 3)
     os.kill(children(process)[0], signal.SIGKILL)
     (code, _, error), = finish([process])
@@ -185,19 +171,6 @@ def test_full_shared_memory(tmp_path):
     assert code == 1
     line = error.strip().splitlines()[-1]
     assert 'shared memory (/dev/shm) may be full: try fewer --workers' in line
-
-
-@pytest.mark.slow  # 11 s: two processes
-def test_a_signal_to_the_whole_job_saves_it(tmp_path):
-    """Schedulers send it to the processes that load too."""
-    process, = start(
-        [*EVERYTHING, '--output', tmp_path, '--epochs', 1000, '--workers', 2, '--recovery-interval', 10000],
-        start_new_session=True)
-    wait_for_step(process, 0, 3)
-    os.killpg(process.pid, signal.SIGTERM)
-    (code, _, error), = finish([process])
-    assert code == 143 and error.startswith('train.py: stopped by SIGTERM; the same command resumes the run')
-    assert RunDir(tmp_path / 'smpconv_nano').load_latest()[1]['progress']['step'] >= 3
 
 
 @pytest.mark.slow  # ten seconds of standing still
@@ -227,38 +200,33 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
     assert code == 130 and 'interrupted; the same command resumes the run from its last checkpoint' in error
 
 
-# --- what is told ---
+# --- what is reported ---
 
 
-def test_memory_that_does_not_suffice():
-    with pytest.raises(RuntimeError) as caught:
+def too_much_memory():
+    try:
         torch.empty(2 ** 60)
-    line = describe(caught.value, is_training=True)
-    assert line.startswith('out of memory with --batch-size 64: ') and '\n' not in line
-    assert all(option in line for option in ('--global-batch-size', '--amp', '--grad-checkpointing'))
+    except RuntimeError as error:
+        return error
 
 
-def test_an_evaluation_that_memory_does_not_suffice_for():
-    line = describe(MemoryError())
-    assert 'a smaller --batch-size or --amp needs less' in line
+@pytest.mark.parametrize('error, is_training, expected', [
+    (too_much_memory(), True, '--batch-size 64: .*--global-batch-size.*--amp.*--grad-checkpointing'),
+    (MemoryError(), False, '.*a smaller --batch-size or --amp needs less'),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried'), False, '--batch-size 64'),
+    (RuntimeError('mat1 and mat2 shapes'), False, None),  # faults of the program keep their traceback
+    (AttributeError('x'), False, None),
+])
+def test_only_insufficient_memory_is_one_line(error, is_training, expected):
+    line = describe_error(error, DistributedContext(), batch_size=64, workers=2, is_training=is_training)
+    assert line is None if expected is None else re.fullmatch(f'out of memory with {expected}.*', line)
 
 
-def test_a_gpu_out_of_memory():
-    error = torch.OutOfMemoryError('CUDA out of memory. Tried')
-    assert '--batch-size 64' in describe(error)
-
-
-def test_faults_of_the_program_keep_their_traceback():
-    assert describe(RuntimeError('mat1 and mat2 shapes')) is None
-    assert describe(AttributeError('x')) is None
-
-
-def test_a_missing_class_is_told_before_training(tmp_path, capsys):
+def test_a_missing_class_is_reported_before_training(tmp_path, capsys):
     make_folder(tmp_path / 'data', splits=('train',), classes=('cat', 'dog', 'eel'))
     make_folder(tmp_path / 'data', splits=('val',), classes=('cat', 'dog'))
-    with pytest.raises(SystemExit, match='2'):
-        run(*TINY, '--data-dir', tmp_path / 'data', '--batch-size', 2, '--output', tmp_path / 'output')
-    line, = capsys.readouterr().err.strip().splitlines()
+    line = refused(
+        capsys, *TINY, '--data-dir', tmp_path / 'data', '--batch-size', 2, '--output', tmp_path / 'output')
     assert "3 and 2, only in training ['eel']" in line and not (tmp_path / 'output').exists()
 
 
@@ -269,7 +237,7 @@ def test_an_unreadable_validation_image_ends_the_run_and_saves_it(tmp_path, caps
         *TINY, '--data-dir', folder, '--batch-size', 2, '--epochs', 1, '--warmup-epochs', 0, '--img-size', 16,
         '--output', tmp_path, '--experiment', 'run']
     assert run(*command) == 1
-    line, = capsys.readouterr().err.strip().splitlines()
+    line = error_line(capsys)
     assert f'{folder}/val/cat/0.png cannot be read' in line and '--skip-unreadable' in line
     assert run(*command, '--skip-unreadable') == 0  # the steps are not done again
     assert 'resuming from' in capsys.readouterr().out

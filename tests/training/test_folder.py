@@ -90,7 +90,7 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path):
     second.release()
 
 
-def take_and_leave(path, times, marker, doubles, takes):
+def take_and_leave(path, times, marker, doubles):
     """In a process of its own: the marker can be made by one holder at a time."""
     folders._LOCK_TIMEOUT_S = 60.
     for _ in range(times):
@@ -101,32 +101,22 @@ def take_and_leave(path, times, marker, doubles, takes):
             doubles.value += 1
         else:
             os.unlink(marker)
-        takes.value += 1
         folder.release()
 
 
-def take_and_leave_with(path, processes, times):
+@pytest.mark.parametrize('processes, times', [
+    (4, 10), pytest.param(16, 150, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])  # the latter takes a minute
+def test_processes_that_take_and_leave_a_folder_never_share_it(tmp_path, processes, times):
     fork = multiprocessing.get_context('fork')
-    doubles, takes = fork.Value('i'), fork.Value('i')
+    doubles = fork.Value('i')
     workers = [
-        fork.Process(target=take_and_leave, args=(path / 'run', times, path / 'marker', doubles, takes))
+        fork.Process(target=take_and_leave, args=(tmp_path / 'run', times, tmp_path / 'marker', doubles))
         for _ in range(processes)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * processes
-    return doubles.value, takes.value
-
-
-def test_processes_that_take_and_leave_a_folder_never_share_it(tmp_path):
-    assert take_and_leave_with(tmp_path, 4, 10)[0] == 0
-
-
-@pytest.mark.slow  # a minute of 16 processes
-@pytest.mark.timeout(600)
-def test_many_processes_that_take_and_leave_a_folder_never_share_it(tmp_path):
-    assert take_and_leave_with(tmp_path, 16, 150)[0] == 0
+    assert [worker.exitcode for worker in workers] == [0] * processes and doubles.value == 0
 
 
 @pytest.mark.parametrize('content', ['[1]', '5', '"x"', 'null', '[' * 100_000, '{"pid": 1}', '\0'])

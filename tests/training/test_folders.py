@@ -196,7 +196,7 @@ def test_a_broken_link_is_an_unreadable_image(tmp_path):
     assert [os.path.basename(image.name) for image in unreadable] == ['x.png', 'y.png']
 
 
-def test_a_class_in_another_format_is_told(tmp_path):
+def test_a_class_in_another_format_is_reported(tmp_path):
     make_folder(tmp_path)
     for path in (tmp_path / 'train/dog').iterdir():
         path.rename(path.with_suffix('.webp'))

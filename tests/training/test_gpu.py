@@ -17,7 +17,7 @@ COMMAND = [
 
 @pytest.mark.parametrize('more', [
     ['--amp'], ['--amp', '--amp-dtype', 'bfloat16'], ['--no-prefetcher'], ['--torchcompile']], ids=' '.join)
-def test_a_run_trains_stops_goes_on_and_is_evaluated(tmp_path, capsys, more):
+def test_a_run_trains_stops_resumes_and_is_evaluated(tmp_path, capsys, more):
     command = [*COMMAND, *more, '--output', str(tmp_path), '--experiment', 'run']
     assert train.main([*command, '--epochs', '1']) == 0
     assert train.main([*command, '--epochs', '3']) == 0

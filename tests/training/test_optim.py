@@ -26,12 +26,10 @@ def options_of(model, groups):
     return options
 
 
-def test_every_parameter_is_in_one_group(model):
-    assert options_of(model, param_groups(model, 0.05)).keys() == dict(model.named_parameters()).keys()
-
-
-def test_decay_and_rate_of_each_kind(model):
-    for name, (weight_decay, lr_scale) in options_of(model, param_groups(model, 0.05)).items():
+def test_decay_and_learning_rate_of_each_kind(model):
+    options = options_of(model, param_groups(model, 0.05))
+    assert options.keys() == dict(model.named_parameters()).keys()
+    for name, (weight_decay, lr_scale) in options.items():
         parameter = model.get_parameter(name)
         free = parameter.ndim <= 1 or name.endswith(('.bias', '.coords', '.radius'))
         assert weight_decay == (0. if free else 0.05), name

@@ -52,6 +52,15 @@ def test_the_next_step_after_loading_has_the_same_bits(name, tmp_path):
     ('lamb', lambda state: state['param_groups'][0].update(step=torch.ones(2)), 'option step .* got a Tensor'),
     ('adamw', lambda state: state['param_groups'][0].update(betas=0.9), 'option betas .* got 0.9'),
     ('novograd', lambda state: state['state'][0].update(exp_avg_sq=torch.ones(5)), r'exp_avg_sq .* got \(5,\)'),
+    ('adamw', lambda state: state['state'][0].update(exp_avg=torch.ones(7)), 'exp_avg of parameter 0'),
+    ('adamw', lambda state: state['state'][0].update(step='x'), 'step of parameter 0'),
+    ('adamw', lambda state: state['state'][0].update(step=torch.tensor(-5.)), 'step of parameter 0'),
+    ('adamw', lambda state: state['state'][0].update(step=torch.tensor(1j)), 'step of parameter 0'),
+    ('adamw', lambda state: state['state'].update({10 ** 6: {}}), 'no parameter 1000000'),
+    ('adamw', lambda state: state['param_groups'].pop(),
+     r'groups of the optimizer must have \[3, 5\] parameters, got \[3\]'),
+    ('adamw', lambda state: state['param_groups'][0].update(amsgrad='x'),
+     "option amsgrad .* a value like False, got 'x'"),
 ])
 def test_values_that_no_optimizer_has_are_refused(name, change, told):
     model, optimizer = make(name)
@@ -62,23 +71,15 @@ def test_values_that_no_optimizer_has_are_refused(name, change, told):
         checkpointing.load_optimizer(make(name)[1], state)
 
 
-def test_options_that_a_checkpoint_lacks_keep_their_values():
-    """As of a version of timm that did not have them yet."""
+@pytest.mark.parametrize('change', [
+    lambda group: group.pop('maximize'),  # like checkpoints of a version of timm without this option
+    lambda group: group.update(maximize=True, lr=7.),  # a checkpoint does not turn the direction of the steps
+])
+def test_flags_and_learning_rates_are_those_of_the_command(change):
     model, optimizer = make('adamw')
     step(model, optimizer, 0)
     state = optimizer.state_dict()
-    del state['param_groups'][0]['maximize']
-    loaded = make('adamw')[1]
-    checkpointing.load_optimizer(loaded, state)
-    assert loaded.param_groups[0]['maximize'] is False
-
-
-def test_flags_and_rates_of_the_command_stay():
-    """A checkpoint does not turn the direction of the steps."""
-    model, optimizer = make('adamw')
-    step(model, optimizer, 0)
-    state = optimizer.state_dict()
-    state['param_groups'][0].update(maximize=True, lr=7.)
+    change(state['param_groups'][0])
     loaded = make('adamw')[1]
     checkpointing.load_optimizer(loaded, state)
     assert loaded.param_groups[0]['maximize'] is False and loaded.param_groups[0]['lr'] == 1e-3

@@ -4,16 +4,12 @@ import os
 
 import pytest
 import torch
+from launch import TINY
+from made import make_folder
 
+import train
 from smpconv_models.training import checkpointing
 from smpconv_models.utils import atomic_io
-
-
-def test_checkpoints_load_as_plain_data(tmp_path):
-    state = {'state_dict': {'w': torch.arange(3)}, 'epoch': 2, 'args': {'lr': 1.}}
-    checkpointing.save_checkpoint(tmp_path / 'a.pth.tar', state)
-    loaded = torch.load(tmp_path / 'a.pth.tar', weights_only=True)
-    assert loaded['epoch'] == 2 and loaded['state_dict']['w'].tolist() == [0, 1, 2]
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -40,3 +36,23 @@ def test_rows_have_one_header(tmp_path):
     with open(tmp_path / 'a.csv', newline='') as file:
         assert list(csv.DictReader(file)) == [
             {'epoch': '0', 'loss': '0.5', 'ema': ''}, {'epoch': '1', 'loss': '0.5', 'ema': '1'}]
+
+
+@pytest.mark.slow  # 5 s: a run of many epochs
+def test_each_nth_epoch_is_kept(tmp_path):
+    make_folder(tmp_path / 'images')
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / '.checkpoint-7.pth.tar.left').write_text('by a run that was killed')
+    argv = [
+        *TINY, '--data-dir', tmp_path / 'images', '--img-size', '16', '--batch-size', '8', '--warmup-epochs', '0',
+        '--output', tmp_path, '--experiment', 'run', '--epochs', '3', '--save-interval', '2', '--model-ema']
+    assert train.main(list(map(str, argv))) == 0
+    assert {path.name for path in folder.glob('*checkpoint-*')} == {'checkpoint-0.pth.tar', 'checkpoint-2.pth.tar'}
+    first, kept, last = (
+        torch.load(folder / name, weights_only=True)
+        for name in ('checkpoint-0.pth.tar', 'checkpoint-2.pth.tar', 'last.pth.tar'))
+    assert (first['epoch'], kept['epoch'], last['epoch']) == (0, 2, 2) and 'optimizer' not in kept
+    for key in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(value, last[key][name]) for name, value in kept[key].items())
+        assert not all(torch.equal(value, first[key][name]) for name, value in kept[key].items())

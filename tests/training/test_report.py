@@ -1,5 +1,6 @@
 """What a run tells while it runs."""
 import fcntl
+import functools
 import os
 import pty
 import re
@@ -8,24 +9,24 @@ import subprocess
 import sys
 import termios
 
+import programs
 import pytest
-from launch import ROOT, TINY
+from launch import TINY
+from programs import ROOT
 
 import train
 from smpconv_models.training import logger
 
-COMMAND = [*TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--epochs', '2', '--warmup-epochs', '0']
-
-
-def run(*argv):
-    return train.main([str(argument) for argument in argv])
+COMMAND = [*TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '8', '--epochs', '2', '--warmup-epochs', '0']
+pytestmark = pytest.mark.usefixtures('no_pictures')
+run = functools.partial(programs.run, train.main)
 
 
 def test_lines_where_there_is_no_terminal(tmp_path, capsys):
-    assert run(*COMMAND, '--log-interval', 4, '--output', tmp_path) == 0
+    assert run(*COMMAND, '--epochs', 1, '--log-interval', 4, '--output', tmp_path) == 0
     told = capsys.readouterr().out.splitlines()
     lines = [line.split() for line in told if line.startswith('epoch ') and line.endswith(' left')]
-    assert [(line[1], line[3]) for line in lines] == [('0', '4/11'), ('0', '8/11'), ('1', '4/11'), ('1', '8/11')]
+    assert [(line[1], line[3]) for line in lines] == [('0', '4/11'), ('0', '8/11')]
     assert all(line[4] == 'loss' and line[6] == 'lr' and line[9] == 'images/s,' for line in lines)
     assert float(lines[0][7].rstrip(',')) > float(lines[-1][7].rstrip(','))
 
@@ -67,12 +68,11 @@ def test_tensorboard_has_steps_and_epochs_once(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
-def test_what_is_not_installed_is_told_before_the_run(tmp_path, capsys, monkeypatch, name):
+def test_what_is_not_installed_is_reported_before_the_run(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(logger.importlib.util, 'find_spec', lambda found: None if found == name else object())
-    with pytest.raises(SystemExit, match='2'):
-        run(*COMMAND, f'--log-{name}', '--output', tmp_path / 'output')
-    assert capsys.readouterr().err == f'train.py: error: --log-{name} needs {name}: pip install {name}\n'
+    line = programs.refused(train.main, capsys, *COMMAND, f'--log-{name}', '--output', tmp_path / 'output')
+    assert line == f'train.py: error: --log-{name} needs {name}: pip install {name}'
     assert not (tmp_path / 'output').exists()
 
 
@@ -81,7 +81,8 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr('torch.utils.tensorboard.SummaryWriter.add_scalar', full)
-    assert run(*COMMAND, '--epochs', 1, '--log-interval', 2, '--log-tensorboard', '--output', tmp_path) == 0
+    command = [*COMMAND, '--epochs', 1, '--log-interval', 1, '--batch-size', 512, '--log-tensorboard']
+    assert run(*command, '--output', tmp_path) == 0
     told = capsys.readouterr().out
     assert told.count('logging to TensorBoard ends: [Errno 28] No space left on device') == 1
 

@@ -1,51 +1,30 @@
 """train.py and validate.py, as a user calls them."""
+import contextlib
 import csv
+import io
 import json
-import re
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from launch import TINY
+from programs import ROOT, refused, run
 from test_data import make_folder
 
 import train
 import validate
 
-ROOT = Path(__file__).parents[2]
-TINY = [
-    '--model', 'smpconv_nano', '--model-kwargs', 'depths=(1,1)', 'dims=(4,8)', 'kernel_sizes=(7,5)', '--workers', '0']
-
-
-def run(main, *argv):
-    return main([str(argument) for argument in argv])
-
-
-def refused(main, capsys, *argv):
-    """The one line that a refused command prints."""
-    with pytest.raises(SystemExit) as stopped:
-        run(main, *argv)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
-
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    """A short run on the digits with everything on, and what it printed."""
+    """Return the folder of a short run on the digits with many options, and the printed text."""
     output = tmp_path_factory.mktemp('digits')
-    command = [
-        sys.executable, ROOT / 'train.py', '--config', ROOT / 'recipes' / 'digits.yaml', *TINY, '--output', output,
-        '--epochs', '2', '--warmup-epochs', '1', '--img-size', '16', '--mixup', '0.2', '--cutmix', '1',
-        '--batch-size', '128', '--grad-accum-steps', '2', '--clip-grad', '1', '--drop-path', '0.1', '--amp',
-        '--amp-dtype', 'bfloat16',
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return output / 'digits', done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run(
+            train.main, '--config', ROOT / 'recipes' / 'digits.yaml', *TINY, '--output', output, '--epochs', 2,
+            '--warmup-epochs', 1, '--img-size', 8, '--mixup', 0.2, '--cutmix', 1, '--batch-size', 128,
+            '--grad-accum-steps', 2, '--clip-grad', 1, '--drop-path', 0.1, '--amp', '--amp-dtype', 'bfloat16') == 0
+    return output / 'digits', printed.getvalue()
 
 
 def test_a_run_leaves_its_results(digits):
@@ -63,10 +42,7 @@ def test_a_run_leaves_its_results(digits):
     best = max(float(row['ema_top1']) for row in rows)
     assert lines[4].startswith(f'best checkpoint: {folder / "model_best.pth.tar"} (EMA top-1 {best:.2f} %, epoch ')
     assert lines[5] == f'picture: {folder / "summary.png"}'
-
-
-def test_radii_of_the_checkpoint_lie_in_their_range(digits):
-    checkpoint = torch.load(digits[0] / 'last.pth.tar', weights_only=True)
+    checkpoint = torch.load(folder / 'last.pth.tar', weights_only=True)
     radii = [value for key, value in checkpoint['state_dict'].items() if key.endswith('.radius')]
     assert radii and all((radius >= 1e-3).all() and (radius <= 1).all() for radius in radii)
     assert checkpoint['classes'] == list('0123456789')
@@ -101,51 +77,23 @@ def test_a_saved_recipe_trains_again(digits, tmp_path):
     assert rows[0][0] == rows[1][0] and len(rows[1]) == 2
 
 
-def test_same_seed_same_run(tmp_path):
-    folder = make_folder(tmp_path / 'data')
-    states = []
-    for _ in range(2):
-        output = tmp_path / f'output{len(states)}'
-        run(train.main, *TINY, '--data-dir', folder, '--batch-size', 4, '--epochs', 2, '--warmup-epochs', 0,
-            '--img-size', 16, '--output', output, '--experiment', 'run')
-        states.append(torch.load(output / 'run/last.pth.tar', weights_only=True))
-    first, second = (state['state_dict'] for state in states)
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert states[0]['progress'] == states[1]['progress']
-
-
-def test_other_models_of_timm_train_and_evaluate(tmp_path, capsys):
+@pytest.mark.parametrize('model, workers', [('test_resnet', 1), ('test_vit', 0)])  # the latter has a fixed input size
+def test_other_models_of_timm_train_and_evaluate(tmp_path, capsys, model, workers):
     folder = make_folder(tmp_path / 'data', classes=('a', 'b', 'c'))
-    run(train.main, '--model', 'test_resnet', '--data-dir', folder, '--batch-size', 4, '--epochs', 1, '--workers', 1,
+    run(train.main, '--model', model, '--data-dir', folder, '--batch-size', 4, '--epochs', 1, '--workers', workers,
         '--warmup-epochs', 0, '--img-size', 32, '--output', tmp_path / 'output', '--experiment', 'run')
     assert torch.load(tmp_path / 'output/run/last.pth.tar', weights_only=True)['classes'] == ['a', 'b', 'c']
     run(validate.main, '--checkpoint', tmp_path / 'output/run/last.pth.tar', '--workers', 0)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])['images'] == 9
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result['images'], result['img_size']) == (9, 32)
 
 
-def test_a_model_of_a_fixed_size_is_made_for_the_images(tmp_path, capsys):
-    folder = make_folder(tmp_path / 'data')
-    run(train.main, '--model', 'test_vit', '--data-dir', folder, '--batch-size', 4, '--epochs', 1, '--workers', 0,
-        '--warmup-epochs', 0, '--img-size', 32, '--output', tmp_path / 'output', '--experiment', 'run')
-    run(validate.main, '--checkpoint', tmp_path / 'output/run', '--workers', 0)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])['img_size'] == 32
-
-
-def test_an_option_that_the_optimizer_lacks_is_told(tmp_path, capsys):
-    run(train.main, *TINY, '--dataset', 'digits', '--in-chans', 1, '--img-size', 16, '--epochs', 1, '--warmup-epochs',
-        0, '--opt', 'sgd', '--opt-betas', 0.9, 0.99, '--output', tmp_path / 'output')
-    assert '--opt sgd has no betas: --opt-betas [0.9, 0.99] is ignored' in capsys.readouterr().out
-
-
-def test_an_infinite_loss_stops_the_run(tmp_path, capsys):
-    folder = make_folder(tmp_path / 'data')
+def test_a_colour_model_trains_on_digits_by_an_optimizer_without_an_option(tmp_path, capsys):
     assert run(
-        train.main, *TINY, '--data-dir', folder, '--batch-size', 4, '--epochs', 50, '--warmup-epochs', 0, '--img-size',
-        16, '--opt', 'sgd', '--lr', 1e6, '--output', tmp_path / 'output') == 1
-    told = capsys.readouterr().err
-    assert '10 consecutive steps had NaN or infinity' in told
-    assert re.search(r'(the loss is nan|not finite), at learning rate', told)  # which one depends on rounding
-    assert '.png' in told  # the images' names
+        train.main, *TINY, '--dataset', 'digits', '--img-size', 8, '--epochs', 1, '--warmup-epochs', 0, '--opt', 'sgd',
+        '--opt-betas', 0.9, 0.99, '--sched', 'step', '--decay-epochs', 1, '--batch-size', 512, '--output', tmp_path
+    ) == 0
+    assert '--opt sgd has no betas: --opt-betas [0.9, 0.99] is ignored' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('argv, told', [
@@ -224,23 +172,6 @@ def test_weights_to_start_from_are_finite(tmp_path, capsys):
     assert not (tmp_path / 'output').exists()
 
 
-def test_colour_models_train_on_the_digits(tmp_path):
-    assert run(train.main, *TINY, '--dataset', 'digits', '--epochs', 1, '--warmup-epochs', 0, '--img-size', 16,
-               '--sched', 'step', '--decay-epochs', 1, '--output', tmp_path) == 0
-
-
-def test_results_need_a_folder(digits, capsys, tmp_path):
-    line = refused(validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar',
-                   '--results-file', tmp_path / 'nowhere' / 'results.json')
-    assert 'results.json cannot be written: No such file or directory' in line
-
-
-def test_a_refused_evaluation_writes_no_results(capsys, tmp_path):
-    results = tmp_path / 'results.json'
-    refused(validate.main, capsys, '--checkpoint', tmp_path / 'nowhere.pth', '--results-file', results)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize('content, told', [
     (None, 'found nothing at'),
     (b'', 'is empty'),
@@ -256,50 +187,14 @@ def test_validate_refuses_what_is_no_checkpoint(tmp_path, capsys, content, told)
     assert line.startswith('validate.py: error: ') and told in line and str(path) in line
 
 
-def test_validate_refuses_another_models_checkpoint(digits, capsys):
-    line = refused(validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar', '--model', 'smpconv_mobile31')
-    assert 'the checkpoint does not fit the model' in line and 'expected' in line and 'got' in line
-
-
-def test_validate_refuses_another_data_set(digits, capsys, tmp_path):
-    make_folder(tmp_path)
-    line = refused(
-        validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar', '--dataset', '', '--data-dir', tmp_path)
-    assert "only in evaluation ['cat', 'dog']" in line
-
-
-def test_a_folder_given_goes_before_the_checkpoints_data_set(digits, capsys, tmp_path):
-    """Not: the digits again, whatever folder was asked for."""
-    make_folder(tmp_path)
-    line = refused(validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar', '--data-dir', tmp_path)
-    assert "only in evaluation ['cat', 'dog']" in line
-
-
-def test_validate_compares_the_classes_by_name(tmp_path, capsys):
-    make_folder(tmp_path / 'a', classes=('cat', 'dog'))
-    make_folder(tmp_path / 'b', classes=('cat', 'eagle'))
-    run(train.main, *TINY, '--data-dir', tmp_path / 'a', '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0,
-        '--img-size', 16, '--output', tmp_path, '--experiment', 'run')
-    capsys.readouterr()
-    line = refused(validate.main, capsys, '--checkpoint', tmp_path / 'run/last.pth.tar', '--data-dir', tmp_path / 'b')
-    assert "only in training ['dog'], only in evaluation ['eagle']" in line
-
-
-@pytest.mark.slow  # 13 s: three runs
-def test_an_interrupted_run_keeps_what_it_did(tmp_path):
-    """Ctrl-C after the first epoch: one line, exit code 130, the picture of what there is."""
-    command = [sys.executable, ROOT / 'train.py', *TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '16',
-               '--epochs', '100', '--output', tmp_path, '--experiment', 'run']
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(list(map(str, command)), **pipes) as process:
-        while not process.stdout.readline().strip().startswith('0 '):
-            pass
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.strip() == (
-        f'train.py: stopped by SIGINT; the same command resumes the run; the files of the run are in {tmp_path}/run')
-    assert (tmp_path / 'run' / 'curves.png').exists() and (tmp_path / 'run' / 'last.pth.tar').exists()
+@pytest.mark.parametrize('options, told', [
+    (['--model', 'smpconv_mobile31'], 'the checkpoint does not fit the model'),
+    (['--dataset', '', '--data-dir', '.'], "only in evaluation ['cat', 'dog']"),
+    (['--data-dir', '.'], "only in evaluation ['cat', 'dog']"),  # not the digits again, as named in the checkpoint
+])
+def test_validate_refuses_another_model_or_data_set(digits, capsys, tmp_path, monkeypatch, options, told):
+    monkeypatch.chdir(make_folder(tmp_path))
+    assert told in refused(validate.main, capsys, '--checkpoint', digits[0] / 'last.pth.tar', *options)
 
 
 @pytest.mark.slow  # two minutes of training, more on a busy machine

@@ -5,12 +5,11 @@ import pytest
 import torch
 from launch import differences
 from made import make_mnist
-from test_resume import resumed, signal_at  # noqa: F401 (a fixture)
-from test_run import refused, run
+from programs import refused, run
+from test_resume import resumed
 
 import train
 import validate
-from smpconv_models.models import create_sequence_model
 
 TINY = [
     '--model', 'smpconv_sdigits', '--model-kwargs', 'depth=1', 'dim=4', 'num_points=5', '--workers', '0', '--dataset',
@@ -18,7 +17,7 @@ TINY = [
     'adam']
 EVERYTHING = [
     *TINY, '--model-ema', '--model-ema-decay', '0.9', '--clip-grad', '5', '--mixup', '0.2', '--grad-accum-steps', '2',
-    '--recovery-interval', '1000', '--random-crop-pad', '1', '--hflip', '0.3']
+    '--random-crop-pad', '1', '--hflip', '0.3', '--cutmix', '0']
 
 
 @pytest.fixture(scope='module')
@@ -41,12 +40,12 @@ def test_a_run_learns_and_leaves_its_results(straight):
     assert losses[1] < losses[0]
 
 
-def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, signal_at):  # noqa: F811
+def test_a_stopped_run_ends_in_the_same_bits(straight, tmp_path, capsys, signal_at):
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
     signal_at(signal.SIGTERM, 1408 + 720 + 500)
     assert run(train.main, *command) == 143
     progress = torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']
-    assert progress['epoch'] == 1 and 0 < progress['step'] < 11
+    assert progress['epoch'] == 1 and 0 < progress['step'] < 11 and (tmp_path / 'run/curves.png').exists()
     assert run(train.main, *command, '--workers', 1) == 0
     assert resumed(tmp_path / 'run', capsys)
     assert differences(straight, tmp_path / 'run') == []
@@ -57,32 +56,6 @@ def test_validate_repeats_the_accuracy(straight, capsys):
     assert run(validate.main, '--checkpoint', straight, '--workers', '0') == 0
     printed = capsys.readouterr().out
     assert f'top-1 {loaded["metric"]:.2f} %' in printed and 'of 360 (smpconv_sdigits' in printed
-
-
-def test_initial_checkpoint(straight, tmp_path):
-    assert run(
-        train.main, *TINY, '--output', tmp_path, '--epochs', '1', '--initial-checkpoint',
-        straight / 'last.pth.tar', '--experiment', 'more') == 0
-
-
-def test_files_of_the_original_are_evaluated(tmp_path, capsys):
-    """Their names for a network of ours."""
-    model = create_sequence_model('smpconv_sdigits', depth=2)
-    names = {
-        'conv1.large.conv.': 'cconv1.Kernel.', 'conv2.large.conv.': 'cconv2.Kernel.', 'conv1.small.conv': 'cconv1s',
-        'conv2.small.conv': 'cconv2s', 'conv1.large.norm': 'norm1', 'conv2.large.norm': 'norm2',
-        'conv1.small.norm': 'norm1s', 'conv2.small.norm': 'norm2s', 'blocks.': 'backbone.', 'head.': 'finallyr.',
-        'Kernel.weight': 'Kernel.weights', 'Kernel.coords': 'Kernel.weight_coord', 'shortcut.': 'shortcut.0.'}
-    state = {}
-    for key, value in model.state_dict().items():
-        for ours, theirs in names.items():
-            key = key.replace(ours, theirs)
-        state[key] = value.unsqueeze(-1) if key.endswith('.radius') else value
-    torch.save({'model': state, 'epoch': 3}, tmp_path / 'original.pt')
-    assert run(
-        validate.main, '--checkpoint', tmp_path / 'original.pt', '--model', 'smpconv_sdigits', '--model-kwargs',
-        'depth=2', '--dataset', 'seq/digits', '--workers', '0') == 0
-    assert 'of 360 (smpconv_sdigits, model)' in capsys.readouterr().out
 
 
 def test_mnist_from_its_files(tmp_path):
@@ -99,6 +72,11 @@ def test_mnist_from_its_files(tmp_path):
 
 @pytest.mark.parametrize(('argv', 'message'), [
     (['--model', 'smpconv_nano'], 'needs a network for sequences'),
+    (['--model', 'smpconv_sdigit'], 'did you mean smpconv_sdigits?'),
+    (['--channels-last'], '--channels-last is for images, and seq/permuted-digits has sequences'),
+    (['--mean', '0.5'], '--mean is for images'), (['--cutmix', '1'], '--cutmix is for images'),
+    (['--img-size', '32'], '--img-size is for images'), (['--aa', 'rand-m9'], '--aa is for images'),
+    (['--dataset', 'seq/digit'], "got 'digit'; did you mean digits?"),
     (['--dataset', 'seq/characters'], 'needs a folder for its files: --data-dir'),
     (['--model', 'smpconv_smnist'], r'made for sequences of (channels, steps) (1, 784)'),
     (['--in-chans', '3'], 'in_chans=1 sequence_length=64 makes one for them'),

@@ -153,17 +153,14 @@ def test_ranks_divide_what_is_no_stream(folders, name):
 # --- images that can't be read ---
 
 
-def with_bad_images(name, root, split):
-    """A source whose split has two more images, which can't be decoded, and what they are called."""
+def with_bad_images(name, root):
+    """Create a source with two more images in each split, which cannot be decoded."""
     make, label = SOURCES[name][0], len(made.CLASSES) - 1
     bad = [(made.CLASSES[label], label, file, b'no image') for file in ('x.jpg', 'y.jpg')]
     made_samples = made.samples
 
-    def samples(asked, *args):
-        return made_samples(asked, *args) + (bad if asked == split else [])
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(made, 'samples', samples)
+        patch.setattr(made, 'samples', lambda *args: made_samples(*args) + bad)
         return make(root)
 
 
@@ -175,18 +172,14 @@ NAMED = {
 
 
 @pytest.mark.parametrize('name', SOURCES)
-def test_unreadable_training_images_are_skipped_and_named(tmp_path, caplog, name):
-    skipped = SkippedSamples(limit=2)
-    images = training(source(name, with_bad_images(name, tmp_path / 'made', 'train'), batch_size=13), skipped=skipped)
+def test_unreadable_images_are_skipped_in_training_and_reported_in_evaluation(tmp_path, caplog, name):
+    folder, skipped = with_bad_images(name, tmp_path / 'made'), SkippedSamples(limit=2)
+    images = training(source(name, folder, batch_size=13), skipped=skipped)
     for epoch in range(2):
         assert [len(targets) for _, targets in images.start(epoch, 0)] == [13, 13]
     assert skipped.count == 4 and len(skipped.seen) == len(caplog.messages) == 2
     assert any(NAMED[name].format(split='train') in message for message in caplog.messages)
-
-
-@pytest.mark.parametrize('name', SOURCES)
-def test_unreadable_images_are_reported_in_evaluation(tmp_path, caplog, name):
-    folder = with_bad_images(name, tmp_path / 'made', 'val')
+    caplog.clear()
     with pytest.raises(ValueError, match=r'[xy](\.jpg)?\)? cannot be read \(UnidentifiedImageError.*--skip-unreadable'):
         evaluated(name, folder)
     assert len(evaluated(name, folder, skip_unreadable=True)) == VAL
@@ -194,7 +187,7 @@ def test_unreadable_images_are_reported_in_evaluation(tmp_path, caplog, name):
 
 
 def test_a_batch_of_unreadable_images_takes_the_next(tmp_path):
-    folder = with_bad_images('folder', tmp_path, 'train')
+    folder = with_bad_images('folder', tmp_path)
     batches = [list(training(source('folder', folder, batch_size=1)).start(0, 0)) for _ in range(2)]
     assert [len(targets) for _, targets in batches[0]] == [1] * (TRAIN + 2)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*batches))
@@ -238,13 +231,6 @@ def test_a_damaged_table_of_a_stream_is_one_line(tmp_path, workers):
 # --- what is refused ---
 
 
-def rewritten(name, split):
-    """A change of a source's folder: one split's tar file, of other members."""
-    def change(folder, members):
-        made.write_tar(folder / name, members(made.samples(split)))
-    return change
-
-
 def flat(samples):
     return [(file, content) for _, _, file, content in samples]
 
@@ -266,8 +252,10 @@ def dotted(samples):
     ('class_tars', lambda folder: os.truncate(folder / 'train' / 'cow.tar', 700), r'train/cow\.tar .*: unexpected end'),
     ('tar_of_tars', lambda folder: os.truncate(folder / 'train.tar', 40000), r'train\.tar .*: unexpected end of data'),
     ('tars', lambda folder: (folder / 'train.tar').unlink(), r"expected a folder named train .*found \['val\.tar'\]"),
-    ('tars', lambda folder: rewritten('train.tar', 'train')(folder, flat), r'such as .*train\.tar/0000\.jpg'),
-    ('class_tars', lambda folder: rewritten('train/cow.tar', 'train')(folder, dotted), r'such as .*/cow\.tar/\./2'),
+    ('tars', lambda folder: made.write_tar(folder / 'train.tar', flat(made.samples('train'))),
+     r'such as .*train\.tar/0000\.jpg'),
+    ('class_tars', lambda folder: made.write_tar(folder / 'train/cow.tar', dotted(made.samples('train'))),
+     r'such as .*/cow\.tar/\./2'),
     ('class_tars', lambda folder: made.write_tar(folder / 'train' / 'cow.tar', []),
      r"tar files without images: \['cow\.tar'\]"),
     ('class_tars', lambda folder: (folder / 'train' / 'cow.tar').write_bytes(b'x' * 5000),
@@ -320,7 +308,7 @@ def test_a_split_is_never_replaced_by_another(folders, name, message):
     ('hfids/nowhere/at/all', '.', 'hfids/nowhere/at/all .*cannot be opened'),
     ('hfds/', '.', "then a name, got 'hfds/'"),
 ])
-def test_missing_sources_are_told(tmp_path, dataset, data_dir, message):
+def test_missing_sources_are_reported(tmp_path, dataset, data_dir, message):
     made.write_tar(tmp_path / 'made.tar', [])
     with pytest.raises(ValueError, match=message) as error:
         create_dataset(options(data_dir and tmp_path / data_dir, dataset=dataset), 'train', 3, is_training=True)
@@ -397,7 +385,7 @@ def test_hugging_faces_columns_are_named(tmp_path):
 
 
 @pytest.mark.usefixtures('logs_of_rank_0')
-def test_classes_without_training_images_are_told(tmp_path, caplog):
+def test_classes_without_training_images_are_reported(tmp_path, caplog):
     """Not refused, where the list of classes is the data set's own: it may be a part of a larger one."""
     import datasets
     images = [dict(bytes=made.jpeg(index, 0), path=None) for index in range(3)]

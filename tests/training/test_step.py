@@ -144,9 +144,12 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     assert same(state(stepper), before)
 
 
-def test_statistics_that_overflow_are_not_applied():
-    """Though loss and gradient are finite, as batch norms divide by what has overflowed."""
-    stepper, _ = make_stepper()
+@pytest.mark.parametrize('scaler', [False, True])
+def test_statistics_that_overflow_are_not_applied(scaler):
+    """Loss and gradient are finite, as batch norms divide by what has overflowed; the loss scale does not matter."""
+    stepper, _ = make_stepper(scaler=scaler)
+    if scaler:
+        stepper.scaler = torch.amp.GradScaler('cpu', init_scale=4.)
     before = state(stepper)
     images, target = next(batches(1))
     outcome = stepper.step(iter([(images * 1e25, target)]), 0, False)
@@ -156,27 +159,11 @@ def test_statistics_that_overflow_are_not_applied():
     assert stepper.step(batches(1), 1, False).applied
 
 
-def test_statistics_that_overflow_are_no_matter_of_the_loss_scale():
-    stepper, _ = make_stepper(scaler=True)
-    stepper.scaler = torch.amp.GradScaler('cpu', init_scale=4.)
-    images, target = next(batches(1))
-    outcome = stepper.step(iter([(images * 1e25, target)]), 0, False)
-    assert not outcome.applied and not outcome.scale_overflow and outcome.report_here
-
-
-def test_a_buffer_that_is_infinite_from_the_start_refuses_no_step():
-    """As masks of attention are."""
+def test_unusual_values_refuse_no_step():
+    """Masks that are infinite from the start, finite values with an infinite norm, and tensors without values."""
     stepper, model = make_stepper()
-    model.register_buffer('mask', torch.tensor([0., float('-inf')]), persistent=False)
-    stepper.__post_init__()
-    assert stepper.step(batches(1), 0, False).applied
-
-
-def test_finite_values_with_an_infinite_norm_refuse_no_step():
-    """Nor do tensors without any value."""
-    stepper, model = make_stepper()
-    model.register_buffer('large', torch.tensor([3e38, 3e38]), persistent=False)
-    model.register_buffer('empty', torch.empty(0), persistent=False)
+    for name, values in ('mask', [0., float('-inf')]), ('large', [3e38, 3e38]), ('empty', []):
+        model.register_buffer(name, torch.tensor(values), persistent=False)
     stepper.optimizer.add_param_group({'params': [nn.Parameter(torch.tensor([3e38])), nn.Parameter(torch.empty(0))]})
     stepper.__post_init__()
     assert stepper.step(batches(1), 0, False).applied
@@ -204,11 +191,6 @@ def test_a_loss_scale_that_is_too_large_is_lowered_not_counted():
         assert len(outcomes) < 45
     assert len(outcomes) > 5 and all(outcome.scale_overflow for outcome in outcomes[:-1])
     assert not same(state(stepper), before)
-
-
-def test_a_request_to_stop_is_passed_on():
-    stepper, _ = make_stepper()
-    assert stepper.step(batches(1), 0, True).stop_requested
 
 
 def test_draws_depend_on_the_step_alone():

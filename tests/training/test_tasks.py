@@ -83,34 +83,3 @@ def test_crops_of_sequences_are_of_the_pixels(tmp_path):
     for flip in (0., 1.):
         image = prepared(random_crop_pad=0, hflip=flip)[0, 3][0].unflatten(-1, (28, 28))
         assert torch.equal(image.flip(-1) if flip else image, plain.unflatten(-1, (28, 28)))
-
-
-@pytest.mark.parametrize('dataset, values, message', [
-    ('seq/digits', dict(model='smpconv_nano'), 'needs a network for sequences'),
-    ('seq/digits', dict(model='smpconv_sdigit'), r'did you mean smpconv_sdigits\?'),
-    ('seq/digits', dict(channels_last=True), '--channels-last is for images, and seq/digits has sequences'),
-    ('seq/digits', dict(mean=[0.5], model='smpconv_sdigits'), '--mean is for images'),
-    ('seq/digits', dict(cutmix=1.), '--cutmix is for images'),
-    ('seq/digits', dict(img_size=32), '--img-size is for images'),
-    ('seq/digits', dict(aa='rand-m9'), '--aa is for images'),
-    ('digits', dict(model='smpconv_sdigits'), 'smpconv_sdigits is for sequences: expected --dataset seq/NAME'),
-    ('seq/digits', dict(model='smpconv_sdigits', cutmix=0., lr=1.), None),
-    (None, {}, None),
-])
-def test_options_go_with_the_task(dataset, values, message):
-    task = tasks.create_task(options(dataset=dataset))
-    if message is None:
-        task.check_options(values)
-        return
-    with pytest.raises(ValueError, match=message):
-        task.check_options(values)
-
-
-@pytest.mark.parametrize('dataset, data_dir, message', [
-    ('seq/characters', None, 'needs a folder for its files: --data-dir'),
-    ('seq/mnist', '/nowhere', 'ubyte is missing: pass --dataset-download, or put https://.* there by hand'),
-    ('seq/digit', None, r"--dataset seq/digit: .*got 'digit'; did you mean digits\?"),
-])
-def test_missing_sequences_are_reported(dataset, data_dir, message):
-    with pytest.raises(ValueError, match=message):
-        tasks.create_task(options(data_dir, dataset=dataset)).create_dataset('train', 1, is_training=True)

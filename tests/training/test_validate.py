@@ -11,9 +11,10 @@ import pytest
 import timm
 import torch
 from common import randomize_
+from launch import TINY
 from PIL import Image
+from programs import refused, run
 from test_data import make_folder
-from test_run import TINY, refused, run
 from timm.data import IterableImageDataset
 
 import train
@@ -30,6 +31,7 @@ from smpconv_models.training.validate import (
     per_class_results,
 )
 
+pytestmark = pytest.mark.usefixtures('no_pictures')
 OPTIONS = EvalOptions(DataOptions(), ModelOptions(), DeviceOptions())
 KWARGS = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5))
 ON = ('--workers', 0, '--batch-size', 4)
@@ -200,41 +202,24 @@ def test_models_go_with_checkpoints(tmp_path, monkeypatch, checkpoints, models, 
         assert all(own.data.seed == 3 for own in each)
 
 
-def test_a_runs_folder_means_its_best(images, capsys, tmp_path):
-    run(train.main, *TINY, '--data-dir', images, '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0, '--img-size',
-        16, '--output', tmp_path, '--experiment', 'run')
-    capsys.readouterr()
-    assert run(validate.main, '--checkpoint', tmp_path / 'run', *ON) == 0
-    result = told(capsys)[1]
+def test_split_and_size_are_those_of_the_run_unless_given(images, capsys, tmp_path):
+    """A folder of a run means its best checkpoint."""
+    run(train.main, *TINY, '--data-dir', images, '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0, '--input-size',
+        3, 16, 16, '--val-split', 'train', '--output', tmp_path, '--experiment', 'run')
     best = tmp_path / 'run/model_best.pth.tar'
-    assert result['checkpoint'] == str(best) and result['img_size'] == 16
-    assert result['top1'] == pytest.approx(torch.load(best, weights_only=True)['metric'], abs=1e-3)
-
-
-def test_the_split_is_the_checkpoints(images, capsys, tmp_path):
-    command = [*TINY, '--data-dir', images, '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0, '--img-size', 16]
-    run(train.main, *command, '--val-split', 'train', '--output', tmp_path, '--experiment', 'run')
-    for options, split in ((), 'train'), (('--split', 'val'), 'val'):
+    for options, split, size in ((), 'train', 16), (('--split', 'val', '--img-size', 32), 'val', 32), (
+            ('--input-size', 3, 24, 24), 'train', 24):
         capsys.readouterr()
         assert run(validate.main, '--checkpoint', tmp_path / 'run', *ON, *options) == 0
-        assert told(capsys)[1]['split'] == split
+        result = told(capsys)[1]
+        assert (result['checkpoint'], result['split'], result['img_size']) == (str(best), split, size)
+        if not options:
+            assert result['top1'] == pytest.approx(torch.load(best, weights_only=True)['metric'], abs=1e-3)
 
 
-def test_another_model_than_the_checkpoints_is_told(images, capsys, tmp_path):
-    run(train.main, *TINY, '--data-dir', images, '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0, '--img-size',
-        16, '--output', tmp_path, '--experiment', 'run')
-    capsys.readouterr()
-    line = refused(validate.main, capsys, '--checkpoint', tmp_path / 'run', '--model', 'resnet18', *ON)
+def test_another_model_than_the_checkpoints_is_reported(files, capsys):
+    line = refused(validate.main, capsys, '--checkpoint', files[0], '--model', 'resnet18', *ON)
     assert "unexpected keyword argument 'depths'" in line and line.endswith('it was trained as smpconv_nano')
-
-
-def test_a_size_given_goes_before_the_checkpoints(images, capsys, tmp_path):
-    run(train.main, *TINY, '--data-dir', images, '--batch-size', 4, '--epochs', 1, '--warmup-epochs', 0,
-        '--input-size', 3, 16, 16, '--output', tmp_path, '--experiment', 'run')
-    for options, size in ((), 16), (('--img-size', 32), 32), (('--input-size', 3, 24, 24), 24):
-        capsys.readouterr()
-        assert run(validate.main, '--checkpoint', tmp_path / 'run', *ON, *options) == 0
-        assert told(capsys)[1]['img_size'] == size
 
 
 def test_pretrained_models_in_a_series(images, capsys, tmp_path):
@@ -291,7 +276,7 @@ def test_timms_checkpoint_says_how_its_model_is_made(images, capsys, tmp_path):
 # --- what fails ---
 
 
-def test_what_fails_is_told_and_the_others_go_on(files, images, capsys, tmp_path):
+def test_what_fails_is_reported_and_the_others_go_on(files, images, capsys, tmp_path):
     nan, infinite = create(4), create(5)
     nan.head.fc.bias.data[1] = float('nan')
     infinite.head.fc.bias.data[1] = float('inf')
@@ -341,7 +326,7 @@ def test_results_are_written_after_each_model(files, capsys, tmp_path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == {'images', 'r.csv', *(path.name for path in files)}
 
 
-def test_a_size_that_the_model_refuses_is_told(images, capsys, tmp_path):
+def test_a_size_that_the_model_refuses_is_reported(images, capsys, tmp_path):
     path = tmp_path / 'a.pth'
     torch.save(timm.create_model('test_vit3', num_classes=2).state_dict(), path)
     line = refused(validate.main, capsys, '--checkpoint', path, '--model', 'test_vit3', '--num-classes', 2,
@@ -390,6 +375,8 @@ def test_models_of_other_images_are_not_compared(files, capsys, tmp_path):
 
 @pytest.mark.parametrize('argv, expected', [
     (['a.pth.tar', 'b.pth.tar', 'typo.pth'], 'expected a checkpoint file, found nothing at typo.pth'),
+    (['typo.pth', '--results-file', 'r.json'], 'expected a checkpoint file, found nothing at typo.pth'),
+    (['a.pth.tar', '--results-file', 'nowhere/r.json'], 'nowhere/r.json cannot be written: No such file or directory'),
     (['a.pth.tar', 'images'], 'found nothing at images/model_best.pth.tar'),
     (['a.pth.tar', 'b.pth.tar', '--model', 'smpconv_x'], "no model is named 'smpconv_x'"),
     (['a.pth.tar', 'b.pth.tar', '--per-class-results', 'c.csv'], '--per-class-results works with a single model'),
@@ -403,7 +390,7 @@ def test_models_of_other_images_are_not_compared(files, capsys, tmp_path):
     (['a.pth.tar', '--results-file', '/dev/null'], '--results-file /dev/null is not a file'),
     (['a.pth.tar', '--confusion-matrix', 'nowhere/c.png'], 'nowhere/c.png cannot be written: No such file'),
 ])
-def test_mistakes_are_told_before_the_work(files, capsys, tmp_path, monkeypatch, argv, expected):
+def test_mistakes_are_reported_before_the_work(files, capsys, tmp_path, monkeypatch, argv, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validate, 'evaluate_model', None)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -418,12 +405,6 @@ def test_a_model_is_evaluated_from_python(files):
 
 
 # --- classes ---
-
-
-def test_the_row_is_the_class_and_the_column_the_prediction():
-    tally = ClassificationMeter(torch.device('cpu'), 3)
-    tally.add(torch.tensor([[0., 1., 0.], [0., 1., 0.], [5., 1., 2.]]), torch.tensor([2, 1, 0]))
-    assert tally.confusion.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
 def test_ties_count_alike_everywhere():
@@ -511,7 +492,7 @@ def test_streams_must_be_whole(files, capsys, monkeypatch, said, labels, options
 # --- the process ---
 
 
-def test_openmp_is_told_to_wait_before_torch_is_there():
+def test_openmp_is_reported_to_wait_before_torch_is_there():
     script = """
 import os, sys
 

@@ -1,5 +1,6 @@
 """What the environment says of the processes of a run."""
 import pytest
+from programs import refused
 
 import train
 from smpconv_models.training.distributed import DistributedContext
@@ -18,10 +19,8 @@ from smpconv_models.training.distributed import DistributedContext
 def test_a_variable_that_is_no_number_is_one_line(name, value, rest, monkeypatch, capsys):
     for key, text in {name: value, **rest}.items():
         monkeypatch.setenv(key, text)
-    with pytest.raises(SystemExit, match='2'):
-        train.main([])
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert line == f'train.py: error: the environment variable {name} must be a whole number, got {value!r}'
+    assert refused(train.main, capsys) == (
+        f'train.py: error: the environment variable {name} must be a whole number, got {value!r}')
 
 
 @pytest.mark.parametrize(('environment', 'numbers'), [
