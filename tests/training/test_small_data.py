@@ -31,8 +31,8 @@ DIGITS = [
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    """Folder with a folder for each class, of 10 images each."""
-    return make_folder(tmp_path_factory.mktemp('photos'), splits={'train': 10}) / 'train'
+    """Folder with a folder for each class, of 8 images each."""
+    return make_folder(tmp_path_factory.mktemp('photos')) / 'train'
 
 
 def rows_of(folder):
@@ -57,16 +57,15 @@ def test_short_runs_are_evaluated_as_they_are_trained(tmp_path, capsys):
     assert f'(top-1 {top1:.2f} %, {names[summary["best_weights"]]}, epoch 1, chosen by the same)' in lines[-2]
 
 
-def test_an_ema_that_lags_does_not_hide_the_model(tmp_path, capsys, caplog):
+def test_an_ema_that_lags_does_not_hide_the_model(tmp_path, capsys):
     argv = [*DIGITS, '--epochs', 2, '--model-ema', '--no-model-ema-warmup', '-b', 64]
     assert run(train.main, *argv, '--output', tmp_path) == 0
     rows = rows_of(tmp_path / 'run')
     assert float(rows[-1]['ema_top1']) < 60 < float(rows[-1]['eval_top1'])
-    assert any("the EMA weights lag behind the model's to the end" in message for message in caplog.messages)
+    assert "the EMA weights lag behind the model's to the end" in capsys.readouterr().out
     best = torch.load(tmp_path / 'run' / 'model_best.pth.tar', weights_only=True)
     assert best['best_weights'] == 'state_dict' and 'state_dict_ema' not in best
     assert best['metric'] == float(rows[-1]['eval_top1'])
-    capsys.readouterr()
     for name in ('model_best', 'last'):
         run(validate.main, '--checkpoint', tmp_path / 'run' / f'{name}.pth.tar', '--workers', 0)
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -77,10 +76,10 @@ def test_an_ema_that_lags_does_not_hide_the_model(tmp_path, capsys, caplog):
     assert checkpoint.select_state_dict({**last, 'best_weights': torch.ones(2)})[1] == 'state_dict_ema'
 
 
-def test_lagging_statistics_are_reported(tmp_path, caplog):
+def test_lagging_statistics_are_reported(tmp_path, capsys):
     argv = [*DIGITS, '--epochs', 1, '--warmup-epochs', 0, '--recalibrate-bn', 0, '--bn-momentum', 0.001, '-b', 128]
     assert run(train.main, *argv, '--output', tmp_path) == 0
-    line, = [message for message in caplog.messages if 'running statistics' in message]
+    line, = [line for line in capsys.readouterr().out.splitlines() if 'running statistics' in line]
     assert 'on 128 training images' in line and '--recalibrate-bn' in line
     assert float(rows_of(tmp_path / 'run')[0]['eval_top1']) < 30
 
@@ -107,12 +106,12 @@ def test_statistics_are_recalibrated():
 def test_class_folders_alone_are_split(photos, tmp_path, capsys):
     moved = shutil.copytree(photos, tmp_path / 'moved')
     assert run(train.main, photos, *SHORT, '--output', tmp_path, '--val-split-fraction', 0.2) == 0
-    assert '24 training and 6 validation samples of 3 classes' in capsys.readouterr().out
+    assert '18 training and 6 validation samples of 3 classes' in capsys.readouterr().out
     with open(tmp_path / 'run' / 'split.csv') as file:
         rows = list(csv.DictReader(file))
     counts = {(name, split): sum(row['class'] == name and row['split'] == split for row in rows)
               for name in ('ant', 'bee', 'cow') for split in ('train', 'validation')}
-    assert len({row['image'] for row in rows}) == 30 and set(counts.values()) == {8, 2}
+    assert len({row['image'] for row in rows}) == 24 and set(counts.values()) == {6, 2}
     run(validate.main, moved, '--checkpoint', tmp_path / 'run', '--workers', 0, '--img-size', 16)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result['images'] == 6 and result['top1'] == pytest.approx(float(rows_of(tmp_path / 'run')[-1]['eval_top1']))
@@ -122,14 +121,14 @@ def test_a_split_depends_on_the_paths_below_the_root(photos, tmp_path):
     def parts(root, seed=1):
         return [
             {path[len(str(root)):] for path, _ in part.samples}
-            for part in ClassFolders(Scan(str(root), {'.jpg'}).walk()).split(0.3, seed)]
+            for part in ClassFolders(Scan(str(root), {'.jpg'}).walk()).split(0.25, seed)]
 
     own = parts(photos)
-    assert len(own[1]) == 9 and not own[0] & own[1]
+    assert len(own[1]) == 6 and not own[0] & own[1]
     moved = shutil.copytree(photos, tmp_path / 'moved')
     assert parts(moved) == own != parts(moved, seed=2)
     shutil.copy(next((moved / 'ant').iterdir()), moved / 'ant' / 'new.jpg')
-    assert len(own[0] & parts(moved)[0]) >= 20  # one image more moves at most one other
+    assert len(own[0] & parts(moved)[0]) >= 17  # one image more moves at most one other
 
 
 @pytest.mark.parametrize('argv, message', [
@@ -147,9 +146,9 @@ def test_a_split_depends_on_the_paths_below_the_root(photos, tmp_path):
     (['SPLITS', '--learning-rate', '1'], 'did you mean --lr?'), (['SPLITS', '--learning_rate', '1'], 'mean --lr?'),
 ])
 def test_mistakes_are_one_line(photos, tmp_path, capsys, argv, message):
-    places = {
-        'PHOTOS': photos, 'SPLITS': make_folder(tmp_path / 'splits'),
-        'SINGLE': make_folder(tmp_path / 'single', splits={'train': 1}) / 'train'}
+    for name in ('ant', 'bee', 'cow'):
+        shutil.copytree(photos / name, tmp_path / 'single' / name, ignore=shutil.ignore_patterns('*[1-9].jpg'))
+    places = {'PHOTOS': photos, 'SPLITS': make_folder(tmp_path / 'splits'), 'SINGLE': tmp_path / 'single'}
     argv = [places.get(word, word) for word in argv]
     assert message in refused(train.main, capsys, *SHORT, '--output', tmp_path / 'output', *argv)
     assert not (tmp_path / 'output').exists()
@@ -261,11 +260,11 @@ def test_a_checkpoint_is_independent_of_the_folder_of_its_model(photos, tmp_path
     assert hub.convert(tmp_path / 'second' / 'model_best.pth.tar', tmp_path / 'again').architecture == 'smpconv_nano'
 
 
-def test_a_step_keeps_its_size(photos, tmp_path, capsys, caplog):
+def test_a_step_keeps_its_size(photos, tmp_path, capsys):
     argv = [photos, *SHORT, '--val-split-fraction', 0.2, '--output', tmp_path, '--warmup-epochs', 0]
     assert run(train.main, *argv, '-b', 8) == 0
     assert run(train.main, *argv, '-b', 4, '--epochs', 2) == 0
-    assert '3 an epoch of 8 samples (4 x 2 accumulated)' in capsys.readouterr().out
+    assert '2 an epoch of 8 samples (4 x 2 accumulated)' in capsys.readouterr().out
     line = refused(train.main, capsys, *argv, '-b', 3, '--epochs', 3)
     assert 'global_batch_size 8 -> 3' in line and '--batch-size 8 keeps the 8 images of a step' in line
 
