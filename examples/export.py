@@ -122,7 +122,7 @@ def load(model: Optional[str], path: Optional[str], images: Optional[str]) -> Su
         with tempfile.TemporaryDirectory() as folder:  # conversion validates the file and finds the image settings
             hub.convert(path, Path(folder, 'model'), model)
             network = hub.load(Path(folder, 'model'))
-        dataset = checkpoint.describe(checkpoint.load_file(path, lazy=True)).dataset
+        dataset = checkpoint.describe(checkpoint.load_file(path, lazy=True)).text('dataset')
     if network.num_classes == 0:
         raise ValueError('expected a model with a classifier, got one of 0 classes')
     config = resolve_model_data_config(network)

@@ -9,18 +9,7 @@ from .ops import available_backends, depthwise_conv2d
 __version__ = '0.1.0'
 
 __all__ = [
-    'DepthwiseConv2d',
-    'SMPConv1d',
-    'SMPConv2d',
-    'SMPConvNet',
-    'SMPDepthwiseConv2d',
-    'SMPResNet',
-    'SMPSequenceNet',
-    '__version__',
-    'accelerate_depthwise',
-    'available_backends',
-    'clip_radius_',
-    'create_sequence_model',
-    'depthwise_conv2d',
-    'list_sequence_models',
+    'DepthwiseConv2d', 'SMPConv1d', 'SMPConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d', 'SMPResNet', 'SMPSequenceNet',
+    '__version__', 'accelerate_depthwise', 'available_backends', 'clip_radius_', 'create_sequence_model',
+    'depthwise_conv2d', 'list_sequence_models',
 ]

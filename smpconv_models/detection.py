@@ -76,16 +76,10 @@ class FPNBackbone(nn.Module):
 
 
 def fpn_backbone(
-        backbone: Union[str, nn.Module],
-        pretrained: bool = False,
-        trainable_layers: Optional[int] = None,
-        returned_layers: Optional[Sequence[int]] = None,
-        out_channels: int = 256,
-        extra_blocks: Optional[ExtraFPNBlock] = None,
-        fpn_norm_layer: Optional[Callable[..., nn.Module]] = None,
-        frozen_bn: Optional[bool] = None,
-        **kwargs: Any,
-) -> FPNBackbone:
+        backbone: Union[str, nn.Module], pretrained: bool = False, trainable_layers: Optional[int] = None,
+        returned_layers: Optional[Sequence[int]] = None, out_channels: int = 256,
+        extra_blocks: Optional[ExtraFPNBlock] = None, fpn_norm_layer: Optional[Callable[..., nn.Module]] = None,
+        frozen_bn: Optional[bool] = None, **kwargs: Any) -> FPNBackbone:
     """Create a feature pyramid (FPN, https://arxiv.org/abs/1612.03144) on a backbone for torchvision's detectors.
 
     The arguments are those of torchvision's ``resnet_fpn_backbone``, except for the norms: ``frozen_bn`` freezes those

@@ -101,35 +101,18 @@ class Description:
         return self._argument('seed', lambda name, value: check_number(name, value, 0, 2 ** 32 - 1, whole=True))
 
     @property
-    def dataset(self) -> Optional[str]:
-        """Name of the data set of the training run."""
-        return self._argument('dataset', check_text)
-
-    @property
-    def data_dir(self) -> Optional[str]:
-        """Folder of the data set of the training run."""
-        return self._argument('data_dir', check_text)
-
-    @property
     def val_split_fraction(self) -> Optional[float]:
         """Fraction of the images of a folder without splits that the training run was evaluated on."""
         return self._argument('val_split_fraction', lambda name, value: check_number(name, value, 0.001, 0.999))
 
-    @property
-    def val_split(self) -> Optional[str]:
-        """Validation split of the training run."""
-        return self._argument('val_split', check_text)
+    def text(self, key: str) -> Optional[str]:
+        """Return a text of the training run: ``dataset``, ``data_dir`` or ``val_split``."""
+        return self._argument(key, check_text)
 
     def preparation(
-            self, fields: Iterable[str] = PREPARATION, max_side: int = MAX_IMAGE_SIDE, hint: str = '',
-    ) -> Dict[str, Any]:
-        """Return how images are prepared.
-
-        Args:
-            fields: Names of the fields to read, of those of :func:`check_preparation`.
-            max_side: Largest side of an image, in pixels.
-            hint: Text with which errors end.
-        """
+            self, fields: Iterable[str] = PREPARATION, max_side: int = MAX_IMAGE_SIDE,
+            hint: str = '') -> Dict[str, Any]:
+        """Return how images are prepared, of the fields of :func:`check_preparation`; errors end with ``hint``."""
         with self._named(hint):
             return check_preparation({key: self.arguments.get(key) for key in fields}, 'args.', max_side)
 
@@ -205,8 +188,8 @@ def check_model_kwargs(kwargs: Any, name: str = 'model_kwargs') -> Dict[str, Any
     Raises:
         ValueError: If an argument is nested too deeply, too large, or would make timm load or wrap something.
     """
-    if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
-        raise ValueError(f'{name} must be a dictionary of arguments, got {shown(kwargs)}')
+    is_right = isinstance(kwargs, dict) and all(isinstance(key, str) for key in kwargs)
+    _require(is_right, name, 'a dictionary of arguments', kwargs)
     for key, value in kwargs.items():
         parts = list(islice(_parts(name, {key: value}), _MAX_ENTRIES + 2))
         if len(parts) > _MAX_ENTRIES + 1 or not all(map(_is_bounded, parts)):
@@ -240,8 +223,7 @@ def _is_bounded(value: Any) -> bool:
 
 
 def _input_size(name: str, value: Any, max_side: int) -> List[int]:
-    if not isinstance(value, (list, tuple)) or len(value) != 3:
-        raise ValueError(f'{name} must be (channels, height, width), got {shown(value)}')
+    _require(isinstance(value, (list, tuple)) and len(value) == 3, name, '(channels, height, width)', value)
     sides = [check_number(name, side, 1, max_side, whole=True) for side in value[1:]]
     return [check_number(name, value[0], 1, MAX_COUNT, whole=True), *sides]
 
@@ -249,48 +231,45 @@ def _input_size(name: str, value: Any, max_side: int) -> List[int]:
 # --- checks of single values: each returns the value or raises ValueError with the field's name ---
 
 
+def _require(is_right: bool, name: str, expected: str, value: Any) -> Any:
+    if not is_right:
+        raise ValueError(f'{name} must be {expected}, got {shown(value)}')
+    return value
+
+
 def check_boolean(name: str, value: Any) -> bool:
     """Check a truth value."""
-    if not isinstance(value, bool):
-        raise ValueError(f'{name} must be true or false, got {shown(value)}')
-    return value
+    return _require(isinstance(value, bool), name, 'true or false', value)
 
 
 def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
     """Check a number in [low, high]."""
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ValueError(f'{name} must be a {"whole " if whole else ""}number from {low:g} to {high:g}, got '
-                         f'{shown(value)}')
-    return value
+    is_right = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+    return _require(is_right, name, f'a {"whole " if whole else ""}number from {low:g} to {high:g}', value)
 
 
 def check_numbers(name: str, value: Any, low: float, high: float) -> List[Any]:
     """Check a sequence of 1 to 64 numbers in [low, high]."""
-    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= _MAX_ENTRIES:
-        raise ValueError(f'{name} must be a list of numbers, got {shown(value)}')
+    _require(isinstance(value, (list, tuple)) and 1 <= len(value) <= _MAX_ENTRIES, name, 'a list of numbers', value)
     return [check_number(name, item, low, high) for item in value]
 
 
 def check_text(name: str, value: Any) -> str:
     """Check a text of bounded length."""
-    if not isinstance(value, str) or len(value) > _MAX_TEXT:
-        raise ValueError(f'{name} must be a text of at most {_MAX_TEXT} characters, got {shown(value)}')
-    return value
+    is_right = isinstance(value, str) and len(value) <= _MAX_TEXT
+    return _require(is_right, name, f'a text of at most {_MAX_TEXT} characters', value)
 
 
 def check_texts(name: str, value: Any) -> List[str]:
     """Check a list of texts."""
-    if not isinstance(value, (list, tuple)) or len(value) > MAX_COUNT:
-        raise ValueError(f'{name} must be a list of names, got {shown(value)}')
+    _require(isinstance(value, (list, tuple)) and len(value) <= MAX_COUNT, name, 'a list of names', value)
     return [check_text(f'{name}[{index}]', item) for index, item in enumerate(value)]
 
 
 def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
     """Check that a text is one of several."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f'{name} must be one of {choices}, got {shown(value)}')
-    return value
+    return _require(isinstance(value, str) and value in choices, name, f'one of {choices}', value)
 
 
 def check_plain(name: str, value: Any, depth: int = 6) -> None:

@@ -110,16 +110,10 @@ def _stages_of_blocks(state_dict: StateDict) -> Dict[int, str]:
 
 
 def download_original(model: str, path: Union[str, Path]) -> Path:
-    """Download a model's file unless it exists, or resume its download.
+    """Download a model's file to ``path``, or resume its download, unless the file exists; return ``path``.
 
-    The release names no checksums; those of the parts in the zip file are checked.
-
-    Args:
-        model: Key of :data:`GDRIVE_IDS` or :data:`SEQUENCE_GDRIVE_IDS`.
-        path: Path of the file; until it is complete, its name ends in ``.part``.
-
-    Returns:
-        The path.
+    The release names no checksums; those of the parts in the zip file are checked. Until the file is complete, its name
+    ends in ``.part``.
 
     Raises:
         ValueError: If the release has no such model, the file cannot be downloaded, or it is no checkpoint.

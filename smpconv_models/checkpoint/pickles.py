@@ -34,16 +34,10 @@ _MALFORMED = (
 
 
 class Contents(NamedTuple):
-    """Contents of pickles.
-
-    Attributes:
-        unsafe_globals: Sorted names of functions and classes that plain data and tensors do not need.
-        storages: Bytes of each tensor storage, by its key.
-        last: Content of the last pickle.
-    """
-    unsafe_globals: List[str]
-    storages: Dict[str, int]
-    last: Any
+    """Contents of pickles."""
+    unsafe_globals: List[str]  # sorted names of functions and classes that plain data and tensors do not need
+    storages: Dict[str, int]  # bytes of each tensor storage, by its key
+    last: Any  # content of the last pickle
 
 
 class _Inert:
@@ -210,11 +204,7 @@ def _storage_kind(path: str) -> str:
 
 
 def scan_pickles(file: IO[bytes], size: int, count: int = 1) -> Contents:
-    """Scan ``count`` consecutive pickles of a file with ``size`` bytes.
-
-    Raises:
-        ValueError: If a pickle is malformed.
-    """
+    """Scan ``count`` consecutive pickles of a file with ``size`` bytes; raise ValueError if one is malformed."""
     names: Set[str] = set()
     storages: Dict[str, int] = {}
     for _ in range(count):

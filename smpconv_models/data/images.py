@@ -1,6 +1,5 @@
 """The embedded digits, and images as sequences of their pixels, row by row: the digits, MNIST, CIFAR10."""
 import hashlib
-import json
 import math
 import struct
 import tarfile
@@ -19,14 +18,7 @@ from torch.utils.data import Dataset
 from smpconv_models.utils.download import DownloadNeededError, locked, missing
 from smpconv_models.utils.errors import unreadable_file
 
-from .registry import (
-    EVAL_SYNONYMS,
-    TRAIN_SYNONYMS,
-    TRAIN_TEST,
-    TRAIN_VAL,
-    InMemorySequences,
-    register_sequence_dataset,
-)
+from .registry import EVAL_SYNONYMS, TRAIN_SYNONYMS, TRAIN_TEST, TRAIN_VAL, InMemorySequences, register_sequence_dataset
 
 # Of pixels from 0 to 255. The digits' numbers are computed from their training split. MNIST's are the common ones of
 # its training images. CIFAR10's are ImageNet's, as in the original release.
@@ -43,11 +35,6 @@ _MNIST_FILES = {
     't10k-images-idx3-ubyte': ((28, 28), 7840016, '2646ac647ad5339dbf082846283269ea'),
     't10k-labels-idx1-ubyte': ((), 10008, '27ae3e4e09519cfbb04c329615203637'),
 }
-
-# Orders of numpy.random.RandomState(0).permutation(length), a stream that NumPy has frozen. The original release
-# samples the order of its permuted MNIST from NumPy's global generator, whose seed its commands set to 0. Nothing in
-# its code samples before that, so that its order should be the same. The file is what counts.
-_ORDERS = Path(__file__).with_name('permutations.json')
 
 
 class Digits(Dataset):
@@ -146,18 +133,14 @@ def open_cifar10(name: str, root: Path, split: str, download: bool) -> InMemoryS
 
 
 def _step_order(name: str, length: int) -> Optional[Tensor]:
-    """Return the position of each step in a permuted data set, ``(length,)``, or None if it is not permuted."""
+    """Return the position of each step in a permuted data set, ``(length,)``, or None if it is not permuted.
+
+    NumPy has frozen the stream. The original release samples the order of its permuted MNIST from NumPy's global
+    generator, whose seed its commands set to 0. Nothing in its code samples before that.
+    """
     if not name.startswith('permuted-'):
         return None
-    try:
-        order = json.loads(_ORDERS.read_text())[name]
-        is_order = sorted(order) == list(range(length))
-    except (OSError, LookupError, TypeError, ValueError):
-        is_order = False
-    if not is_order:
-        raise ValueError(
-            f'{_ORDERS} is damaged: expected the numbers 0 to {length - 1} as {name!r}; reinstall smpconv_models')
-    return torch.tensor(order)
+    return torch.from_numpy(np.random.RandomState(0).permutation(length))
 
 
 def _download_mnist(root: Path, absent: Path, download: bool) -> None:

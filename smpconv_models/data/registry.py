@@ -21,8 +21,7 @@ TRAIN_VAL_TEST: Splits = {**TRAIN_VAL, 'test': _TEST_SYNONYMS}
 
 
 def create_sequence_dataset(
-        name: str, root: Union[str, Path, None], split: str, download: bool = False,
-) -> 'SequenceDataset':
+        name: str, root: Union[str, Path, None], split: str, download: bool = False) -> 'SequenceDataset':
     """Create a split of a data set of sequences.
 
     ==================  ============  =======  ===================================================================
@@ -100,8 +99,7 @@ class SequenceDataset(Dataset):
 
     def __init__(
             self, description: str, classes: Sequence[str], shape: Tuple[int, int], labels: Sequence[int], mean: Any,
-            std: Any, files: Sequence[str] = (),
-    ) -> None:
+            std: Any, files: Sequence[str] = ()) -> None:
         absent = sorted(set(range(len(classes))) - set(labels))
         if absent:
             raise ValueError(
@@ -134,11 +132,11 @@ class SequenceDataset(Dataset):
 
 
 class InMemorySequences(SequenceDataset):
-    """Sequences in memory, in the dtype of their source.
+    """Sequences in memory, ``(N, channels, length)`` in the dtype of their source, uint8 or float32.
+
+    Arguments that are not listed are those of :class:`SequenceDataset`.
 
     Args:
-        description: Name for messages; this and arguments that are not listed are those of :class:`SequenceDataset`.
-        data: Sequences of shape ``(N, channels, length)``, uint8 or float32.
         order: Position of each step in the source, ``(length,)``. Default: the order of the source.
         image_size: (height, width) of sequences that are images.
 
@@ -148,8 +146,8 @@ class InMemorySequences(SequenceDataset):
 
     def __init__(
             self, description: str, classes: Sequence[str], data: Tensor, labels: Sequence[int], mean: Any, std: Any,
-            order: Optional[Tensor] = None, image_size: Optional[Tuple[int, int]] = None, files: Sequence[str] = (),
-    ) -> None:
+            order: Optional[Tensor] = None, image_size: Optional[Tuple[int, int]] = None,
+            files: Sequence[str] = ()) -> None:
         super().__init__(description, classes, (data.shape[1], data.shape[2]), labels, mean, std, files)
         self.image_size = image_size
         bad: List[int] = (~data.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()

@@ -102,18 +102,13 @@ def load_wav(path: Path) -> Tensor:
 
 
 def mfcc(samples: Tensor) -> Tensor:
-    """Return mel-frequency cepstral coefficients of sound at 16 kHz, as torchaudio computes them.
+    """Return ``(..., 20, 1 + S // 100)`` mel-frequency cepstral coefficients of sound ``(..., S)`` at 16 kHz, S > 100.
 
-    The power of 12.5 ms Hann windows, half a window apart, with the sound reflected at its ends, is summed in 64 mel
-    bands. The logarithms of the sums are transformed by the first 20 rows of an orthonormal DCT. The original release
-    takes ``torchaudio.transforms.MFCC(sample_rate=16000, n_mfcc=20, log_mels=True, melkwargs=dict(n_fft=200,
-    n_mels=64))``; torchaudio is no longer built for the newest PyTorch.
-
-    Args:
-        samples: Sound of shape ``(..., S)``, S > 100, float32 or float64.
-
-    Returns:
-        ``(..., 20, 1 + S // 100)``, in the dtype of the samples; 161 steps for one second.
+    They are torchaudio's, in the dtype of the samples, float32 or float64. The power of 12.5 ms Hann windows, half a
+    window apart, with the sound reflected at its ends, is summed in 64 mel bands. The logarithms of the sums are
+    transformed by the first 20 rows of an orthonormal DCT. The original release takes
+    ``torchaudio.transforms.MFCC(sample_rate=16000, n_mfcc=20, log_mels=True, melkwargs=dict(n_fft=200, n_mels=64))``;
+    torchaudio is no longer built for the newest PyTorch.
     """
     flat = samples.reshape(-1, samples.shape[-1])
     window = torch.hann_window(_WINDOW, dtype=samples.dtype, device=samples.device)

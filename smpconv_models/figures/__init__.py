@@ -9,13 +9,7 @@ except ImportError as error:
 
 from .grad_cam import heat_maps, save_heat_maps
 from .kernels import choose_layers, draw_kernel, draw_points, save_kernels
-from .receptive_field import (
-    CentralSquare,
-    central_square,
-    effective_receptive_field,
-    log_scaled,
-    save_receptive_fields,
-)
+from .receptive_field import CentralSquare, central_square, effective_receptive_field, log_scaled, save_receptive_fields
 from .stages import StageSum, save_stages, stage_sums
 from .training import save_animation, save_confusion_matrix, save_curves, save_run
 

@@ -58,8 +58,7 @@ def create_parser() -> argparse.ArgumentParser:
     command = _add(
         commands, 'heat-map', draw_heat_maps, 'plot the regions that support a class (needs the grad-cam package)')
     _add_image_options(command, 8)
-    command.add_argument(
-        '--layer', metavar='NAME', help='module whose feature maps to use (default: the last stage)')
+    command.add_argument('--layer', metavar='NAME', help='module whose feature maps to use (default: the last stage)')
     command.add_argument(
         '--class', dest='index', type=cli.non_negative_int, metavar='N',
         help='index of the class (default: the predicted class)')
@@ -76,8 +75,8 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _add(
-        commands: Any, name: str, draw: Callable[..., None], purpose: str, several: bool = False,
-) -> argparse.ArgumentParser:
+        commands: Any, name: str, draw: Callable[..., None], purpose: str,
+        several: bool = False) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name, help=purpose, description=f'{purpose[0].upper()}{purpose[1:]}.', allow_abbrev=False)
     command.set_defaults(draw=draw)
@@ -97,8 +96,7 @@ def _add(
         '--seed', type=cli.bounded_number(int, 0, 2 ** 32 - 1), metavar='N',
         help="seed of random weights (default: the seed of the checkpoint's run, otherwise 42)")
     if name in ('stages', 'receptive-field'):
-        command.add_argument(
-            '--untrained', action='store_true', help='also plot the first network with random weights')
+        command.add_argument('--untrained', action='store_true', help='also plot the first network with random weights')
     cli.add_options(command, ModelOptions)
     return command
 
@@ -133,11 +131,7 @@ def _extensions(command: str) -> List[str]:
 
 
 def check_output(output: str, extensions: List[str]) -> Path:
-    """Return the path of the file to write.
-
-    Raises:
-        ValueError: If the file cannot be written, or its extension is not one of ``extensions``.
-    """
+    """Return the path of the file to write; raise ValueError if it cannot be written, or has none of the extensions."""
     path = Path(output).resolve()
     if path.suffix.lower() not in extensions:
         raise ValueError(f'--output takes the name of a {" or ".join(extensions)} file, got {output}')
@@ -151,8 +145,8 @@ def check_output(output: str, extensions: List[str]) -> Path:
 
 
 def draw_kernels(
-        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int, filter: int,
-) -> None:
+        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int,
+        filter: int) -> None:
     loaded, = source.load()
     figures.save_kernels(path, loaded.model, layer, max_layers, columns, filter)
 
@@ -161,8 +155,7 @@ def draw_stages(path: Path, source: ModelSource) -> None:
     figures.save_stages(path, {loaded.label: loaded.model for loaded in source.load()})
 
 
-def draw_receptive_fields(
-        path: Path, source: ModelSource, images: Optional[List[str]], num_images: int) -> None:
+def draw_receptive_fields(path: Path, source: ModelSource, images: Optional[List[str]], num_images: int) -> None:
     fields: Dict[str, np.ndarray] = {}
     for loaded in source.load():
         batch = _inputs.load_images(loaded, images, num_images, source.img_size)
@@ -182,14 +175,8 @@ def draw_receptive_fields(
 
 
 def draw_heat_maps(
-        path: Path,
-        source: ModelSource,
-        images: Optional[List[str]],
-        num_images: int,
-        layer: Optional[str],
-        index: Optional[int],
-        method: str,
-) -> None:
+        path: Path, source: ModelSource, images: Optional[List[str]], num_images: int, layer: Optional[str],
+        index: Optional[int], method: str) -> None:
     loaded, = source.load()
     batch = _inputs.load_images(loaded, images, num_images, source.img_size)
     classes = None if index is None else [index] * len(batch.inputs)
@@ -208,15 +195,8 @@ def _shorten(name: str) -> str:
 
 
 def draw_animation(
-        path: Path,
-        source: ModelSource,
-        layer: Optional[List[str]],
-        max_layers: int,
-        columns: int,
-        filter: int,
-        fps: float,
-        output: str,
-) -> None:
+        path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int, filter: int,
+        fps: float, output: str) -> None:
     if source.checkpoints is None:
         raise ValueError('expected --checkpoint: two or more, or the folder of a run')
     if source.pretrained:

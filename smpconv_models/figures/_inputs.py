@@ -25,66 +25,36 @@ _DEFAULT_SEED = 42
 
 
 class LoadedModel(NamedTuple):
-    """Model to plot.
-
-    Attributes:
-        label: Label in plots and messages.
-        model: Model in evaluation mode.
-        description: Description in its checkpoint; empty without a checkpoint.
-        is_random: Whether its weights are initial ones.
-        name: Name of the model.
-        kwargs: Arguments of its constructor from the checkpoint.
-    """
-    label: str
-    model: Any
-    description: checkpoint.Description
-    is_random: bool = False
+    """Model to plot."""
+    label: str  # in plots and messages
+    model: Any  # in evaluation mode
+    description: checkpoint.Description  # empty without a checkpoint
+    is_random: bool = False  # whether its weights are initial ones
     name: str = ''
-    kwargs: Optional[Dict[str, Any]] = None
+    kwargs: Optional[Dict[str, Any]] = None  # the constructor's, from the checkpoint
 
 
 class InputBatch(NamedTuple):
-    """Images in the form that a model takes.
-
-    Attributes:
-        names: Names of the files or digits.
-        inputs: Normalized images, ``(N, C, H, W)``.
-        pixels: The same images in [0, 1], for display.
-    """
-    names: List[str]
-    inputs: Tensor
-    pixels: Tensor
+    """Images in the form that a model takes."""
+    names: List[str]  # of the files or digits
+    inputs: Tensor  # normalized images, ``(N, C, H, W)``
+    pixels: Tensor  # the same images in [0, 1], for display
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Source of models: checkpoints, or a name.
-
-    Attributes:
-        model: Options of the network.
-        checkpoints: Paths of files or run folders, None for the named model.
-        pretrained: Whether the named model gets its pretrained weights.
-        untrained: Whether to put a random model first.
-        use_ema: Whether to prefer the EMA weights; by default unless the checkpoint says that the model's were better.
-        reparam: Whether to re-parameterize the models.
-        seed: Seed of random weights, by default that of the checkpoint's run, otherwise 42.
-        img_size: Image side in pixels, by default the model's.
-    """
+    """Source of models: checkpoints, or a name."""
     model: ModelOptions = ModelOptions()
-    checkpoints: Optional[List[str]] = None
-    pretrained: bool = False
-    untrained: bool = False
-    use_ema: Optional[bool] = None
+    checkpoints: Optional[List[str]] = None  # paths of files or run folders, None for the named model
+    pretrained: bool = False  # of the named model
+    untrained: bool = False  # put a random model first
+    use_ema: Optional[bool] = None  # EMA weights; by default unless the checkpoint says that the model's were better
     reparam: bool = False
-    seed: Optional[int] = None
-    img_size: Optional[int] = None
+    seed: Optional[int] = None  # seed of random weights, by default that of the checkpoint's run, otherwise 42
+    img_size: Optional[int] = None  # image side in pixels, by default the model's
 
     def load(self) -> List[LoadedModel]:
-        """Load the models of the checkpoints, or create the named one.
-
-        Raises:
-            ValueError: If a file or model does not exist, or they do not fit each other.
-        """
+        """Load the checkpoints' models, or create the named one; raise ValueError if one does not exist or fit."""
         if self.checkpoints is None:
             name = self.model.model
             if name is None:
@@ -110,8 +80,7 @@ class ModelSource:
     def load_file(self, path: str) -> LoadedModel:
         """Load the model of a checkpoint of ``train.py``, of timm's script or of the original release.
 
-        Raises:
-            ValueError: If the file is no checkpoint, or its model is unknown or another one than ``--model``.
+        A model that is unknown, or another one than ``--model``, is a ValueError.
         """
         opened = open_checkpoint(path, self.model.model, self.use_ema)
         torch.manual_seed(_DEFAULT_SEED if self.seed is None else self.seed)
@@ -135,11 +104,7 @@ class ModelSource:
 
 
 def list_snapshots(paths: List[str]) -> List[str]:
-    """Return the given files; the folder of a run stands for its ``checkpoint-EPOCH.pth.tar``, sorted by epoch.
-
-    Raises:
-        ValueError: If a folder has no such file.
-    """
+    """Return the given files; the folder of a run stands for its ``checkpoint-EPOCH.pth.tar``, sorted by epoch."""
     found: List[str] = []
     for path in map(Path, paths):
         if not path.is_dir():
@@ -155,12 +120,10 @@ def list_snapshots(paths: List[str]) -> List[str]:
 
 def load_images(
         loaded: LoadedModel, images: Optional[List[str]], num_images: int, img_size: Optional[int]) -> InputBatch:
-    """Load images as in a model's evaluation.
+    """Load images as in a model's evaluation, at most ``num_images``, evenly chosen from all.
 
     Args:
-        loaded: Model that the images are for.
         images: Paths of files and folders, or 'digits'; None for the digits if the model was trained on them.
-        num_images: Maximum number of images, evenly chosen from all.
         img_size: Image side in pixels, by default the model's.
 
     Raises:
@@ -186,7 +149,7 @@ def load_images(
         config['input_size'], is_training=False, mean=config['mean'], std=config['std'],
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
     read_image = ReadImage('L' if model.in_chans == 1 else 'RGB', bool(options.get('exif_orientation')))
-    if images is None and loaded.description.dataset == 'digits':
+    if images is None and loaded.description.text('dataset') == 'digits':
         images = ['digits']
     if images is None:
         raise ValueError("expected --images: files, folders, or 'digits' for the embedded ones")

@@ -15,12 +15,8 @@ METHODS = ('GradCAM', 'GradCAMPlusPlus', 'XGradCAM', 'HiResCAM', 'LayerCAM', 'Ei
 
 
 def heat_maps(
-        model: nn.Module,
-        images: Tensor,
-        layer: Optional[str] = None,
-        classes: Optional[Sequence[int]] = None,
-        method: str = 'GradCAM',
-) -> np.ndarray:
+        model: nn.Module, images: Tensor, layer: Optional[str] = None, classes: Optional[Sequence[int]] = None,
+        method: str = 'GradCAM') -> np.ndarray:
     """Return heat maps of the regions whose features in a layer support a class, by the grad-cam package.
 
     Each map is resized to its image and scaled to [0, 1], so maps of different images are not comparable. A map of
@@ -82,12 +78,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def save_heat_maps(
-        path: Union[str, Path],
-        images: Tensor,
-        maps: np.ndarray,
-        titles: Sequence[str],
-        columns: int = 4,
-) -> None:
+        path: Union[str, Path], images: Tensor, maps: np.ndarray, titles: Sequence[str], columns: int = 4) -> None:
     """Save a PNG of images, each beside a copy under its heat map.
 
     Args:

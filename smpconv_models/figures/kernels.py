@@ -38,15 +38,10 @@ class KernelView:
 
     For a depthwise layer, whose channels share the points, these are the kernels of all channels. Otherwise they are
     the kernels of one filter, one for each input channel.
-
-    Attributes:
-        layer: Layer that has these points alone.
-        filter: Index of the filter; None for a depthwise layer.
-        span: First and one past the last element that plots of a 1-D kernel show; None to choose them by
-            :func:`visible_range`.
     """
-    layer: SMPLayer
-    filter: Optional[int]
+    layer: SMPLayer  # layer that has these points alone
+    filter: Optional[int]  # index of the filter; None for a depthwise layer
+    # first and one past the last element that plots of a 1-D kernel show; None to choose them by :func:`visible_range`
     span: Optional[Tuple[int, int]] = None
 
     @cached_property
@@ -224,8 +219,7 @@ def choose_layers(model: nn.Module, names: Optional[Sequence[str]] = None, most:
 def kernel_view(layer: Union[SMPLayer, KernelView], filter: int = 0) -> KernelView:
     """Return the points of a layer, or of one filter if each has its own; a view is returned unchanged.
 
-    Raises:
-        ValueError: If the layer has no such filter.
+    A filter that the layer lacks is a ValueError.
     """
     if isinstance(layer, KernelView):
         return layer
@@ -294,16 +288,10 @@ def layer_label(name: str, view: KernelView) -> str:
 
 
 def visible_range(views: Sequence[KernelView]) -> Tuple[int, int]:
-    """Choose the elements that plots of 1-D kernels show: the range with the largest absolute sum.
+    """Return the first and one past the last element that plots of 1-D kernels of one size share.
 
-    All elements are shown if there are less than twice as many as a panel can resolve. Of ranges with equal sums, the
-    one that ends at the present is chosen, otherwise the middle one.
-
-    Args:
-        views: Views of kernels of one size, which share the range.
-
-    Returns:
-        Index of the first element, and one past the last.
+    The range has the largest absolute sum. All elements are shown if there are less than twice as many as a panel can
+    resolve. Of ranges with equal sums, the one that ends at the present is chosen, otherwise the middle one.
     """
     size = views[0].size
     radius = float(np.median([view.radius for view in views])) * (size - 1) / 2
@@ -351,12 +339,8 @@ def draw_rows(
         with_titles: bool = True) -> None:
     """Draw a row for each view: its points, then its first kernels.
 
-    Args:
-        figure: Figure or subfigure to draw on.
-        views: Views by the layers' names.
-        columns: Number of kernels per view.
-        limits: Weight of the heaviest point and the kernels' limits by the same names; by default each panel's own.
-        with_titles: Whether to write titles over the first row.
+    ``limits`` are the weight of the heaviest point and the kernels' limits by the views' names; by default each panel
+    has its own.
     """
     grid = figure.subplots(len(views), 1 + columns, squeeze=False)
     for row, (name, view) in zip(grid, views.items()):

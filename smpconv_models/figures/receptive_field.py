@@ -136,11 +136,7 @@ def check_inputs(model: nn.Module, images: Tensor) -> None:
 
 
 def forward_or_raise(function: Callable[[Tensor], Any], images: Tensor) -> Any:
-    """Return ``function(images)``.
-
-    Raises:
-        ValueError: If the network cannot take images of this size or number of channels.
-    """
+    """Return ``function(images)``; raise ValueError if the network cannot take images of this shape."""
     try:
         return function(images)
     except torch.OutOfMemoryError:

@@ -105,25 +105,15 @@ def save_stages(path: Union[str, Path], models: Mapping[str, nn.Module]) -> None
         row[0].set_ylabel(name, fontsize=10, parse_math=False)
     if curves is not None:
         figure.supxlabel('steps back (1: the present)', fontsize=9)
-        figure.legend(
-            handles=curves, loc='outside upper center', ncols=min(columns, 2), fontsize=8, frameon=False)
+        figure.legend(handles=curves, loc='outside upper center', ncols=min(columns, 2), fontsize=8, frameon=False)
     if picture is not None:
         line = '\n' if len(sums) == 1 else ' '  # a single row would cut off the end
-        figure.colorbar(
-            picture, ax=grid, label=f'sum of absolute kernels{line}over the largest', shrink=0.8, aspect=30)
+        figure.colorbar(picture, ax=grid, label=f'sum of absolute kernels{line}over the largest', shrink=0.8, aspect=30)
     figure.savefig(path, dpi=130, format='png')
 
 
 def draw_step_sum(axes: Axes, total: np.ndarray) -> List[Any]:
-    """Draw a sum of absolute kernels over the steps back from the present, on a logarithmic scale.
-
-    Args:
-        axes: Axes to draw on.
-        total: Sum of shape ``(k,)``, not negative, the present last.
-
-    Returns:
-        Handles for a legend.
-    """
+    """Draw absolute kernels, summed to ``(k,)``, over the steps back from the present; return handles for a legend."""
     back = total[::-1]  # the first is the present
     edges = np.unique(np.geomspace(1, len(back) + 1, _MAX_BARS).round().astype(int))
     means = np.add.reduceat(back, edges[:-1] - 1) / np.diff(edges)

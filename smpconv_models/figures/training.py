@@ -126,8 +126,7 @@ def _draw_curves(axes: Sequence[Axes], rows: Sequence[Row]) -> None:
     epochs = [row['epoch'] for row in rows]
     losses = {'train_loss': 'training', 'eval_loss': 'validation', 'ema_loss': 'validation, EMA weights'}
     _draw_lines(axes[0], epochs, rows, losses, 'loss')
-    _draw_lines(
-        axes[1], epochs, rows, {'eval_top1': losses['eval_loss'], 'ema_top1': losses['ema_loss']}, 'top-1 (%)')
+    _draw_lines(axes[1], epochs, rows, {'eval_top1': losses['eval_loss'], 'ema_top1': losses['ema_loss']}, 'top-1 (%)')
 
 
 def _draw_lines(axes: Axes, epochs: List[int], rows: Sequence[Row], labels: Dict[str, str], ylabel: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Union
 import timm
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils.sha import git_hash
 
 from smpconv_models.models import check_arguments
 from smpconv_models.utils import hub_download
@@ -65,12 +66,8 @@ class Publication(NamedTuple):
 
 
 def publish(
-        folder: Union[str, Path],
-        repo: str,
-        dry_run: bool = True,
-        force: bool = False,
-        private: bool = False,
-) -> Publication:
+        folder: Union[str, Path], repo: str, dry_run: bool = True, force: bool = False,
+        private: bool = False) -> Publication:
     """Create or update a repository of the Hugging Face Hub with a folder of :func:`convert`.
 
     Only the safetensors weights, the configuration and the card are sent; ``OWNER/NAME`` in the card becomes the
@@ -94,7 +91,7 @@ def publish(
     texts = {
         CONFIG: (folder / CONFIG).read_bytes(),
         CARD: (folder / CARD).read_bytes().replace(b'OWNER/NAME', repo.encode())}
-    names = {WEIGHTS: sha256, **{file: hub_download.git_sha1(content) for file, content in texts.items()}}
+    names = {WEIGHTS: sha256, **{file: git_hash(content) for file, content in texts.items()}}
     client = HfApi()
     is_created = False
     try:

@@ -13,15 +13,10 @@ from .conv_norm import DepthwiseConv2d, times, unsupported_arguments
 
 @dataclass(frozen=True)
 class DepthwiseReport:
-    """Result of :func:`accelerate_depthwise`, by the names of ``named_modules``; printed, it is a table.
+    """Result of :func:`accelerate_depthwise`, by the names of ``named_modules``; printed, it is a table."""
 
-    Args:
-        replaced: Names of the modules that were replaced, each under every name that it has.
-        skipped: Reason for each module that was not replaced. The name of the model itself is ''.
-    """
-
-    replaced: Tuple[str, ...]
-    skipped: Dict[str, str]
+    replaced: Tuple[str, ...]  # names of the modules that were replaced, each under every name that it has
+    skipped: Dict[str, str]  # reason for each module that was not replaced; '' names the model itself
 
     def __str__(self) -> str:
         names: Dict[str, List[str]] = {'replaced': list(self.replaced)} if self.replaced else {}
@@ -76,9 +71,10 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
     validate_options(1, backend)
     replaced: Dict[str, nn.Conv2d] = {}
     skipped: Dict[str, str] = {}
-    for name, module in _named_modules(model):
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
-            skipped[name] = 'a ScriptModule'
+            if not any(name.startswith(f'{outer}.' if outer else '') for outer in skipped):  # not those within
+                skipped[name] = 'a ScriptModule'
         elif _is_depthwise(module):
             if reasons := list(_blockers(module, min_kernel_size)):
                 skipped[name] = ', '.join(reasons)
@@ -88,15 +84,6 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
     for name, conv in replaced.items():
         model.set_submodule(name, layers[conv])
     return DepthwiseReport(tuple(replaced), skipped)
-
-
-def _named_modules(module: nn.Module, name: str = '') -> Iterator[Tuple[str, nn.Module]]:
-    """Yield every module under each of its names, like ``named_modules``, but not those within ScriptModules."""
-    yield name, module
-    if not isinstance(module, torch.jit.ScriptModule):
-        for child_name, child in module._modules.items():
-            if child is not None:
-                yield from _named_modules(child, f'{name}.{child_name}' if name else child_name)
 
 
 def _is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -15,8 +15,8 @@ class PreNormBlock(nn.Module):
     """
 
     def __init__(
-            self, dim: int, hidden: int, drop_path: float, act_layer: ActLayer, norm_layer: NormLayer, **dd: Any,
-    ) -> None:
+            self, dim: int, hidden: int, drop_path: float, act_layer: ActLayer, norm_layer: NormLayer,
+            **dd: Any) -> None:
         super().__init__()
         self.norm = create_norm(norm_layer, dim, **dd)
         self.pw1 = pointwise(dim, hidden, norm_layer, act_layer, **dd)
@@ -40,18 +40,9 @@ class LargeKernelBlock(PreNormBlock):
     """
 
     def __init__(
-            self,
-            dim: int,
-            kernel_size: int,
-            num_points: int,
-            small_kernel_size: int = 5,
-            dilation: int = 1,
-            drop_path: float = 0.,
-            act_layer: ActLayer = nn.ReLU,
-            norm_layer: NormLayer = nn.BatchNorm2d,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, dim: int, kernel_size: int, num_points: int, small_kernel_size: int = 5, dilation: int = 1,
+            drop_path: float = 0., act_layer: ActLayer = nn.ReLU, norm_layer: NormLayer = nn.BatchNorm2d,
+            device: Any = None, dtype: Any = None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, dim, drop_path, act_layer, norm_layer, **dd)
         self.large_kernel = ReparamLargeKernelConv(
@@ -75,15 +66,8 @@ class ConvFFN(PreNormBlock):
     """
 
     def __init__(
-            self,
-            dim: int,
-            mlp_ratio: float = 4.,
-            drop_path: float = 0.,
-            act_layer: ActLayer = nn.GELU,
-            norm_layer: NormLayer = nn.BatchNorm2d,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, dim: int, mlp_ratio: float = 4., drop_path: float = 0., act_layer: ActLayer = nn.GELU,
+            norm_layer: NormLayer = nn.BatchNorm2d, device: Any = None, dtype: Any = None) -> None:
         dd = {'device': device, 'dtype': dtype}
         hidden = int(dim * mlp_ratio)
         super().__init__(dim, hidden, drop_path, act_layer, norm_layer, **dd)
@@ -94,14 +78,12 @@ class ConvFFN(PreNormBlock):
 
 
 def pointwise(
-        in_channels: int, out_channels: int, norm_layer: NormLayer, act_layer: Any = None, **dd: Any,
-) -> ConvNormActBlock:
+        in_channels: int, out_channels: int, norm_layer: NormLayer, act_layer: Any = None,
+        **dd: Any) -> ConvNormActBlock:
     """Create a 1x1 convolution, norm and, if given, activation."""
     return ConvNormActBlock(
-        nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd),
-        create_norm(norm_layer, out_channels, **dd),
-        None if act_layer is None else create_act(act_layer),
-    )
+        nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd), create_norm(norm_layer, out_channels, **dd),
+        None if act_layer is None else create_act(act_layer))
 
 
 class ResidualBlock(nn.Module):
@@ -119,13 +101,8 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-            self,
-            conv1: ReparamConv,
-            conv2: ReparamConv,
-            shortcut: nn.Module,
-            drop_rate: float,
-            is_temporal: bool,
-    ) -> None:
+            self, conv1: ReparamConv, conv2: ReparamConv, shortcut: nn.Module, drop_rate: float,
+            is_temporal: bool) -> None:
         super().__init__()
         self.conv1 = conv1
         self.act1 = nn.ReLU()
@@ -143,18 +120,12 @@ class ResidualBlock(nn.Module):
 
 
 def init_module_(
-        module: nn.Module,
-        kinds: Tuple[type, ...] = (CausalConv1d, nn.Conv2d),
-        trunc_normal_: Callable[..., Any] = nn.init.trunc_normal_,
-        needs_reset: bool = False,
-) -> None:
+        module: nn.Module, kinds: Tuple[type, ...] = (CausalConv1d, nn.Conv2d),
+        trunc_normal_: Callable[..., Any] = nn.init.trunc_normal_, needs_reset: bool = False) -> None:
     """Initialize one module of a network, for ``nn.Module.apply``.
 
-    Args:
-        module: Module of the network.
-        kinds: Classes whose weights are sampled by ``trunc_normal_`` with std 0.02, and whose biases are zero.
-        trunc_normal_: Initialization, PyTorch's or timm's.
-        needs_reset: Whether to reset other modules too: points, norms, 1-D shortcuts.
+    Weights of ``kinds`` are sampled by ``trunc_normal_`` (PyTorch's or timm's) with std 0.02, and their biases are
+    zero. ``needs_reset`` resets other modules too: points, norms, 1-D shortcuts.
     """
     if isinstance(module, kinds):
         layer: Any = module

@@ -99,20 +99,11 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
     """
 
     def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: Union[int, Tuple[int, int]],
-            stride: Union[int, Tuple[int, int]] = 1,
-            padding: Union[str, int, Tuple[int, int]] = 0,
-            dilation: Union[int, Tuple[int, int]] = 1,
-            groups: int = 1,
-            bias: bool = True,
-            padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros',
-            device: Any = None,
-            dtype: Any = None,
-            backend: str = 'auto',
-    ) -> None:
+            self, in_channels: int, out_channels: int, kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1, padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1, groups: int = 1, bias: bool = True,
+            padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros', device: Any = None,
+            dtype: Any = None, backend: str = 'auto') -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
         validate_options(dilation, backend)
         super().__init__(
@@ -134,8 +125,7 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or not self._takes_operation():  # scripted, the operation is conv2d too
             return self._conv_forward(input, self.weight, self.bias)
-        return depthwise_conv2d(
-            input, self.weight, self.bias, dilation=to_2tuple(self.dilation), backend=self.backend)
+        return depthwise_conv2d(input, self.weight, self.bias, dilation=to_2tuple(self.dilation), backend=self.backend)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, backend={self.backend!r}'
@@ -206,15 +196,10 @@ class ConvNormActBlock(nn.Module):
 
 
 def fold_norm(norm: nn.Module, conv: nn.Module, fuse: Callable[..., Tuple[Tensor, Tensor]]) -> Tuple[Any, Any]:
-    """Fold a batch norm into the convolution beside it, in place if its parameters are ordinary.
+    """Fold a batch norm into the convolution beside it, in place if its parameters are ordinary; return both.
 
-    Args:
-        norm: Any normalization; one that is no batch norm stays.
-        conv: Convolution after or before ``norm``; one that is not plain stays.
-        fuse: :func:`fuse_conv_bn` or :func:`fuse_bn_conv`.
-
-    Returns:
-        The norm, or an identity, and the convolution.
+    The folded norm becomes an identity. A norm that is no batch norm stays, and so does one beside a convolution that
+    is not plain. ``fuse`` is :func:`fuse_conv_bn` or :func:`fuse_bn_conv`.
     """
     plain = plain_conv(conv)
     affine = batch_norm_affine(norm)
@@ -292,9 +277,7 @@ _RECOMPUTING_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 def refresh_(module: nn.Module, name: Optional[str] = None) -> None:
     """Recompute the tensors of ``module`` that pruning, weight norm or spectral norm recompute before each forward.
 
-    Args:
-        module: Any module.
-        name: Attribute name of one tensor; by default all of them.
+    ``name`` is the attribute of one tensor; by default all are recomputed.
     """
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, _RECOMPUTING_HOOKS):
@@ -310,12 +293,11 @@ def _unparametrized_type(module: nn.Module) -> type:
 
 @torch.no_grad()
 def plain_conv(conv: nn.Module) -> Optional[Union[nn.Conv1d, nn.Conv2d]]:
-    """Return the convolution with its effective weight and bias as ordinary parameters.
+    """Return the convolution with its effective weight and bias as ordinary parameters: itself if it has them.
 
-    Returns:
-        ``conv`` itself if its parameters are ordinary. Otherwise a new module: ``remove_parametrizations`` on a deep
-        copy would break the original, as both share a class. None if ``conv`` is no ``nn.Conv1d`` or ``nn.Conv2d``, or
-        has modules of its own: an adapter's wrapper, for example.
+    Otherwise it is a new module: ``remove_parametrizations`` on a deep copy would break the original, as both share a
+    class. The result is None if ``conv`` is no ``nn.Conv1d`` or ``nn.Conv2d``, or has modules of its own: an adapter's
+    wrapper, for example.
     """
     if not isinstance(conv, (nn.Conv1d, nn.Conv2d)) or set(conv._modules) - {'parametrizations'}:
         return None
@@ -325,8 +307,7 @@ def plain_conv(conv: nn.Module) -> Optional[Union[nn.Conv1d, nn.Conv2d]]:
     is_trained = any(parameter.requires_grad for parameter in conv.parameters())
     kind: Any = _unparametrized_type(conv)
     plain = kind.__new__(kind)
-    hooks = {
-        key: hook for key, hook in conv._forward_pre_hooks.items() if not isinstance(hook, _RECOMPUTING_HOOKS)}
+    hooks = {key: hook for key, hook in conv._forward_pre_hooks.items() if not isinstance(hook, _RECOMPUTING_HOOKS)}
     own = {name: value for name, value in vars(conv).items() if name not in ('weight', 'bias')}
     vars(plain).update(
         own, _parameters={}, _buffers={}, _modules={}, _forward_pre_hooks=type(conv._forward_pre_hooks)(hooks))

@@ -217,20 +217,9 @@ class _SameLengthConv(CountedConv):
     _padding: Any
 
     def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: Any,
-            stride: Any = 1,
-            padding: Any = None,
-            dilation: Any = 1,
-            groups: int = 1,
-            bias: bool = True,
-            padding_mode: str = 'zeros',
-            device: Any = None,
-            dtype: Any = None,
-            method: str = 'auto',
-    ) -> None:
+            self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = None,
+            dilation: Any = 1, groups: int = 1, bias: bool = True, padding_mode: str = 'zeros', device: Any = None,
+            dtype: Any = None, method: str = 'auto') -> None:
         check_method(method)
         fixed = {
             'stride': (stride, 1), 'padding': (self._padding if padding is None else padding, self._padding),

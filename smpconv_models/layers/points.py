@@ -14,7 +14,6 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn.init import trunc_normal_
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 from torch.utils.checkpoint import checkpoint
 
@@ -44,13 +43,8 @@ def tent_basis(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
 
 
 def evaluate_points(
-        query: Tensor,
-        coords: Tensor,
-        radius: Tensor,
-        weights: Tensor,
-        normalize: bool = True,
-        eps: float = 1e-6,
-) -> Tensor:
+        query: Tensor, coords: Tensor, radius: Tensor, weights: Tensor, normalize: bool = True,
+        eps: float = 1e-6) -> Tensor:
     """Evaluate equation 1: the function's value at each query, from the points whose radius covers the query.
 
     Differentiable in ``coords``, ``radius`` and ``weights`` (and ``query``), almost everywhere.
@@ -80,10 +74,7 @@ def _normalized_tents(query: Tensor, coords: Tensor, radius: Tensor, normalize: 
 
 
 def sampling_grid(
-        kernel_size: List[int],
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
-) -> Tensor:
+        kernel_size: List[int], device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Return the positions of a kernel's elements among the points: evenly over [-1, 1] in each dimension.
 
     Coordinates are Cartesian: the first grows along the kernel's last axis (x, to the right), every other one
@@ -107,12 +98,7 @@ def sampling_grid(
 
 
 def sample_kernel(
-        coords: Tensor,
-        radius: Tensor,
-        weights: Tensor,
-        kernel_size: List[int],
-        normalize: bool = True,
-) -> Tensor:
+        coords: Tensor, radius: Tensor, weights: Tensor, kernel_size: List[int], normalize: bool = True) -> Tensor:
     """Sample the kernel: :func:`evaluate_points` on :func:`sampling_grid`. A leaf function for fx.
 
     Positions and distances are computed in float32 at least, also for parameters in half precision, which is coarser
@@ -141,28 +127,14 @@ def sample_kernel(
 
 
 def resample_kernel(
-        coords: Tensor,
-        radius: Tensor,
-        weights: Tensor,
-        base_size: List[int],
-        kernel_size: List[int],
-        normalize: bool = False,
-) -> Tensor:
+        coords: Tensor, radius: Tensor, weights: Tensor, base_size: List[int], kernel_size: List[int],
+        normalize: bool = False) -> Tensor:
     """Sample the kernel of ``base_size`` on another grid, with the same response to a constant input. A leaf for fx.
 
     Every point keeps the sum of its tent over the grid. On a coarser grid the radii grow by as much as a point may be
     farther from the nearest element. A tent that would still fall between the elements is widened to the nearest one.
 
-    Args:
-        coords: ``(..., P, d)``.
-        radius: ``(..., P)``.
-        weights: ``(..., C, P)``, for the kernel of ``base_size``.
-        base_size: d sizes.
-        kernel_size: d sizes of the kernel to sample.
-        normalize: Whether to sum the tents divided by |N(x)|, see :func:`evaluate_points`.
-
-    Returns:
-        ``(..., C, *kernel_size)`` in the dtype of ``weights``; positions and sums in float32 at least.
+    Arguments, result and numerics are those of :func:`sample_kernel`; ``weights`` are for the kernel of ``base_size``.
     """
     if has_torch_function_variadic(coords, radius, weights):
         return handle_torch_function(
@@ -217,34 +189,6 @@ def clip_radius(radius: Tensor, low: float, high: float) -> Tensor:
         return handle_torch_function(clip_radius, (radius,), radius, low, high)
     radius = radius.nan_to_num(nan=float('nan'), posinf=high, neginf=low)
     return radius.clamp(low, high).detach() + (radius - radius.detach())
-
-
-def init_coords_(coords: Tensor, std: float, low: float = -1., high: float = 1.) -> Tensor:
-    """Fill ``coords`` from a zero-mean normal cut off at [low, high]; the points start near the middle.
-
-    The paper takes std 0.2 for the ImageNet models (appendix A.2), 0.05 for its other 2-D kernels (A.1).
-    """
-    return trunc_normal_(coords, std=std, a=low, b=high)
-
-
-def init_causal_coords_(coords: Tensor, std: float = 0.1) -> Tensor:
-    """Fill the coordinates of a causal 1-D kernel: half a normal that ends at the present, position 1.
-
-    Sampled in (-1, 0) with ``std``, then stretched to (-1, 1) (appendix A.1).
-    """
-    with torch.no_grad():
-        return trunc_normal_(coords, std=std, a=-1., b=0.).mul_(2).add_(1)
-
-
-def init_radius_(radius: Tensor, kernel_size: int, ndim: int) -> Tensor:
-    """Fill ``radius`` with ``2 d / k``: about the distance of two kernel elements in L1 (appendix A.1)."""
-    with torch.no_grad():
-        return radius.fill_(2 * ndim / kernel_size)
-
-
-def init_weights_(weights: Tensor, std: float = 0.02) -> Tensor:
-    """Fill the points' weights from a zero-mean normal cut off at [-2, 2]."""
-    return trunc_normal_(weights, std=std, a=-2., b=2.)
 
 
 # --- long kernels in chunks ---

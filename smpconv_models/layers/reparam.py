@@ -79,16 +79,8 @@ class ReparamLargeKernelConv(ReparamConv):
     """
 
     def __init__(
-            self,
-            channels: int,
-            kernel_size: int,
-            num_points: int,
-            small_kernel_size: int = 5,
-            dilation: int = 1,
-            norm_layer: NormLayer = nn.BatchNorm2d,
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, channels: int, kernel_size: int, num_points: int, small_kernel_size: int = 5, dilation: int = 1,
+            norm_layer: NormLayer = nn.BatchNorm2d, device: Any = None, dtype: Any = None) -> None:
         check_small_kernel(small_kernel_size, kernel_size)
         dd = {'device': device, 'dtype': dtype}
         super().__init__(
@@ -98,21 +90,6 @@ class ReparamLargeKernelConv(ReparamConv):
                 **dd) if small_kernel_size else None,
             lambda: create_norm(norm_layer, channels, **dd))
         self.small_kernel_size = small_kernel_size
-
-    @torch.jit.ignore
-    def is_sampled_from_points(self) -> bool:
-        """Return whether the large kernel is still sampled from points: it is not once re-parameterized."""
-        return isinstance(self.large.conv, SMPDepthwiseConv2d)
-
-    @torch.jit.ignore
-    def rescale(self, scale: float) -> None:
-        """Sample the large kernel with :meth:`scaled_size` elements a side from now on.
-
-        Raises:
-            ValueError: If :meth:`scaled_size` raises it.
-        """
-        large: Any = self.large.conv
-        large.resize(self.scaled_size(scale))
 
     @torch.jit.ignore
     def scaled_size(self, scale: float) -> int:

@@ -4,7 +4,6 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from . import points
 from .checks import check_counts, check_kernel_size
 from .fft_conv import CausalConv1d, FFTConv2d, causal_conv1d, check_method, fft_conv2d
 from .smp_depthwise import SMPLayer
@@ -24,19 +23,9 @@ class _SMPConvNd(SMPLayer):
     _plain: Any
 
     def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: int,
-            num_points: int,
-            bias: bool,
-            coords_std: float,
-            init_radius: Optional[float],
-            radius_range: Tuple[float, float],
-            method: str,
-            device: Any,
-            dtype: Any,
-    ) -> None:
+            self, in_channels: int, out_channels: int, kernel_size: int, num_points: int, bias: bool, coords_std: float,
+            init_radius: Optional[float], radius_range: Tuple[float, float], method: str, device: Any,
+            dtype: Any) -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, num_points=num_points)
         check_kernel_size(kernel_size, self.ndim)
         check_method(method)
@@ -108,15 +97,17 @@ class SMPConv1d(_SMPConvNd):
     def __init__(
             self, in_channels: int, out_channels: int, kernel_size: int, num_points: int = 30, bias: bool = True,
             coords_std: float = 0.1, init_radius: Optional[float] = None,
-            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None, dtype: Any = None,
-    ) -> None:
+            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None,
+            dtype: Any = None) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, num_points, bias, coords_std, init_radius, radius_range, method,
             device, dtype)
 
     @torch.jit.ignore
+    @torch.no_grad()
     def init_coords(self) -> None:
-        points.init_causal_coords_(self.coords, self.coords_std)
+        """Sample half a normal that ends at the present, position 1: in (-1, 0), then stretched (appendix A.1)."""
+        nn.init.trunc_normal_(self.coords, std=self.coords_std, a=-1., b=0.).mul_(2).add_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return causal_conv1d(x, self.kernel(), self.bias, self.method)
@@ -147,8 +138,8 @@ class SMPConv2d(_SMPConvNd):
     def __init__(
             self, in_channels: int, out_channels: int, kernel_size: int, num_points: int = 16, bias: bool = True,
             coords_std: float = 0.05, init_radius: Optional[float] = None,
-            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None, dtype: Any = None,
-    ) -> None:
+            radius_range: Tuple[float, float] = (1e-4, 1.), method: str = 'auto', device: Any = None,
+            dtype: Any = None) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, num_points, bias, coords_std, init_radius, radius_range, method,
             device, dtype)

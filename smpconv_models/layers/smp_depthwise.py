@@ -46,17 +46,9 @@ class SMPLayer(CountedConv):
     ndim: int
 
     def __init__(
-            self,
-            kernel_size: int,
-            weight_size: Tuple[int, ...],
-            coords_size: Tuple[int, ...],
-            normalize: bool,
-            coords_std: float,
-            init_radius: Optional[float],
-            radius_range: Tuple[float, float],
-            device: Any,
-            dtype: Any,
-    ) -> None:
+            self, kernel_size: int, weight_size: Tuple[int, ...], coords_size: Tuple[int, ...], normalize: bool,
+            coords_std: float, init_radius: Optional[float], radius_range: Tuple[float, float], device: Any,
+            dtype: Any) -> None:
         super().__init__()
         self.kernel_size = kernel_size
         self.base_size = kernel_size
@@ -70,18 +62,16 @@ class SMPLayer(CountedConv):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        points.init_weights_(self.weight)
+        nn.init.trunc_normal_(self.weight, std=0.02)
         self.init_coords()
-        if self.init_radius is None:
-            points.init_radius_(self.radius, self.base_size, self.ndim)
-        else:
-            nn.init.constant_(self.radius, self.init_radius)
+        # by default about the distance of two kernel elements in L1 (appendix A.1)
+        nn.init.constant_(self.radius, 2 * self.ndim / self.base_size if self.init_radius is None else self.init_radius)
         clip_radius_(self)  # 3x3 kernels would start beyond the range
 
     @torch.jit.ignore
     def init_coords(self) -> None:
-        """Sample the initial coordinates."""
-        points.init_coords_(self.coords, self.coords_std)
+        """Sample the initial coordinates; the points start near the middle (appendix A.2)."""
+        nn.init.trunc_normal_(self.coords, std=self.coords_std, a=-1., b=1.)
 
     def sample(self) -> Tensor:
         """Sample the kernel ``(..., k, ...)`` from the points."""
@@ -90,8 +80,7 @@ class SMPLayer(CountedConv):
         size = [self.kernel_size] * ndim
         if self.kernel_size == self.base_size:
             return points.sample_kernel(self.coords, radius, self.weight, size, self.normalize)
-        return points.resample_kernel(
-            self.coords, radius, self.weight, [self.base_size] * ndim, size, self.normalize)
+        return points.resample_kernel(self.coords, radius, self.weight, [self.base_size] * ndim, size, self.normalize)
 
     def kernel(self) -> Tensor:
         """Return the kernel as a convolution takes it."""
@@ -171,17 +160,9 @@ class SMPDepthwiseConv2d(SMPLayer):
     ndim = 2
 
     def __init__(
-            self,
-            channels: int,
-            kernel_size: int,
-            num_points: int,
-            dilation: int = 1,
-            coords_std: float = 0.2,
-            radius_range: Tuple[float, float] = (1e-3, 1.),
-            backend: str = 'auto',
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, channels: int, kernel_size: int, num_points: int, dilation: int = 1, coords_std: float = 0.2,
+            radius_range: Tuple[float, float] = (1e-3, 1.), backend: str = 'auto', device: Any = None,
+            dtype: Any = None) -> None:
         check_kernel_size(kernel_size, ndim=2)
         validate_options(dilation, backend)
         check_counts(num_points=num_points)

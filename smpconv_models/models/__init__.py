@@ -6,14 +6,6 @@ from .smpconv import SMPConvNet
 from .smpconv_cifar import SMPResNet
 
 __all__ = [
-    'ArchitectureMatch',
-    'SMPConvNet',
-    'SMPResNet',
-    'SMPSequenceNet',
-    'architecture_hint',
-    'check_arguments',
-    'check_network',
-    'create_sequence_model',
-    'identify',
-    'list_sequence_models',
+    'ArchitectureMatch', 'SMPConvNet', 'SMPResNet', 'SMPSequenceNet', 'architecture_hint', 'check_arguments',
+    'check_network', 'create_sequence_model', 'identify', 'list_sequence_models',
 ]

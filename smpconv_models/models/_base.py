@@ -15,9 +15,8 @@ class SMPNet(nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Sample the initial weights.
 
-        Args:
-            needs_reset: Whether to reset the norms and points too, whose constructors have done so already; for a model
-                that was made on the meta device and moved by ``to_empty``.
+        ``needs_reset`` resets the norms and points too, whose constructors have done so already; for a model that was
+        made on the meta device and moved by ``to_empty``.
         """
         for module in self.modules():
             self.init_module(module, needs_reset)
@@ -86,14 +85,9 @@ class StagedBackbone(SMPNet):
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+            self, x: Tensor, indices: Optional[Union[int, List[int]]] = None, norm: bool = False,
+            stop_early: bool = False, output_fmt: str = 'NCHW',
+            intermediates_only: bool = False) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Run the forward pass and return the stages' outputs.
 
         Args:
@@ -131,11 +125,7 @@ class StagedBackbone(SMPNet):
 
     @torch.jit.ignore
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
+            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
         """Remove what ``forward_intermediates`` does not need for these stages, and return their indices.
 
         Without the last stage the head is removed for any ``prune_head``: it fits that stage's channels only.

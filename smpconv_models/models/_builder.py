@@ -20,22 +20,13 @@ StateDict = Dict[str, Tensor]
 
 
 def build_model(
-        model_cls: ModelCtor,
-        variant: str,
-        pretrained: bool,
-        model_args: Dict[str, Any],
-        filter_fn: Callable[[StateDict, Any], StateDict],
-        overrides: Dict[str, Any],
-        args_for_weights: Callable[[ResolvedWeights], Dict[str, Any]] = lambda weights: {},
-) -> Any:
+        model_cls: ModelCtor, variant: str, pretrained: bool, model_args: Dict[str, Any],
+        filter_fn: Callable[[StateDict, Any], StateDict], overrides: Dict[str, Any],
+        args_for_weights: Callable[[ResolvedWeights], Dict[str, Any]] = lambda weights: {}) -> Any:
     """Build a variant; one that a repository or folder describes is validated before it takes memory.
 
     Args:
         model_cls: Constructor, with ``first_convs``; see :func:`convert_state_dict`.
-        variant: Name of the model.
-        pretrained: Whether to load weights.
-        model_args: Arguments of the variant.
-        filter_fn: timm's ``pretrained_filter_fn``.
         overrides: User and config arguments; they take precedence over ``model_args``.
         args_for_weights: Function that returns further arguments with which the weights load.
 
@@ -95,8 +86,7 @@ def _check_out_indices(out_indices: Union[int, Sequence[int], None], num_stages:
         if not 1 <= out_indices <= num_stages:
             raise ValueError(f'out_indices as a number of last stages must lie in [1, {num_stages}], got {out_indices}')
     elif any(not -num_stages <= index < num_stages for index in out_indices):
-        raise ValueError(
-            f'out_indices must lie in [{-num_stages}, {num_stages - 1}], got {tuple(out_indices)}')
+        raise ValueError(f'out_indices must lie in [{-num_stages}, {num_stages - 1}], got {tuple(out_indices)}')
 
 
 # --- identification ---
@@ -149,20 +139,14 @@ def _by_our_names(state_dict: StateDict) -> StateDict:
 
 
 def infer_kernel_scale(
-        weights: StateDict,
-        default_sizes: Sequence[int],
-        kernel_sizes: Sequence[int],
-        points_divisor: int,
-        kernel_scale: Union[float, Sequence[float]] = 1.,
-        **kwargs: Any,
-) -> Dict[str, Any]:
+        weights: StateDict, default_sizes: Sequence[int], kernel_sizes: Sequence[int], points_divisor: int,
+        kernel_scale: Union[float, Sequence[float]] = 1., **kwargs: Any) -> Dict[str, Any]:
     """Return the arguments with which kernels of other sizes than the weights' are sampled from the weights' points.
 
     Args:
         weights: State dict, by the original release's names or ours.
         default_sizes: Kernel sizes of the model without the user's arguments.
         kernel_sizes: Kernel sizes that the user asks for, of each stage.
-        points_divisor: Argument of the constructor.
         kernel_scale: Argument of the constructor; must be 1 if the sizes differ from the weights'.
 
     Raises:

@@ -44,18 +44,8 @@ def is_external_cfg(pretrained_cfg: Any) -> bool:
 
 
 def validate_config(
-        model_cls: ModelCtor,
-        pretrained_cfg: Dict[str, Any],
-        pretrained_model_args: Any = None,
-        **kwargs: Any,
-) -> None:
-    """Validate a config before any of it is used.
-
-    Args:
-        model_cls: Constructor of the network.
-        pretrained_cfg: Description of the weights in the config.
-        pretrained_model_args: Arguments of the constructor in the config.
-        kwargs: Arguments of the constructor, the user's among them.
+        model_cls: ModelCtor, pretrained_cfg: Dict[str, Any], pretrained_model_args: Any = None, **kwargs: Any) -> None:
+    """Validate a config before any of it is used; ``kwargs`` are the constructor's arguments, the user's among them.
 
     Raises:
         ValueError: The config has arguments that the constructor lacks, or values of other types.
@@ -96,18 +86,9 @@ def _check_names(model_cls: ModelCtor, arguments: Any) -> None:
 
 
 def build_on_meta(
-        model_cls: ModelCtor,
-        pretrained_cfg: Dict[str, Any],
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        **kwargs: Any,
-) -> Any:
-    """Build a config's network on the meta device, where it takes no memory.
-
-    Args:
-        model_cls: Constructor of the network.
-        pretrained_cfg: Description of the weights; becomes the network's.
-        pretrained_cfg_overlay: The user's changes of the description.
-        kwargs: Arguments of the constructor, and others, which are ignored.
+        model_cls: ModelCtor, pretrained_cfg: Dict[str, Any], pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        **kwargs: Any) -> Any:
+    """Build a config's network on the meta device, where it takes no memory; arguments of others are ignored.
 
     Raises:
         ValueError: The network cannot be built, or would take any amount of memory.

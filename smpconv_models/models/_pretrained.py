@@ -31,18 +31,12 @@ Check = Callable[[], Any]
 
 
 class ResolvedWeights(NamedTuple):
-    """Pretrained weights, for timm.
-
-    Attributes:
-        overlay: Changes of the config, by which timm takes the weights from this file.
-        state_dict: Weights, whose data is read on use; empty for weights that timm finds without a file.
-        path: Path of the file.
-        verify: Function that waits for the file's checksum and raises ValueError if it is wrong.
-    """
-    overlay: Dict[str, Any]
+    """Pretrained weights, for timm."""
+    overlay: Dict[str, Any]  # changes of the config, by which timm takes the weights from this file
+    # weights, whose data is read on use; empty for weights that timm finds without a file
     state_dict: Dict[str, Tensor]
     path: Optional[Path]
-    verify: Check
+    verify: Check  # waits for the file's checksum, and raises ValueError if it is wrong
 
     @contextmanager
     def error_context(self) -> Iterator[None]:
@@ -66,21 +60,12 @@ NO_WEIGHTS = ResolvedWeights({}, {}, None, lambda: None)
 
 
 def resolve_weights(
-        variant: str,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        cache_dir: Any = None,
-        **kwargs: Any,
-) -> ResolvedWeights:
-    """Find the file of a model's weights, download it if necessary, and validate it.
+        variant: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Any = None, **kwargs: Any) -> ResolvedWeights:
+    """Find the file of a model's weights, download it if necessary, and validate it. Arguments are timm's.
 
-    A thread computes the checksum while the caller creates the model.
-
-    Args:
-        variant: Name of the model.
-        pretrained_cfg: Config, as timm's ``create_model`` passes it.
-        pretrained_cfg_overlay: Changes of the config, as timm's ``create_model`` passes them.
-        cache_dir: Folder for downloads, by default the Hub client's cache, and PyTorch's for the original files.
+    A thread computes the checksum while the caller creates the model. ``cache_dir`` is by default the Hub client's
+    cache, and PyTorch's for the original files.
 
     Raises:
         ValueError: The file does not exist, cannot be downloaded, or may not be loaded.

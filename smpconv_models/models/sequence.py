@@ -50,25 +50,11 @@ class SMPSequenceNet(SMPNet):
     """
 
     def __init__(
-            self,
-            sequence_length: int,
-            in_chans: int = 1,
-            num_classes: int = 10,
-            depth: int = 6,
-            dim: int = 30,
-            num_points: int = 30,
-            kernel_size: Optional[int] = None,
-            small_kernel_size: int = 5,
-            conv_bias: bool = False,
-            coords_std: float = 0.1,
-            init_radius: Optional[float] = None,
-            input_drop_rate: float = 0.,
-            block_drop_rate: float = 0.,
-            drop_rate: float = 0.,
-            method: str = 'auto',
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, sequence_length: int, in_chans: int = 1, num_classes: int = 10, depth: int = 6, dim: int = 30,
+            num_points: int = 30, kernel_size: Optional[int] = None, small_kernel_size: int = 5,
+            conv_bias: bool = False, coords_std: float = 0.1, init_radius: Optional[float] = None,
+            input_drop_rate: float = 0., block_drop_rate: float = 0., drop_rate: float = 0., method: str = 'auto',
+            device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         kernel_size = sequence_length if kernel_size is None else kernel_size
         check_counts(sequence_length=sequence_length, in_chans=in_chans, depth=depth, dim=dim, kernel_size=kernel_size)

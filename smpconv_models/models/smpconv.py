@@ -15,7 +15,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from smpconv_models import checkpoint
-from smpconv_models.layers import ConvFFN, ConvNormActBlock, LargeKernelBlock, ReparamLargeKernelConv
+from smpconv_models.layers import ConvFFN, ConvNormActBlock, LargeKernelBlock, ReparamLargeKernelConv, SMPLayer
 from smpconv_models.layers.blocks import init_module_, pointwise
 from smpconv_models.layers.checks import check_odd, check_rates
 from smpconv_models.layers.conv_norm import ActLayer, NormLayer, create_act, create_norm
@@ -28,15 +28,8 @@ __all__ = ['SMPConvNet']
 
 
 def conv3x3(
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        dilation: int,
-        groups: int,
-        norm_layer: NormLayer,
-        act_layer: ActLayer,
-        **dd: Any,
-) -> ConvNormActBlock:
+        in_channels: int, out_channels: int, stride: int, dilation: int, groups: int, norm_layer: NormLayer,
+        act_layer: ActLayer, **dd: Any) -> ConvNormActBlock:
     """Create a 3x3 convolution, norm and activation."""
     return ConvNormActBlock(
         nn.Conv2d(
@@ -50,11 +43,8 @@ def create_stem(in_chans: int, dim: int, stride: int, **shared: Any) -> nn.Seque
     """Create the stem, with a reduction of 1, 2 or 4."""
     first_stride = min(stride, 2)
     return nn.Sequential(
-        conv3x3(in_chans, dim, first_stride, 1, 1, **shared),
-        conv3x3(dim, dim, 1, 1, dim, **shared),
-        pointwise(dim, dim, **shared),
-        conv3x3(dim, dim, stride // first_stride, 1, dim, **shared),
-    )
+        conv3x3(in_chans, dim, first_stride, 1, 1, **shared), conv3x3(dim, dim, 1, 1, dim, **shared),
+        pointwise(dim, dim, **shared), conv3x3(dim, dim, stride // first_stride, 1, dim, **shared))
 
 
 class SMPConvBlock(nn.Sequential):
@@ -110,28 +100,12 @@ class SMPConvNet(StagedBackbone):
     first_convs = ('stem.0.conv.weight',)
 
     def __init__(
-            self,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: str = 'avg',
-            output_stride: int = 32,
-            stem_stride: int = 4,
-            depths: Sequence[int] = (2, 2, 8, 2),
-            dims: Sequence[int] = (96, 192, 384, 768),
-            kernel_sizes: Sequence[int] = (31, 29, 27, 13),
-            points_divisor: int = 4,
-            mlp_ratio: float = 4.,
-            small_kernel_size: int = 5,
-            kernel_scale: Union[float, Sequence[float]] = 1.,
-            act_layer: ActLayer = 'relu',
-            ffn_act_layer: ActLayer = 'gelu',
-            norm_layer: NormLayer = 'batchnorm2d',
-            drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            weight_init: str = '',
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = 'avg', output_stride: int = 32,
+            stem_stride: int = 4, depths: Sequence[int] = (2, 2, 8, 2), dims: Sequence[int] = (96, 192, 384, 768),
+            kernel_sizes: Sequence[int] = (31, 29, 27, 13), points_divisor: int = 4, mlp_ratio: float = 4.,
+            small_kernel_size: int = 5, kernel_scale: Union[float, Sequence[float]] = 1., act_layer: ActLayer = 'relu',
+            ffn_act_layer: ActLayer = 'gelu', norm_layer: NormLayer = 'batchnorm2d', drop_rate: float = 0.,
+            drop_path_rate: float = 0., weight_init: str = '', device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         if weight_init not in ('', 'skip'):
             raise ValueError(f"weight_init must be '' or 'skip', got {weight_init!r}")
@@ -191,7 +165,7 @@ class SMPConvNet(StagedBackbone):
         the large ones have no other resolution, and stay.
 
         Args:
-            scale: Number for all stages, or one for each; see :meth:`ReparamLargeKernelConv.rescale`.
+            scale: Number for all stages, or one for each; see :meth:`ReparamLargeKernelConv.scaled_size`.
 
         Raises:
             ValueError: The numbers are not as many as the stages, a kernel would be smaller than the small one beside
@@ -201,26 +175,19 @@ class SMPConvNet(StagedBackbone):
         scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(stages)
         if len(scales) != len(stages):
             raise ValueError(f'kernel_scale must have one entry for each of {len(stages)} stages, got {scale}')
-        layers = [
-            (module, factor) for stage, factor in zip(stages, scales) for module in stage.modules()
-            if isinstance(module, ReparamLargeKernelConv) and module.is_sampled_from_points()]
-        if not layers and any(len(stage.blocks) for stage in stages):
+        sizes = [  # all of them are checked before any is changed
+            (module.large.conv, module.scaled_size(factor)) for stage, factor in zip(stages, scales)
+            for module in stage.modules()
+            if isinstance(module, ReparamLargeKernelConv) and isinstance(module.large.conv, SMPLayer)]
+        if not sizes and any(len(stage.blocks) for stage in stages):
             raise ValueError('kernel_scale cannot be changed: the model is re-parameterized and has no points left')
-        for layer, factor in layers:  # check all of them before any is changed
-            layer.scaled_size(factor)
-        for layer, factor in layers:
-            layer.rescale(factor)
+        for layer, size in sizes:
+            layer.resize(size)
 
 
 def _check_config(
-        num_classes: int,
-        output_stride: int,
-        stem_stride: int,
-        depths: Sequence[int],
-        dims: Sequence[int],
-        kernel_sizes: Sequence[int],
-        points_divisor: int,
-) -> None:
+        num_classes: int, output_stride: int, stem_stride: int, depths: Sequence[int], dims: Sequence[int],
+        kernel_sizes: Sequence[int], points_divisor: int) -> None:
     if num_classes < 0:
         raise ValueError(f'num_classes must be at least 0, got {num_classes}')
     if stem_stride not in (1, 2, 4):
@@ -276,8 +243,7 @@ def _create_smpconv(variant: str, pretrained: bool, model_args: Dict[str, Any], 
             kwargs.update(infer_kernel_scale(weights.state_dict, default_sizes, **{**model_args, **overrides}))
         return kwargs
 
-    return build_model(
-        SMPConvNet, variant, pretrained, model_args, checkpoint_filter_fn, overrides, args_for_weights)
+    return build_model(SMPConvNet, variant, pretrained, model_args, checkpoint_filter_fn, overrides, args_for_weights)
 
 
 @register_model

@@ -73,25 +73,11 @@ class SMPResNet(StagedBackbone):
     first_convs = ('stem.large.conv.weight', 'stem.small.conv.weight')
 
     def __init__(
-            self,
-            in_chans: int = 3,
-            num_classes: int = 10,
-            global_pool: str = 'avg',
-            depths: Sequence[int] = (2, 3, 2),
-            dims: Sequence[int] = (24, 36, 48),
-            kernel_size: int = 33,
-            num_points: int = 16,
-            small_kernel_size: int = 3,
-            coords_std: float = 0.05,
-            init_radius: Optional[float] = None,
-            learned: Sequence[str] = _LEARNED,
-            norm_layer: NormLayer = 'batchnorm2d',
-            drop_rate: float = 0.,
-            block_drop_rate: float = 0.,
-            method: str = 'auto',
-            device: Any = None,
-            dtype: Any = None,
-    ) -> None:
+            self, in_chans: int = 3, num_classes: int = 10, global_pool: str = 'avg', depths: Sequence[int] = (2, 3, 2),
+            dims: Sequence[int] = (24, 36, 48), kernel_size: int = 33, num_points: int = 16, small_kernel_size: int = 3,
+            coords_std: float = 0.05, init_radius: Optional[float] = None, learned: Sequence[str] = _LEARNED,
+            norm_layer: NormLayer = 'batchnorm2d', drop_rate: float = 0., block_drop_rate: float = 0.,
+            method: str = 'auto', device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         _check(in_chans, depths, dims, kernel_size, small_kernel_size, num_classes, learned)
         check_rates(drop_rate=drop_rate, block_drop_rate=block_drop_rate)
@@ -151,17 +137,10 @@ class SMPResNet(StagedBackbone):
 
 
 def _check(
-        in_chans: int,
-        depths: Sequence[int],
-        dims: Sequence[int],
-        kernel_size: int,
-        small_kernel_size: int,
-        num_classes: int,
-        learned: Sequence[str],
-) -> None:
+        in_chans: int, depths: Sequence[int], dims: Sequence[int], kernel_size: int, small_kernel_size: int,
+        num_classes: int, learned: Sequence[str]) -> None:
     if len(depths) != len(dims) or not depths:
-        raise ValueError(
-            f'depths and dims must have one entry for each stage, got {len(depths)} and {len(dims)}')
+        raise ValueError(f'depths and dims must have one entry for each stage, got {len(depths)} and {len(dims)}')
     check_counts(
         in_chans=in_chans, **{f'depths[{stage}]': depth for stage, depth in enumerate(depths)},
         **{f'dims[{stage}]': dim for stage, dim in enumerate(dims)})

@@ -40,16 +40,11 @@ def load(name: str) -> ModuleType:
 
 
 def select(
-        backend: str,
-        input: Tensor,
-        kernel_size: Sequence[int],
-        dilation: Sequence[int],
-        needs_weight_grad: bool = True,
-) -> str:
+        backend: str, input: Tensor, kernel_size: Sequence[int], dilation: Sequence[int],
+        needs_weight_grad: bool = True) -> str:
     """Return the name of the backend for ``input``: the given one, or for 'auto' the first that can and is not slower.
 
-    Raises:
-        RuntimeError: The backend was named and cannot run there; a named backend never falls back.
+    A named backend never falls back: raise RuntimeError if it cannot run there.
     """
     if backend == 'auto':
         problem = ConvProblem(input.shape, input.dtype, kernel_size, dilation, needs_weight_grad)
@@ -73,8 +68,7 @@ def _runnable(device: torch.device, dtype: torch.dtype) -> Tuple[str, ...]:
 def run(backend: str, selected: str, step: str, *args: Any) -> Tensor:
     """Call ``forward`` or ``weight_grad`` of the selected backend; if 'auto' selected one that cannot launch, conv2d's.
 
-    Raises:
-        LaunchError: The backend was named.
+    A named backend that cannot launch raises LaunchError.
     """
     try:
         return getattr(load(selected), step)(*args)

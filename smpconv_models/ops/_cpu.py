@@ -155,12 +155,8 @@ def skip_reason(problem: ConvProblem) -> Optional[str]:
 
 
 def _depthwise(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        padding: List[int],
-        dilation: Sequence[int] = (1, 1),
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], padding: List[int],
+        dilation: Sequence[int] = (1, 1)) -> Tensor:
     channels = weight.shape[0]
     if max(weight.shape[2:]) > _LARGEST_FAST_NCHW_KERNEL:
         input = _channels_last(input)

@@ -21,13 +21,7 @@ from . import _backends
 _CONV1D, _CONV2D = torch.conv1d, torch.conv2d  # F has the same objects unless somebody replaced them
 
 
-def convolve(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        dilation: List[int],
-        backend: str,
-) -> Tensor:
+def convolve(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str) -> Tensor:
     """Autocast as ``conv2d`` does, select the backend, and call the operator, or the backend if nothing watches.
 
     The operator's own time, some 50 microseconds, is that of a small layer.
@@ -64,13 +58,8 @@ def _needs_dispatch(*tensors: Optional[Tensor]) -> bool:
 
 
 def _forward(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor],
-        dilation: List[int],
-        backend: str,
-        selected: str,
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str,
+        selected: str) -> Tensor:
     with _without_autocast(input.device.type):
         output = _backends.run(backend, selected, 'forward', input, weight, bias, dilation)
     return output.contiguous(memory_format=_memory_format(input))
@@ -100,16 +89,16 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d', mutates_args=())
 def _conv(
-        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str, selected: str,
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str,
+        selected: str) -> Tensor:
     selected = selected or _backends.select(backend, input, weight.shape[2:], dilation)
     return _forward(input, weight, bias, dilation, backend, selected)
 
 
 @_conv.register_fake
 def _(
-        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str, selected: str,
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int], backend: str,
+        selected: str) -> Tensor:
     if backend != 'auto' and not selected:
         _backends.select(backend, input, weight.shape[2:], dilation)  # one that cannot run raises on meta tensors too
     return input.new_empty(input.shape).contiguous(memory_format=_memory_format(input))
@@ -117,8 +106,8 @@ def _(
 
 @torch.library.custom_op('smpconv_models::depthwise_conv2d_weight_grad', mutates_args=())
 def _weight_grad(
-        grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str, selected: str,
-) -> Tensor:
+        grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str,
+        selected: str) -> Tensor:
     selected = selected or _backends.select(backend, input, kernel_size, dilation)
     with _without_autocast(input.device.type):
         weight_grad = _backends.run(backend, selected, 'weight_grad', grad, input, kernel_size, dilation)
@@ -126,9 +115,7 @@ def _weight_grad(
 
 
 @_weight_grad.register_fake
-def _(
-        grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str, selected: str,
-) -> Tensor:
+def _(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str, selected: str) -> Tensor:
     return input.new_empty((input.shape[1], 1, kernel_size[0], kernel_size[1]))
 
 

@@ -16,13 +16,8 @@ from . import _backends, _custom_op, _reference
 
 
 def depthwise_conv2d(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor] = None,
-        *,
-        dilation: Union[int, Tuple[int, int]] = 1,
-        backend: str = 'auto',
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor] = None, *, dilation: Union[int, Tuple[int, int]] = 1,
+        backend: str = 'auto') -> Tensor:
     """Compute a depthwise convolution with stride 1 and "same" zero padding, made for large kernels.
 
     Equal in meaning to ``F.conv2d(input, weight, bias, padding='same', dilation=dilation, groups=C)``. The result
@@ -62,12 +57,8 @@ def depthwise_conv2d(
 
 
 def _depthwise_conv2d(
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional[Tensor] = None,
-        dilation: Union[int, Tuple[int, int]] = 1,
-        backend: str = 'auto',
-) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: Union[int, Tuple[int, int]] = 1,
+        backend: str = 'auto') -> Tensor:
     """Dispatch a call whose options are valid. The leaf function of fx graphs, and what TorchScript compiles."""
     if isinstance(dilation, int):
         dilation_list = [dilation, dilation]
@@ -113,8 +104,7 @@ def validate_options(dilation: Union[int, Tuple[int, int]], backend: str) -> Non
 def available_backends(device: Union[str, torch.device] = 'cpu') -> Tuple[str, ...]:
     """Return the names of the backends that can run on ``device``, in the order in which 'auto' tries them."""
     device = torch.device(device)
-    return tuple(
-        name for name in _backends.AUTO_ORDER if _backends.load(name).unsupported_reason(device) is None)
+    return tuple(name for name in _backends.AUTO_ORDER if _backends.load(name).unsupported_reason(device) is None)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of a run: progress, saving, validation of the content, and options that may change on resuming."""
 import errno
+import io
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
@@ -29,34 +30,19 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Progress of a run, in plain data.
-
-    Attributes:
-        epoch: Number of finished epochs, their evaluation included.
-        step: Number of finished steps of the current epoch.
-        loss_sum: Sum of the losses of the steps that were applied in the current epoch.
-        loss_count: Number of those steps.
-        refused: Number of consecutive steps, up to now, that were skipped because a number was not finite.
-        unreadable: Number of unreadable images that were skipped, over all ranks.
-        best_epoch: Epoch of the best accuracy.
-        rows: Measurements of each epoch.
-    """
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.
-    loss_count: int = 0
-    refused: int = 0
-    unreadable: int = 0
-    best_epoch: Optional[int] = None
-    rows: List[Dict[str, Any]] = field(default_factory=list)
+    """Progress of a run, in plain data."""
+    epoch: int = 0  # number of finished epochs, their evaluation included
+    step: int = 0  # number of finished steps of the current epoch
+    loss_sum: float = 0.  # sum of the losses of the steps that were applied in the current epoch
+    loss_count: int = 0  # number of those steps
+    refused: int = 0  # number of consecutive steps, up to now, that were skipped because a number was not finite
+    unreadable: int = 0  # number of unreadable images that were skipped, over all ranks
+    best_epoch: Optional[int] = None  # epoch of the best accuracy
+    rows: List[Dict[str, Any]] = field(default_factory=list)  # measurements of each epoch
 
     @classmethod
     def from_state_dict(cls, state: Any) -> 'TrainState':
-        """Return the progress that :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: If a field is missing or has another type.
-        """
+        """Return :meth:`state_dict` as progress; raise ValueError if a field is missing or has another type."""
         if not isinstance(state, dict) or set(state) != {item.name for item in fields(cls)}:
             raise ValueError('the checkpoint has no progress of a run; --initial-checkpoint loads weights alone')
         for name in ('epoch', 'step', 'loss_count', 'refused', 'unreadable'):
@@ -102,12 +88,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] = None) -> None:
-    """Write a checkpoint, and validate the file before it takes its name.
+    """Write a checkpoint, and validate the file before it takes its name; the replaced file is renamed to ``previous``.
 
-    Args:
-        path: Path of the checkpoint.
-        state: Tensors and plain data, which load with ``weights_only=True``.
-        previous: Path to which the replaced file is renamed.
+    ``state`` has tensors and plain data, which load with ``weights_only=True``.
 
     Raises:
         FloatingPointError: If a weight is not finite.
@@ -119,10 +102,12 @@ def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] 
             if value.is_floating_point() and not value.isfinite().all():
                 raise FloatingPointError(
                     f'{name} of the {key} is not finite, so it is not saved; a lower --lr may help')
+    content = io.BytesIO()  # torch's writer to a file hides the system's error in one of its own
+    torch.save(state, content)
     try:
         with atomic_write(path) as temporary:
             with open(temporary, 'wb') as file:
-                _write(state, file)
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             checkpoint.check_file(temporary)
@@ -131,40 +116,11 @@ def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] 
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise OSError(f'{path} cannot be written: {error}') from error
-        needed, free = (f'{size / 2 ** 20:.1f} MiB' for size in (_size(state), shutil.disk_usage(path.parent).free))
+        needed, free = (f'{size / 2 ** 20:.1f} MiB' for size in (content.tell(), shutil.disk_usage(path.parent).free))
         less = '' if error.errno == errno.ENOSPC else ', a quota or limit (ulimit -f) has less'
         raise OSError(
             f'no space: a checkpoint needs {needed}, the disk has {free}{less}, at {path} ({error.strerror})'
         ) from error
-
-
-def _write(state: Dict[str, Any], file: BinaryIO) -> None:
-    """Save to a file; raises the system's error, which torch's writer hides in one of its own."""
-    sink: Any = _ErrorCapturingFile(file)
-    try:
-        torch.save(state, sink)
-    except RuntimeError as error:
-        if sink.error is None:
-            raise
-        raise sink.error from error
-
-
-class _ErrorCapturingFile:
-    """File that keeps the error of a failed write."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: Optional[OSError] = None
-
-    def write(self, content: Any) -> int:
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _link_or_copy(path: Path, previous: Path) -> None:
@@ -176,15 +132,6 @@ def _link_or_copy(path: Path, previous: Path) -> None:
         except OSError:
             shutil.copy(path, temporary)
     temporary.unlink(missing_ok=True)  # renaming has no effect if both names are of one file already
-
-
-def _size(value: Any) -> int:
-    """Return the bytes of the tensors in nested containers, with their entries in the file."""
-    if isinstance(value, Tensor):
-        return value.nbytes + 400
-    if isinstance(value, dict):
-        value = list(value.values())
-    return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 # --- content ---
@@ -199,11 +146,7 @@ def is_resumable(loaded: Any) -> bool:
 
 
 def check_content(loaded: Any, path: Any) -> None:
-    """Check the types of everything that a run resumes from, before any of it is used.
-
-    Args:
-        loaded: Content of a checkpoint; one that is not of a training run passes.
-        path: Path of the file, for messages.
+    """Check the types of everything that a run resumes from; a file that is not of a training run passes.
 
     Raises:
         ValueError: If a value has another type than its field; the line names the file and the field.
@@ -282,15 +225,7 @@ _IGNORED_ARGS = (
 
 
 def diff_args(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], List[str]]:
-    """Describe the options that changed since a checkpoint.
-
-    Args:
-        then: Options in the checkpoint.
-        now: Options of this command.
-
-    Returns:
-        Lines for options that may change, and lines for those that must not.
-    """
+    """Return lines for options that changed since a checkpoint and may, and lines for those that must not."""
     # a checkpoint of an older version lacks newer options, whose default is what it did
     then = {**TrainOptions().as_dict(), **{RENAMED_OPTIONS.get(key, key): value for key, value in then.items()}}
     changed = {
@@ -319,11 +254,7 @@ _MOMENTS = ('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer', 'squar
 
 
 def load_optimizer(optimizer: Any, state: Dict[str, Any]) -> None:
-    """Load an optimizer's state after a comparison with its parameters.
-
-    Args:
-        optimizer: Optimizer to load into; hyperparameters that the checkpoint lacks keep their values.
-        state: State dict of an optimizer of the same class.
+    """Load an optimizer's state; hyperparameters that the checkpoint lacks keep their values.
 
     Raises:
         ValueError: If parameter groups, types of hyperparameters or shapes differ.
@@ -387,11 +318,7 @@ _LOCK_TIMEOUT_S = 6.
 
 
 class RunDir:
-    """Files of a run.
-
-    Args:
-        path: Path of the folder, which need not exist.
-    """
+    """Files of a run in a folder, which need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -406,8 +333,7 @@ class RunDir:
         self.summary_png = path / 'summary.png'
         self._owner_file = path / '.run.json'
         self._lock = FileLock(path / '.run.lock')
-        self._owner = {
-            'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')}
+        self._owner = {'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')}
 
     @staticmethod
     def best_checkpoint(path: str) -> str:
@@ -417,8 +343,7 @@ class RunDir:
     def acquire(self) -> None:
         """Create the folder if there is none, and lock it until :meth:`release` or the end of the process.
 
-        Raises:
-            ValueError: If it cannot be written to, or another run holds it.
+        A folder that cannot be written to, or that another run holds, is a ValueError.
         """
         try:
             self._acquire_lock()
@@ -429,11 +354,11 @@ class RunDir:
                 '--experiment') from error
         except OSError as error:
             raise ValueError(f'--output {self.path} cannot be written to: {error}') from error
-        atomic_io.remove_temporaries([
-            self.arguments, self.last, self.previous, self.best, self.split_csv, self.summary_csv, self.summary_json,
-            self.curves, self.summary_png, self._owner_file])
-        for pattern in ('.checkpoint-*.pth.tar.*', '.best-*.pth.tar.*'):  # of any epoch
-            for temporary in self.path.glob(pattern):
+        for path in (
+                self.arguments, self.last, self.previous, self.best, self.split_csv, self.summary_csv, self.summary_json,
+                self.curves, self.summary_png, self._owner_file,
+                Path('checkpoint-*.pth.tar'), Path('best-*.pth.tar')):  # of any epoch
+            for temporary in self.path.glob(f'.{path.name}.*'):  # of atomic_write in a process that was killed
                 temporary.unlink(missing_ok=True)
 
     def _acquire_lock(self) -> None:
@@ -479,11 +404,7 @@ class RunDir:
         return self.last.exists() or self.previous.exists()
 
     def load_latest(self) -> Optional[Tuple[str, Any]]:
-        """Return path and content of the newest valid checkpoint; None if there is no checkpoint.
-
-        Raises:
-            ValueError: If there are checkpoints, but no valid one.
-        """
+        """Return path and content of the newest valid checkpoint, if there is any; ValueError if none is valid."""
         problems: List[str] = []
         for path in (self.last, self.previous):
             if not path.exists():

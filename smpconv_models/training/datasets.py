@@ -5,7 +5,7 @@ An image passes these places from its file to the model in training:
 1. :class:`ResumableBatchSampler` lists the samples of each batch as pairs (epoch, index).
 2. In a DataLoader worker, :class:`SeededDataset` seeds the random generators by (seed, epoch, index), reads the image
    from its source, converts it with :class:`ReadImage`, and applies the transform that the task has set.
-3. :class:`CollateReadable` stacks the readable samples to a batch, and lists the unreadable ones.
+3. :func:`collate_readable` stacks the readable samples to a batch, and lists the unreadable ones.
 4. In the main process, :class:`~.distributed.BoundedLoader` bounds the wait for the batch, :class:`CheckedLoader`
    reports the unreadable samples and checks the class indices.
 5. On a GPU, timm's ``PrefetchLoader`` copies the batch to the device and normalizes it there.
@@ -64,14 +64,9 @@ DEEP_MODES = ('I', 'I;16', 'I;16B', 'I;16L', 'I;16N', 'F')
 
 
 class ReadImage(NamedTuple):
-    """Function that reads image files and converts them to one mode.
-
-    Attributes:
-        mode: Mode of the result, ``'L'`` or ``'RGB'``.
-        exif_orientation: Whether to apply the EXIF orientation tag.
-    """
-    mode: str
-    exif_orientation: bool = False
+    """Function that reads image files and converts them to one mode."""
+    mode: str  # mode of the result, ``'L'`` or ``'RGB'``
+    exif_orientation: bool = False  # whether to apply the EXIF orientation tag
 
     def __call__(self, file: Any) -> Image.Image:
         """Return the converted image of a path or an open file."""
@@ -79,27 +74,18 @@ class ReadImage(NamedTuple):
             return self.convert(image)
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """Convert an opened image.
-
-        Raises:
-            ValueError: If the values of a 32-bit image are out of the range of :func:`to_8_bits`.
-        """
+        """Convert an opened image; raise ValueError if :func:`to_8_bits` does."""
         if self.exif_orientation:
             image = ImageOps.exif_transpose(image)
         return (to_8_bits(image) if image.mode in DEEP_MODES else image).convert(self.mode)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert a gray image with 16 or 32 bits per value to 8 bits.
+    """Convert a gray image in one of :data:`DEEP_MODES`, with 16 or 32 bits per value, to 8 bits.
 
     The scale depends on the mode of an image alone, never on its values. Integers range from 0 (black) to 65535
     (white); the upper byte is kept, as in Pillow's 16-bit RGB images. Floats range from 0. (black) to 1. (white).
-
-    Args:
-        image: Image in one of :data:`DEEP_MODES`.
-
-    Raises:
-        ValueError: If a value is outside of 0 to 65535, or of 0. to 1. for floats.
+    Values outside of the range are a ValueError.
     """
     pixels = np.asarray(image)
     highest = 1. if image.mode == 'F' else 65535
@@ -145,24 +131,16 @@ class SkippedSamples:
     Args:
         limit: Number of samples that may be skipped; None for any number.
         strict: Whether a single one is an error, as in evaluation.
-
-    Attributes:
-        count: Number of times that a sample was skipped.
-        seen: Names of the skipped samples.
     """
 
     def __init__(self, *, limit: Optional[int] = None, strict: bool = False) -> None:
         self.limit = limit
         self.strict = strict
-        self.count = 0
-        self.seen: Set[str] = set()
+        self.count = 0  # times that a sample was skipped
+        self.seen: Set[str] = set()  # names
 
     def __call__(self, unreadable: List[Unreadable]) -> None:
-        """Log and count samples that are skipped.
-
-        Raises:
-            ValueError: If no sample, or no more samples, may be skipped.
-        """
+        """Log and count samples that are skipped; raise ValueError if no sample, or no more samples, may be skipped."""
         self.count += len(unreadable)
         for name, reason in unreadable:
             if self.strict:
@@ -189,10 +167,6 @@ class SeededDataset(Dataset):
         seed: Seed of the augmentation.
         convert: Conversion of the source's images; None leaves them as they are.
         is_training: Whether a batch without any readable image is filled with the next readable one.
-
-    Attributes:
-        transform: Transform of the images; the task sets it.
-        classes: Names of the classes by index; None if they are not known.
     """
     is_stream = False
 
@@ -207,7 +181,7 @@ class SeededDataset(Dataset):
         self.seed = seed
         self.convert = convert
         self.is_training = is_training
-        self.transform: Any = None
+        self.transform: Any = None  # the task sets it
         self.classes: Optional[List[str]] = None if source.classes is None else list(source.classes)
 
     @property
@@ -265,16 +239,8 @@ class ResumableBatchSampler(Sampler):
     The order of an epoch's images is a function of the seed and the epoch. Each step takes the next
     ``batch_size * accumulation * world_size`` images, and each rank its part of them. Runs with the same product thus
     have the same images in each step. Images that do not fill a step are left out.
-
-    Args:
-        length: Number of images.
-        batch_size: Batch size of one rank.
-        accumulation: Number of batches that a rank accumulates in a step.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        seed: Seed of the order.
-        targets: Class indices of the images, to sample each class equally often, images of rare classes several times;
-            None for each image once.
+    If ``targets``, the class indices of the images, are given, each class is sampled equally often, and images of rare
+    classes several times.
     """
 
     def __init__(
@@ -325,30 +291,7 @@ class ResumableBatchSampler(Sampler):
         return (self.steps - self.first) * self.accumulation
 
     def __iter__(self) -> Iterator[List[SampleKey]]:
-        return (
-            self.batch(step, part) for step in range(self.first, self.steps) for part in range(self.accumulation))
-
-
-class DistributedEvalSampler(Sampler):
-    """Batch sampler for evaluation that gives each image to one rank only.
-
-    Args:
-        length: Number of images.
-        batch_size: Batch size of one rank.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-    """
-
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
-        self._indices = range(rank, length, world_size)
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._indices) // self._batch_size)
-
-    def __iter__(self) -> Iterator[List[SampleKey]]:
-        for start in range(0, len(self._indices), self._batch_size):
-            yield [(0, index) for index in self._indices[start:start + self._batch_size]]
+        return (self.batch(step, part) for step in range(self.first, self.steps) for part in range(self.accumulation))
 
 
 # --- streams ---
@@ -357,30 +300,18 @@ class DistributedEvalSampler(Sampler):
 class SeededIterableDataset(IterableDataset):
     """timm's stream, augmented by (seed, rank, number of the pass, DataLoader worker).
 
-    Items are as those of :class:`SeededDataset`. The reader shuffles by the number of the pass, and divides the
-    samples among the workers. This class serves readers that decode the images themselves.
-
-    Args:
-        dataset: timm's data set.
-        seed: Seed of the augmentation.
-        convert: Conversion of decoded images.
-
-    Attributes:
-        transform: Transform of the images; the task sets it.
-        classes: Names of the classes by index; None if they are not known.
-        num_samples: Number of samples in the split.
-        num_images: None, as the number of samples that a rank sees depends on its DataLoader workers.
-        rank: Rank of this process in training.
+    Items are as those of :class:`SeededDataset`. The reader shuffles by the number of the pass, and divides the samples
+    among the workers. This class serves readers that decode the images themselves.
     """
     is_stream = True
-    num_images = None
+    num_images = None  # a rank sees as many as its DataLoader workers give
 
     def __init__(self, dataset: IterableImageDataset, seed: int, convert: Callable[[Any], Any]) -> None:
         self.dataset = dataset
         self.seed = seed
         self.convert = convert
         self.reader: Any = dataset.reader
-        self.transform: Any = None
+        self.transform: Any = None  # the task sets it
         self.classes = names_by_index(getattr(self.reader, 'class_to_idx', None))
         self.num_samples: int = self.reader.num_samples
         self.rank = 0
@@ -512,38 +443,28 @@ def names_by_index(class_to_idx: Optional[Dict[str, int]]) -> Optional[List[str]
 # --- batches ---
 
 
-class CollateReadable:
-    """Collation of the readable samples to a batch, with a list of the unreadable ones.
-
-    Args:
-        collate: Function that makes a batch of samples.
-        size: Size of every batch, to which the first readable samples fill it up; None for no filling.
-    """
-
-    def __init__(self, collate: Callable[[List[Any]], Any], size: Optional[int] = None) -> None:
-        self.collate = collate
-        self.size = size
-
-    def __call__(self, samples: List[Any]) -> Tuple[Any, List[Unreadable]]:
-        for sample in samples:
-            if isinstance(sample, Failure):
-                return sample, []
-        unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
-        readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
-        if not readable:
-            return None, unreadable
-        if self.size is not None:
-            readable = [readable[i % len(readable)] for i in range(self.size)]
-        return self.collate(readable), unreadable
+def collate_readable(
+        samples: List[Any], collate: Callable[[List[Any]], Any], size: Optional[int] = None,
+) -> Tuple[Any, List[Unreadable]]:
+    """Return a batch of the readable samples, the first of which fill it up to ``size``, and the unreadable ones."""
+    for sample in samples:
+        if isinstance(sample, Failure):
+            return sample, []
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
+    if not readable:
+        return None, unreadable
+    if size is not None:
+        readable = [readable[i % len(readable)] for i in range(size)]
+    return collate(readable), unreadable
 
 
 class CheckedLoader:
     """Loader of batches (images, class indices) that reports unreadable samples and checks the class indices.
 
     Args:
-        loader: Loader with a :class:`CollateReadable`.
+        loader: Loader that collates by :func:`collate_readable`.
         on_unreadable: Function that is called with the unreadable samples of a batch, before the batch is yielded.
-        num_classes: Number of classes of the model; None if it is not known.
         expected: Number of samples of a stream, which reports missing ones as unreadable; None for no such check.
 
     Raises:

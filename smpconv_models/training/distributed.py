@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
 
 import torch
 from timm.utils import world_info_from_env
@@ -18,6 +18,13 @@ from torch.utils.data import DataLoader
 
 # Seconds within which ranks that time out notice it, one after another.
 _FAILURE_GRACE_S = 5.
+
+# Variables of torchrun, and those that timm reads in their absence.
+_VARIABLES = {
+    'WORLD_SIZE': ('WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'),
+    'RANK': ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
+    'LOCAL_RANK': ('LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
 
 Result = TypeVar('Result')
 
@@ -47,7 +54,20 @@ class DistributedContext:
         Raises:
             ValueError: If a variable is not a whole number, or the numbers contradict each other.
         """
-        return cls(*_ranks_from_environment())
+        found = {kind: next((name for name in names if name in os.environ), '') for kind, names in _VARIABLES.items()}
+        names = [name for name in found.values() if name]
+        if found['WORLD_SIZE'] == 'WORLD_SIZE':
+            names.append('MASTER_PORT')
+        for name in names:
+            text = os.environ.get(name, '0')
+            if not text.strip().isdecimal():
+                raise ValueError(f'the environment variable {name} must be a whole number, got {text!r}')
+        local_rank, rank, size = world_info_from_env()
+        if not rank < size:
+            raise ValueError(
+                f'the environment variable {found["RANK"] or "RANK"} must be below '
+                f'{found["WORLD_SIZE"] or "WORLD_SIZE"}, got {rank} and {size}')
+        return cls(local_rank, rank, size)
 
     @property
     def is_primary(self) -> bool:
@@ -151,32 +171,6 @@ class DistributedContext:
         return f'no response from {ranks}' if gone else f'all {self.size} ranks responded'
 
 
-# Variables of torchrun, and those that timm reads in their absence.
-_VARIABLES = {
-    'WORLD_SIZE': ('WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'),
-    'RANK': ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
-    'LOCAL_RANK': ('LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'),
-}
-
-
-def _ranks_from_environment() -> Tuple[int, int, int]:
-    """Return local rank, rank and world size."""
-    found = {kind: next((name for name in names if name in os.environ), '') for kind, names in _VARIABLES.items()}
-    names = [name for name in found.values() if name]
-    if found['WORLD_SIZE'] == 'WORLD_SIZE':
-        names.append('MASTER_PORT')
-    for name in names:
-        text = os.environ.get(name, '0')
-        if not text.strip().isdecimal():
-            raise ValueError(f'the environment variable {name} must be a whole number, got {text!r}')
-    local_rank, rank, size = world_info_from_env()
-    if not rank < size:
-        raise ValueError(
-            f'the environment variable {found["RANK"] or "RANK"} must be below {found["WORLD_SIZE"] or "WORLD_SIZE"}, '
-            f'got {rank} and {size}')
-    return local_rank, rank, size
-
-
 # --- signals ---
 
 # SIGUSR1 is what Slurm sends ahead of the time limit if it is asked to (sbatch --signal=USR1@120); SIGHUP is sent when
@@ -187,8 +181,7 @@ _SIGNALS = tuple(
 
 def _set_handlers(handler: Any) -> Dict[int, Any]:
     """Set the handler of all signals that are not ignored, as nohup ignores SIGHUP; return the previous handlers."""
-    return {
-        number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    return {number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
 
 class TrainingInterrupted(Exception):
@@ -252,14 +245,10 @@ _WORKER_GRACE_S = 3.
 
 
 class BoundedLoader:
-    """DataLoader that kills its workers if they do not respond.
+    """DataLoader that kills its workers if they do not respond within a number of seconds.
 
-    PyTorch's own timeout does not cover a worker that stops while it hands over a batch, while an epoch begins, or
-    when the workers should end.
-
-    Args:
-        loader: DataLoader with persistent workers, or without workers.
-        seconds: Limit of each wait for the workers.
+    The workers are persistent, or there are none. PyTorch's own timeout does not cover a worker that stops while it
+    hands over a batch, while an epoch begins, or when the workers should end.
     """
 
     def __init__(self, loader: DataLoader, seconds: float) -> None:
@@ -275,11 +264,7 @@ class BoundedLoader:
         return self.loader.batch_size
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches.
-
-        Raises:
-            TimeoutError: If the workers gave no batch within the limit.
-        """
+        """Yield the batches; raise TimeoutError if the workers gave no batch within the limit."""
         if self.loader.num_workers == 0:
             yield from self.loader
             return

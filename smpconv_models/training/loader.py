@@ -1,21 +1,21 @@
 """Loaders of batches, for training in an order that (seed, epoch, step) determine, for evaluation in order."""
 import logging
+from functools import partial
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import BatchSampler, DataLoader, default_collate
 
 from .config import AugmentationOptions
 from .datasets import (
     CheckedLoader,
-    CollateReadable,
-    DistributedEvalSampler,
     OnUnreadable,
     ResumableBatchSampler,
     SeededIterableDataset,
     SkippedSamples,
+    collate_readable,
 )
 from .distributed import DistributedContext
 from .tasks import Task
@@ -179,7 +179,8 @@ def create_eval_loader(
         dataset.configure(data.workers, rank=0)
         batching, expected = {'batch_size': batch_size}, num_samples
     else:
-        batching = {'batch_sampler': DistributedEvalSampler(num_samples, batch_size, world.rank, world.size)}
+        keys: Any = [(0, index) for index in range(world.rank, num_samples, world.size)]
+        batching = {'batch_sampler': BatchSampler(keys, batch_size, drop_last=False)}
     loader = _create_loader(
         task, dataset, data_config, device, world, dist_timeout, skipped, batching, expected=expected)
     return EvalLoader(loader, DistributedContext() if dataset.is_stream else world, skipped, num_samples, dataset)
@@ -204,9 +205,10 @@ def _create_loader(
         **erasing: Any,
 ) -> Any:
     data, use_prefetcher = task.data, _use_prefetcher(task, device)
+    collate = fast_collate if use_prefetcher else default_collate
     loader = world.bounded_loader(DataLoader(
         dataset,
-        collate_fn=CollateReadable(fast_collate if use_prefetcher else default_collate, filled_size),
+        collate_fn=partial(collate_readable, collate=collate, size=filled_size),
         num_workers=data.workers,
         persistent_workers=data.workers > 0,
         pin_memory=data.pin_mem and device.type == 'cuda',

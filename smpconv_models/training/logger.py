@@ -4,7 +4,7 @@ import logging
 import re
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 from torch import distributed as dist
@@ -30,24 +30,17 @@ def check_logging_dependencies(options: LoggingOptions) -> None:
 
 
 class ProgressLogger:
-    """Logger of steps and epochs.
-
-    Args:
-        options: Options of the run.
-        folder: Folder of the run.
-        state: Progress at which the run begins or resumes.
-        steps: Number of steps of an epoch.
-    """
+    """Logger of steps and epochs, from the progress at which the run begins or resumes."""
 
     def __init__(self, options: TrainOptions, folder: Path, state: TrainState, steps: int) -> None:
         self.options = options
         self.steps = steps
         self.bar: Optional[tqdm] = None
-        self.writers: List[Any] = []
+        self.writers: List[_Writer] = []
         if options.logging.log_tensorboard:
-            self.writers.append(_TensorBoard(folder, state.epoch * steps + state.step + 1))
+            self.writers.append(_tensorboard(folder, state.epoch * steps + state.step + 1))
         if options.logging.log_wandb:
-            self.writers.append(_WandB(options, folder))
+            self.writers.append(_wandb(options, folder))
         _logger.info('epoch  train loss  val loss   top-1  EMA top-1  learning rate  seconds')
 
     def start_epoch(self, state: TrainState) -> None:
@@ -98,7 +91,7 @@ class ProgressLogger:
     def _write(self, values: Dict[str, float], step: int) -> None:
         self._each(lambda writer: writer.write(values, step))
 
-    def _each(self, act: Callable[[Any], None]) -> None:
+    def _each(self, act: Callable[['_Writer'], None]) -> None:
         """Call a function for each writer; a writer that fails is dropped, and the run continues."""
         for writer in list(self.writers):
             try:
@@ -108,38 +101,31 @@ class ProgressLogger:
                 self.writers.remove(writer)
 
 
-class _TensorBoard:
-    name = 'TensorBoard'
+class _Writer(NamedTuple):
+    name: str
+    write: Callable[[Dict[str, float], int], None]
+    close: Callable[[], None]
 
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step)  # repeated steps replace the first
 
-    def write(self, values: Dict[str, float], step: int) -> None:
+def _tensorboard(folder: Path, step: int) -> _Writer:
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step)  # repeated steps replace the first
+
+    def write(values: Dict[str, float], step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
+            writer.add_scalar(name, value, step)
+    return _Writer('TensorBoard', write, writer.close)
 
 
-class _WandB:
-    name = 'Weights & Biases'
-
-    def __init__(self, options: TrainOptions, folder: Path) -> None:
-        import wandb
-        try:
-            self.run = wandb.init(
-                project=options.logging.wandb_project, name=folder.name, dir=str(folder), config=options.as_dict(),
-                resume='allow', id=f'{rng.derive_seed(str(folder.resolve())):x}')  # one id a folder, to resume it
-        except wandb.Error as error:
-            raise ValueError(f'--log-wandb: {error}; WANDB_MODE=offline needs no network') from error
-
-    def write(self, values: Dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+def _wandb(options: TrainOptions, folder: Path) -> _Writer:
+    import wandb
+    try:
+        run = wandb.init(
+            project=options.logging.wandb_project, name=folder.name, dir=str(folder), config=options.as_dict(),
+            resume='allow', id=f'{rng.derive_seed(str(folder.resolve())):x}')  # one id a folder, to resume it
+    except wandb.Error as error:
+        raise ValueError(f'--log-wandb: {error}; WANDB_MODE=offline needs no network') from error
+    return _Writer('Weights & Biases', lambda values, step: run.log(values, step=step), run.finish)
 
 
 def _clock(seconds: float) -> str:

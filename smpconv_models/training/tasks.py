@@ -1,7 +1,6 @@
 """The two tasks of training, on images and on sequences, behind one interface."""
-from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import timm.data
 import torch
@@ -30,59 +29,14 @@ _IMAGE_ONLY_OPTIONS: Dict[str, Any] = {
 }
 
 
-class Task(ABC):
-    """Checks, data set and transforms for one kind of input.
-
-    Args:
-        data: Options of the data set.
-
-    Attributes:
-        supports_prefetcher: Whether timm's prefetcher can normalize the batches on a GPU.
-    """
-    supports_prefetcher: bool
-
-    def __init__(self, data: DataOptions) -> None:
-        self.data = data
-
-    @abstractmethod
-    def check_options(self, values: Mapping[str, Any]) -> None:
-        """Raise ValueError if options do not go with the task; ``values`` may hold any of them, by name."""
-
-    @abstractmethod
-    def create_dataset(self, split: str, in_chans: int, is_training: bool) -> Any:
-        """Create the data set of a split; images are read with ``in_chans`` channels.
-
-        Raises:
-            ValueError: If the data set or the split does not exist, or has a fault that is found at once.
-        """
-
-    @abstractmethod
-    def resolve_data_config(self, model: Any) -> Dict[str, Any]:
-        """Return timm's data configuration for the model and the options, with ``num_classes``."""
-
-    @abstractmethod
-    def check_model(self, name: str, model: Any, dataset: Any, in_chans: int) -> None:
-        """Raise ValueError unless the model takes inputs of the shape of the data set."""
-
-    @abstractmethod
-    def prepare_training(
-            self, dataset: Any, data_config: Dict[str, Any], augmentation: AugmentationOptions, use_prefetcher: bool,
-    ) -> None:
-        """Set the augmentation of a data set; raise ValueError if it is not supported."""
-
-    @abstractmethod
-    def prepare_evaluation(self, dataset: Any, data_config: Dict[str, Any], use_prefetcher: bool) -> None:
-        """Set the transform of a data set for evaluation."""
+class _Task(NamedTuple):
+    """Checks, data set and transforms for one kind of input."""
+    data: DataOptions
 
 
-def create_task(data: DataOptions) -> Task:
-    """Return the task of a data set: sequences if its name begins with ``seq/``, otherwise images."""
-    return SequenceTask(data) if is_sequence_dataset(data.dataset) else ImageTask(data)
-
-
-class ImageTask(Task):
+class ImageTask(_Task):
     """Classification of images."""
-    supports_prefetcher = True
+    supports_prefetcher = True  # timm's, which normalizes the batches on a GPU
 
     def check_options(self, values: Mapping[str, Any]) -> None:
         """Raise ValueError for a model of sequences."""
@@ -134,23 +88,13 @@ class ImageTask(Task):
         """Set timm's augmentation, with the crop of ``random_crop_pad`` if it is on."""
         try:
             transform = create_transform(
-                data_config['input_size'],
-                is_training=True,
-                use_prefetcher=use_prefetcher,
-                no_aug=augmentation.no_aug,
+                data_config['input_size'], is_training=True, use_prefetcher=use_prefetcher, no_aug=augmentation.no_aug,
                 scale=(augmentation.scale[0], augmentation.scale[1]),
-                ratio=(augmentation.ratio[0], augmentation.ratio[1]),
-                hflip=augmentation.hflip,
-                vflip=augmentation.vflip,
-                color_jitter=augmentation.color_jitter,
-                auto_augment=augmentation.aa,
+                ratio=(augmentation.ratio[0], augmentation.ratio[1]), hflip=augmentation.hflip,
+                vflip=augmentation.vflip, color_jitter=augmentation.color_jitter, auto_augment=augmentation.aa,
                 interpolation=augmentation.train_interpolation or data_config['interpolation'],
-                mean=data_config['mean'],
-                std=data_config['std'],
-                re_prob=augmentation.reprob,
-                re_mode=augmentation.remode,
-                re_count=augmentation.recount,
-            )
+                mean=data_config['mean'], std=data_config['std'], re_prob=augmentation.reprob,
+                re_mode=augmentation.remode, re_count=augmentation.recount)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'the augmentation is not supported: {type(error).__name__} {error}') from error
         dataset.transform = patch_posterize(transform)
@@ -164,17 +108,12 @@ class ImageTask(Task):
     def prepare_evaluation(self, dataset: Any, data_config: Dict[str, Any], use_prefetcher: bool) -> None:
         """Set timm's resizing, crop and normalization."""
         dataset.transform = create_transform(
-            data_config['input_size'],
-            use_prefetcher=use_prefetcher,
-            interpolation=data_config['interpolation'],
-            mean=data_config['mean'],
-            std=data_config['std'],
-            crop_pct=data_config['crop_pct'],
-            crop_mode=data_config['crop_mode'],
-        )
+            data_config['input_size'], use_prefetcher=use_prefetcher, interpolation=data_config['interpolation'],
+            mean=data_config['mean'], std=data_config['std'], crop_pct=data_config['crop_pct'],
+            crop_mode=data_config['crop_mode'])
 
 
-class SequenceTask(Task):
+class SequenceTask(_Task):
     """Classification of sequences."""
     supports_prefetcher = False
 
@@ -234,6 +173,14 @@ class SequenceTask(Task):
 
     def prepare_evaluation(self, dataset: Any, data_config: Dict[str, Any], use_prefetcher: bool) -> None:
         """Leave the sequences as they are."""
+
+
+Task = Union[ImageTask, SequenceTask]
+
+
+def create_task(data: DataOptions) -> Task:
+    """Return the task of a data set: sequences if its name begins with ``seq/``, otherwise images."""
+    return SequenceTask(data) if is_sequence_dataset(data.dataset) else ImageTask(data)
 
 
 # --- classes ---

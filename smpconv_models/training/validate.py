@@ -204,9 +204,9 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
     filled = described.preparation(
         [key for key in keys if getattr(given, key) is None], checkpoint.MAX_INHERITED_SIDE,
         '; an option of this name overrides it')
-    dataset = described.dataset if given.dataset is None else None
+    dataset = described.text('dataset') if given.dataset is None else None
     if given.dataset is None and given.data_dir is None:
-        data_dir = described.data_dir
+        data_dir = described.text('data_dir')
         if dataset in _EMBEDDED:
             filled['dataset'] = dataset
         elif not dataset and data_dir and _is_local_folder(data_dir):
@@ -224,7 +224,7 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
     fraction = described.val_split_fraction if given.val_split_fraction is None else None
     if fraction is not None and is_folder and not find_splits(Path(folder)):
         filled.update(val_split_fraction=fraction, seed=given.seed if described.seed is None else described.seed)
-    split = described.val_split if options.split is None else None
+    split = described.text('val_split') if options.split is None else None
     if split and not re.fullmatch(r'[\w-]+', split):
         raise ValueError(
             f'{options.checkpoint} was evaluated on the split {checkpoint.shown(split)}, which is no plain name: '

@@ -1,6 +1,5 @@
 """Files that are complete at every instant: written under a temporary name, then renamed."""
 import csv
-import glob
 import io
 import json
 import os
@@ -32,13 +31,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def remove_temporaries(paths: Sequence[Path]) -> None:
-    """Remove the temporary files that a killed process left beside these files."""
-    for path in paths:
-        for temporary in path.parent.glob(f'.{glob.escape(path.name)}.*'):
-            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -29,12 +29,7 @@ class WrongFileError(ValueError):
 
 
 class DownloadNeededError(ValueError):
-    """Missing or damaged data that a download would replace.
-
-    Args:
-        problem: Beginning of the message, up to the advice to download.
-        alternative: End of the message.
-    """
+    """Missing or damaged data that a download would replace; the message is the problem, advice and the alternative."""
 
     def __init__(self, problem: str, alternative: str = '') -> None:
         super().__init__(problem, alternative)
@@ -57,8 +52,7 @@ def missing(path: Path, url: str) -> DownloadNeededError:
 def locked(folder: Path, name: str = 'download') -> Iterator[None]:
     """Create a folder, and hold the lock of this name in it for the block. Locks of one name cannot be nested.
 
-    Raises:
-        ValueError: If the folder cannot be created or written.
+    A folder that cannot be created or written is a ValueError.
     """
     lock = FileLock(folder / f'.{name}.lock')
     try:
@@ -96,8 +90,6 @@ def fetch_checked(
     Until the file is complete and checked, its name ends in ``.part``.
 
     Args:
-        url: Address of the file.
-        path: Path of the file, which is replaced.
         check: Function that raises WrongFileError if the complete file is not the expected one; such a file is removed.
         confirm: Function that returns the address to ask next if the server sent this HTML page in place of the file,
             or raises ValueError.
@@ -133,10 +125,7 @@ def fetch_checked(
 def open_resumable(url: str, part: Path) -> Optional[HTTPResponse]:
     """Request the bytes that follow a partial file; return None if the partial file is complete.
 
-    A server that cannot resume sends the whole file.
-
-    Raises:
-        OSError: If the network or the server fails, or the file has become shorter.
+    A server that cannot resume sends the whole file. Raise OSError if it fails, or if the file has become shorter.
     """
     start = _size(part)
     request = urllib.request.Request(url)
@@ -179,11 +168,7 @@ def check_sha256(path: Path, sha256: str) -> None:
 
 
 def file_sha256(path: Union[str, Path]) -> str:
-    """Return the SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        ValueError: If the file cannot be read.
-    """
+    """Return the SHA-256 of a file, in hexadecimal; raise ValueError if the file cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, 'rb') as file:
@@ -195,13 +180,9 @@ def file_sha256(path: Union[str, Path]) -> str:
 
 
 def extract_tar(archive: Path, folder: Path) -> None:
-    """Extract a tar file into a folder that exists only once all members are extracted.
+    """Extract a tar file into a new folder; until all members are extracted, its name ends in ``.partial``.
 
     tarfile's ``data`` filter rejects members outside the folder, links out of the folder and devices.
-
-    Args:
-        archive: Path of the tar file, compressed or not.
-        folder: Path of the new folder; until all members are extracted, its name ends in ``.partial``.
 
     Raises:
         ValueError: If the file is no tar file, is damaged or has a rejected member, the disk fails, or Python is too

@@ -4,21 +4,13 @@ The Hub's client checks the size of a file only, caches it under a name that the
 library's errors through. Here the server's names are checked before they become paths, cached files are checked against
 their checksums, and an error is one line that says what to do.
 """
-import hashlib
 import logging
 import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn, Optional, Tuple, Union
 
-from huggingface_hub import (
-    HfFileMetadata,
-    constants,
-    get_hf_file_metadata,
-    get_token,
-    hf_hub_download,
-    hf_hub_url,
-)
+from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from .download import file_sha256
 from .errors import first_line
@@ -59,15 +52,9 @@ def download_verified(repo: str, filename: str, cache_dir: Union[str, Path, None
 
 
 def hf_download(repo: str, filename: str, cache_dir: Union[str, Path, None] = None) -> Path:
-    """Download a file of a model repository, unless the cache has it in the revision that the Hub has.
+    """Download a file of ``OWNER/NAME``, or ``OWNER/NAME@REVISION``, unless the cache has it in the Hub's revision.
 
-    Args:
-        repo: ``OWNER/NAME``, or ``OWNER/NAME@REVISION`` for a branch, a tag or a commit.
-        filename: Path of the file in the repository.
-        cache_dir: Folder of the cache, by default the Hub client's.
-
-    Returns:
-        Path in the cache, for :func:`verify_cached_file`.
+    The result is a path in the cache, for :func:`verify_cached_file`.
 
     Raises:
         RepoNotFoundError: If there is no such repository.
@@ -150,11 +137,7 @@ def cached_file_digest(path: Path) -> str:
 
 
 def verify_cached_file(path: Path, found: Optional[str] = None) -> None:
-    """Compare a file of the client's cache with the checksum that names its content.
-
-    Args:
-        path: Path of the file.
-        found: Its :func:`cached_file_digest`, if that is known already.
+    """Compare a file's :func:`cached_file_digest` with the checksum that names its content in the client's cache.
 
     Raises:
         ValueError: If the content has another checksum (it is then removed from the cache), or its name is no checksum.
@@ -176,15 +159,10 @@ def _blob(path: Path) -> Path:
 
 def _digest(path: Path, name: str) -> str:
     """Return the checksum of a file, of the same kind as ``name``: Git's or SHA-256."""
-    return git_sha1(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
+    return git_hash(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
 
 
 def _remove(path: Path, found: str, name: str, *contents: Path) -> NoReturn:
     for damaged in (path, *contents):
         damaged.unlink(missing_ok=True)
     raise ValueError(f'{path} is damaged: its checksum is {found}, not {name}; it was removed, to be downloaded again')
-
-
-def git_sha1(content: bytes) -> str:
-    """Return the name that Git gives a content."""
-    return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()

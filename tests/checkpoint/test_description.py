@@ -6,7 +6,7 @@ import torch
 
 from smpconv_models import checkpoint
 
-FIELDS = ('model', 'model_kwargs', 'classes', 'epoch', 'seed', 'dataset', 'data_dir', 'val_split')
+FIELDS, TEXTS = ('model', 'model_kwargs', 'classes', 'epoch', 'seed'), ('dataset', 'data_dir', 'val_split')
 
 
 def test_descriptions_of_both_kinds_of_files():
@@ -15,7 +15,7 @@ def test_descriptions_of_both_kinds_of_files():
         'model_kwargs': {'num_classes': 2, 'dims': (4, 8)}, 'classes': ['a', 'b'], 'epoch': 4})
     assert (ours.model, ours.model_kwargs) == ('smpconv_t', {'num_classes': 2, 'dims': (4, 8)})
     assert ours.preparation() == {'img_size': 32, 'mean': [0.5]}
-    assert (ours.classes, ours.epoch, ours.seed, ours.dataset) == (['a', 'b'], 4, 3, 'digits')
+    assert (ours.classes, ours.epoch, ours.seed, ours.text('dataset')) == (['a', 'b'], 4, 3, 'digits')
     timms = checkpoint.describe({'arch': 'x', 'args': Namespace(
         model='resnet18', num_classes=5, gp=None, in_chans=None, interpolation='', model_kwargs={'drop_rate': 0.1})})
     assert (timms.model, timms.model_kwargs) == ('resnet18', {'num_classes': 5, 'drop_rate': 0.1})
@@ -23,7 +23,7 @@ def test_descriptions_of_both_kinds_of_files():
     for bare in ({'w': torch.ones(1)}, [], None):
         described = checkpoint.describe(bare)
         assert (described.model, described.model_kwargs, described.preparation()) == (None, {}, {})
-        assert (described.classes, described.epoch, described.data_dir) == (None, None, None)
+        assert (described.classes, described.epoch, described.text('data_dir')) == (None, None, None)
 
 
 @pytest.mark.parametrize('content, field', [
@@ -55,6 +55,7 @@ def test_wrong_values_are_refused_by_their_field(content, field):
         described.preparation()
         for name in FIELDS:
             getattr(described, name)
+        list(map(described.text, TEXTS))
     line = str(error.value)
     assert line.startswith('a.pth: ') and len(line) < 400 and len(line.splitlines()) == 1
 
@@ -66,7 +67,7 @@ def test_a_wrong_value_that_is_not_read_does_no_harm(content, caplog):
     content = {**content, 'model_kwargs': {'num_classes': 2}}
     described = checkpoint.describe(content)
     assert (described.model, described.model_kwargs, described.preparation()) == (None, {'num_classes': 2}, {})
-    assert (described.classes, described.dataset, described.val_split) == (None, None, None)
+    assert (described.classes, described.text('dataset'), described.text('val_split')) == (None, None, None)
     assert [record.getMessage() for record in caplog.records] == [
         "checkpoint: args is ['--lr', '1'], not a dictionary or a namespace, and is ignored"
         for _ in range(isinstance(content.get('args'), list))]

@@ -6,6 +6,7 @@ from common import randomize_
 
 from smpconv_models.layers import (
     SMPConv1d,
+    SMPConv2d,
     SMPDepthwiseConv2d,
     clip_radius,
     evaluate_points,
@@ -162,10 +163,39 @@ def test_clip_radius_clamps_infinities_and_keeps_nan():
     assert (high, low) == (1., pytest.approx(1e-3)) and undefined != undefined
 
 
+def test_initial_coords():
+    coords = SMPDepthwiseConv2d(1, 31, 20000).coords  # with the paper's std for its ImageNet models
+    assert coords.abs().max() <= 1
+    assert abs(coords.mean()) < 5 * 0.2 / math.sqrt(40000)
+    assert abs(coords.std() - 0.2) < 5 * 0.2 / math.sqrt(2 * 40000)  # the cut at five std changes nothing
+
+
 def test_initial_coords_are_cut_off():
-    coords = points.init_coords_(torch.empty(20000), std=1., low=-0.5, high=0.25)
-    assert coords.min() >= -0.5 and coords.max() <= 0.25
-    assert coords.min() < -0.49 and coords.max() > 0.24
+    coords = SMPConv2d(1, 20, 31, 1000, coords_std=3.).coords
+    assert coords.min() >= -1 and coords.max() <= 1
+    assert coords.min() < -0.99 and coords.max() > 0.99
+
+
+def test_initial_causal_coords():
+    """Half a normal with its peak at 1, stretched from (-1, 0) to (-1, 1)."""
+    coords = SMPConv1d(1, 20, 31, 1000, coords_std=0.1).coords
+    assert coords.min() >= -1 and coords.max() <= 1
+    distance = 1 - coords
+    assert abs(distance.mean() - 0.2 * math.sqrt(2 / math.pi)) < 5 * 0.12 / math.sqrt(20000)
+    assert abs(distance.square().mean().sqrt() - 0.2) < 5 * 0.2 / math.sqrt(2 * 20000)
+
+
+@pytest.mark.parametrize(('layer', 'expected'), [
+    (SMPDepthwiseConv2d(5, 31, 4), 4 / 31), (SMPConv2d(5, 5, 31, 4), 4 / 31), (SMPConv1d(5, 5, 100, 4), 2 / 100),
+    (SMPConv1d(5, 5, 100, 4, init_radius=0.25), 0.25)])
+def test_initial_radius(layer, expected):
+    assert torch.equal(layer.radius, torch.full_like(layer.radius, expected))
+
+
+def test_initial_weights():
+    weights = SMPDepthwiseConv2d(100, 31, 200).weight
+    assert abs(weights.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * 20000)
+    assert abs(weights.mean()) < 5 * 0.02 / math.sqrt(20000)
 
 
 # --- long kernels in chunks ---

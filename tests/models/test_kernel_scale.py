@@ -109,7 +109,7 @@ def test_invalid_sizes_are_refused():
     with pytest.raises(ValueError, match='kernel size must be odd and positive, got 6'):
         layer.resize(6)
     with pytest.raises(ValueError, match=r'a kernel of 11 must be scaled to 5 to 4095 elements, got 3 \(scale 0.2\)'):
-        ReparamLargeKernelConv(2, 11, 4).rescale(0.2)
+        ReparamLargeKernelConv(2, 11, 4).scaled_size(0.2)
 
 
 def test_repr_names_the_sizes_and_the_backend():

@@ -11,7 +11,7 @@ from test_data import make_folder, options
 
 from smpconv_models.training import loader, rng
 from smpconv_models.training.config import AugmentationOptions
-from smpconv_models.training.datasets import DistributedEvalSampler, ResumableBatchSampler, SkippedSamples
+from smpconv_models.training.datasets import ResumableBatchSampler, SeededDataset, SkippedSamples
 from smpconv_models.training.distributed import DistributedContext
 from smpconv_models.training.tasks import PadAndRandomCrop, create_task
 
@@ -94,8 +94,17 @@ def test_what_is_done_is_left_out():
 
 @pytest.mark.parametrize('length, world_size', [(10, 3), (2, 3), (0, 2)])
 def test_evaluation_has_each_image_in_one_process(length, world_size):
-    samplers = [DistributedEvalSampler(length, 2, rank, world_size) for rank in range(world_size)]
-    found = [index for sampler in samplers for batch in sampler for _, index in batch]
+    class Source(list):
+        classes = None
+    source = Source((Image.new('RGB', (8, 8)), index) for index in range(length))
+    found = []
+    for rank in range(world_size):
+        batches = loader.create_eval_loader(
+            create_task(options()), SeededDataset(source, seed=0), CONFIG, CPU, DistributedContext(0, rank, world_size),
+            dist_timeout=60.).loader
+        targets = targets_of(batches)
+        assert len(batches) == -(-len(targets) // 2)
+        found += targets
     assert sorted(found) == list(range(length))
 
 

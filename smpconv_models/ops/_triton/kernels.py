@@ -41,11 +41,9 @@ def noop_kernel():
 
 @jit
 def map_forward(
-        x_ptr, w_ptr, bias_ptr, y_ptr, N, C, W, HW_A, x_stride_n_A, x_stride_c_A,
-        A: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, COVERS: tl.constexpr,
-        HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
-):
+        x_ptr, w_ptr, bias_ptr, y_ptr, N, C, W, HW_A, x_stride_n_A, x_stride_c_A, A: tl.constexpr, KH: tl.constexpr,
+        KW: tl.constexpr, COVERS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+        BI: tl.constexpr, BO: tl.constexpr):
     """Compute BN images and BO output pixels of a channel per program. y is contiguous."""
     HW = HW_A * A
     o_blocks = tl.cdiv(HW, BO)
@@ -80,10 +78,9 @@ def map_forward(
 
 @jit
 def map_weight_grad(
-        g_ptr, x_ptr, dw_ptr, N, H, W, HW_A, g_stride_n_A, g_stride_c_A, x_stride_n_A, x_stride_c_A,
-        A: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
-        BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BQ: tl.constexpr,
-):
+        g_ptr, x_ptr, dw_ptr, N, H, W, HW_A, g_stride_n_A, g_stride_c_A, x_stride_n_A, x_stride_c_A, A: tl.constexpr,
+        KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
+        BO: tl.constexpr, BQ: tl.constexpr):
     """Compute a channel per program, row by output row. BI, a power of two, is at least H * W + W - 1; BO, W.
 
     ``E[i, ow] = sum over n of x[n, i] g[n, oh, ow]`` adds to ``dw[ih - oh + KH // 2, iw - ow + KW // 2]``. Column ow,
@@ -128,10 +125,8 @@ def map_weight_grad(
 
 @jit
 def expand_rows(
-        w_ptr, rows_ptr, total,
-        KH: tl.constexpr, KW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-        LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, BLOCK: tl.constexpr,
-):
+        w_ptr, rows_ptr, total, KH: tl.constexpr, KW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+        LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, BLOCK: tl.constexpr):
     """Expand w (C, KH, KW) to banded rows (C, KH + 2 (R - 1), CHUNKS, S, TC), with R - 1 rows of zeros on each side."""
     ROWS: tl.constexpr = KH + 2 * (R - 1)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -148,10 +143,9 @@ def expand_rows(
 
 @jit
 def block_forward(
-        x_ptr, rows_ptr, bias_ptr, y_ptr, N, C, H, W_A, x_stride_n_A, x_stride_c_A,
-        A: tl.constexpr, KH: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        R: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, BP: tl.constexpr,
-):
+        x_ptr, rows_ptr, bias_ptr, y_ptr, N, C, H, W_A, x_stride_n_A, x_stride_c_A, A: tl.constexpr, KH: tl.constexpr,
+        HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr,
+        CHUNKS: tl.constexpr, TC: tl.constexpr, BP: tl.constexpr):
     """Compute R output rows of a channel per program, BP of the blocks (n, j) in them. y is contiguous."""
     ROW: tl.constexpr = CHUNKS * S * TC
     W = W_A * A
@@ -193,10 +187,9 @@ def block_forward(
 @jit
 def block_weight_grad(
         g_ptr, x_ptr, parts_ptr, N, C, H, W_A, g_stride_n_A, g_stride_c_A, x_stride_n_A, x_stride_c_A, splits,
-        A: tl.constexpr, KH: tl.constexpr, PRECISION: tl.constexpr,
-        R: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr,
-        D: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
-):
+        A: tl.constexpr, KH: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+        LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+        BJ: tl.constexpr):
     """Sum D values of delta and a chunk of columns per program and channel, over every ``splits``-th BN * BJ blocks.
 
     parts (splits, C, GROUPS, CHUNKS, 2, 2, D, TC) are sums along the diagonals of ``E[(delta, t), (r, s)] = sum over
@@ -262,10 +255,8 @@ def block_weight_grad(
 
 @jit
 def add_parts(
-        parts_ptr, dw_ptr, C, splits,
-        KH: tl.constexpr, KW: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr,
-        TC: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-):
+        parts_ptr, dw_ptr, C, splits, KH: tl.constexpr, KW: tl.constexpr, R: tl.constexpr, LEFT: tl.constexpr,
+        CHUNKS: tl.constexpr, TC: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Sum the parts of :func:`block_weight_grad` to dw (C, KH, KW)."""
     GROUPS: tl.constexpr = (KH + R - 1 + D - 1) // D
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

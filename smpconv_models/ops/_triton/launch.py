@@ -151,11 +151,7 @@ def _alignment(width: int, *tensors: Tensor) -> int:
 
 @contextmanager
 def _launching_on(tensor: Tensor) -> Iterator[None]:
-    """Make the tensor's device the current one, on which Triton launches.
-
-    Raises:
-        LaunchError: The device lacks what the kernel takes.
-    """
+    """Make the tensor's device current, for Triton's launch; raise LaunchError if it lacks what the kernel takes."""
     try:
         with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
             yield

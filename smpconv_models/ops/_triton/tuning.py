@@ -87,8 +87,7 @@ class BlockGradTile:
         d = {'half': 8, 'tf32': 8, 'ieee': 4}[precision] * 16 // s
         step = {'half': 64, 'tf32': 32, 'ieee': 16}[precision]
         bn = _between(1, n, step)
-        return cls(
-            r=_between(1, h, d), s=s, d=d, tc=s, bn=bn, bj=step // bn, num_warps=4 if precision == 'ieee' else 8)
+        return cls(r=_between(1, h, d), s=s, d=d, tc=s, bn=bn, bj=step // bn, num_warps=4 if precision == 'ieee' else 8)
 
     def groups(self, kernel_height: int) -> int:
         """Return how many times ``d`` rows cover the input rows of a block."""
@@ -167,8 +166,8 @@ def _capability(device: torch.device) -> Optional[int]:
 
 @functools.cache
 def _tuned(
-        kernel: str, capability: Optional[int], precision: str, h: int, w: int, kernel_size: Tuple[int, ...],
-) -> Dict[int, Tile]:
+        kernel: str, capability: Optional[int], precision: str, h: int, w: int,
+        kernel_size: Tuple[int, ...]) -> Dict[int, Tile]:
     """Return the tuned tiles by the batch that they were tuned for."""
     return {
         entry['batch']: TILES[kernel](**entry['tile'])
