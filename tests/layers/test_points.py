@@ -1,5 +1,7 @@
 """The representation: tents, evaluation, grid, kernels at once and in chunks, clipped radii, initial distributions."""
 
+import math
+
 import pytest
 import torch
 from common import randomize_
