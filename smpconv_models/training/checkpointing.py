@@ -355,8 +355,8 @@ class RunDir:
         except OSError as error:
             raise ValueError(f'--output {self.path} cannot be written to: {error}') from error
         for path in (
-                self.arguments, self.last, self.previous, self.best, self.split_csv, self.summary_csv, self.summary_json,
-                self.curves, self.summary_png, self._owner_file,
+                self.arguments, self.last, self.previous, self.best, self.split_csv, self.summary_csv,
+                self.summary_json, self.curves, self.summary_png, self._owner_file,
                 Path('checkpoint-*.pth.tar'), Path('best-*.pth.tar')):  # of any epoch
             for temporary in self.path.glob(f'.{path.name}.*'):  # of atomic_write in a process that was killed
                 temporary.unlink(missing_ok=True)
