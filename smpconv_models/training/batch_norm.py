@@ -40,14 +40,16 @@ def batch_statistics(model: nn.Module) -> Iterator[List[_BatchNorm]]:
 def recalibrate_bn_(models: Sequence[nn.Module], batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of batch norms by the mean of the statistics of these batches.
 
+    A norm whose new statistics would be infinite or NaN keeps its own.
+
     Args:
         models: Models, which are in evaluation mode afterwards.
         batches: Batches of images, each of which passes through all models.
     """
-    momenta = []
+    before = []
     for model in models:
         for norm in trained_norms(model):
-            momenta.append((norm, norm.momentum))
+            before.append((norm, norm.momentum, [buffer.clone() for buffer in norm.buffers()]))
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all batches
     try:
@@ -56,8 +58,10 @@ def recalibrate_bn_(models: Sequence[nn.Module], batches: Iterable[Tensor]) -> N
                 with batch_statistics(model):
                     model(images)
     finally:
-        for norm, momentum in momenta:
+        for norm, momentum, values in before:
             norm.momentum = momentum
+            if not all(buffer.isfinite().all() for buffer in norm.buffers()):
+                _copy_(norm, values)
 
 
 @torch.no_grad()
@@ -71,10 +75,14 @@ def accuracy_by_statistics(model: Any, images: Tensor, target: Tensor) -> Tuple[
     """
     running = model.eval()(images)
     with batch_statistics(model) as norms:
-        kept = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+        before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
         own = model(images)
-        for norm, values in zip(norms, kept):
-            for buffer, value in zip(norm.buffers(), values):
-                buffer.copy_(value)
+        for norm, values in zip(norms, before):
+            _copy_(norm, values)
     first, second = (100 * (logits.argmax(1) == target).float().mean().item() for logits in (running, own))
     return first, second
+
+
+def _copy_(norm: _BatchNorm, values: List[Tensor]) -> None:
+    for buffer, value in zip(norm.buffers(), values):
+        buffer.copy_(value)

@@ -748,12 +748,12 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
             norm.momentum = run.bn_momentum
     architecture, arguments = resolve_source(str(name))
     model_kwargs = {**arguments, **model_kwargs}
-    if run.pretrained or arguments:
+    if run.pretrained:
         again = create_model(architecture, **model_kwargs, device='meta')
         shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, again)]
         if shapes[0] != shapes[1]:  # no later command could load this run's weights
             raise ValueError(
-                f'{name} with {model_kwargs} is another model without its weights; for kernels of other sizes than '
+                f'{name} with {model_kwargs} is another model without --pretrained; for kernels of other sizes than '
                 'the weights were trained with, take kernel_scale')
     check_class_count(classes, model.num_classes)
     origin = 'random weights'
