@@ -96,7 +96,8 @@ MAY_IMPORT = {
     'smpconv_models/detection.py': ('torch', 'torchvision', 'timm'),
     'examples': (
         'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'matplotlib', 'safetensors', 'segmentation_models_pytorch',
-        'mlxtend', 'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, UTILS, *PUBLIC_TRAINING, *EXAMPLES),
+        'mlxtend', 'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, UTILS, *PUBLIC_TRAINING,
+        *EXAMPLES),
     'experiments': (
         'torch', 'timm', 'numpy', 'matplotlib', 'tqdm', 'smpconv_models', LAYERS, UTILS, *PUBLIC_TRAINING,
         *EXPERIMENTS),
