@@ -56,6 +56,7 @@ def create_parser() -> argparse.ArgumentParser:
         prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, which the command line overrides')
+    cli.add_folder(parser)
     cli.add_options(parser, *TrainOptions.groups().values())
     return parser
 
@@ -110,7 +111,7 @@ def main(argv=None) -> int:
     finally:
         trainer.close()
     if world.is_primary:
-        _print_result(result, options)
+        _print_result(result, trainer.state.rows[-1])
     return 0
 
 
@@ -126,13 +127,20 @@ def _rank(world: DistributedContext) -> str:
     return f' (rank {world.rank})' if world.size > 1 else ''
 
 
-def _print_result(result: Dict[str, Any], options: TrainOptions) -> None:
-    kind = 'EMA top-1' if options.ema.model_ema else 'top-1'
-    epochs, seconds = options.run.epochs, result['seconds']
-    print(f'validation {kind}: {result["top1"]:.2f} % after {epochs} epochs in {seconds:.0f} s')
+def _print_result(result: Dict[str, Any], row: Dict[str, Any]) -> None:
+    weights = other = ''
+    if 'ema_top1' in row:
+        names = {'state_dict_ema': 'EMA weights', 'state_dict': "model's weights"}
+        weights = f', {names[result["best_weights"]]}'
+        is_ema = result['weights'] == 'state_dict_ema'
+        other = (
+            f' ({names[result["weights"]]}; {names["state_dict" if is_ema else "state_dict_ema"]} '
+            f'{row["eval_top1" if is_ema else "ema_top1"]:.2f} %)')
+    top1, epochs = result['top1'], row['epoch'] + 1
+    print(f'validation top-1: {top1:.2f} %{other} after {epochs} epochs in {result["seconds"]:.0f} s')
     gone = '' if os.path.exists(result['checkpoint']) else ', which was removed'
     print(
-        f'best checkpoint: {result["checkpoint"]}{gone} ({kind} {result["best_top1"]:.2f} %, '
+        f'best checkpoint: {result["checkpoint"]}{gone} (top-1 {result["best_top1"]:.2f} %{weights}, '
         f'epoch {result["best_epoch"]}, chosen by the same)'
     )
     print(f'picture: {result["picture"]}')

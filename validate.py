@@ -8,10 +8,11 @@
     python validate.py --checkpoint output/digits --per-class-results classes.csv --confusion-matrix confusion.png
 
 A checkpoint of train.py describes its model and how images are prepared; options override the description. Of its data
-it may name an embedded data set or an image folder of this machine; everything else is given by options. EMA weights
-are preferred, unless --no-use-ema. The accuracy is printed, then all figures as one line of JSON; for several models,
-each accuracy as soon as it is known, then a table and a list. All files are checked before the first evaluation; an
-evaluation that fails is reported, and the others continue.
+it may name an embedded data set or an image folder of this machine; everything else is given by options. Of the model's
+weights and the EMA weights, those are evaluated that the checkpoint names as better, otherwise EMA. The accuracy is
+printed, then all figures as one line of JSON; for several models, each accuracy as soon as it is known, then a table
+and a list. All files are checked before the first evaluation; an evaluation that fails is reported, and the others
+continue.
 
 Exit codes: 0 finished, 2 wrong arguments, checkpoint or data (of a single model: nothing is written), 130 interrupted.
 """
@@ -67,7 +68,8 @@ def create_parser() -> argparse.ArgumentParser:
         '--checkpoint', metavar='FILE', nargs='+', default=[],
         help="checkpoint of train.py, timm or the original release, or a run's folder for its best checkpoint")
     parser.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the EMA weights')
+        '--use-ema', action=argparse.BooleanOptionalAction,
+        help='use the EMA weights, or not (default: the better of both if the checkpoint says it, otherwise EMA)')
     parser.add_argument('--reparam', action='store_true', help='re-parameterize the model first')
     parser.add_argument(
         '--split', metavar='NAME', help="split to evaluate (default: the checkpoint's, otherwise validation)")
@@ -77,6 +79,7 @@ def create_parser() -> argparse.ArgumentParser:
         '--per-class-results', metavar='FILE.csv',
         help='write the accuracy of each class, and the class it is most mistaken for')
     parser.add_argument('--confusion-matrix', metavar='FILE.png', help='draw the confusion matrix')
+    cli.add_folder(parser)
     cli.add_options(parser, DataOptions, ModelOptions, DeviceOptions, DebugOptions)
     parser.add_argument(  # replaces the option of a single model
         '--model', metavar='NAME', nargs='+', default=[],
@@ -144,8 +147,8 @@ def evaluate_all(
 def sentence(result: Dict[str, Any]) -> str:
     without = f', without {result["unreadable"]} that cannot be read' if result['unreadable'] else ''
     return (
-        f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} % of {result["images"]}{without} '
-        f'({result["model"]}, {result["weights"]})'
+        f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, F1 {result["f1"]:.2f} % of {result["images"]}'
+        f'{without} ({result["model"]}, {result["weights"]})'
     )
 
 

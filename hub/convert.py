@@ -42,7 +42,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--download-dir', metavar='DIR', help='folder for the download (default: the current one)')
     parser.add_argument('--model', metavar='NAME', help='model, if the checkpoint does not name it')
     parser.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the EMA weights')
+        '--use-ema', action=argparse.BooleanOptionalAction,
+        help='use the EMA weights, or not (default: the better of both if the checkpoint says it, otherwise EMA)')
     parser.add_argument('--source', metavar='TEXT', help="origin of the checkpoint (default: the file's name)")
     parser.add_argument(
         '--license', metavar='NAME',

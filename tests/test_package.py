@@ -96,7 +96,7 @@ MAY_IMPORT = {
     'smpconv_models/detection.py': ('torch', 'torchvision', 'timm'),
     'examples': (
         'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'matplotlib', 'safetensors', 'segmentation_models_pytorch',
-        'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, UTILS, f'{FIGURES}.drawable',
+        'mlxtend', 'pycocotools', 'tqdm', 'smpconv_models', CHECKPOINT, HUB, DETECTION, UTILS, f'{FIGURES}.drawable',
         *PUBLIC_TRAINING, *EXAMPLES),
     'experiments': (
         'torch', 'timm', 'numpy', 'matplotlib', 'tqdm', 'smpconv_models', LAYERS, UTILS, *PUBLIC_TRAINING,

@@ -100,6 +100,11 @@ class Description:
         """Seed of the training run."""
         return self._argument('seed', lambda name, value: check_number(name, value, 0, 2 ** 32 - 1, whole=True))
 
+    @property
+    def val_split_fraction(self) -> Optional[float]:
+        """Fraction of the images of a folder without splits that the training run was evaluated on."""
+        return self._argument('val_split_fraction', lambda name, value: check_number(name, value, 0.001, 0.999))
+
     def text(self, key: str) -> Optional[str]:
         """Return a text of the training run: ``dataset``, ``data_dir`` or ``val_split``."""
         return self._argument(key, check_text)

@@ -1,5 +1,6 @@
 """Weights in a checkpoint, and whether they fit a model."""
 import logging
+from collections import OrderedDict
 from typing import Any, Iterable, List, Optional, Tuple
 
 from torch import Tensor, nn
@@ -15,20 +16,23 @@ _MODEL_KEYS = ('state_dict', 'model')
 _WRAPPER_PREFIXES = ('_orig_mod.', 'module.')
 
 
-def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict, str]:
+def select_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Tuple[StateDict, str]:
     """Return the weights in a loaded checkpoint and their key ('' if the checkpoint is itself a state dict).
 
     The prefixes of wrappers (``module.``, ``_orig_mod.``) are removed from the names.
 
     Args:
         checkpoint: Value returned by :func:`load_file`.
-        use_ema: Whether to prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights; by default unless the checkpoint says, as those of train.py do, that
+            the model's own were better on the validation split.
 
     Raises:
         ValueError: If there are no weights in it.
     """
     if not isinstance(checkpoint, dict):
         raise ValueError(f'expected a checkpoint to be a dict, got {type(checkpoint).__name__}')
+    if use_ema is None:
+        use_ema = checkpoint.get('best_weights') not in _MODEL_KEYS
     keys = (*_EMA_KEYS, *_MODEL_KEYS) if use_ema else _MODEL_KEYS
     # timm's script stores None if there are no EMA weights
     found = next((key for key in keys if key in checkpoint and (checkpoint[key] is not None or key in _MODEL_KEYS)), '')
@@ -37,6 +41,12 @@ def select_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[StateDict,
         raise ValueError(
             f'expected {found or "a checkpoint"} to be a dictionary of tensors by name, got {shown(state_dict)}')
     cleaned = _unwrap({_strip(key): value for key, value in state_dict.items() if isinstance(value, Tensor)})
+    metadata = getattr(state_dict, '_metadata', None)
+    if isinstance(metadata, dict):
+        cleaned = OrderedDict(cleaned)
+        cleaned._metadata = {  # type: ignore[attr-defined]
+            _strip(f'{name}.').rstrip('.'): value for name, value in metadata.items()
+            if isinstance(name, str) and isinstance(value, dict)}
     if not cleaned:
         names = sorted(str(key)[:80] for key in checkpoint)[:8]
         raise ValueError(f'expected a state dict in the checkpoint, found the keys {names}')
@@ -91,7 +101,7 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
         dtype = state_dict[retyped[0]].dtype
         return f'{len(retyped)} of {len(expected)} tensors have other numbers ({retyped[0]}: {dtype})'
     if not (missing or unexpected or reshaped):
-        return _describe_sizes(state_dict, own)
+        return _describe_sizes(state_dict, model)
     examples: List[str] = [f'{key} expected {expected[key]}, got {given[key]}' for key in reshaped[:3]]
     examples += [f'no {key}' for key in missing[:2]] + [f'unknown {printable(key)}' for key in unexpected[:2]]
     return (
@@ -100,12 +110,18 @@ def describe_mismatch(state_dict: StateDict, model: nn.Module, ignore: Iterable[
     )
 
 
-def _describe_sizes(state_dict: StateDict, own: StateDict) -> Optional[str]:
-    """Return which points were trained for another kernel size, which their shapes do not show; 0 is unknown."""
-    for key, value in own.items():
-        layer, _, name = key.rpartition('.')
-        if name == '_extra_state' and int(state_dict[key]) not in (0, int(value)):
-            return f'the points of {layer} are for kernels of size {int(state_dict[key])}, not of {int(value)}'
+def _describe_sizes(state_dict: StateDict, model: nn.Module) -> Optional[str]:
+    """Return which points were trained for another kernel size, which their shapes do not show.
+
+    The size of 1-D and ordinary layers is a tensor, 0 if it is unknown; that of depthwise layers is in ``_metadata``.
+    """
+    metadata = getattr(state_dict, '_metadata', {})
+    for name, module in model.named_modules():
+        expected = getattr(module, 'base_size', None)
+        key = f'{name}._extra_state' if name else '_extra_state'
+        given = int(state_dict[key]) if key in state_dict else metadata.get(name, {}).get('base_size')
+        if expected is not None and given not in (None, 0, expected):
+            return f'the points of {name or "the layer"} are for kernels of size {shown(given)}, not of {expected}'
     return None
 
 

@@ -69,6 +69,11 @@ class Digits(Dataset):
         self.labels = labels[indices].tolist()
         self.transform = transform
 
+    @property
+    def targets(self) -> List[int]:
+        """Class indices of all images, by torchvision's name."""
+        return self.labels
+
     def __len__(self) -> int:
         return len(self.labels)
 

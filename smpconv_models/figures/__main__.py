@@ -7,9 +7,9 @@
     python -m smpconv_models.figures animation       --checkpoint output/digits --output points.gif
 
 A checkpoint is a file of train.py, of timm's script or of the original release. The folder of a run stands for its best
-checkpoint; for animation it stands for its checkpoint-EPOCH.pth.tar files, which train.py --save-interval writes. EMA
-weights are used if the checkpoint has them, unless --no-use-ema is given. --model takes a name of timm or of this
-package, hf-hub:OWNER/NAME or local-dir:FOLDER.
+checkpoint; for animation it stands for its checkpoint-EPOCH.pth.tar files, which train.py --save-interval writes. Of
+the model's weights and the EMA weights, those are used that the checkpoint names as better, otherwise EMA. --model
+takes a name of timm or of this package, hf-hub:OWNER/NAME or local-dir:FOLDER.
 
 Exit codes: 0 success, 2 wrong arguments, files or images (no picture is written), 130 interrupted.
 """
@@ -29,6 +29,7 @@ from tqdm import tqdm
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import figures
 from smpconv_models.training import ModelOptions, cli
+from smpconv_models.training.batch_norm import recalibrate_bn_
 from smpconv_models.utils import streams
 from smpconv_models.utils.atomic_io import atomic_write
 from smpconv_models.utils.errors import first_line
@@ -87,8 +88,8 @@ def _add(
         '--checkpoint', metavar='PATH', nargs=nargs,
         help='checkpoint files or run folders' if several else 'checkpoint file or run folder')
     command.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction, default=True,
-        help='use EMA weights if the checkpoint has them (default: %(default)s)')
+        '--use-ema', action=argparse.BooleanOptionalAction,
+        help='use the EMA weights, or not (default: the better of both if the checkpoint says it, otherwise EMA)')
     command.add_argument('--pretrained', action='store_true', help='load the pretrained weights of --model')
     command.add_argument('--reparam', action='store_true', help='re-parameterize the network first')
     command.add_argument(
@@ -159,7 +160,8 @@ def draw_receptive_fields(path: Path, source: ModelSource, images: Optional[List
     for loaded in source.load():
         batch = _inputs.load_images(loaded, images, num_images, source.img_size)
         if loaded.is_random:
-            _inputs.recalibrate_bn(loaded.model, batch.inputs)
+            # with the initial statistics the maps of large kernels vanish beside the shortcuts, unlike in training
+            recalibrate_bn_([loaded.model], [batch.inputs])
         with error_prefix(loaded.label):
             fields[loaded.label] = figures.effective_receptive_field(loaded.model, batch.inputs)
     figures.save_receptive_fields(path, fields)

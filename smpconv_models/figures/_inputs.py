@@ -8,7 +8,6 @@ import torch
 from timm.data import create_transform, get_img_extensions
 from timm.utils import reparameterize_model
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from smpconv_models import checkpoint
 from smpconv_models.checkpoint.description import PREPARATION
@@ -49,7 +48,7 @@ class ModelSource:
     checkpoints: Optional[List[str]] = None  # paths of files or run folders, None for the named model
     pretrained: bool = False  # of the named model
     untrained: bool = False  # put a random model first
-    use_ema: bool = True  # prefer the EMA weights
+    use_ema: Optional[bool] = None  # EMA weights; by default unless the checkpoint says that the model's were better
     reparam: bool = False
     seed: Optional[int] = None  # seed of random weights, by default that of the checkpoint's run, otherwise 42
     img_size: Optional[int] = None  # image side in pixels, by default the model's
@@ -117,23 +116,6 @@ def list_snapshots(paths: List[str]) -> List[str]:
             raise ValueError(f'{path} has no checkpoint-EPOCH.pth.tar: train with --save-interval N to write them')
         found += [file for _, file in of_run]
     return found
-
-
-@torch.no_grad()
-def recalibrate_bn(model: Any, images: Tensor) -> None:
-    """Replace the running statistics of batch norms by those of these images.
-
-    With the initial statistics (mean 0, variance 1) the maps of large kernels vanish beside the shortcuts, unlike in
-    any network during training.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.
-    model.train()(images)
-    model.eval()
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
 
 
 def load_images(

@@ -109,13 +109,8 @@ class KernelView:
 
 
 def draw_kernel(
-        axes: Axes,
-        layer: Union[SMPLayer, KernelView],
-        channel: int,
-        with_points: bool = True,
-        limit: Optional[float] = None,
-        filter: int = 0,
-) -> None:
+        axes: Axes, layer: Union[SMPLayer, KernelView], channel: int, with_points: bool = True,
+        limit: Optional[float] = None, filter: int = 0) -> None:
     """Draw one channel's kernel with its points, as in figure 4 of the paper.
 
     A 2-D kernel is an image with colors symmetric about zero, blue negative and red positive. A dot is a point, in the
@@ -145,11 +140,7 @@ def draw_kernel(
 
 
 def draw_points(
-        axes: Axes,
-        layer: Union[SMPLayer, KernelView],
-        heaviest: Optional[float] = None,
-        filter: int = 0,
-) -> None:
+        axes: Axes, layer: Union[SMPLayer, KernelView], heaviest: Optional[float] = None, filter: int = 0) -> None:
     """Draw a depthwise layer's points, or those of one filter, over the whole area of the kernel.
 
     A dot is a point. It is darker, or over time higher, for a larger absolute weight, averaged over the channels.
@@ -170,13 +161,8 @@ def draw_points(
 
 
 def save_kernels(
-        path: Union[str, Path],
-        model: nn.Module,
-        layers: Optional[Sequence[str]] = None,
-        max_layers: int = 6,
-        columns: int = 6,
-        filter: int = 0,
-) -> None:
+        path: Union[str, Path], model: nn.Module, layers: Optional[Sequence[str]] = None, max_layers: int = 6,
+        columns: int = 6, filter: int = 0) -> None:
     """Save a PNG like figure 4 of the paper: a row per layer, with its points, their supports and its kernels.
 
     If filters have points of their own, a row shows one filter and the kernels of its first input channels.

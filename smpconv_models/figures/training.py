@@ -47,12 +47,7 @@ _LAST_FRAME_S = 2.
 
 
 def save_run(
-        path: Union[str, Path],
-        rows: Sequence[Row],
-        model: nn.Module,
-        max_layers: int = 6,
-        columns: int = 6,
-) -> None:
+        path: Union[str, Path], rows: Sequence[Row], model: nn.Module, max_layers: int = 6, columns: int = 6) -> None:
     """Save a PNG of a training run: losses and accuracy over the epochs, and kernels of the SMP layers below them.
 
     Args:
@@ -83,11 +78,7 @@ def save_curves(path: Union[str, Path], rows: Sequence[Row]) -> None:
     figure.savefig(path, dpi=130, format='png')
 
 
-def save_confusion_matrix(
-        path: Union[str, Path],
-        confusion: Tensor,
-        names: Optional[Sequence[str]] = None,
-) -> None:
+def save_confusion_matrix(path: Union[str, Path], confusion: Tensor, names: Optional[Sequence[str]] = None) -> None:
     """Save a PNG of a confusion matrix: the distribution of each class's images over the predictions.
 
     Colors follow the square root of the share, so that rare mistakes are visible. A class without images is gray. Up to
@@ -206,13 +197,8 @@ class _Scale(NamedTuple):
 
 
 def save_animation(
-        path: Union[str, Path],
-        snapshots: Sequence[Tuple[str, Layers]],
-        columns: int = 5,
-        fps: float = 5.,
-        format: Optional[str] = None,
-        filter: int = 0,
-) -> None:
+        path: Union[str, Path], snapshots: Sequence[Tuple[str, Layers]], columns: int = 5, fps: float = 5.,
+        format: Optional[str] = None, filter: int = 0) -> None:
     """Save an animated GIF or PNG with a frame per snapshot: layers' points with their supports, and kernels.
 
     A row is a layer or a filter, as in :func:`save_kernels`. A kernel has the same color scale in all frames,

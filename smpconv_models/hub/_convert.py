@@ -40,14 +40,8 @@ class Converted(NamedTuple):
 
 @torch.no_grad()
 def convert(
-        path: Union[str, Path],
-        folder: Union[str, Path],
-        model: Optional[str] = None,
-        use_ema: bool = True,
-        source: str = '',
-        license: Optional[str] = None,
-        card: Optional[str] = None,
-) -> Converted:
+        path: Union[str, Path], folder: Union[str, Path], model: Optional[str] = None, use_ema: Optional[bool] = None,
+        source: str = '', license: Optional[str] = None, card: Optional[str] = None) -> Converted:
     """Convert a checkpoint of the original release, of timm's script or of ours to a folder for the Hub.
 
     Names and shapes are compared with the model's before tensors are read, and the outputs of the model in the folder
@@ -57,7 +51,7 @@ def convert(
         path: Path of the checkpoint.
         folder: Path of a new or an empty folder.
         model: Name of the model, needed if neither the arguments in the checkpoint nor the shapes name it.
-        use_ema: Whether to prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights; by default unless the checkpoint says that the model's were better.
         source: Origin of the checkpoint, by default the name of the file. The address of the original release,
             ``checkpoint.original.RELEASE_URL``, says that the weights are its authors'.
         license: License of the weights, by default 'mit' for the original release's and 'unknown' for others.
@@ -105,7 +99,8 @@ def convert(
 
 
 def _load_network(
-        loaded: Any, model: Optional[str], use_ema: bool) -> Tuple[Any, Dict[str, Any], Optional[List[str]], str]:
+        loaded: Any, model: Optional[str],
+        use_ema: Optional[bool]) -> Tuple[Any, Dict[str, Any], Optional[List[str]], str]:
     """Return the network with its weights, its constructor's arguments, the class names and the weights' key."""
     state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
     description = checkpoint.describe(loaded)
@@ -122,8 +117,8 @@ def _load_network(
 
 
 def _create_network(
-        description: checkpoint.Description, state_dict: Dict[str, Any], name: Optional[str],
-) -> Tuple[Any, Dict[str, Any]]:
+        description: checkpoint.Description, state_dict: Dict[str, Any],
+        name: Optional[str]) -> Tuple[Any, Dict[str, Any]]:
     """Create the network on the meta device; return it and the arguments of its constructor.
 
     What the shapes of the weights show overrides the description, whose arguments are validated.
@@ -175,8 +170,8 @@ def _sample_images(network: Any) -> torch.Tensor:
 
 
 def _save(
-        network: Any, folder: Path, kwargs: Dict[str, Any], classes: Optional[List[str]], source: str, license: str,
-) -> str:
+        network: Any, folder: Path, kwargs: Dict[str, Any], classes: Optional[List[str]], source: str,
+        license: str) -> str:
     """Save a folder as timm does, with source, license and checksum in its configuration; return the checksum."""
     network.pretrained_cfg.update(license=license)
     if source != RELEASE_URL:  # these fields describe the release's weights

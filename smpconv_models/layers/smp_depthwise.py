@@ -173,6 +173,28 @@ class SMPDepthwiseConv2d(SMPLayer):
         self.backend = backend
         self.reset_parameters()
 
+    # The size that the points were made for stands beside the state dict, in PyTorch's `_metadata`: a tensor of its own
+    # would change the keys of the released weights. A file without it, such as safetensors, is loaded unchecked.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, '_metadata', {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata['base_size'] = self.base_size
+
+    def _load_from_state_dict(
+            self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
+            unexpected_keys: Any, error_msgs: Any,
+    ) -> None:
+        size = local_metadata.get('base_size', self.base_size)
+        if size != self.base_size:
+            error_msgs.append(
+                f'the points of {prefix[:-1] or "the layer"} are for kernels of size {size!r:.20}, not of '
+                f'{self.base_size}')
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def kernel(self) -> Tensor:
         """Return the kernel as ``conv2d`` takes it, ``(C, 1, k, k)``."""
         return self.sample().unsqueeze(1)

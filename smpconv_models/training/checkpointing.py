@@ -10,7 +10,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
@@ -23,6 +23,7 @@ from smpconv_models.checkpoint import description
 from ..utils import atomic_io
 from ..utils.atomic_io import atomic_write
 from .cli import RENAMED_OPTIONS
+from .config import TrainOptions
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +58,12 @@ class TrainState:
     def state_dict(self) -> Dict[str, Any]:
         """Return the progress for a checkpoint."""
         return asdict(self)
+
+    def is_finished(self, epochs: int, patience: Optional[int] = None) -> bool:
+        """Return whether there is no epoch left, or the last ``patience`` epochs were not better than the best."""
+        is_stalled = patience is not None and self.best_epoch is not None and (
+            self.epoch - 1 - self.best_epoch >= patience)
+        return self.epoch >= epochs or is_stalled
 
     def finish_epoch(self, row: Dict[str, Any]) -> None:
         """Add the measurements of the current epoch, and begin the next one."""
@@ -150,8 +157,10 @@ def check_content(loaded: Any, path: Any) -> None:
         if loaded['classes'] is not None:
             description.check_texts('classes', loaded['classes'])
         TrainState.from_state_dict(loaded['progress'])
-        global_batch_size = checkpoint.get_train_args(loaded).get('global_batch_size')
-        description.check_number('args.global_batch_size', global_batch_size, 1, 10 ** 9, whole=True)
+        arguments = checkpoint.get_train_args(loaded)
+        for key in ('global_batch_size', 'epochs', 'patience'):
+            if key != 'patience' or arguments.get(key) is not None:
+                description.check_number(f'args.{key}', arguments.get(key), 1, 10 ** 9, whole=True)
         if loaded['images'] is not None:
             description.check_number('images', loaded['images'], 0, 1 << 62, whole=True)
         for key in ('state_dict', 'state_dict_ema'):
@@ -203,21 +212,22 @@ def _check_values(name: str, values: Dict[Any, Any]) -> None:
 # Options that decide how far a run is, what its images are or what its weights mean.
 _IMMUTABLE_ARGS = (
     'model', 'model_kwargs', 'num_classes', 'in_chans', 'dataset', 'train_split', 'opt', 'layer_decay', 'seed',
-    'global_batch_size', 'model_ema',
+    'global_batch_size', 'model_ema', 'freeze', 'val_split_fraction', 'balance_classes',
 )
 
 # Options that do not change a run's results, except for rounding.
 _IGNORED_ARGS = (
     'config', 'output', 'experiment', 'workers', 'pin_mem', 'device', 'validation_batch_size',
-    'recovery_interval', 'save_interval', 'log_interval', 'resume', 'force_resume', 'log_tensorboard', 'log_wandb',
-    'wandb_project', 'dist_timeout', 'debug', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
+    'recovery_interval', 'save_interval', 'save_top_k', 'log_interval', 'resume', 'force_resume', 'log_tensorboard',
+    'log_wandb', 'wandb_project', 'dist_timeout', 'debug', 'dataset_download', 'grad_accum_steps', 'max_unreadable',
     'max_nonfinite_steps',
 )
 
 
 def diff_args(then: Dict[str, Any], now: Dict[str, Any]) -> Tuple[List[str], List[str]]:
     """Return lines for options that changed since a checkpoint and may, and lines for those that must not."""
-    then = {RENAMED_OPTIONS.get(key, key): value for key, value in then.items()}
+    # a checkpoint of an older version lacks newer options, whose default is what it did
+    then = {**TrainOptions().as_dict(), **{RENAMED_OPTIONS.get(key, key): value for key, value in then.items()}}
     changed = {
         key: f'{checkpoint.printable(key)} {checkpoint.shown(then.get(key))} -> {checkpoint.shown(now.get(key))}'
         for key in sorted(set(then) | set(now))
@@ -317,6 +327,7 @@ class RunDir:
         self.previous = path / 'previous.pth.tar'
         self.best = path / 'model_best.pth.tar'
         self.summary_csv = path / 'summary.csv'
+        self.split_csv = path / 'split.csv'
         self.summary_json = path / 'summary.json'
         self.curves = path / 'curves.png'
         self.summary_png = path / 'summary.png'
@@ -344,8 +355,9 @@ class RunDir:
         except OSError as error:
             raise ValueError(f'--output {self.path} cannot be written to: {error}') from error
         for path in (
-                self.arguments, self.last, self.previous, self.best, self.summary_csv, self.summary_json, self.curves,
-                self.summary_png, self._owner_file, Path('checkpoint-*.pth.tar')):  # snapshots of any epoch
+                self.arguments, self.last, self.previous, self.best, self.split_csv, self.summary_csv,
+                self.summary_json, self.curves, self.summary_png, self._owner_file,
+                Path('checkpoint-*.pth.tar'), Path('best-*.pth.tar')):  # of any epoch
             for temporary in self.path.glob(f'.{path.name}.*'):  # of atomic_write in a process that was killed
                 temporary.unlink(missing_ok=True)
 
@@ -414,6 +426,14 @@ class RunDir:
     def snapshot(self, epoch: int) -> Path:
         """Return the path of the weights of an epoch, by timm's name."""
         return self.path / f'checkpoint-{epoch}.pth.tar'
+
+    def keep_top(self, epochs: Sequence[int], epoch: int, content: Dict[str, Any]) -> None:
+        """Save the weights of ``epoch`` if it is one of the best ``epochs``, and remove those of other epochs."""
+        paths = {other: self.path / f'best-{other}.pth.tar' for other in epochs}
+        if epoch in paths:
+            save_checkpoint(paths[epoch], content)
+        for path in set(self.path.glob('best-*.pth.tar')) - set(paths.values()):
+            path.unlink()
 
     def save(self, state: Dict[str, Any]) -> None:
         """Save the last checkpoint, and keep the one before it."""

@@ -1,4 +1,5 @@
 """Sources of images in class folders and in tar files, and the order of class names."""
+import copy
 import logging
 import os
 import re
@@ -15,6 +16,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from smpconv_models import checkpoint
 from smpconv_models.utils.errors import first_line
+
+from . import rng
 
 _logger = logging.getLogger(__name__)
 
@@ -175,6 +178,7 @@ class ClassFolders:
     """
 
     def __init__(self, scan: Scan, by_top_level: bool = False) -> None:
+        self.root = scan.root
         if by_top_level:
             self.classes = sorted(scan.top_level)
             named = sorted(
@@ -194,6 +198,35 @@ class ClassFolders:
     def targets(self) -> List[int]:
         """Class indices of all images."""
         return [target for _, target in self.samples]
+
+    def split(self, fraction: float, seed: int) -> Tuple['ClassFolders', 'ClassFolders']:
+        """Divide the images of each class at random into training and validation images.
+
+        The path of an image below the root decides, so that the split stays if the root is moved, and nearly stays if
+        images are added.
+
+        Args:
+            fraction: Fraction of each class that is for validation, rounded, at least one image.
+            seed: Seed of the split.
+
+        Raises:
+            ValueError: If a class has a single image.
+        """
+        members: List[List[Tuple[str, int]]] = [[] for _ in self.classes]
+        for path, target in self.samples:
+            members[target].append((path, target))
+        single = [name for name, samples in zip(self.classes, members) if len(samples) == 1]
+        if single:
+            raise ValueError(f'classes of a single image cannot be split: {listed(single, 8)} in {shown(self.root)}')
+        validation: Set[str] = set()
+        for samples in members:
+            samples.sort(key=lambda sample: rng.derive_seed(seed, Path(sample[0]).relative_to(self.root).as_posix()))
+            count = min(max(round(fraction * len(samples)), 1), len(samples) - 1)
+            validation.update(path for path, _ in samples[:count])
+        parts = copy.copy(self), copy.copy(self)
+        for is_validation, part in enumerate(parts):
+            part.samples = [sample for sample in self.samples if (sample[0] in validation) == bool(is_validation)]
+        return parts
 
     def __len__(self) -> int:
         return len(self.samples)

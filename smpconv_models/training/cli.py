@@ -29,7 +29,8 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition('=')[0]
-            hint = renamed_hint(name.lstrip('-')) or suggestion_suffix(name, self._option_string_actions)
+            hint = renamed_hint(name.lstrip('-')) or suggestion_suffix(
+                _ABBREVIATED.get(name.lstrip('-').replace('_', '-'), name), self._option_string_actions)
             self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
         return parsed
 
@@ -39,6 +40,10 @@ RENAMED_OPTIONS = {
     'crop_padding': 'random_crop_pad', 'patience_nonfinite': 'max_nonfinite_steps',
     'snapshot_interval': 'save_interval', 'confusion': 'confusion_matrix', 'class_results': 'per_class_results',
 }
+
+
+# Options that timm abbreviates.
+_ABBREVIATED = {'learning-rate': '--lr', 'optimizer': '--opt', 'scheduler': '--sched'}
 
 
 def renamed_hint(name: str) -> str:
@@ -95,6 +100,13 @@ def add_options(parser: argparse.ArgumentParser, *groups: Any) -> None:
         for item, default in zip(fields(group), vars(group()).values()):
             flag = f'--{item.name.replace("_", "-")}'
             target.add_argument(*item.metadata['flags'], flag, default=default, **item.metadata['argument'])
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of the data set as an argument without a name, as in timm's scripts."""
+    parser.add_argument(
+        'data_dir', nargs='?', default=argparse.SUPPRESS, metavar='DIR', action=FolderAction,
+        help='folder of the data set, as --data-dir')
 
 
 def read_options(args: argparse.Namespace, group: Type[Options]) -> Options:
@@ -154,6 +166,16 @@ class ParseKwargs(argparse.Action):
         setattr(namespace, self.dest, keywords)
 
 
+class FolderAction(argparse.Action):
+    """Store a folder that may be given with and without ``--data-dir``, as in timm's scripts, but once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        """Store the folder."""
+        if getattr(namespace, self.dest) not in (None, parser.get_default(self.dest), values):
+            parser.error(f'--data-dir is given twice: {getattr(namespace, self.dest)} and {values}')
+        setattr(namespace, self.dest, values)
+
+
 # --- YAML ---
 
 
@@ -211,7 +233,8 @@ def _convert_all(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: 
     for key, value in values.items():
         dest = key.replace('-', '_') if isinstance(key, str) else ''
         if dest not in actions:
-            hint = renamed_hint(dest) or suggestion_suffix(dest, actions)
+            known = _ABBREVIATED.get(dest.replace('_', '-'), dest).lstrip('-').replace('-', '_')
+            hint = renamed_hint(dest) or suggestion_suffix(known, actions)
             raise ValueError(f'{path}: unknown key {checkpoint.shown(key)}{hint}')
         try:
             converted[dest] = _convert(actions[dest], value)

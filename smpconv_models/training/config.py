@@ -12,6 +12,7 @@ from smpconv_models.checkpoint.description import INTERPOLATIONS
 
 from .cli import (
     CheckedOptions,
+    FolderAction,
     ParseKwargs,
     bounded_number,
     moderate_float,
@@ -34,12 +35,15 @@ class DataOptions(CheckedOptions):
     """Options of the data set and of how images are read and prepared."""
     title: ClassVar[str] = 'data'
 
-    data_dir: Optional[str] = option(None, 'folder of the data set', metavar='DIR')
+    data_dir: Optional[str] = option(None, 'folder of the data set', action=FolderAction, metavar='DIR')
     dataset: Optional[str] = option(
         None, "'digits' (embedded), torch/NAME, wds/NAME, hfds/NAME, tfds/NAME; seq/NAME for sequences, embedded "
         'seq/digits and seq/permuted-digits; without a name, --data-dir has a folder for each split with a folder for '
         'each class', metavar='NAME')
     dataset_download: bool = option(False, 'let torchvision or the Hub client download the data set')
+    val_split_fraction: Optional[float] = option(
+        None, 'validate on this fraction of the images of each class, in a --data-dir that has a folder for each class '
+        'and none for the splits', type=bounded_number(float, 0.001, 0.999), metavar='X')
     batch_size: int = option(128, 'batch size of each rank', flags=('-b',), type=positive_int, metavar='N')
     validation_batch_size: Optional[int] = option(
         None, 'batch size of evaluation (default: --batch-size)', flags=('-vb',), type=positive_int, metavar='N')
@@ -54,6 +58,9 @@ class DataOptions(CheckedOptions):
         action=argparse.BooleanOptionalAction)
     img_size: Optional[int] = option(
         None, "image side in pixels (default: the model's)", type=positive_int, metavar='N')
+    fit_img_size: bool = option(
+        False, "take the image side from the training images: the median of their shorter sides, as a multiple of 32 "
+        "from 64 to the model's own")
     input_size: Sizes = option(
         None, 'image size, instead of --img-size', type=positive_int, nargs=3, metavar=('C', 'H', 'W'))
     crop_pct: Optional[float] = option(
@@ -127,15 +134,28 @@ class RunOptions(CheckedOptions):
     experiment: Optional[str] = option(
         None, "name of the run's folder in --output; the same run in it is resumed (default: the model's name)",
         metavar='NAME')
+    balance_classes: bool = option(False, 'sample the images of each class equally often')
     epochs: int = option(300, 'number of epochs', type=positive_int, metavar='N')
+    patience: Optional[int] = option(
+        None, 'stop after N epochs without a better top-1', type=positive_int, metavar='N')
     pretrained: bool = option(False, "start from timm's pretrained weights")
     initial_checkpoint: Optional[str] = option(
         None, "start from the weights of a checkpoint: ours, timm's or the original release's", metavar='FILE')
+    freeze: Optional[List[str]] = option(
+        None, "modules whose weights stay as they are, e.g. stem stages.0; 'backbone' means all but the classifier",
+        nargs='+', metavar='NAME')
     grad_checkpointing: bool = option(False, 'recompute activations: less memory, more time')
     torchcompile: Optional[str] = option(
         None, 'torch.compile with this backend (inductor if none is named)', nargs='?', const='inductor',
         metavar='BACKEND')
     sync_bn: bool = option(False, 'synchronize batch norms over all ranks, on GPUs')
+    bn_momentum: Optional[float] = option(
+        None, "momentum of the batch norms' running statistics (default: the model's)", type=positive_unit_float,
+        metavar='X')
+    recalibrate_bn: Optional[int] = option(
+        None, 'compute the running statistics of the batch norms from N training batches before each evaluation '
+        '(default: from 256 images in runs of fewer than 2000 steps, otherwise 0: never)', type=non_negative_int,
+        metavar='N')
     global_batch_size: Optional[int] = option(
         None, 'images of a step over all ranks; gradients are accumulated to reach it', type=positive_int,
         metavar='N')
@@ -153,6 +173,8 @@ class CheckpointOptions(CheckedOptions):
         500, 'number of steps between checkpoints within an epoch', timm=0, type=positive_int, metavar='N')
     save_interval: Optional[int] = option(
         None, 'also keep the weights of each N-th epoch, as checkpoint-EPOCH.pth.tar', type=positive_int, metavar='N')
+    save_top_k: Optional[int] = option(
+        None, 'also keep the weights of the N best epochs, as best-EPOCH.pth.tar', type=positive_int, metavar='N')
     resume: Optional[str] = option(
         None, "resume from this checkpoint if the run's folder has none", metavar='FILE')
     force_resume: bool = option(False, 'resume although options changed that must not change')
@@ -247,9 +269,11 @@ class EMAOptions(CheckedOptions):
     """Options of the exponential moving average (EMA) of the weights."""
     title: ClassVar[str] = 'model EMA'
 
-    model_ema: bool = option(False, 'keep EMA weights, and evaluate them')
+    model_ema: bool = option(False, 'keep EMA weights, and evaluate them as well')
     model_ema_decay: float = option(0.9999, 'decay', timm=0.9998, type=unit_float, metavar='X')
-    model_ema_warmup: bool = option(False, 'let the decay rise to its value')
+    model_ema_warmup: Optional[bool] = option(
+        None, 'let the decay rise to its value (default: in runs of fewer steps than 10 / (1 - decay); timm: no)',
+        action=argparse.BooleanOptionalAction)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Iterable, List, Optional, Tuple, Type, Union
+from statistics import median
+from typing import Any, Iterable, List, Optional, Sequence, Tuple, Type, Union
 
 import timm.data
 from filelock import FileLock
@@ -50,7 +51,8 @@ def create_dataset(
     """Create the image data set that the options name: 'digits', or any of ``timm.data.create_dataset``.
 
     Without a name, ``data_dir`` holds for each split a folder of class folders (``train/CLASS/IMAGE``), a folder of
-    tar files of a class each (``train/CLASS.tar``), or a tar file of either (``train.tar``). Skipped files, and
+    tar files of a class each (``train/CLASS.tar``), or a tar file of either (``train.tar``). With
+    ``val_split_fraction``, it holds the class folders themselves, whose images are divided. Skipped files, and
     properties that the user may not expect, are logged at level INFO, which train.py enables on rank 0.
 
     Args:
@@ -64,6 +66,8 @@ def create_dataset(
     """
     if not split:
         raise ValueError('the name of a split must not be empty')
+    if data.dataset and data.val_split_fraction is not None:
+        raise ValueError(f'--val-split-fraction divides a folder of class folders, got --dataset {data.dataset}')
     if in_chans not in (1, 3):
         raise ValueError(f'images are read with 1 channel (gray) or 3 (RGB), got in_chans {in_chans}')
     read_image = ReadImage('L' if in_chans == 1 else 'RGB', bool(data.exif_orientation))
@@ -81,6 +85,8 @@ def create_dataset(
         source: Any = _create_hugging_face(data, split, is_training)
     elif prefix == 'torch':
         source = _create_torchvision(data, name.lower(), split)
+    elif data.val_split_fraction is not None:
+        source = _create_part(data, data.val_split_fraction, split)
     else:
         source = _create_folder(_find_split(data.data_dir, split))
     if _logger.isEnabledFor(logging.INFO):
@@ -155,6 +161,28 @@ def _create_folder(path: Path) -> Union[ClassFolders, ClassTars]:
     return source
 
 
+def _create_part(data: DataOptions, fraction: float, split: str) -> ClassFolders:
+    """Return the training or the validation images of a folder without splits."""
+    root = _check_root(data.data_dir, 'the folder that holds a folder for each class')
+    if split not in TRAIN_SYNONYMS + EVAL_SYNONYMS:
+        raise ValueError(f'with --val-split-fraction the split must be train or validation, got {split!r}')
+    found = find_splits(root)
+    if found:
+        raise ValueError(
+            f'--data-dir {root} has {" and ".join(found)}: leave out --val-split-fraction, which divides a folder '
+            'without splits')
+    source = _create_folder(root)
+    if isinstance(source, ClassTars):
+        raise ValueError(f'--val-split-fraction divides class folders, and {root} has tar files')
+    return source.split(fraction, data.seed)[split in EVAL_SYNONYMS]
+
+
+def find_splits(root: Path) -> List[str]:
+    """Return the names of the folders and tar files in a folder that stand for a split."""
+    names = {f'{name}{suffix}' for name in TRAIN_SYNONYMS + EVAL_SYNONYMS for suffix in ('', '.tar')}
+    return sorted(path.name for path in root.iterdir() if path.name in names)
+
+
 def _scan(path: Path, extensions: Iterable[str]) -> Scan:
     scan = Scan(str(path), set(extensions)).walk()
     scan.check_no_empty_folder()
@@ -179,14 +207,15 @@ def _find_split(data_dir: Optional[str], split: str) -> Path:
                     f'--data-dir {data_dir}: {split!r} may be any of {[path.name for path in paths]}; name one of them')
             if paths:
                 return paths[0]
+    hint = '' if find_splits(root) else '; --val-split-fraction 0.2 divides a folder that has a folder for each class'
     raise ValueError(
         f'--data-dir {data_dir}: expected a folder named {" or ".join(names)}, or such a tar file '
-        f'({split}.tar), found {_list_folder(root)}')
+        f'({split}.tar), found {_list_folder(root)}{hint}')
 
 
 def _check_root(data_dir: Optional[str], what: str) -> Path:
     if not data_dir:  # the working folder has to be named, as "."
-        raise ValueError(f'--data-dir is needed: {what}')
+        raise ValueError(f'--data-dir is needed: {what}; or --dataset names a data set')
     root = Path(data_dir)
     if root.is_file():
         raise ValueError(
@@ -200,14 +229,40 @@ def _list_folder(root: Path) -> str:
     return listed((path.name for path in root.iterdir()), 8)
 
 
+def _evenly_spaced(source: Any) -> Sequence[int]:
+    count = len(source)
+    return range(count) if count <= _NUM_HEADERS else [index * count // _NUM_HEADERS for index in range(_NUM_HEADERS)]
+
+
+def fit_img_size(dataset: Any, largest: int) -> int:
+    """Return an image side for a data set: the median of the shorter sides, as a multiple of 32.
+
+    Args:
+        dataset: Data set with readable headers, of which at most 64 are read.
+        largest: Largest side to return; the smallest is 64.
+
+    Raises:
+        ValueError: If the data set is a stream, or none of the headers can be read.
+    """
+    if dataset.is_stream:
+        raise ValueError('--fit-img-size needs images that can be looked at beforehand, unlike those of a stream')
+    sides: List[int] = []
+    for index in _evenly_spaced(dataset.source):
+        try:
+            sides.append(min(dataset.source[index][0].size))
+        except DECODE_ERRORS as error:  # reported as an unreadable image when it is loaded
+            _logger.debug('the header of image %d cannot be read: %s', index, error)
+    if not sides:
+        raise ValueError('--fit-img-size: none of the images can be read')
+    return min(max(round(median(sides) / 32) * 32, 64), largest)
+
+
 def _check_headers(data: DataOptions, split: str, source: Any) -> None:
     """Log how many images have an EXIF orientation that is ignored, or more than 8 bits per value.
 
     The headers of at most 64 images, evenly spaced in the data set, are read. Pixels are not decoded.
     """
-    count = len(source)
-    indices = range(count) if count <= _NUM_HEADERS else [
-        index * count // _NUM_HEADERS for index in range(_NUM_HEADERS)]
+    indices = _evenly_spaced(source)
     turned: List[int] = []
     deep: List[int] = []
     for index in indices:
@@ -245,6 +300,7 @@ class _MapStyleImages:
         self.classes = [
             name if isinstance(name, str) else ', '.join(name) for name in dataset.classes
         ] if getattr(dataset, 'classes', None) is not None else None
+        self.targets = getattr(dataset, 'targets', None)
 
     def __len__(self) -> int:
         return len(self.dataset)

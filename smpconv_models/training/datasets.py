@@ -17,7 +17,7 @@ of the classes by index or None, and ``name(index)``, the name of an image in me
 import hashlib
 import logging
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, cycle, islice, repeat
 from struct import error as StructError
 from subprocess import SubprocessError
 from tarfile import TarError
@@ -25,6 +25,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from zlib import error as ZlibError
 
 import numpy as np
+import torch
 from PIL import EpsImagePlugin, Image, ImageOps
 from timm.data import IterableImageDataset
 from timm.data.readers.shared_count import SharedCount
@@ -170,12 +171,8 @@ class SeededDataset(Dataset):
     is_stream = False
 
     def __init__(
-            self,
-            source: Any,
-            seed: int,
-            convert: Optional[Callable[[Any], Any]] = None,
-            is_training: bool = False,
-    ) -> None:
+            self, source: Any, seed: int, convert: Optional[Callable[[Any], Any]] = None,
+            is_training: bool = False) -> None:
         self.source = source
         self.seed = seed
         self.convert = convert
@@ -187,6 +184,12 @@ class SeededDataset(Dataset):
     def num_samples(self) -> int:
         """Number of images in the split."""
         return len(self)
+
+    @property
+    def targets(self) -> Optional[List[int]]:
+        """Class indices of all images; None if only the images' files tell."""
+        targets = getattr(self.source, 'targets', getattr(self.source, 'labels', None))
+        return None if targets is None else list(map(int, targets))
 
     num_images = num_samples
 
@@ -232,10 +235,15 @@ class ResumableBatchSampler(Sampler):
     The order of an epoch's images is a function of the seed and the epoch. Each step takes the next
     ``batch_size * accumulation * world_size`` images, and each rank its part of them. Runs with the same product thus
     have the same images in each step. Images that do not fill a step are left out.
+    If ``targets``, the class indices of the images, are given, each class is sampled equally often, and images of rare
+    classes several times.
     """
 
-    def __init__(self, length: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+            self, length: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int,
+            targets: Optional[List[int]] = None) -> None:
         self.length = length
+        self.targets = targets
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.rank = rank
@@ -253,6 +261,17 @@ class ResumableBatchSampler(Sampler):
         self.epoch = epoch
         self.first = step
         self._order = rng.seeded_permutation(self.length, self.seed, 'order', epoch)
+        if self.targets is not None:
+            shuffled = rng.seeded_permutation(self.length, self.seed, 'balance', epoch)
+            self._order = self._balanced(self._order)[shuffled]
+
+    def _balanced(self, order: Tensor) -> Tensor:
+        """Return as many images as there are, the classes in turn, those of each class in the order of ``order``."""
+        members: Dict[int, List[int]] = {}
+        for index in order.tolist():
+            members.setdefault(self.targets[index], []).append(index)  # type: ignore[index]
+        classes = zip(*(islice(cycle(indices), -(-self.length // len(members))) for indices in members.values()))
+        return torch.tensor(list(chain.from_iterable(classes))[:self.length])
 
     def batch(self, step: int, part: int) -> List[SampleKey]:
         """Return the samples of one batch of the current epoch, ``part`` in [0, accumulation)."""
@@ -420,8 +439,8 @@ def names_by_index(class_to_idx: Optional[Dict[str, int]]) -> Optional[List[str]
 
 
 def collate_readable(
-        samples: List[Any], collate: Callable[[List[Any]], Any], size: Optional[int] = None,
-) -> Tuple[Any, List[Unreadable]]:
+        samples: List[Any], collate: Callable[[List[Any]], Any],
+        size: Optional[int] = None) -> Tuple[Any, List[Unreadable]]:
     """Return a batch of the readable samples, the first of which fill it up to ``size``, and the unreadable ones."""
     for sample in samples:
         if isinstance(sample, Failure):
@@ -448,12 +467,8 @@ class CheckedLoader:
     """
 
     def __init__(
-            self,
-            loader: BoundedLoader,
-            on_unreadable: OnUnreadable,
-            num_classes: Optional[int] = None,
-            expected: Optional[int] = None,
-    ) -> None:
+            self, loader: BoundedLoader, on_unreadable: OnUnreadable, num_classes: Optional[int] = None,
+            expected: Optional[int] = None) -> None:
         self.loader = loader
         self.on_unreadable = on_unreadable
         self.num_classes = num_classes

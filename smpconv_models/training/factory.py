@@ -1,13 +1,14 @@
 """Devices, models, and the parts of a run that come from timm and PyTorch: optimizer, schedule, EMA, Mixup, loss."""
 import logging
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -33,11 +34,8 @@ _logger = logging.getLogger(__name__)
 
 
 def param_groups(
-        model: Any,
-        weight_decay: float,
-        layer_decay: Optional[float] = None,
-        radius_lr_scale: float = 0.1,
-) -> List[Dict[str, Any]]:
+        model: Any, weight_decay: float, layer_decay: Optional[float] = None,
+        radius_lr_scale: float = 0.1) -> List[Dict[str, Any]]:
     """Return timm's parameter groups, with the radii of the points in groups of their own at a lower learning rate.
 
     No weight decay is applied to 1-D parameters, biases, coordinates, radii, and the parameters that the model's
@@ -94,7 +92,10 @@ def create_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim
             groups, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay, momentum=options.momentum,
             **given)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f'--opt {options.opt} with {given or "its defaults"} cannot be created: {error}') from error
+        known: Any = list_optimizers()
+        hint = '' if options.opt in known else suggestion_suffix(options.opt, known)
+        raise ValueError(
+            f'--opt {options.opt} with {given or "its defaults"} cannot be created: {error}{hint}') from error
 
 
 def create_scheduler(options: ScheduleOptions, optimizer: torch.optim.Optimizer, epochs: int, steps: int) -> Any:
@@ -113,11 +114,20 @@ def create_scheduler(options: ScheduleOptions, optimizer: torch.optim.Optimizer,
     return scheduler
 
 
-def create_ema(options: EMAOptions, model: nn.Module) -> Optional[ModelEmaV3]:
-    """Create the EMA of the weights, if the options ask for it."""
+def create_ema(options: EMAOptions, model: nn.Module, steps: int) -> Optional[ModelEmaV3]:
+    """Create the EMA of the weights, if the options ask for it.
+
+    Args:
+        options: Options of the EMA.
+        model: Model to average.
+        steps: Number of steps of the run: in a short one the initial weights would stay in the average to the end.
+    """
     if not options.model_ema:
         return None
-    return ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
+    use_warmup = options.model_ema_warmup
+    if use_warmup is None:
+        use_warmup = steps * (1 - options.model_ema_decay) < 10
+    return ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=use_warmup)
 
 
 def create_mixup(options: AugmentationOptions, num_classes: Any) -> Optional[Mixup]:
@@ -135,6 +145,46 @@ def create_loss(mixup: Optional[Mixup], smoothing: float) -> nn.Module:
     if mixup is not None:
         return SoftTargetCrossEntropy()  # Mixup smooths the labels itself
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+def freeze_(model: Any, names: Sequence[str]) -> None:
+    """Exclude modules from training: their weights, and the running statistics of their batch norms, stay.
+
+    Args:
+        model: Model to change.
+        names: Names of modules as in ``named_modules``, also several with commas between them; ``backbone`` stands for
+            all parameters but the classifier's.
+
+    Raises:
+        ValueError: If there is no such module, or nothing is left to train.
+    """
+    for name in (part for text in names for part in text.split(',')):
+        if name == 'backbone':
+            classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
+            frozen = [parameter for parameter in model.parameters() if id(parameter) not in classifier]
+        else:
+            try:
+                frozen = list(model.get_submodule(name).parameters() if name else [])
+            except AttributeError:
+                frozen = []
+        if not frozen:
+            modules = [module for module, _ in model.named_modules()]
+            raise ValueError(
+                f'--freeze {name}: no module of this name with weights; there are backbone, '
+                f'{", ".join(child for child, _ in model.named_children())}{suggestion_suffix(name, modules)}')
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f'--freeze {",".join(names)} leaves nothing to train')
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Set a model to training mode, except for its modules whose weights are all frozen."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
 
 
 def convert_sync_bn(model: nn.Module, world: DistributedContext, device: torch.device) -> nn.Module:
@@ -187,11 +237,8 @@ def select_device(name: Optional[str], local_rank: Optional[int] = None) -> torc
 
 
 def model_arguments(
-        model: ModelOptions,
-        img_size: Optional[int],
-        input_size: Optional[List[int]],
-        defaults: Dict[str, Any],
-) -> Dict[str, Any]:
+        model: ModelOptions, img_size: Optional[int], input_size: Optional[List[int]],
+        defaults: Dict[str, Any]) -> Dict[str, Any]:
     """Return the arguments of a model's constructor: the options, over ``defaults`` for what they leave open.
 
     Args:
@@ -244,6 +291,22 @@ def parse_model_name(name: str) -> Tuple[str, str]:
     """Return the source of a model, ``hf-hub`` or ``local-dir``, and its name there; '' for timm's own names."""
     source, _, rest = name.partition(':')
     return (source, rest) if rest else ('', name)
+
+
+def resolve_source(name: str) -> Tuple[str, Dict[str, Any]]:
+    """Return the architecture of a model, and the arguments that its repository or folder gives to it.
+
+    A model is the same without its place: a checkpoint that names both can be opened after the place has gone.
+
+    Args:
+        name: Name of a model that :func:`create_model` has created.
+    """
+    source, place = parse_model_name(name)
+    if source not in _SOURCES:
+        return name, {}
+    load = load_model_config_from_path if source == 'local-dir' else load_model_config_from_hf
+    _, architecture, arguments = load(place)
+    return architecture, dict(arguments or {})
 
 
 def create_model(name: Optional[str], pretrained: bool = False, **kwargs: Any) -> Any:
@@ -318,14 +381,14 @@ class CheckpointedModel(NamedTuple):
         return model
 
 
-def open_checkpoint(path: str, name: Optional[str] = None, use_ema: bool = True) -> CheckpointedModel:
+def open_checkpoint(path: str, name: Optional[str] = None, use_ema: Optional[bool] = None) -> CheckpointedModel:
     """Read a checkpoint, and find out which model it holds.
 
     Args:
         path: Path of a checkpoint of ours, of timm or of the original release.
         name: Name of the model, by default the described one, otherwise that of the model that the weights fit; it may
             be of a repository or a folder.
-        use_ema: Whether to prefer the EMA weights.
+        use_ema: Whether to prefer the EMA weights; by default as :func:`.checkpoint.select_state_dict` does.
 
     Raises:
         ValueError: If the file is no checkpoint, or no known model is named and the weights fit none of this package.
@@ -346,12 +409,46 @@ def open_checkpoint(path: str, name: Optional[str] = None, use_ema: bool = True)
     return CheckpointedModel(path, name, described.model_kwargs, described, state_dict, key)
 
 
-def select_weights(loaded: Any, path: str, use_ema: bool = True) -> Tuple[Dict[str, Tensor], str]:
+def select_weights(loaded: Any, path: str, use_ema: Optional[bool] = None) -> Tuple[Dict[str, Tensor], str]:
     """Return :func:`.checkpoint.select_state_dict` of a file; an error names the path."""
     try:
         return checkpoint.select_state_dict(loaded, use_ema)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
+
+
+def load_first_weights(model: Any, path: str, classes: Optional[List[str]]) -> str:
+    """Load the weights of a checkpoint to start from, except for the classifier if its classes are others.
+
+    Args:
+        model: Model to load into.
+        path: Path of a checkpoint, ours, timm's or the original release's.
+        classes: Names of the classes to train, None if they are not known.
+
+    Returns:
+        Description of what was left out, '' if nothing was.
+
+    Raises:
+        ValueError: If the weights are another model's, or are not finite.
+    """
+    loaded = checkpoint.load_file(path)
+    state_dict, _ = select_weights(loaded, path)
+    trained = checkpoint.describe(loaded, path).classes
+    own, classifier = model.state_dict(), model.get_classifier()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    head = [names[id(parameter)] for parameter in classifier.parameters()]
+    if checkpoint.is_original(state_dict):
+        state_dict = checkpoint.convert_original(state_dict)
+    is_other = trained is not None and classes is not None and trained != classes
+    is_other |= any(state_dict[name].shape != own[name].shape for name in head if name in state_dict)
+    if is_other:
+        state_dict = {**state_dict, **{name: own[name] for name in head}}
+    load_weights(model, state_dict, path)
+    try:
+        checkpoint.check_finite(model.state_dict())
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return 'without their classifier, which is of other classes' if is_other else ''
 
 
 def load_weights(model: nn.Module, state_dict: Dict[str, Tensor], path: str) -> None:

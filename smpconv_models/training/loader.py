@@ -79,11 +79,13 @@ class EvalLoader(NamedTuple):
         world: Ranks that the samples are divided among; a single one for a stream, which each rank evaluates whole.
         skipped: Unreadable samples of this rank.
         num_samples: Number of samples in the split.
+        dataset: Data set of the samples.
     """
     loader: Any
     world: DistributedContext
     skipped: SkippedSamples
     num_samples: int = 0
+    dataset: Any = None
 
     def num_skipped(self, count: int) -> int:
         """Return how many samples were skipped if this many were evaluated on all ranks."""
@@ -91,18 +93,9 @@ class EvalLoader(NamedTuple):
 
 
 def create_train_loader(
-        task: Task,
-        dataset: Any,
-        data_config: Dict[str, Any],
-        augmentation: AugmentationOptions,
-        device: torch.device,
-        world: DistributedContext,
-        on_unreadable: OnUnreadable,
-        *,
-        grad_accum_steps: int,
-        dist_timeout: float,
-        train_split: str,
-) -> TrainLoader:
+        task: Task, dataset: Any, data_config: Dict[str, Any], augmentation: AugmentationOptions, device: torch.device,
+        world: DistributedContext, on_unreadable: OnUnreadable, *, grad_accum_steps: int, dist_timeout: float,
+        train_split: str, balance_classes: bool = False) -> TrainLoader:
     """Create the loader of shuffled and augmented training samples; those that do not fill a step are left out.
 
     Args:
@@ -116,9 +109,11 @@ def create_train_loader(
         grad_accum_steps: Number of batches that a rank accumulates in a step.
         dist_timeout: Seconds to wait for DataLoader workers.
         train_split: Name of the split, for errors.
+        balance_classes: Whether to sample each class equally often.
 
     Raises:
-        ValueError: If a step takes more samples than there are, a stream has too few shards for the DataLoader
+        ValueError: If a step takes more samples than there are, the classes of samples are not known without reading
+            them and should be balanced, a stream has too few shards for the DataLoader
             workers, or the augmentation is not supported.
     """
     data = task.data
@@ -128,6 +123,8 @@ def create_train_loader(
             f'--batch-size must not exceed the {dataset.num_samples} training images, got {data.batch_size}'
             + (f' x {grad_accum_steps} accumulated' if grad_accum_steps > 1 else '')
             + (f' x {world.size} ranks' if world.size > 1 else ''))
+    if balance_classes and (dataset.is_stream or dataset.targets is None):
+        raise ValueError(f'--balance-classes: {data.dataset} does not tell the classes of its images beforehand')
     batching: Dict[str, Any]
     if dataset.is_stream:
         num_shards, num_workers = dataset.num_shards(data.workers, world.size), max(data.workers, 1)
@@ -140,7 +137,8 @@ def create_train_loader(
         batching = {'batch_size': data.batch_size, 'drop_last': True}
     else:
         order = ResumableBatchSampler(
-            len(dataset), data.batch_size, grad_accum_steps, world.rank, world.size, data.seed)
+            len(dataset), data.batch_size, grad_accum_steps, world.rank, world.size, data.seed,
+            dataset.targets if balance_classes else None)
         steps, batching = order.steps, {'batch_sampler': order}
     loader = _create_loader(
         task, dataset, data_config, device, world, dist_timeout, on_unreadable, batching,
@@ -150,14 +148,8 @@ def create_train_loader(
 
 
 def create_eval_loader(
-        task: Task,
-        dataset: Any,
-        data_config: Dict[str, Any],
-        device: torch.device,
-        world: DistributedContext,
-        *,
-        dist_timeout: float,
-) -> EvalLoader:
+        task: Task, dataset: Any, data_config: Dict[str, Any], device: torch.device, world: DistributedContext, *,
+        dist_timeout: float) -> EvalLoader:
     """Create the loader of the evaluation samples in order, each on one rank; those of a stream on every rank.
 
     Arguments are those of :func:`create_train_loader`.
@@ -175,7 +167,7 @@ def create_eval_loader(
         batching = {'batch_sampler': BatchSampler(keys, batch_size, drop_last=False)}
     loader = _create_loader(
         task, dataset, data_config, device, world, dist_timeout, skipped, batching, expected=expected)
-    return EvalLoader(loader, DistributedContext() if dataset.is_stream else world, skipped, num_samples)
+    return EvalLoader(loader, DistributedContext() if dataset.is_stream else world, skipped, num_samples, dataset)
 
 
 def _use_prefetcher(task: Task, device: torch.device) -> bool:
@@ -184,18 +176,9 @@ def _use_prefetcher(task: Task, device: torch.device) -> bool:
 
 
 def _create_loader(
-        task: Task,
-        dataset: Any,
-        data_config: Dict[str, Any],
-        device: torch.device,
-        world: DistributedContext,
-        dist_timeout: float,
-        on_unreadable: OnUnreadable,
-        batching: Dict[str, Any],
-        filled_size: Optional[int] = None,
-        expected: Optional[int] = None,
-        **erasing: Any,
-) -> Any:
+        task: Task, dataset: Any, data_config: Dict[str, Any], device: torch.device, world: DistributedContext,
+        dist_timeout: float, on_unreadable: OnUnreadable, batching: Dict[str, Any], filled_size: Optional[int] = None,
+        expected: Optional[int] = None, **erasing: Any) -> Any:
     data, use_prefetcher = task.data, _use_prefetcher(task, device)
     collate = fast_collate if use_prefetcher else default_collate
     loader = world.bounded_loader(DataLoader(

@@ -140,8 +140,8 @@ _NO_PEER = ('gloo', 'nccl', 'connection closed', 'connection reset', 'timed out'
 
 
 def describe_error(
-        error: Exception, world: DistributedContext, batch_size: int, workers: int, is_training: bool = False,
-) -> Optional[str]:
+        error: Exception, world: DistributedContext, batch_size: int, workers: int,
+        is_training: bool = False) -> Optional[str]:
     """Return a line for an error of the environment or the data; None for a fault of the program.
 
     Args:

@@ -83,8 +83,8 @@ class ImageTask(_Task):
             raise ValueError(f'{name} takes images of {model.in_chans} channels: --in-chans {model.in_chans}')
 
     def prepare_training(
-            self, dataset: Any, data_config: Dict[str, Any], augmentation: AugmentationOptions, use_prefetcher: bool,
-    ) -> None:
+            self, dataset: Any, data_config: Dict[str, Any], augmentation: AugmentationOptions,
+            use_prefetcher: bool) -> None:
         """Set timm's augmentation, with the crop of ``random_crop_pad`` if it is on."""
         try:
             transform = create_transform(
@@ -156,8 +156,8 @@ class SequenceTask(_Task):
                 f'{(channels, steps)}: --model-kwargs in_chans={channels} sequence_length={steps} makes one for them')
 
     def prepare_training(
-            self, dataset: Any, data_config: Dict[str, Any], augmentation: AugmentationOptions, use_prefetcher: bool,
-    ) -> None:
+            self, dataset: Any, data_config: Dict[str, Any], augmentation: AugmentationOptions,
+            use_prefetcher: bool) -> None:
         """Set the crop and flip of images that are read as sequences, if ``random_crop_pad`` is on."""
         padding, size = augmentation.random_crop_pad, dataset.source.image_size
         if padding is None or augmentation.no_aug:
@@ -187,11 +187,8 @@ def create_task(data: DataOptions) -> Task:
 
 
 def check_classes(
-        trained: Optional[List[str]],
-        evaluated: Optional[List[str]],
-        first: str = 'training',
-        second: str = 'evaluation',
-) -> None:
+        trained: Optional[List[str]], evaluated: Optional[List[str]], first: str = 'training',
+        second: str = 'evaluation') -> None:
     """Raise ValueError if the classes of two data sets, named `first` and `second`, differ by name or by index."""
     if trained is None or evaluated is None or list(trained) == list(evaluated):
         return

@@ -1,4 +1,5 @@
 """Training run: set-up, the loop over steps and epochs, resuming, and the files of the run's folder."""
+import itertools
 import logging
 import math
 import platform
@@ -6,31 +7,34 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
 from timm.utils import distribute_bn, random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from smpconv_models import __version__, checkpoint
+from smpconv_models.checkpoint import description
 from smpconv_models.utils.errors import first_line
 
 from ..utils import atomic_io
 from ..utils.atomic_io import atomic_write
 from . import factory
+from .batch_norm import accuracy_by_statistics, recalibrate_bn_, trained_norms
 from .checkpointing import RunDir, TrainState, check_content, diff_args, is_resumable, load_optimizer, save_checkpoint
 from .config import TrainOptions
+from .dataset_factory import fit_img_size
 from .datasets import SkippedSamples
 from .distributed import DistributedContext, GracefulStop, TrainingInterrupted
 from .factory import (
     check_no_conflict,
     create_model,
-    load_weights,
+    load_first_weights,
     model_arguments,
     parse_model_name,
+    resolve_source,
     select_device,
-    select_weights,
 )
 from .loader import EvalLoader, TrainLoader, create_eval_loader, create_train_loader
 from .logger import ProgressLogger, check_logging_dependencies
@@ -39,6 +43,15 @@ from .train_step import StepResult, TrainStep
 from .validate import evaluate
 
 _logger = logging.getLogger(__name__)
+
+_DEFAULT_INPUT_SIZE = (3, 224, 224)  # of models that timm does not know
+
+# Runs with fewer steps recalibrate batch norms by default, from this number of images.
+# Digits recipe at 3 epochs of 22 steps: top-1 48.3 % before and 93.1 % after it, EMA weights 9.7 % and 97.2 %.
+_SHORT_RUN_STEPS, _RECALIBRATION_IMAGES = 2000, 256
+
+# Percentage points of top-1 on a training batch above which lagging statistics are reported.
+_MAX_STATISTICS_GAP = 20.
 
 
 @dataclass(repr=False, eq=False)
@@ -58,6 +71,8 @@ class Trainer:
         train_loader: Training images.
         val_loader: Validation images.
         classes: Names of the classes by index, None if they are not known.
+        origin: Origin of the first weights, for the log.
+        input_size: Shape of an input without the batch.
         logger: Logger on rank 0 while the run trains, otherwise None.
     """
     options: TrainOptions
@@ -72,17 +87,38 @@ class Trainer:
     train_loader: TrainLoader
     val_loader: EvalLoader
     classes: Optional[List[str]]
+    origin: str
+    input_size: Tuple[int, ...]
     logger: Optional[ProgressLogger] = None
 
     @property
-    def eval_model(self) -> nn.Module:
-        """Model whose accuracy counts: the EMA if there is one."""
-        return self.model if self.train_step.ema is None else self.train_step.ema.module
+    def models(self) -> Dict[str, nn.Module]:
+        """Models that are evaluated, by the key of their weights in a checkpoint: the model and its EMA, if any."""
+        ema = self.train_step.ema
+        return {'state_dict': self.model, **({} if ema is None else {'state_dict_ema': ema.module})}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last epoch is done, or --patience is exhausted."""
+        return self._is_finished(self.state)
+
+    def _is_finished(self, state: TrainState) -> bool:
+        return state.is_finished(self.options.run.epochs, self.options.run.patience)
 
     @property
     def global_step(self) -> int:
         """Number of finished steps, over all epochs."""
         return self.state.epoch * self.train_loader.steps + self.state.step
+
+    @property
+    def recalibration_batches(self) -> int:
+        """Number of batches of this rank from which the batch norms are recalibrated before an evaluation."""
+        run, steps = self.options.run, self.train_loader.steps
+        count = run.recalibrate_bn
+        if count is None:
+            is_short = steps * run.epochs < _SHORT_RUN_STEPS
+            count = math.ceil(_RECALIBRATION_IMAGES / (self.options.data.batch_size * self.world.size)) * is_short
+        return min(count, steps * self.train_loader.accumulation) if trained_norms(self.model) else 0
 
     def train(self) -> Dict[str, Any]:
         """Train to the last epoch, from the current progress, and evaluate after each epoch.
@@ -94,8 +130,9 @@ class Trainer:
         with the learned kernels.
 
         Returns:
-            ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, both of the EMA weights if there are any,
-            ``checkpoint`` and ``picture`` as paths, and the ``seconds`` it took: 0 if the run was finished before.
+            ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, each of the better of the model's weights
+            and its EMA; ``weights`` and ``best_weights``, which of the two as the key in a checkpoint; ``checkpoint``
+            and ``picture`` as paths, and the ``seconds`` it took: 0 if the run was finished before.
 
         Raises:
             FloatingPointError: If too many consecutive steps, or all steps of the run, had NaN or infinity.
@@ -105,15 +142,17 @@ class Trainer:
         """
         start = time.perf_counter()
         state = self.state
-        is_finished = state.epoch >= self.options.run.epochs
+        is_finished = self.is_finished
         if is_finished:
             self.world.run_on_primary(self._write_results)  # the run may have ended before it wrote them
         else:
+            if self.world.is_primary:
+                self._log_setup()
             self.logger = self.world.run_on_primary(
                 lambda: ProgressLogger(self.options, self.run_dir.path, state, self.train_loader.steps))
         with GracefulStop() as stop:
             try:
-                while state.epoch < self.options.run.epochs:
+                while not self.is_finished:
                     begin = time.perf_counter()
                     if state.step < self.train_loader.steps:
                         self._train_epoch(stop)
@@ -127,7 +166,30 @@ class Trainer:
                     self.logger.close()
         self.world.run_on_primary(self._draw)
         self._check_success()
+        self._report_lag()
         return {**self._results(), 'seconds': 0. if is_finished else time.perf_counter() - start}
+
+    def _log_setup(self) -> None:
+        """Log what will be trained, on what, from which weights, and where the results will be."""
+        options, world, loader = self.options, self.world, self.train_loader
+        counts = [
+            sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad == is_trained)
+            for is_trained in (True, False)]
+        frozen = f', {counts[1]:,} of them frozen' if counts[1] else ''
+        classes = '' if self.classes is None else f' of {len(self.classes)} classes'
+        threads = f', {torch.get_num_threads()} threads' if self.device.type == 'cpu' else ''
+        factors = [str(options.data.batch_size), f'{world.size} ranks' if world.size > 1 else '', (
+            f'{loader.accumulation} accumulated' if loader.accumulation > 1 else '')]
+        product = ' x '.join(filter(None, factors))
+        for line in (
+            f'device: {self.device}{threads}',
+            f'data: {options.data.dataset or options.data.data_dir}, {loader.dataset.num_samples} training and '
+            f'{self.val_loader.num_samples} validation samples{classes}, as {"x".join(map(str, self.input_size))}',
+            f'model: {options.model.model}, {sum(counts):,} parameters{frozen}, {self.origin}',
+            f'steps: {loader.steps} an epoch of {options.run.global_batch_size} samples'
+            + (f' ({product})' if ' x ' in product else '') + f'; folder: {self.run_dir.path}',
+        ):
+            _logger.info('%s', line)
 
     def close(self) -> None:
         """End the DataLoader workers, and release the run's folder."""
@@ -145,7 +207,7 @@ class Trainer:
         mixup, mixup_off_epoch = self.train_step.mixup, self.options.augmentation.mixup_off_epoch
         if mixup is not None:
             mixup.mixup_enabled = not mixup_off_epoch or state.epoch < mixup_off_epoch
-        self.model.train()
+        factory.set_train_mode(self.model)
         batches = self.train_loader.start(state.epoch, state.step)
         if self.logger is not None:
             self.logger.start_epoch(state)
@@ -203,9 +265,16 @@ class Trainer:
     def _evaluate_epoch(self, stop: GracefulStop) -> Dict[str, Any]:
         """Return the row of an epoch, without times: the same numbers however often the run was resumed."""
         state, ema = self.state, self.train_step.ema
+        count, models = self.recalibration_batches, list(self.models.values())
+        if count:
+            with self.options.device.autocast(self.device):
+                recalibrate_bn_(models, self._first_images(count))
+            self.skipped.count = 0  # these were counted in the epoch
         if self.world.size > 1:
-            for model in dict.fromkeys((self.model, self.eval_model)):  # in the same order on every rank
-                distribute_bn(model, self.world.size)  # rank 0's: without SyncBN each rank has its own
+            for model in models:  # without SyncBN each rank has its own statistics: their mean, or rank 0's
+                distribute_bn(model, self.world.size, reduce=count > 0)
+        if not count:
+            self._check_running_statistics()
         self.model.eval()
         metrics = self._evaluate(self.model, 'validating', stop)
         row = {
@@ -220,6 +289,32 @@ class Trainer:
             row.update(ema_loss=metrics['loss'], ema_top1=metrics['top1'], ema_top5=metrics['top5'])
         row.update(lr=max(group['lr'] for group in self.train_step.optimizer.param_groups))
         return self.world.broadcast_object(row)  # of a stream, each rank has measured all, perhaps to other digits
+
+    def _first_images(self, count: int) -> Iterator[Tensor]:
+        """Yield the images of the first batches of the current epoch."""
+        for images, _ in itertools.islice(self.train_loader.start(self.state.epoch, 0), count):
+            yield images.to(self.device, memory_format=self.options.device.memory_format)
+
+    def _check_running_statistics(self) -> None:
+        """Warn if evaluation sees another network than training, as the running statistics of batch norms lag."""
+        if self.train_step.last_batch is None or not self.world.is_primary or not trained_norms(self.model):
+            return
+        with self.options.device.autocast(self.device):
+            running, own = accuracy_by_statistics(self.model, *self.train_step.last_batch)
+        if own - running > _MAX_STATISTICS_GAP:
+            _logger.warning(
+                'the running statistics of the batch norms lag behind the weights: on %d training images, top-1 is '
+                '%.0f %% with them and %.0f %% with the statistics of the batch; --recalibrate-bn 10 computes them '
+                'before each evaluation', len(self.train_step.last_batch[1]), running, own)
+
+    def _report_lag(self) -> None:
+        """Warn if the EMA weights of the last epoch are worse than the weights that they average."""
+        row = self.state.rows[-1]
+        if self.world.is_primary and row.get('ema_top1', 100.) < row['eval_top1'] - 1:
+            _logger.warning(
+                "the EMA weights lag behind the model's to the end: top-1 %.2f %% against %.2f %%; --model-ema-warmup "
+                'or a lower --model-ema-decay than %g follows faster', row['ema_top1'], row['eval_top1'],
+                self.options.ema.model_ema_decay)
 
     def _evaluate(self, model: nn.Module, description: str, stop: GracefulStop) -> Dict[str, Any]:
         """Evaluate a model; stop on all ranks if one was asked to, as the run was saved before."""
@@ -236,12 +331,12 @@ class Trainer:
         content = {
             'arch': self.options.model.model,
             'model_kwargs': self.model_kwargs,
-            'state_dict': self.model.state_dict(),
             'classes': self.classes,
             'args': {**self.options.as_dict(), 'world_size': self.world.size},
+            **{key: model.state_dict() for key, model in self.models.items()},
         }
-        if self.train_step.ema is not None:
-            content['state_dict_ema'] = self.train_step.ema.module.state_dict()
+        if self.state.rows:
+            content['best_weights'] = _best_weights(self.state.rows[-1])[1]
         return content
 
     def _save(self) -> None:
@@ -262,13 +357,21 @@ class Trainer:
         """Save what is kept of an epoch, then the progress: a run that ends in between repeats the evaluation."""
         state = self.state
         row, best = state.rows[-1], state.best_epoch
-        content = {**self._weights(), 'epoch': row['epoch'], 'metric': _score(row)}
+        score, weights = _best_weights(row)
+        content = {**self._weights(), 'epoch': row['epoch'], 'metric': score}
         interval = self.options.checkpointing.save_interval
         if interval and row['epoch'] % interval == 0:
             self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.snapshot(row['epoch']), content))
-        if best is None or _score(row) > _score(state.rows[best]):
+        if weights == 'state_dict':
+            content.pop('state_dict_ema', None)  # which timm and others prefer wherever it is
+        if best is None or score > _best_weights(state.rows[best])[0]:
             state.best_epoch = row['epoch']
             self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.best, content))
+        top_k = self.options.checkpointing.save_top_k
+        if top_k is not None:
+            ranking = sorted(state.rows, key=lambda other: -_best_weights(other)[0])[:top_k]
+            epochs = [other['epoch'] for other in ranking]
+            self.world.run_on_primary(lambda: self.run_dir.keep_top(epochs, row['epoch'], content))
         self._save()
         self.world.run_on_primary(self._write_results)
 
@@ -300,14 +403,17 @@ class Trainer:
         """Draw the picture of the run."""
         from smpconv_models import figures  # imported here, as evaluation does not need matplotlib
         with atomic_write(self.run_dir.summary_png) as temporary:
-            figures.save_run(temporary, self.state.rows, self.eval_model)
+            figures.save_run(temporary, self.state.rows, self.models[_best_weights(self.state.rows[-1])[1]])
 
     def _results(self) -> Dict[str, Any]:
         rows, best = self.state.rows, self.state.best_epoch
         assert best is not None
+        (top1, weights), (best_top1, best_weights) = _best_weights(rows[-1]), _best_weights(rows[best])
         return {
-            'top1': _score(rows[-1]),
-            'best_top1': _score(rows[best]),
+            'top1': top1,
+            'weights': weights,
+            'best_top1': best_top1,
+            'best_weights': best_weights,
             'best_epoch': best,
             'checkpoint': str(self.run_dir.best),
             'picture': str(self.run_dir.summary_png),
@@ -342,8 +448,10 @@ class Trainer:
             found = self.world.broadcast_object(self.world.run_on_primary(self._find_resume_checkpoint))
             if found is not None:
                 self._load_checkpoint(*found)
-            if self.state.epoch < self.options.run.epochs:
+            if not self.is_finished:
                 self.world.run_on_primary(lambda: self.run_dir.save_arguments(given))
+                if self.options.data.val_split_fraction is not None:
+                    self.world.run_on_primary(self._save_split)
         except (OSError, RuntimeError, ValueError):
             self.close()
             raise
@@ -363,9 +471,17 @@ class Trainer:
                 '--experiment')
         if found is not None and is_resumable(found[1]) and not self.run_dir.best.exists():
             progress = found[1]['progress']
-            if progress['epoch'] < self.options.run.epochs:
+            if not self._is_finished(TrainState.from_state_dict(progress)):
                 progress['best_epoch'] = None  # resumed in another folder, or the best weights were removed
         return found
+
+    def _save_split(self) -> None:
+        """Write which images are for training and which for validation."""
+        rows = [
+            {'image': dataset.name(index), 'class': dataset.classes[target], 'split': split}
+            for split, dataset in (('train', self.train_loader.dataset), ('validation', self.val_loader.dataset))
+            for index, target in enumerate(dataset.targets)]
+        atomic_io.save_rows(self.run_dir.split_csv, rows)
 
     def _load_checkpoint(self, path: str, loaded: Any) -> None:
         """Resume from the content of a checkpoint, after :func:`check_content`.
@@ -376,7 +492,7 @@ class Trainer:
         if not is_resumable(loaded):
             raise ValueError(f'{path} has no run to resume; --initial-checkpoint takes its weights')
         state = TrainState.from_state_dict(loaded['progress'])
-        is_finished = state.epoch >= self.options.run.epochs
+        is_finished = self._is_finished(state)
         arguments = checkpoint.get_train_args(loaded)
         changed, refused = diff_args(arguments, {**self.options.as_dict(), 'world_size': self.world.size})
         try:
@@ -385,19 +501,24 @@ class Trainer:
             refused.append(str(error))
         if loaded['images'] != self.train_loader.num_images:
             refused.append(f'training images {loaded["images"]} -> {self.train_loader.num_images}')
+        was_finished = state.is_finished(arguments['epochs'], arguments.get('patience'))
         if is_finished and (changed or refused):
+            done = 'is finished' if was_finished else f'has done {state.epoch} of its {arguments["epochs"]} epochs'
             raise ValueError(
-                f'the run in {path} is finished, and this is another one: {"; ".join(refused + changed)}; choose '
-                'another --experiment')
+                f'the run in {path} {done}, and this is another one: {"; ".join(refused + changed)}; choose another '
+                '--experiment')
         # the global batch size may have changed, and under --force-resume the number of images
         assert self.options.run.global_batch_size is not None
         step = state.step * arguments['global_batch_size'] // self.options.run.global_batch_size
         if step > self.train_loader.steps and not refused:
             raise ValueError(f'{path}: progress.step must be at most {self.train_loader.steps}, got {state.step}')
         if refused and not self.options.checkpointing.force_resume:
+            size, rest = divmod(arguments['global_batch_size'], self.world.size)
+            hint = '' if rest or arguments['global_batch_size'] == self.options.run.global_batch_size else (
+                f'; --batch-size {size} keeps the {arguments["global_batch_size"]} images of a step')
             raise ValueError(
-                f'{path} is of another run: {"; ".join(refused)}; choose another --experiment, or resume anyway with '
-                '--force-resume')
+                f'{path} is of another run: {"; ".join(refused)}{hint}; choose another --experiment, or resume anyway, '
+                'if the weights fit, with --force-resume')
         if self.world.is_primary:
             for text in changed + refused:
                 _logger.warning('changed since %s: %s', path, text)
@@ -419,8 +540,8 @@ class Trainer:
                 weights = loaded.get('state_dict_ema', loaded['state_dict'])
                 ema.module.load_state_dict(checkpoint.convert_and_check(weights, ema.module))
             # --force-resume may have changed the optimizer, which then starts with a fresh state
-            optimizer = self.options.optimizer
-            if (arguments.get('opt'), arguments.get('layer_decay')) == (optimizer.opt, optimizer.layer_decay):
+            optimizer, then = self.options.optimizer, [arguments.get(key) for key in ('opt', 'layer_decay', 'freeze')]
+            if then == [optimizer.opt, optimizer.layer_decay, self.options.run.freeze]:
                 load_optimizer(self.train_step.optimizer, loaded['optimizer'])
         except (KeyError, ValueError) as error:
             raise ValueError(f'{path} does not fit this run: {error}') from error
@@ -431,10 +552,12 @@ class Trainer:
             scaler.load_state_dict(loaded['amp_scaler'])
 
 
-def _score(row: Dict[str, Any]) -> float:
-    """Return top-1 of the weights that count, -1 if their loss is not finite."""
-    loss = row.get('ema_loss', row['eval_loss'])
-    return row.get('ema_top1', row['eval_top1']) if math.isfinite(loss) else -1.
+def _best_weights(row: Dict[str, Any]) -> Tuple[float, str]:
+    """Return top-1 of an epoch's better weights, and their key in a checkpoint; -1 if no loss is finite."""
+    kinds = {'ema': 'state_dict_ema', 'eval': 'state_dict'}
+    found = [
+        (row[f'{kind}_top1'], key) for kind, key in kinds.items() if math.isfinite(row.get(f'{kind}_loss', math.nan))]
+    return max(found, key=lambda item: item[0], default=(-1., 'state_dict'))  # the EMA if both are equal
 
 
 def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = None) -> Trainer:
@@ -457,8 +580,11 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     _check_options(options)
     check_logging_dependencies(options.logging)
     world = world or DistributedContext.from_environment()
+    options = _shorten_warmup(options, world)
     device = select_device(options.device.device, world.local_rank if world.size > 1 else None)
-    options = _resolve_grad_accum(options, world)
+    run_dir = RunDir(Path(options.run.output) / (
+        options.run.experiment or Path(parse_model_name(str(options.model.model))[1]).name))
+    options = _resolve_grad_accum(options, world, run_dir)
     in_chans = _model_arguments(options, {'in_chans': 3})['in_chans']
     # of a stream each rank reads all validation images, but only its part of the training images: they are divided
     # among the ranks of the process group
@@ -468,25 +594,27 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     _check_same_data(world, device, train_set, val_set)
     classes = train_set.classes
     check_classes(classes, val_set.classes)
-    model, model_kwargs = _build_model(options, classes)
+    options = _fit_img_size(options, train_set)
+    task = create_task(options.data)
+    model, model_kwargs, origin = _build_model(options, classes)
     task.check_model(str(options.model.model), model, train_set, in_chans)
     if options.run.sync_bn:
         model = factory.convert_sync_bn(model, world, device)
     model.to(device).to(memory_format=options.device.memory_format)
     data_config = task.resolve_data_config(model)
     _check_size(model, str(options.model.model), data_config['input_size'], device)
+    options = _without_source(options, data_config)
     skipped = SkippedSamples(limit=options.run.max_unreadable)
     assert options.run.grad_accum_steps is not None
     train_loader = create_train_loader(
         task, train_set, data_config, options.augmentation, device, world, skipped,
         grad_accum_steps=options.run.grad_accum_steps, dist_timeout=options.device.dist_timeout,
-        train_split=options.run.train_split)
+        train_split=options.run.train_split, balance_classes=options.run.balance_classes)
     trainer = Trainer(
         options=options,
         world=world,
         device=device,
-        run_dir=RunDir(Path(options.run.output) / (
-            options.run.experiment or Path(parse_model_name(str(options.model.model))[1]).name)),
+        run_dir=run_dir,
         state=TrainState(),
         skipped=skipped,
         model=model,
@@ -496,6 +624,8 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
         val_loader=create_eval_loader(
             task, val_set, data_config, device, world, dist_timeout=options.device.dist_timeout),
         classes=classes,
+        origin=origin,
+        input_size=data_config['input_size'],
     )
     trainer._acquire_run_dir(given)
     return trainer
@@ -509,10 +639,6 @@ def _check_options(options: TrainOptions) -> None:
     for name, (low, high) in (('scale', augmentation.scale), ('ratio', augmentation.ratio)):
         if low > high:
             raise ValueError(f'--{name} takes the smaller value first, got {[low, high]}')
-    if options.schedule.warmup_epochs > run.epochs:
-        raise ValueError(
-            f'--warmup-epochs must not exceed the --epochs {run.epochs}, got {options.schedule.warmup_epochs} '
-            '(given, from --config or by default); 0 is no warm-up')
     for name in ('min_lr', 'warmup_lr'):
         value = getattr(options.schedule, name)
         if value > lr:
@@ -525,10 +651,52 @@ def _check_options(options: TrainOptions) -> None:
         raise ValueError('--pretrained and --initial-checkpoint contradict each other: both name the first weights')
 
 
-def _resolve_grad_accum(options: TrainOptions, world: DistributedContext) -> TrainOptions:
-    """Return the options with both --grad-accum-steps and --global-batch-size."""
+def _shorten_warmup(options: TrainOptions, world: DistributedContext) -> TrainOptions:
+    """Return the options with a warm-up within the run, which the defaults and recipes need not fit."""
+    warmup, epochs = options.schedule.warmup_epochs, options.run.epochs
+    if warmup <= epochs:
+        return options
+    if world.is_primary:
+        _logger.warning('the warm-up of %d epochs is shortened to %d of the %d epochs', warmup, epochs // 2, epochs)
+    return options.with_values('schedule', warmup_epochs=epochs // 2)
+
+
+def _fit_img_size(options: TrainOptions, dataset: Any) -> TrainOptions:
+    """Return the options with the image side that --fit-img-size asks for."""
+    data = options.data
+    if not data.fit_img_size:
+        return options
+    if data.img_size is not None or data.input_size is not None:
+        raise ValueError('--fit-img-size and --img-size or --input-size contradict each other')
+    cfg = timm.get_pretrained_cfg(options.model.model, allow_unregistered=True) if options.model.model else None
+    largest = min((cfg.input_size if cfg else _DEFAULT_INPUT_SIZE)[1:])
+    return options.with_values('data', img_size=fit_img_size(dataset, largest))
+
+
+def _stored_global_batch_size(options: TrainOptions, run_dir: RunDir) -> Optional[int]:
+    """Return the images of a step of the run that is about to be resumed; None if there is none."""
+    path: Any = run_dir.last if run_dir.last.exists() else options.checkpointing.resume
+    if path is None:
+        return None
+    try:
+        stored = checkpoint.get_train_args(checkpoint.load_file(path, lazy=True)).get('global_batch_size')
+        return None if stored is None else description.check_number('global_batch_size', stored, 1, 10 ** 9, whole=True)
+    except ValueError as error:  # reported when the checkpoint is loaded
+        _logger.debug('%s is not a run to resume: %s', path, error)
+        return None
+
+
+def _resolve_grad_accum(options: TrainOptions, world: DistributedContext, run_dir: RunDir) -> TrainOptions:
+    """Return the options with both --grad-accum-steps and --global-batch-size.
+
+    If neither is given, a run that is resumed keeps the size of its step, with another number of ranks as well.
+    """
     batch_size, global_batch_size = options.data.batch_size, options.run.global_batch_size
     grad_accum_steps = options.run.grad_accum_steps
+    if global_batch_size is None and grad_accum_steps is None:
+        stored = _stored_global_batch_size(options, run_dir)
+        if stored is not None and stored % (batch_size * world.size) == 0:
+            global_batch_size = stored
     if global_batch_size is None:
         grad_accum_steps = grad_accum_steps or 1
         global_batch_size = batch_size * world.size * grad_accum_steps
@@ -564,8 +732,8 @@ def _model_arguments(options: TrainOptions, defaults: Dict[str, Any]) -> Dict[st
     return model_arguments(options.model, options.data.img_size, options.data.input_size, defaults)
 
 
-def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any]]:
-    """Return the model, and the arguments that create it again."""
+def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any], str]:
+    """Return the model, the arguments that create it again, and the origin of its weights."""
     name, run = options.model.model, options.run
     model_kwargs = _model_arguments(options, {} if classes is None else {'num_classes': len(classes)})
     rates = {key: value for key, value in (
@@ -575,27 +743,50 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
     model_kwargs.update(rates)
     random_seed(options.data.seed, 0)
     model = create_model(name, pretrained=run.pretrained, **model_kwargs)
+    if run.bn_momentum is not None:
+        for norm in trained_norms(model):
+            norm.momentum = run.bn_momentum
+    architecture, arguments = resolve_source(str(name))
+    model_kwargs = {**arguments, **model_kwargs}
     if run.pretrained:
-        again = create_model(name, **model_kwargs, device='meta')
+        again = create_model(architecture, **model_kwargs, device='meta')
         shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, again)]
         if shapes[0] != shapes[1]:  # no later command could load this run's weights
             raise ValueError(
                 f'{name} with {model_kwargs} is another model without --pretrained; for kernels of other sizes than '
                 'the weights were trained with, take kernel_scale')
     check_class_count(classes, model.num_classes)
+    origin = 'random weights'
+    if run.pretrained:
+        is_own = model.num_classes == model.pretrained_cfg['num_classes']
+        origin = 'pretrained weights' + ('' if is_own else ', with a new classifier')
     if run.initial_checkpoint:
-        state_dict, _ = select_weights(checkpoint.load_file(run.initial_checkpoint), run.initial_checkpoint)
-        load_weights(model, state_dict, run.initial_checkpoint)
-        try:
-            checkpoint.check_finite(model.state_dict())
-        except ValueError as error:
-            raise ValueError(f'{run.initial_checkpoint}: {error}') from error
+        left_out = load_first_weights(model, run.initial_checkpoint, classes)
+        origin = f'weights of {run.initial_checkpoint}' + (f' {left_out}' if left_out else '')
+    if run.freeze:
+        factory.freeze_(model, run.freeze)
     if run.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
             raise ValueError(f'{name} has no --grad-checkpointing') from error
-    return model, {**model_kwargs, 'num_classes': model.num_classes}
+    return model, {**model_kwargs, 'num_classes': model.num_classes}, origin
+
+
+def _without_source(options: TrainOptions, data_config: Dict[str, Any]) -> TrainOptions:
+    """Return the options with the architecture and its data configuration in place of a repository or folder.
+
+    These are what checkpoints store: a place that is moved, or not reachable, does not matter to them.
+    """
+    name = str(options.model.model)
+    architecture, _ = resolve_source(name)
+    if architecture == name:
+        return options
+    data = {key: data_config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'input_size')}
+    data = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    if options.data.img_size is not None:
+        del data['input_size']
+    return options.with_values('model', model=architecture).with_values('data', **data)
 
 
 @torch.no_grad()
@@ -617,7 +808,7 @@ def _create_train_step(
     return TrainStep(
         model=model,
         wrapped=factory.wrap_model(model, options.run.torchcompile, world, device),
-        ema=factory.create_ema(options.ema, model),
+        ema=factory.create_ema(options.ema, model, options.run.epochs * steps),
         optimizer=optimizer,
         scheduler=factory.create_scheduler(options.schedule, optimizer, options.run.epochs, steps),
         scaler=torch.amp.GradScaler(device.type, enabled=options.device.amp and options.device.amp_dtype == 'float16'),

@@ -21,6 +21,7 @@ from ..utils.atomic_io import atomic_write
 from .checkpointing import RunDir
 from .class_folders import shown
 from .config import DataOptions, DeviceOptions, ModelOptions, is_sequence_dataset
+from .dataset_factory import find_splits
 from .distributed import DistributedContext, GracefulStop
 from .factory import check_model_name, create_model, model_arguments, open_checkpoint, select_device
 from .loader import EvalLoader, create_eval_loader
@@ -34,7 +35,7 @@ class EvalOptions:
     model: ModelOptions
     device: DeviceOptions
     checkpoint: Optional[str] = None
-    use_ema: bool = True
+    use_ema: Optional[bool] = None
     reparam: bool = False
     split: Optional[str] = None
 
@@ -132,8 +133,8 @@ def evaluate_model(
     loader = create_eval_loader(task, dataset, data_config, device, world, dist_timeout=options.device.dist_timeout)
     try:
         metrics = evaluate(
-            model, loader, device, options.device, f'validating {options.model.model}',
-            model.num_classes if with_confusion else 0)
+            model, loader, device, options.device, f'validating {options.model.model}', model.num_classes,
+            with_confusion)
     except AssertionError as error:  # timm's models refuse a size by it
         raise ValueError(f'{options.model.model} cannot be evaluated: {first_line(error)}') from error
     finally:
@@ -151,6 +152,7 @@ def evaluate_model(
         'top5': round(top5, 4),
         'top5_err': round(100 - top5, 4),
         'loss': round(metrics['loss'], 6),
+        **{key: round(metrics[key], 4) for key in ('precision', 'recall', 'f1')},
         'images': metrics['count'],
         'unreadable': loader.num_skipped(metrics['count']),
         'weights': weights,
@@ -217,6 +219,11 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
     elif dataset and is_sequence_dataset(dataset) and dataset.lower().removeprefix('seq/') in data.DATASET_NAMES:
         # the user has named the folder of its files
         filled['dataset'] = dataset
+    folder = filled.get('data_dir', given.data_dir) or ''
+    is_folder = not (given.dataset or filled.get('dataset')) and os.path.isdir(folder)
+    fraction = described.val_split_fraction if given.val_split_fraction is None else None
+    if fraction is not None and is_folder and not find_splits(Path(folder)):
+        filled.update(val_split_fraction=fraction, seed=given.seed if described.seed is None else described.seed)
     split = described.text('val_split') if options.split is None else None
     if split and not re.fullmatch(r'[\w-]+', split):
         raise ValueError(
@@ -233,10 +240,13 @@ def _is_local_folder(path: str) -> bool:
 def per_class_results(confusion: Tensor, names: Optional[Sequence[str]] = None) -> List[Dict[str, Any]]:
     """Return a row for each class: its images, how many are predicted right, and the class it is most mistaken for.
 
+    ``top1`` of a class is its recall.
+
     Args:
         confusion: Confusion matrix of shape ``(classes, classes)``, rows are classes and columns predictions.
         names: Names of the classes by index.
     """
+    predictions = confusion.sum(0).tolist()
     others = confusion.clone().fill_diagonal_(0)
     most, mistaken = others.max(1)  # the first of several
     rows = []
@@ -248,6 +258,8 @@ def per_class_results(confusion: Tensor, names: Optional[Sequence[str]] = None) 
             'images': images,
             'correct': correct,
             'top1': round(100 * correct / images, 4) if images else '',
+            'precision': round(100 * correct / predictions[index], 4) if predictions[index] else '',
+            'f1': round(200 * correct / (images + predictions[index]), 4) if images + predictions[index] else '',
             'mistaken_for': (other if names is None else names[other]) if times else '',
             'times': times,
         })
@@ -283,14 +295,17 @@ class ClassificationMeter:
 
     Args:
         device: Device of the logits.
-        num_classes: Number of classes of the confusion matrix, 0 for none.
+        num_classes: Number of classes whose images and predictions are counted, 0 for none.
+        with_confusion: Whether to count each pair of class and prediction as well.
     """
 
-    def __init__(self, device: torch.device, num_classes: int = 0) -> None:
+    def __init__(self, device: torch.device, num_classes: int = 0, with_confusion: bool = True) -> None:
         precision = torch.float32 if device.type == 'mps' else torch.float64  # MPS has no float64
         self.sums = torch.zeros(3, dtype=precision, device=device)
         self.count = torch.zeros(1, dtype=torch.int64, device=device)
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self.classes = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # images, predictions, correct
+        side = num_classes if with_confusion else 0
+        self.confusion = torch.zeros(side, side, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, target: Tensor) -> None:
         """Add one batch: logits ``(N, classes)``, class indices ``(N,)``."""
@@ -300,8 +315,12 @@ class ClassificationMeter:
         right = predictions == target[:, None]
         self.sums += torch.stack([losses.to(self.sums).sum(), right[:, :1].sum(), right.sum()])
         self.count += len(target)
+        top1 = predictions[:, 0]  # argmax may break a tie differently
+        if self.classes.numel():
+            for row, found in zip(self.classes, (target, top1, target[right[:, 0]])):
+                row += torch.bincount(found, minlength=len(row))
         if self.confusion.numel():
-            pairs = target * len(self.confusion) + predictions[:, 0]  # argmax may break a tie differently
+            pairs = target * len(self.confusion) + top1
             self.confusion += torch.bincount(pairs, minlength=self.confusion.numel()).view_as(self.confusion)
 
     def result(self, world: DistributedContext, may_be_empty: bool = False) -> Dict[str, Any]:
@@ -310,25 +329,40 @@ class ClassificationMeter:
         Raises:
             ValueError: If there were no images, unless that is allowed.
         """
-        for tensor in (self.sums, self.count, self.confusion):
+        for tensor in (self.sums, self.count, self.classes, self.confusion):
             world.all_reduce_(tensor)
         count = int(self.count)
         if count == 0 and not may_be_empty:
             raise ValueError('there were no images to evaluate')
         loss, top1, top5 = (self.sums / max(count, 1)).tolist()
-        return {'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5, 'count': count, 'confusion': self.confusion}
+        return {
+            'loss': loss, 'top1': 100 * top1, 'top5': 100 * top5, 'count': count,
+            **(macro_averages(*self.classes) if self.classes.numel() else {}), 'confusion': self.confusion}
+
+
+def macro_averages(images: Tensor, predictions: Tensor, correct: Tensor) -> Dict[str, float]:
+    """Return precision, recall and F1 in per cent, each the mean over the classes that have images.
+
+    Args:
+        images: Number of images of each class.
+        predictions: Number of images that are predicted as each class.
+        correct: Number of images of each class that are predicted right.
+    """
+    counts = torch.stack([images, predictions, correct])[:, images > 0].double().cpu()
+    images, predictions, correct = counts
+    values = {
+        'precision': correct / predictions.clamp(min=1),  # 0 for a class that is never predicted
+        'recall': correct / images,
+        'f1': 2 * correct / (images + predictions),
+    }
+    return {name: 100 * value.mean().item() if len(value) else 0. for name, value in values.items()}
 
 
 @torch.inference_mode()
 def evaluate(
-        model: nn.Module,
-        loader: EvalLoader,
-        device: torch.device,
-        options: DeviceOptions = DeviceOptions(),
-        description: str = 'validating',
-        num_classes: int = 0,
-        stop: Optional[GracefulStop] = None,
-) -> Dict[str, Any]:
+        model: nn.Module, loader: EvalLoader, device: torch.device, options: DeviceOptions = DeviceOptions(),
+        description: str = 'validating', num_classes: int = 0, with_confusion: bool = True,
+        stop: Optional[GracefulStop] = None) -> Dict[str, Any]:
     """Compute cross-entropy and accuracies of a model, each image counted once, over any number of ranks.
 
     Args:
@@ -337,17 +371,19 @@ def evaluate(
         device: Device to run on.
         options: Mixed precision and memory layout.
         description: Text of the progress bar, which is shown on a terminal only.
-        num_classes: Number of classes of a confusion matrix, 0 for none.
+        num_classes: Number of classes for precision, recall, F1 and the confusion matrix, 0 for none of them.
+        with_confusion: Whether to count the confusion matrix.
         stop: Checked after every batch; if set, evaluation stops and the partial metrics must be discarded.
 
     Returns:
-        ``loss``, ``top1`` and ``top5`` (in per cent; top5 of as many as there are classes), ``count``, and
-        ``confusion`` of shape ``(num_classes, num_classes)``, whose rows are classes and columns predictions.
+        ``loss``, ``top1`` and ``top5`` (in per cent; top5 of as many as there are classes), ``count``, ``precision``,
+        ``recall`` and ``f1`` of :func:`macro_averages`, and ``confusion`` of shape ``(num_classes, num_classes)``,
+        whose rows are classes and columns predictions.
 
     Raises:
         ValueError: If there are no images.
     """
-    meter = ClassificationMeter(device, num_classes)
+    meter = ClassificationMeter(device, num_classes, with_confusion)
     with tqdm(loader.loader, desc=description, leave=False, disable=None) as bar:  # closed before an error is reported
         for images, target in bar:
             if stop is not None and stop.number is not None:

@@ -15,6 +15,7 @@ from smpconv_models.figures import _inputs
 from smpconv_models.figures.__main__ import main
 from smpconv_models.models import create_sequence_model
 from smpconv_models.training import Digits
+from smpconv_models.training.batch_norm import recalibrate_bn_
 
 TINY = dict(depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), in_chans=1, num_classes=10)
 LAYER = 'stages.1.blocks.0.mixer.large_kernel.large.conv'
@@ -207,7 +208,7 @@ def test_norms_of_a_random_network_have_statistics_of_the_images(run, folder):
     for model, first, shape in (
             (sequences, sequences.blocks[0].conv1.small, (6, 1, 64)), (network, network.stem[0], (6, 1, 16, 16))):
         images, momentum = torch.randn(shape), first.norm.momentum
-        _inputs.recalibrate_bn(model, images)
+        recalibrate_bn_([model], [images])
         assert not model.training and first.norm.momentum == momentum
         x = first.conv(images).detach()
         dims = [0, *range(2, x.ndim)]

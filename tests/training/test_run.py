@@ -37,11 +37,13 @@ def test_a_run_leaves_its_results(digits):
         rows = list(csv.DictReader(file))
     assert [row['epoch'] for row in rows] == ['0', '1']
     lines = printed.splitlines()
-    assert lines[0].split()[0] == 'epoch' and lines[1].split()[0] == '0' and lines[2].split()[0] == '1'
-    assert f'validation EMA top-1: {float(rows[1]["ema_top1"]):.2f} %' in lines[3]
-    best = max(float(row['ema_top1']) for row in rows)
-    assert lines[4].startswith(f'best checkpoint: {folder / "model_best.pth.tar"} (EMA top-1 {best:.2f} %, epoch ')
-    assert lines[5] == f'picture: {folder / "summary.png"}'
+    assert [line.partition(':')[0] for line in lines[:4]] == ['device', 'data', 'model', 'steps']
+    assert '1437 training and 360 validation samples of 10 classes, as 1x' in lines[1]
+    assert [line.split()[0] for line in lines[4:7]] == ['epoch', '0', '1']
+    scores = [max(float(row['eval_top1']), float(row['ema_top1'])) for row in rows]
+    assert f'validation top-1: {scores[1]:.2f} % (' in lines[-3]
+    assert lines[-2].startswith(f'best checkpoint: {folder / "model_best.pth.tar"} (top-1 {max(scores):.2f} %, ')
+    assert lines[-1] == f'picture: {folder / "summary.png"}'
     checkpoint = torch.load(folder / 'last.pth.tar', weights_only=True)
     radii = [value for key, value in checkpoint['state_dict'].items() if key.endswith('.radius')]
     assert radii and all((radius >= 1e-3).all() and (radius <= 1).all() for radius in radii)
@@ -63,11 +65,12 @@ def test_validate_repeats_the_accuracy(digits, capsys, tmp_path):
 def test_validate_takes_either_weights_and_reparameterizes(digits, capsys):
     folder, _ = digits
     found = {}
-    for options in ((), ('--no-use-ema',), ('--reparam',)):
+    for options in ((), ('--use-ema',), ('--no-use-ema',), ('--reparam',)):
         run(validate.main, '--checkpoint', folder / 'last.pth.tar', '--workers', 0, *options)
         found[options] = json.loads(capsys.readouterr().out.splitlines()[1])
-    assert found[()]['weights'] == 'state_dict_ema' and found['--no-use-ema',]['weights'] == 'state_dict'
-    assert found[()]['loss'] != found['--no-use-ema',]['loss']
+    better = json.loads((folder / 'summary.json').read_text())['weights']
+    assert found['--use-ema',]['weights'] == 'state_dict_ema' and found['--no-use-ema',]['weights'] == 'state_dict'
+    assert found[()]['weights'] == better and found['--use-ema',]['loss'] != found['--no-use-ema',]['loss']
     assert found['--reparam',]['loss'] == pytest.approx(found[()]['loss'], rel=1e-4)
 
 
@@ -109,7 +112,6 @@ def test_a_colour_model_trains_on_digits_by_an_optimizer_without_an_option(tmp_p
     ([*TINY, '--batch-size', '0'], '--batch-size: must be at least 1 and at most 1e+09, got 0'),
     ([*TINY, '--batch-size', '2000'], '--batch-size must not exceed the 1437 training images, got 2000'),
     ([*TINY, '--batch-size', '33', '--mixup', '0.2'], '--batch-size must be even with Mixup or CutMix, got 33'),
-    ([*TINY, '--epochs', '2', '--warmup-epochs', '3'], '--warmup-epochs must not exceed the --epochs 2, got 3'),
     ([*TINY, '--grad-accum-steps', '100'], '--batch-size must not exceed the 1437 training images, got 128 x 100'),
     ([*TINY, '--global-batch-size', '100'], '--global-batch-size must be a multiple of --batch-size 128 x 1 ranks'),
     ([*TINY, '--global-batch-size', '256', '--grad-accum-steps', '3'], '--grad-accum-steps 3 contradicts'),

@@ -425,12 +425,13 @@ def test_ties_count_alike_everywhere():
 def test_rows_of_classes():
     confusion = torch.tensor([[2, 1, 1], [0, 0, 0], [0, 3, 1]])
     expected = [
-        (0, 'cat', 4, 2, 50., 'dog', 1),  # the first of two
-        (1, 'dog', 0, 0, '', '', 0),
-        (2, 'eel', 4, 1, 25., 'dog', 3),
+        (0, 'cat', 4, 2, 50., 100., 66.6667, 'dog', 1),  # the first of two
+        (1, 'dog', 0, 0, '', 0., 0., '', 0),
+        (2, 'eel', 4, 1, 25., 50., 33.3333, 'dog', 3),
     ]
     rows = per_class_results(confusion, ['cat', 'dog', 'eel'])
-    assert list(rows[0]) == ['index', 'name', 'images', 'correct', 'top1', 'mistaken_for', 'times']
+    assert list(rows[0]) == [
+        'index', 'name', 'images', 'correct', 'top1', 'precision', 'f1', 'mistaken_for', 'times']
     assert [tuple(row.values()) for row in rows] == expected
     unnamed = per_class_results(confusion)
     assert 'name' not in unnamed[0] and [row['mistaken_for'] for row in unnamed] == [1, '', 1]
