@@ -138,7 +138,7 @@ def fused_and_compared(layer):
 
 @pytest.mark.parametrize('changes', [
     {}, dict(small_kernel_size=0), dict(small_kernel_size=7), dict(small_kernel_size=1), dict(dilation=2),
-    dict(norm_layer=lambda channels: nn.Identity())], ids=str)
+    dict(norm_layer=nn.Identity)], ids=str)
 def test_large_kernel_fuses_into_one_convolution(changes):
     assert type(fused_and_compared(large_kernel(**changes))) is DepthwiseConv2d
 

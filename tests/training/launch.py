@@ -17,8 +17,8 @@ EVERYTHING = [
     *TINY, '--dataset', 'digits', '--in-chans', '1', '--img-size', '8', '--epochs', '2', '--warmup-epochs', '1',
     '--lr', '4e-3', '--aa', 'rand-m9-mstd0.5-inc1', '--reprob', '0.25', '--mixup', '0.8', '--cutmix', '1',
     '--train-interpolation', 'random', '--drop', '0.1', '--drop-path', '0.2', '--layer-decay', '0.9', '--model-ema',
-    '--model-ema-decay', '0.9', '--model-ema-warmup', '--clip-grad', '5', '--global-batch-size', '128', '--batch-size',
-    '64', '--log-interval', '1']
+    '--model-ema-decay', '0.9', '--model-ema-warmup', '--clip-grad', '5', '--balance-classes',
+    '--global-batch-size', '128', '--batch-size', '64', '--log-interval', '1']
 
 
 def start(argv, ranks=1, script=ROOT / 'train.py', more=None, environments=None, **options):
