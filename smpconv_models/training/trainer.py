@@ -125,9 +125,9 @@ class Trainer:
 
         Rank 0 writes the files of the run's folder: ``last.pth.tar`` to resume from, each epoch and every
         ``--recovery-interval`` steps, the one before it as ``previous.pth.tar``, the best weights as
-        ``model_best.pth.tar``, those of every ``--save-interval`` epochs as ``checkpoint-EPOCH.pth.tar``,
-        ``summary.csv`` with a row for each epoch, ``summary.json``, ``curves.png`` and, at the end, ``summary.png``
-        with the learned kernels.
+        ``model_best.pth.tar``, those of every ``--save-interval`` epochs as ``checkpoint-EPOCH.pth.tar`` and of the
+        ``--save-top-k`` best epochs as ``best-EPOCH.pth.tar``, ``summary.csv`` with a row for each epoch,
+        ``summary.json``, ``curves.png`` and, at the end, ``summary.png`` with the learned kernels.
 
         Returns:
             ``top1`` of the last epoch and ``best_top1`` of ``best_epoch``, each of the better of the model's weights
@@ -297,11 +297,11 @@ class Trainer:
 
     def _check_running_statistics(self) -> None:
         """Warn if evaluation sees another network than training, as the running statistics of batch norms lag."""
-        if self.train_step.last_batch is None or not self.world.is_primary or not trained_norms(self.model):
+        if self.train_step.last_batch is None or not trained_norms(self.model):
             return
-        with self.options.device.autocast(self.device):
+        with self.options.device.autocast(self.device):  # on all ranks, as SyncBN needs all of them
             running, own = accuracy_by_statistics(self.model, *self.train_step.last_batch)
-        if own - running > _MAX_STATISTICS_GAP:
+        if own - running > _MAX_STATISTICS_GAP and self.world.is_primary:
             _logger.warning(
                 'the running statistics of the batch norms lag behind the weights: on %d training images, top-1 is '
                 '%.0f %% with them and %.0f %% with the statistics of the batch; --recalibrate-bn 10 computes them '
