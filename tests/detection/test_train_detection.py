@@ -368,8 +368,8 @@ def test_memory_of_detection_size_images(tmp_path, argv, steps):
 
 
 @pytest.mark.filterwarnings('error')  # matplotlib warns of missing glyphs
-def test_a_picture_has_class_names_in_any_script(load, tmp_path):
+def test_a_picture_has_class_names_in_any_script(tmp_path):
     boxes = {'boxes': torch.tensor([[2., 2., 9., 9.]]), 'labels': torch.tensor([1]), 'scores': torch.ones(1)}
     sample = torch.zeros(3, 16, 16), boxes, boxes
-    load('detection_picture').save_detections(tmp_path / 'a.png', [sample], ['background', '\u732b'])
+    load('examples/detection_picture').save_detections(tmp_path / 'a.png', [sample], ['background', '\u732b'])
     assert (tmp_path / 'a.png').exists()
