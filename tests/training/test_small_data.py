@@ -26,7 +26,8 @@ from smpconv_models.training.validate import macro_averages
 SHORT = [*TINY, '--img-size', '16', '--epochs', '1', '-b', '4', '--lr', '1e-3', '--experiment', 'run']
 DIGITS = [
     '--model', 'smpconv_nano', '--model-kwargs', 'depths=(1,1)', 'dims=(16,32)', 'kernel_sizes=(7,5)', '--workers', '0',
-    '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--lr', '2e-2', '--warmup-epochs', '1', '--no-aug', '--experiment', 'run']
+    '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--lr', '2e-2',
+    '--warmup-epochs', '1', '--no-aug', '--experiment', 'run']
 
 
 @pytest.fixture(scope='module')
