@@ -4,19 +4,19 @@ import json
 import logging
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any, Iterable, List, Optional, Sequence, Tuple, Type, Union
 
 import timm.data
-from filelock import FileLock
 from PIL import Image
 from timm.data import get_img_extensions
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from smpconv_models.data.images import Digits
 from smpconv_models.data.registry import EVAL_SYNONYMS, TRAIN_SYNONYMS
+from smpconv_models.utils.download import locked
 from smpconv_models.utils.errors import first_line
 
 from .class_folders import READER_ERRORS, ClassFolders, ClassTars, Scan, listed, log_nesting, shown
@@ -326,14 +326,8 @@ def _create_torchvision(data: DataOptions, name: str, split: str) -> Union[Class
     known = (*TRAIN_SYNONYMS, *EVAL_SYNONYMS, 'test')
     if name in _TRAIN_TEST_ONLY and split not in known:
         raise ValueError(f'split of {data.dataset} must be one of {known}, got {split!r}')
-    lock: AbstractContextManager = nullcontext()
-    if data.dataset_download:  # the first process of a machine downloads, the others find the files
-        try:
-            Path(data.data_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f'--data-dir {data.data_dir} cannot be made: {error.strerror}') from error
-        lock = FileLock(Path(data.data_dir) / '.download.lock')
-    with lock:
+    # the first process of a machine downloads, the others find the files
+    with locked(Path(data.data_dir)) if data.dataset_download else nullcontext():
         dataset = _create_with_timm(data, split, False, search_split=False)
     if hasattr(dataset, 'loader'):
         dataset.loader = Image.open  # ReadImage converts the images
