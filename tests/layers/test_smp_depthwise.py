@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from common import randomize_
 from torch import nn
 
+from smpconv_models import checkpoint
 from smpconv_models.layers import SMPDepthwiseConv2d, clip_radius_
 
 
@@ -65,3 +66,28 @@ def test_kernel_of_the_release(golden):
     layer.load_state_dict({
         'coords': data['weight_coord'][0], 'radius': data['radius'].flatten(), 'weight': data['weights'][0]})
     torch.testing.assert_close(layer.kernel()[:, 0], data['kernel'], rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_dict_is_for_its_kernel_size(tmp_path):
+    """The number of points does not tell the size; a dictionary without PyTorch's metadata is loaded unchecked."""
+    small, resized, large = (SMPDepthwiseConv2d(2, size, 9) for size in (5, 5, 9))
+    resized.resize(9)
+    torch.save(small.state_dict(), tmp_path / 'small.pt')
+    stored = torch.load(tmp_path / 'small.pt', weights_only=True)
+    for state_dict in (small.state_dict(), resized.state_dict(), stored):
+        with pytest.raises(RuntimeError, match='the points of the layer are for kernels of size 5, not of 9'):
+            large.load_state_dict(state_dict)
+        assert list(state_dict) == ['weight', 'coords', 'radius']
+    resized.load_state_dict(stored)
+    large.load_state_dict(dict(stored))
+
+
+def test_a_checkpoint_is_for_its_kernel_size():
+    small, large = (nn.Sequential(SMPDepthwiseConv2d(2, size, 9)) for size in (5, 9))
+    content = {'state_dict': small.state_dict()}
+    assert checkpoint.describe_mismatch(checkpoint.select_state_dict(content)[0], small) is None
+    state_dict, _ = checkpoint.select_state_dict(content)
+    message = 'the points of 0 are for kernels of size 5, not of 9'
+    assert checkpoint.describe_mismatch(state_dict, large) == message
+    state_dict._metadata['0']['base_size'] = 'x' * 1000
+    assert len(checkpoint.describe_mismatch(state_dict, large)) < 200
