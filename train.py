@@ -141,7 +141,7 @@ def _print_result(result: Dict[str, Any], row: Dict[str, Any]) -> None:
     gone = '' if os.path.exists(result['checkpoint']) else ', which was removed'
     print(
         f'best checkpoint: {result["checkpoint"]}{gone} (top-1 {result["best_top1"]:.2f} %{weights}, '
-        f'epoch {result["best_epoch"]}, chosen by the same)'
+        f'epoch {result["best_epoch"]}, chosen by validation top-1)'
     )
     print(f'picture: {result["picture"]}')
 

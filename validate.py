@@ -69,7 +69,7 @@ def create_parser() -> argparse.ArgumentParser:
         help="checkpoint of train.py, timm or the original release, or a run's folder for its best checkpoint")
     parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction,
-        help='use the EMA weights, or not (default: the better of both if the checkpoint says it, otherwise EMA)')
+        help='use the EMA weights, or not (default: the better of both if recorded in the checkpoint, otherwise EMA)')
     parser.add_argument('--reparam', action='store_true', help='re-parameterize the model first')
     parser.add_argument(
         '--split', metavar='NAME', help="split to evaluate (default: the checkpoint's, otherwise validation)")

@@ -43,7 +43,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--model', metavar='NAME', help='model, if the checkpoint does not name it')
     parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction,
-        help='use the EMA weights, or not (default: the better of both if the checkpoint says it, otherwise EMA)')
+        help='use the EMA weights, or not (default: the better of both if recorded in the checkpoint, otherwise EMA)')
     parser.add_argument('--source', metavar='TEXT', help="origin of the checkpoint (default: the file's name)")
     parser.add_argument(
         '--license', metavar='NAME',

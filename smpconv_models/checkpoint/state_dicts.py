@@ -31,6 +31,8 @@ def select_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Tuple[
     """
     if not isinstance(checkpoint, dict):
         raise ValueError(f'expected a checkpoint to be a dict, got {type(checkpoint).__name__}')
+    if use_ema and not any(checkpoint.get(key) is not None for key in _EMA_KEYS):
+        raise ValueError('expected EMA weights, found none: leave out --use-ema')
     if use_ema is None:
         use_ema = checkpoint.get('best_weights') not in _MODEL_KEYS
     keys = (*_EMA_KEYS, *_MODEL_KEYS) if use_ema else _MODEL_KEYS
@@ -45,8 +47,8 @@ def select_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Tuple[
     if isinstance(metadata, dict):
         cleaned = OrderedDict(cleaned)
         cleaned._metadata = {  # type: ignore[attr-defined]
-            _strip(f'{name}.').rstrip('.'): value for name, value in metadata.items()
-            if isinstance(name, str) and isinstance(value, dict)}
+            _strip(f'{name}.').rstrip('.'): {key: size for key, size in value.items() if type(size) is int}
+            for name, value in metadata.items() if isinstance(name, str) and isinstance(value, dict)}
     if not cleaned:
         names = sorted(str(key)[:80] for key in checkpoint)[:8]
         raise ValueError(f'expected a state dict in the checkpoint, found the keys {names}')

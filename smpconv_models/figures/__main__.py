@@ -89,7 +89,7 @@ def _add(
         help='checkpoint files or run folders' if several else 'checkpoint file or run folder')
     command.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction,
-        help='use the EMA weights, or not (default: the better of both if the checkpoint says it, otherwise EMA)')
+        help='use the EMA weights, or not (default: the better of both if recorded in the checkpoint, otherwise EMA)')
     command.add_argument('--pretrained', action='store_true', help='load the pretrained weights of --model')
     command.add_argument('--reparam', action='store_true', help='re-parameterize the network first')
     command.add_argument(

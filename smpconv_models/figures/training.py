@@ -137,8 +137,9 @@ def _draw_curves(axes: Sequence[Axes], rows: Sequence[Row]) -> None:
         for index, (prefix, label) in enumerate(_SERIES.items()):
             key = f'{prefix}_{metric}'
             if key in rows[0]:
+                values = [row.get(key, math.nan) for row in rows]
                 panel.plot(
-                    [row['epoch'] for row in rows], [row[key] for row in rows], label=label, color=f'C{index}',
+                    [row['epoch'] for row in rows], values, label=label, color=f'C{index}',
                     marker='o' if len(rows) == 1 else None, markersize=4)
         panel.set(xlabel='epoch', ylabel=ylabel)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

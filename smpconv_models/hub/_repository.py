@@ -6,7 +6,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Union
 import timm
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils.sha import git_hash
 
 from smpconv_models.models import check_arguments
 from smpconv_models.utils import hub_download
@@ -93,8 +92,9 @@ def publish(
         raise ValueError(f'expected OWNER/NAME, got {repo!r}')
     texts = {
         CONFIG: (folder / CONFIG).read_bytes(),
-        CARD: (folder / CARD).read_bytes().replace(b"'local-dir:.'", f"'hf-hub:{repo}'".encode())}
-    names = {WEIGHTS: sha256, **{file: git_hash(content) for file, content in texts.items()}}
+        CARD: (folder / CARD).read_bytes().replace(
+            b"'local-dir:.'", f"'hf-hub:{repo}'".encode()).replace(b'OWNER/NAME', repo.encode())}
+    names = {WEIGHTS: sha256, **{file: hub_download.git_sha1(content) for file, content in texts.items()}}
     client = HfApi()
     is_created = False
     try:

@@ -4,19 +4,29 @@ Training normalizes by the statistics of each batch. The running statistics foll
 few dozen steps, or while the weights change fast, evaluation sees another network than training.
 """
 from contextlib import contextmanager
-from typing import Any, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def frozen_modules(model: nn.Module) -> List[nn.Module]:
+    """Return the modules with weights, all of which are frozen, and everything in these modules."""
+    found: Dict[nn.Module, None] = {}
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            found.update(dict.fromkeys(module.modules()))
+    return list(found)
+
+
 def trained_norms(model: nn.Module) -> List[_BatchNorm]:
-    """Return the batch norms with running statistics whose weights are not frozen."""
+    """Return the batch norms with running statistics that are not in a frozen module."""
+    frozen = set(frozen_modules(model))
     return [
         module for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
-        and (module.weight is None or module.weight.requires_grad)]
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module not in frozen]
 
 
 @contextmanager

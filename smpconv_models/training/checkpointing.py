@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -77,7 +78,7 @@ _COLUMNS = {'epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'}
 
 
 def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and row.keys() >= _COLUMNS and all(
+    return isinstance(row, dict) and row.keys() >= _COLUMNS and ('ema_loss' in row) == ('ema_top1' in row) and all(
         isinstance(key, str) and isinstance(value, (int, float)) for key, value in row.items())
 
 
@@ -106,10 +107,7 @@ def save_checkpoint(path: Path, state: Dict[str, Any], previous: Optional[Path] 
     torch.save(state, content)
     try:
         with atomic_write(path) as temporary:
-            with open(temporary, 'wb') as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
+            temporary.write_bytes(content.getbuffer())
             checkpoint.check_file(temporary)
             if previous is not None and path.exists():
                 _link_or_copy(path, previous)
@@ -433,7 +431,8 @@ class RunDir:
         if epoch in paths:
             save_checkpoint(paths[epoch], content)
         for path in set(self.path.glob('best-*.pth.tar')) - set(paths.values()):
-            path.unlink()
+            if re.fullmatch(r'best-\d+\.pth\.tar', path.name):
+                path.unlink()
 
     def save(self, state: Dict[str, Any]) -> None:
         """Save the last checkpoint, and keep the one before it."""

@@ -171,6 +171,8 @@ class FolderAction(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
         """Store the folder."""
+        if option_string is None and values == parser.get_default(self.dest):
+            return  # the positional argument is absent, and --config has a folder
         if getattr(namespace, self.dest) not in (None, parser.get_default(self.dest), values):
             parser.error(f'--data-dir is given twice: {getattr(namespace, self.dest)} and {values}')
         setattr(namespace, self.dest, values)

@@ -58,9 +58,6 @@ class DataOptions(CheckedOptions):
         action=argparse.BooleanOptionalAction)
     img_size: Optional[int] = option(
         None, "image side in pixels (default: the model's)", type=positive_int, metavar='N')
-    fit_img_size: bool = option(
-        False, "take the image side from the training images: the median of their shorter sides, as a multiple of 32 "
-        "from 64 to the model's own")
     input_size: Sizes = option(
         None, 'image size, instead of --img-size', type=positive_int, nargs=3, metavar=('C', 'H', 'W'))
     crop_pct: Optional[float] = option(
@@ -134,6 +131,9 @@ class RunOptions(CheckedOptions):
     experiment: Optional[str] = option(
         None, "name of the run's folder in --output; the same run in it is resumed (default: the model's name)",
         metavar='NAME')
+    fit_img_size: bool = option(
+        False, "take the image side from the training images: the median of their shorter sides, as a multiple of 32 "
+        "from 64 to the model's own")
     balance_classes: bool = option(False, 'sample the images of each class equally often')
     epochs: int = option(300, 'number of epochs', type=positive_int, metavar='N')
     patience: Optional[int] = option(
@@ -141,9 +141,9 @@ class RunOptions(CheckedOptions):
     pretrained: bool = option(False, "start from timm's pretrained weights")
     initial_checkpoint: Optional[str] = option(
         None, "start from the weights of a checkpoint: ours, timm's or the original release's", metavar='FILE')
-    freeze: Optional[List[str]] = option(
-        None, "modules whose weights stay as they are, e.g. stem stages.0; 'backbone' means all but the classifier",
-        nargs='+', metavar='NAME')
+    freeze: Optional[str] = option(
+        None, "modules whose weights stay as they are, e.g. stem,stages.0; 'backbone' means all but the classifier",
+        metavar='NAMES')
     grad_checkpointing: bool = option(False, 'recompute activations: less memory, more time')
     torchcompile: Optional[str] = option(
         None, 'torch.compile with this backend (inductor if none is named)', nargs='?', const='inductor',

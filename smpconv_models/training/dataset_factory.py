@@ -164,8 +164,8 @@ def _create_folder(path: Path) -> Union[ClassFolders, ClassTars]:
 def _create_part(data: DataOptions, fraction: float, split: str) -> ClassFolders:
     """Return the training or the validation images of a folder without splits."""
     root = _check_root(data.data_dir, 'the folder that holds a folder for each class')
-    if split not in TRAIN_SYNONYMS + EVAL_SYNONYMS:
-        raise ValueError(f'with --val-split-fraction the split must be train or validation, got {split!r}')
+    if split not in (*TRAIN_SYNONYMS, *EVAL_SYNONYMS, 'all'):
+        raise ValueError(f'with --val-split-fraction the split must be train, validation or all, got {split!r}')
     found = find_splits(root)
     if found:
         raise ValueError(
@@ -174,7 +174,7 @@ def _create_part(data: DataOptions, fraction: float, split: str) -> ClassFolders
     source = _create_folder(root)
     if isinstance(source, ClassTars):
         raise ValueError(f'--val-split-fraction divides class folders, and {root} has tar files')
-    return source.split(fraction, data.seed)[split in EVAL_SYNONYMS]
+    return source if split == 'all' else source.split(fraction, data.seed)[split in EVAL_SYNONYMS]
 
 
 def find_splits(root: Path) -> List[str]:
@@ -245,7 +245,7 @@ def fit_img_size(dataset: Any, largest: int) -> int:
         ValueError: If the data set is a stream, or none of the headers can be read.
     """
     if dataset.is_stream:
-        raise ValueError('--fit-img-size needs images that can be looked at beforehand, unlike those of a stream')
+        raise ValueError('--fit-img-size cannot read the images of a stream beforehand: use --img-size')
     sides: List[int] = []
     for index in _evenly_spaced(dataset.source):
         try:

@@ -152,7 +152,7 @@ class DistributedContext:
         if self.is_primary:
             try:
                 result = work()
-            except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
+            except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
                 problem = error
         problem = self.broadcast_object(problem)
         if problem is not None:

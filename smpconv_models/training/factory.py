@@ -1,6 +1,7 @@
 """Devices, models, and the parts of a run that come from timm and PyTorch: optimizer, schedule, EMA, Mixup, loss."""
+import copy
 import logging
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
@@ -27,6 +28,7 @@ from smpconv_models.models import (
 from smpconv_models.utils import hub_download
 from smpconv_models.utils.errors import first_line, suggestion_suffix
 
+from .batch_norm import frozen_modules
 from .config import AugmentationOptions, EMAOptions, ModelOptions, OptimizerOptions, ScheduleOptions
 from .distributed import DistributedContext
 
@@ -114,20 +116,11 @@ def create_scheduler(options: ScheduleOptions, optimizer: torch.optim.Optimizer,
     return scheduler
 
 
-def create_ema(options: EMAOptions, model: nn.Module, steps: int) -> Optional[ModelEmaV3]:
-    """Create the EMA of the weights, if the options ask for it.
-
-    Args:
-        options: Options of the EMA.
-        model: Model to average.
-        steps: Number of steps of the run: in a short one the initial weights would stay in the average to the end.
-    """
+def create_ema(options: EMAOptions, model: nn.Module) -> Optional[ModelEmaV3]:
+    """Create the EMA of the weights, if the options ask for it."""
     if not options.model_ema:
         return None
-    use_warmup = options.model_ema_warmup
-    if use_warmup is None:
-        use_warmup = steps * (1 - options.model_ema_decay) < 10
-    return ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=use_warmup)
+    return ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=bool(options.model_ema_warmup))
 
 
 def create_mixup(options: AugmentationOptions, num_classes: Any) -> Optional[Mixup]:
@@ -147,20 +140,26 @@ def create_loss(mixup: Optional[Mixup], smoothing: float) -> nn.Module:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
-def freeze_(model: Any, names: Sequence[str]) -> None:
+def classifier_parameters(model: Any) -> List[nn.Parameter]:
+    """Return the parameters of a timm model's classifier, or of its classifiers: distilled models have two."""
+    found = model.get_classifier()
+    return [parameter for part in (found if isinstance(found, tuple) else (found,)) for parameter in part.parameters()]
+
+
+def freeze_(model: Any, names: str) -> None:
     """Exclude modules from training: their weights, and the running statistics of their batch norms, stay.
 
     Args:
         model: Model to change.
-        names: Names of modules as in ``named_modules``, also several with commas between them; ``backbone`` stands for
-            all parameters but the classifier's.
+        names: Names of modules as in ``named_modules``, with commas between them; ``backbone`` stands for all
+            parameters but the classifier's.
 
     Raises:
         ValueError: If there is no such module, or nothing is left to train.
     """
-    for name in (part for text in names for part in text.split(',')):
+    for name in names.split(','):
         if name == 'backbone':
-            classifier = {id(parameter) for parameter in model.get_classifier().parameters()}
+            classifier = {id(parameter) for parameter in classifier_parameters(model)}
             frozen = [parameter for parameter in model.parameters() if id(parameter) not in classifier]
         else:
             try:
@@ -175,16 +174,14 @@ def freeze_(model: Any, names: Sequence[str]) -> None:
         for parameter in frozen:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f'--freeze {",".join(names)} leaves nothing to train')
+        raise ValueError(f'--freeze {names} leaves nothing to train')
 
 
 def set_train_mode(model: nn.Module) -> None:
     """Set a model to training mode, except for its modules whose weights are all frozen."""
     model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
+    for module in frozen_modules(model):
+        module.eval()
 
 
 def convert_sync_bn(model: nn.Module, world: DistributedContext, device: torch.device) -> nn.Module:
@@ -434,15 +431,16 @@ def load_first_weights(model: Any, path: str, classes: Optional[List[str]]) -> s
     loaded = checkpoint.load_file(path)
     state_dict, _ = select_weights(loaded, path)
     trained = checkpoint.describe(loaded, path).classes
-    own, classifier = model.state_dict(), model.get_classifier()
+    own = model.state_dict()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    head = [names[id(parameter)] for parameter in classifier.parameters()]
+    head = [names[id(parameter)] for parameter in classifier_parameters(model)]
     if checkpoint.is_original(state_dict):
         state_dict = checkpoint.convert_original(state_dict)
     is_other = trained is not None and classes is not None and trained != classes
     is_other |= any(state_dict[name].shape != own[name].shape for name in head if name in state_dict)
     if is_other:
-        state_dict = {**state_dict, **{name: own[name] for name in head}}
+        state_dict = copy.copy(state_dict)  # with its metadata
+        state_dict.update({name: own[name] for name in head})
     load_weights(model, state_dict, path)
     try:
         checkpoint.check_finite(model.state_dict())

@@ -124,7 +124,8 @@ def create_train_loader(
             + (f' x {grad_accum_steps} accumulated' if grad_accum_steps > 1 else '')
             + (f' x {world.size} ranks' if world.size > 1 else ''))
     if balance_classes and (dataset.is_stream or dataset.targets is None):
-        raise ValueError(f'--balance-classes: {data.dataset} does not tell the classes of its images beforehand')
+        raise ValueError(
+            f'--balance-classes needs class indices without decoding, which {data.dataset} lacks: leave it out')
     batching: Dict[str, Any]
     if dataset.is_stream:
         num_shards, num_workers = dataset.num_shards(data.workers, world.size), max(data.workers, 1)

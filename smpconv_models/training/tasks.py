@@ -26,6 +26,7 @@ from .datasets import SeededDataset
 _IMAGE_ONLY_OPTIONS: Dict[str, Any] = {
     'channels_last': False, 'cutmix': 0., 'img_size': None, 'input_size': None, 'crop_pct': None, 'mean': None,
     'std': None, 'interpolation': None, 'aa': None, 'reprob': 0., 'train_interpolation': None,
+    'val_split_fraction': None, 'fit_img_size': False,
 }
 
 

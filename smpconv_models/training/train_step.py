@@ -65,7 +65,8 @@ class TrainStep:
 
     Attributes:
         last_applied: Number and learning rate of the last step that was applied; None before the first one.
-        last_batch: Images and class indices of the last batch, before Mixup; None before the first one.
+        keeps_batch: Whether to keep the last batch.
+        last_batch: Images and class indices of the last batch, before Mixup; None if it is not kept.
     """
 
     model: nn.Module
@@ -89,6 +90,7 @@ class TrainStep:
         self.buffers = list(self.model.buffers())
         self.finite = [value for value in self.buffers if value.is_floating_point() and value.isfinite().all()]
         self.last_applied: Optional[Tuple[int, float]] = None
+        self.keeps_batch = False
         self.last_batch: Optional[Tuple[Tensor, Tensor]] = None
 
     def step(self, batches: BatchIterator, number: int, stop_requested: bool) -> StepResult:
@@ -153,7 +155,8 @@ class TrainStep:
             images, target = next(batches)
             images = images.to(self.device, memory_format=self.device_options.memory_format, non_blocking=True)
             target = target.to(self.device, non_blocking=True)
-            self.last_batch = (images if self.mixup is None else images.clone()), target  # Mixup works in place
+            if self.keeps_batch:
+                self.last_batch = (images if self.mixup is None else images.clone()), target  # Mixup works in place
             rng.seed_everything(self.seed, 'step', number, part, self.world.rank)
             if self.mixup is not None:
                 images, target = self.mixup(images, target)

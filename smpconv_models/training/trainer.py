@@ -5,7 +5,7 @@ import math
 import platform
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -47,7 +47,7 @@ _logger = logging.getLogger(__name__)
 _DEFAULT_INPUT_SIZE = (3, 224, 224)  # of models that timm does not know
 
 # Runs with fewer steps recalibrate batch norms by default, from this number of images.
-# Digits recipe at 3 epochs of 22 steps: top-1 48.3 % before and 93.1 % after it, EMA weights 9.7 % and 97.2 %.
+# Digits recipe at 3 epochs of 22 steps: top-1 48.3 % before and 93.1 % after it, EMA weights 9.7 % and 96.7 %.
 _SHORT_RUN_STEPS, _RECALIBRATION_IMAGES = 2000, 256
 
 # Percentage points of top-1, on a training batch and on the validation split, above which statistics and EMA weights
@@ -91,6 +91,7 @@ class Trainer:
     origin: str
     input_size: Tuple[int, ...]
     logger: Optional[ProgressLogger] = None
+    _has_reported_statistics: bool = field(default=False, init=False)
 
     @property
     def models(self) -> Dict[str, nn.Module]:
@@ -187,7 +188,7 @@ class Trainer:
             f'data: {options.data.dataset or options.data.data_dir}, {loader.dataset.num_samples} training and '
             f'{self.val_loader.num_samples} validation samples{classes}, as {"x".join(map(str, self.input_size))}',
             f'model: {options.model.model}, {sum(counts):,} parameters{frozen}, {self.origin}',
-            f'steps: {loader.steps} an epoch of {options.run.global_batch_size} samples'
+            f'steps: {loader.steps} per epoch, global batch size {options.run.global_batch_size}'
             + (f' ({product})' if ' x ' in product else '') + f'; folder: {self.run_dir.path}',
         ):
             _logger.info('%s', line)
@@ -209,6 +210,7 @@ class Trainer:
         if mixup is not None:
             mixup.mixup_enabled = not mixup_off_epoch or state.epoch < mixup_off_epoch
         factory.set_train_mode(self.model)
+        self.train_step.keeps_batch = self.recalibration_batches == 0
         batches = self.train_loader.start(state.epoch, state.step)
         if self.logger is not None:
             self.logger.start_epoch(state)
@@ -302,7 +304,8 @@ class Trainer:
             return
         with self.options.device.autocast(self.device):  # on all ranks, as SyncBN needs all of them
             running, own = accuracy_by_statistics(self.model, *self.train_step.last_batch)
-        if own - running > _MAX_STATISTICS_GAP and self.world.is_primary:
+        if own - running > _MAX_STATISTICS_GAP and self.world.is_primary and not self._has_reported_statistics:
+            self._has_reported_statistics = True
             _logger.warning(
                 'the running statistics of the batch norms lag behind the weights: on %d training images, top-1 is '
                 '%.0f %% with them and %.0f %% with the statistics of the batch; --recalibrate-bn 10 computes them '
@@ -337,7 +340,7 @@ class Trainer:
             **{key: model.state_dict() for key, model in self.models.items()},
         }
         if self.state.rows:
-            content['best_weights'] = _best_weights(self.state.rows[-1])[1]
+            content['best_weights'] = _score_and_key(self.state.rows[-1])[1]
         return content
 
     def _save(self) -> None:
@@ -358,19 +361,19 @@ class Trainer:
         """Save what is kept of an epoch, then the progress: a run that ends in between repeats the evaluation."""
         state = self.state
         row, best = state.rows[-1], state.best_epoch
-        score, weights = _best_weights(row)
+        score, weights = _score_and_key(row)
         content = {**self._weights(), 'epoch': row['epoch'], 'metric': score}
         interval = self.options.checkpointing.save_interval
         if interval and row['epoch'] % interval == 0:
             self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.snapshot(row['epoch']), content))
         if weights == 'state_dict':
             content.pop('state_dict_ema', None)  # which timm and others prefer wherever it is
-        if best is None or score > _best_weights(state.rows[best])[0]:
+        if best is None or score > _score_and_key(state.rows[best])[0]:
             state.best_epoch = row['epoch']
             self.world.run_on_primary(lambda: save_checkpoint(self.run_dir.best, content))
         top_k = self.options.checkpointing.save_top_k
         if top_k is not None:
-            ranking = sorted(state.rows, key=lambda other: -_best_weights(other)[0])[:top_k]
+            ranking = sorted(state.rows, key=lambda other: -_score_and_key(other)[0])[:top_k]
             epochs = [other['epoch'] for other in ranking]
             self.world.run_on_primary(lambda: self.run_dir.keep_top(epochs, row['epoch'], content))
         self._save()
@@ -404,12 +407,12 @@ class Trainer:
         """Draw the picture of the run."""
         from smpconv_models import figures  # imported here, as evaluation does not need matplotlib
         with atomic_write(self.run_dir.summary_png) as temporary:
-            figures.save_run(temporary, self.state.rows, self.models[_best_weights(self.state.rows[-1])[1]])
+            figures.save_run(temporary, self.state.rows, self.models[_score_and_key(self.state.rows[-1])[1]])
 
     def _results(self) -> Dict[str, Any]:
         rows, best = self.state.rows, self.state.best_epoch
         assert best is not None
-        (top1, weights), (best_top1, best_weights) = _best_weights(rows[-1]), _best_weights(rows[best])
+        (top1, weights), (best_top1, best_weights) = _score_and_key(rows[-1]), _score_and_key(rows[best])
         return {
             'top1': top1,
             'weights': weights,
@@ -430,10 +433,11 @@ class Trainer:
         if self._results()['best_top1'] < 0:
             raise FloatingPointError(
                 f'the validation loss was finite in none of the {len(rows)} epochs; {self._advice()}')
-        if self.run_dir.best.exists():
-            self.world.run_on_primary(self._check_best)
+        self.world.run_on_primary(self._check_best)
 
     def _check_best(self) -> None:
+        if not self.run_dir.best.exists():  # the user has removed it
+            return
         try:
             checkpoint.check_file(self.run_dir.best)
         except ValueError as error:
@@ -553,7 +557,7 @@ class Trainer:
             scaler.load_state_dict(loaded['amp_scaler'])
 
 
-def _best_weights(row: Dict[str, Any]) -> Tuple[float, str]:
+def _score_and_key(row: Dict[str, Any]) -> Tuple[float, str]:
     """Return top-1 of an epoch's better weights, and their key in a checkpoint; -1 if no loss is finite."""
     kinds = {'ema': 'state_dict_ema', 'eval': 'state_dict'}
     found = [
@@ -585,12 +589,12 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     device = select_device(options.device.device, world.local_rank if world.size > 1 else None)
     run_dir = RunDir(Path(options.run.output) / (
         options.run.experiment or Path(parse_model_name(str(options.model.model))[1]).name))
-    options = _resolve_grad_accum(options, world, run_dir)
     in_chans = _model_arguments(options, {'in_chans': 3})['in_chans']
     # of a stream each rank reads all validation images, but only its part of the training images: they are divided
     # among the ranks of the process group
     val_set = task.create_dataset(options.run.val_split, in_chans, is_training=False)
     world.init(device, options.device.dist_timeout)
+    options = _resolve_grad_accum(options, world, run_dir)
     train_set = task.create_dataset(options.run.train_split, in_chans, is_training=True)
     _check_same_data(world, device, train_set, val_set)
     classes = train_set.classes
@@ -611,6 +615,7 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
         task, train_set, data_config, options.augmentation, device, world, skipped,
         grad_accum_steps=options.run.grad_accum_steps, dist_timeout=options.device.dist_timeout,
         train_split=options.run.train_split, balance_classes=options.run.balance_classes)
+    options = _resolve_ema_warmup(options, options.run.epochs * train_loader.steps)
     trainer = Trainer(
         options=options,
         world=world,
@@ -662,10 +667,19 @@ def _shorten_warmup(options: TrainOptions, world: DistributedContext) -> TrainOp
     return options.with_values('schedule', warmup_epochs=epochs // 2)
 
 
+def _resolve_ema_warmup(options: TrainOptions, steps: int) -> TrainOptions:
+    """Return the options with --model-ema-warmup, without which the initial weights stay in a short run's EMA."""
+    ema = options.ema
+    if ema.model_ema_warmup is not None:
+        return options
+    is_short = ema.model_ema and steps * (1 - ema.model_ema_decay) < 10
+    return options.with_values('ema', model_ema_warmup=is_short)
+
+
 def _fit_img_size(options: TrainOptions, dataset: Any) -> TrainOptions:
     """Return the options with the image side that --fit-img-size asks for."""
     data = options.data
-    if not data.fit_img_size:
+    if not options.run.fit_img_size:
         return options
     if data.img_size is not None or data.input_size is not None:
         raise ValueError('--fit-img-size and --img-size or --input-size contradict each other')
@@ -676,15 +690,14 @@ def _fit_img_size(options: TrainOptions, dataset: Any) -> TrainOptions:
 
 def _stored_global_batch_size(options: TrainOptions, run_dir: RunDir) -> Optional[int]:
     """Return the images of a step of the run that is about to be resumed; None if there is none."""
-    path: Any = run_dir.last if run_dir.last.exists() else options.checkpointing.resume
-    if path is None:
-        return None
-    try:
-        stored = checkpoint.get_train_args(checkpoint.load_file(path, lazy=True)).get('global_batch_size')
-        return None if stored is None else description.check_number('global_batch_size', stored, 1, 10 ** 9, whole=True)
-    except ValueError as error:  # reported when the checkpoint is loaded
-        _logger.debug('%s is not a run to resume: %s', path, error)
-        return None
+    paths: List[Any] = [path for path in (run_dir.last, run_dir.previous) if path.exists()]
+    for path in paths or filter(None, [options.checkpointing.resume]):
+        try:
+            stored = checkpoint.get_train_args(checkpoint.load_file(path, lazy=True)).get('global_batch_size')
+            return description.check_number('global_batch_size', stored, 1, 10 ** 9, whole=True)
+        except ValueError as error:  # reported when the checkpoint is loaded
+            _logger.debug('%s is not a run to resume: %s', path, error)
+    return None
 
 
 def _resolve_grad_accum(options: TrainOptions, world: DistributedContext, run_dir: RunDir) -> TrainOptions:
@@ -695,7 +708,7 @@ def _resolve_grad_accum(options: TrainOptions, world: DistributedContext, run_di
     batch_size, global_batch_size = options.data.batch_size, options.run.global_batch_size
     grad_accum_steps = options.run.grad_accum_steps
     if global_batch_size is None and grad_accum_steps is None:
-        stored = _stored_global_batch_size(options, run_dir)
+        stored = world.broadcast_object(world.run_on_primary(lambda: _stored_global_batch_size(options, run_dir)))
         if stored is not None and stored % (batch_size * world.size) == 0:
             global_batch_size = stored
     if global_batch_size is None:
@@ -783,6 +796,11 @@ def _without_source(options: TrainOptions, data_config: Dict[str, Any]) -> Train
     architecture, _ = resolve_source(name)
     if architecture == name:
         return options
+    default = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    if default is not None and data_config['crop_mode'] != default.crop_mode:
+        _logger.warning(
+            'crop_mode %s of %s is not stored in checkpoints: evaluation by validate.py crops by %s',
+            data_config['crop_mode'], name, default.crop_mode)
     data = {key: data_config[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'input_size')}
     data = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
     if options.data.img_size is not None:
@@ -809,7 +827,7 @@ def _create_train_step(
     return TrainStep(
         model=model,
         wrapped=factory.wrap_model(model, options.run.torchcompile, world, device),
-        ema=factory.create_ema(options.ema, model, options.run.epochs * steps),
+        ema=factory.create_ema(options.ema, model),
         optimizer=optimizer,
         scheduler=factory.create_scheduler(options.schedule, optimizer, options.run.epochs, steps),
         scaler=torch.amp.GradScaler(device.type, enabled=options.device.amp and options.device.amp_dtype == 'float16'),

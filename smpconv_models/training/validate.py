@@ -1,4 +1,5 @@
 """Evaluation: metrics of a model, of checkpoints, and of models with their pretrained weights."""
+import logging
 import math
 import os
 import re
@@ -26,6 +27,8 @@ from .distributed import DistributedContext, GracefulStop
 from .factory import check_model_name, create_model, model_arguments, open_checkpoint, select_device
 from .loader import EvalLoader, create_eval_loader
 from .tasks import check_class_count, check_classes, create_task
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,15 @@ def _pretrained_model(name: Optional[str], kwargs: Dict[str, Any]) -> Any:
 
 
 def _check_same_images(options: EvalOptions, before: EvalOptions) -> None:
-    own, others = ((each.data.dataset or '', each.data.data_dir or '') for each in (options, before))
+    own, others = (
+        (each.data.dataset or '', each.data.data_dir or '', *(
+            () if each.data.val_split_fraction is None else (f'{each.data.val_split_fraction:g}', f'{each.data.seed}')))
+        for each in (options, before))
     if own != others:
         raise ValueError(
             f'{options.name} is evaluated on other images than the models before it: expected '
-            f'{" ".join(others).strip()}, got {" ".join(own).strip()}; --data-dir and --dataset name the images of all')
+            f'{" ".join(others).strip()}, got {" ".join(own).strip()}; --data-dir, --dataset, --val-split-fraction and '
+            '--seed name the images of all')
 
 
 # Data sets that come with the package: a checkpoint may name them, as that fetches and locates nothing.
@@ -221,9 +228,14 @@ def fill_from_checkpoint(options: EvalOptions, described: Description) -> EvalOp
         filled['dataset'] = dataset
     folder = filled.get('data_dir', given.data_dir) or ''
     is_folder = not (given.dataset or filled.get('dataset')) and os.path.isdir(folder)
-    fraction = described.val_split_fraction if given.val_split_fraction is None else None
+    fraction = described.val_split_fraction if given.val_split_fraction is None else given.val_split_fraction
     if fraction is not None and is_folder and not find_splits(Path(folder)):
-        filled.update(val_split_fraction=fraction, seed=given.seed if described.seed is None else described.seed)
+        filled['val_split_fraction'] = fraction
+        if described.seed is not None and given.seed == DataOptions().seed:  # the split of the training
+            filled['seed'] = described.seed
+        if options.split is None:
+            _logger.info('%s has no splits: its validation part of %g %% is evaluated; --split all takes all images',
+                         folder, 100 * fraction)
     split = described.text('val_split') if options.split is None else None
     if split and not re.fullmatch(r'[\w-]+', split):
         raise ValueError(

@@ -4,6 +4,7 @@ The Hub's client checks the size of a file only, caches it under a name that the
 library's errors through. Here the server's names are checked before they become paths, cached files are checked against
 their checksums, and an error is one line that says what to do.
 """
+import hashlib
 import logging
 import os
 import re
@@ -20,7 +21,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils.sha import git_hash
 
 from .download import file_sha256
 from .errors import first_line
@@ -159,10 +159,15 @@ def _blob(path: Path) -> Path:
 
 def _digest(path: Path, name: str) -> str:
     """Return the checksum of a file, of the same kind as ``name``: Git's or SHA-256."""
-    return git_hash(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
+    return git_sha1(path.read_bytes()) if _GIT_SHA1.fullmatch(name) else file_sha256(path)
 
 
 def _remove(path: Path, found: str, name: str, *contents: Path) -> NoReturn:
     for damaged in (path, *contents):
         damaged.unlink(missing_ok=True)
     raise ValueError(f'{path} is damaged: its checksum is {found}, not {name}; it was removed, to be downloaded again')
+
+
+def git_sha1(content: bytes) -> str:
+    """Return the name that Git gives a content."""
+    return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()

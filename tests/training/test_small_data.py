@@ -17,11 +17,14 @@ import train
 import validate
 from smpconv_models import checkpoint, hub
 from smpconv_models.figures.__main__ import main as draw
-from smpconv_models.training.batch_norm import accuracy_by_statistics, recalibrate_bn_
+from smpconv_models.training import DataOptions, DeviceOptions, EvalOptions, ModelOptions, cli
+from smpconv_models.training.batch_norm import accuracy_by_statistics, recalibrate_bn_, trained_norms
+from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.class_folders import ClassFolders, Scan
+from smpconv_models.training.dataset_factory import create_dataset
 from smpconv_models.training.datasets import ResumableBatchSampler
-from smpconv_models.training.factory import freeze_, set_train_mode
-from smpconv_models.training.validate import macro_averages
+from smpconv_models.training.factory import classifier_parameters, freeze_, set_train_mode
+from smpconv_models.training.validate import _check_same_images, fill_from_checkpoint, macro_averages
 
 SHORT = [*TINY, '--img-size', '16', '--epochs', '1', '-b', '4', '--lr', '1e-3', '--experiment', 'run']
 DIGITS = [
@@ -55,7 +58,7 @@ def test_short_runs_are_evaluated_as_they_are_trained(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     names = {'state_dict': "model's weights", 'state_dict_ema': 'EMA weights'}
     assert f'validation top-1: {top1:.2f} % ({names[summary["weights"]]}; ' in lines[-3]
-    assert f'(top-1 {top1:.2f} %, {names[summary["best_weights"]]}, epoch 1, chosen by the same)' in lines[-2]
+    assert f'(top-1 {top1:.2f} %, {names[summary["best_weights"]]}, epoch 1, chosen by validation top-1)' in lines[-2]
 
 
 def test_an_ema_that_lags_does_not_hide_the_model(tmp_path, capsys):
@@ -135,7 +138,7 @@ def test_a_split_depends_on_the_paths_below_the_root(photos, tmp_path):
 @pytest.mark.parametrize('argv, message', [
     (['PHOTOS'], '--val-split-fraction 0.2 divides a folder that has a folder for each class'),
     (['SPLITS', '--val-split-fraction', '0.2'], 'has train and val: leave out --val-split-fraction'),
-    (['PHOTOS', '--val-split-fraction', '0.2', '--val-split', 'test'], "must be train or validation, got 'test'"),
+    (['PHOTOS', '--val-split-fraction', '0.2', '--val-split', 'test'], "must be train, validation or all, got 'test'"),
     (['PHOTOS', '--val-split-fraction', '1'], 'must be at least 0.001 and at most 0.999'),
     (['--dataset', 'digits', '--val-split-fraction', '0.2'], 'divides a folder of class folders, got --dataset digits'),
     (['SINGLE', '--val-split-fraction', '0.2'], "classes of a single image cannot be split: ['ant', 'bee', 'cow']"),
@@ -161,7 +164,7 @@ def test_mistakes_are_one_line(photos, tmp_path, capsys, argv, message):
 def test_frozen_modules_stay_as_they_are():
     torch.manual_seed(0)
     model = timm.create_model('smpconv_nano', depths=(1, 1), dims=(4, 8), kernel_sizes=(7, 5), num_classes=3)
-    freeze_(model, ['stem,stages.0'])
+    freeze_(model, 'stem,stages.0')
     set_train_mode(model)
     assert not model.stem.training and model.stages[1].training and model.training
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -199,7 +202,7 @@ def test_a_data_set_without_known_classes_is_not_balanced(tmp_path, capsys):
     pytest.importorskip('datasets')
     folder = make_folder(tmp_path / 'images')
     line = refused(train.main, capsys, *SHORT, '--dataset', f'hfds/{folder}', '--balance-classes')
-    assert '--balance-classes' in line and 'does not tell the classes' in line
+    assert '--balance-classes needs class indices without decoding' in line
 
 
 def test_a_run_ends_when_it_no_longer_gets_better(photos, tmp_path, capsys):
@@ -265,7 +268,7 @@ def test_a_step_keeps_its_size(photos, tmp_path, capsys):
     argv = [photos, *SHORT, '--val-split-fraction', 0.2, '--output', tmp_path, '--warmup-epochs', 0]
     assert run(train.main, *argv, '-b', 8) == 0
     assert run(train.main, *argv, '-b', 4, '--epochs', 2) == 0
-    assert '2 an epoch of 8 samples (4 x 2 accumulated)' in capsys.readouterr().out
+    assert '2 per epoch, global batch size 8 (4 x 2 accumulated)' in capsys.readouterr().out
     line = refused(train.main, capsys, *argv, '-b', 3, '--epochs', 3)
     assert 'global_batch_size 8 -> 3' in line and '--batch-size 8 keeps the 8 images of a step' in line
 
@@ -295,3 +298,74 @@ def test_a_size_that_fits(photos, tmp_path, capsys):
     assert run(train.main, *argv, '--experiment', 'run') == 0
     assert 'as 3x32x32' in capsys.readouterr().out  # nano's own, as the photos are smaller than 64 pixels
     logging.getLogger('smpconv_models').setLevel(logging.NOTSET)
+
+
+def test_the_command_line_overrides_the_folder_of_a_file(tmp_path):
+    path = tmp_path / 'args.yaml'
+    path.write_text('data_dir: A\n')
+    for argv in (['--data-dir', 'B'], ['B']):
+        assert cli.parse_args(train.create_parser(), ['--config', str(path), *argv]).data_dir == 'B'
+    assert cli.parse_args(train.create_parser(), ['--config', str(path)]).data_dir == 'A'
+
+
+def test_evaluation_takes_the_split_of_the_training(photos):
+    described = checkpoint.describe({'args': {'data_dir': str(photos), 'val_split_fraction': 0.25, 'seed': 7}})
+
+    def filled(**values):
+        options = EvalOptions(DataOptions(**values), ModelOptions(), DeviceOptions(), checkpoint='a.pth')
+        return fill_from_checkpoint(options, described)
+
+    for values, expected in (
+            ({}, (0.25, 7)), ({'val_split_fraction': 0.5}, (0.5, 7)), ({'seed': 3}, (0.25, 3)),
+            ({'data_dir': str(photos.parent)}, (None, 42)), ({'dataset': 'digits'}, (None, 42))):
+        data = filled(**values).data
+        assert (data.val_split_fraction, data.seed) == expected, values
+    with pytest.raises(ValueError, match='0.25 7, got .* 0.25 3; .*--seed name the images of all'):
+        _check_same_images(filled(seed=3), filled())
+
+
+def test_all_photos_can_be_evaluated(photos):
+    data = DataOptions(data_dir=str(photos), val_split_fraction=0.25)
+    assert [len(create_dataset(data, split, 3, False)) for split in ('train', 'validation', 'all')] == [18, 6, 24]
+
+
+def test_two_classifiers_are_found():
+    model = timm.create_model('deit_tiny_distilled_patch16_224', depth=1, embed_dim=12, num_heads=1, num_classes=3)
+    assert {tuple(parameter.shape) for parameter in classifier_parameters(model)} == {(3, 12), (3,)}
+    freeze_(model, 'backbone')
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 4
+
+
+def test_statistics_of_frozen_modules_stay():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, affine=False)), nn.Conv2d(2, 2, 1))
+    assert len(trained_norms(model)) == 1
+    freeze_(model, '0')
+    assert not trained_norms(model)
+
+
+def test_files_of_the_user_are_not_removed(tmp_path):
+    run_dir = RunDir(tmp_path)
+    (tmp_path / 'best-of-all.pth.tar').touch()
+    run_dir.keep_top([0], 0, {'state_dict': {}})
+    run_dir.keep_top([1], 1, {'state_dict': {}})
+    assert {path.name for path in tmp_path.glob('best-*')} == {'best-of-all.pth.tar', 'best-1.pth.tar'}
+
+
+def test_an_ema_that_is_asked_for_must_be_there():
+    state_dict = nn.Linear(1, 1).state_dict()
+    with pytest.raises(ValueError, match='expected EMA weights, found none: leave out --use-ema'):
+        checkpoint.select_state_dict({'state_dict': state_dict}, use_ema=True)
+    assert checkpoint.select_state_dict({'state_dict': state_dict})[1] == 'state_dict'
+
+
+def test_metadata_from_outside_is_bounded():
+    state_dict = nn.BatchNorm2d(2).state_dict()
+    state_dict._metadata[''] = {'version': 'x', 'base_size': torch.ones(3)}
+    nn.BatchNorm2d(2).load_state_dict(checkpoint.select_state_dict({'state_dict': state_dict})[0])
+
+
+@pytest.mark.parametrize('option', ['--val-split-fraction=0.2', '--fit-img-size'])
+def test_options_of_images_are_not_for_sequences(tmp_path, capsys, option):
+    line = refused(train.main, capsys, '--dataset', 'seq/digits', '--model', 'smpconv_sdigits', option,
+                   '--output', tmp_path / 'output')
+    assert f'{option.partition("=")[0]} is for images' in line
