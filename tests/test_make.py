@@ -67,8 +67,8 @@ class Project:
         """Run make; return the exit code, the lines of both streams, and what the Pythons ran."""
         self.log.write_text('')
         path = os.pathsep.join([str(self.folder / 'bin/python3'), os.environ['PATH']])
-        environment = {**os.environ, 'PATH': path}
-        environment.pop('PYTHON', None)
+        outer = ('PYTHON', 'MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'MAKE_TERMOUT', 'MAKE_TERMERR')
+        environment = {key: value for key, value in os.environ.items() if key not in outer} | {'PATH': path}
         done = subprocess.run(
             ['make', '--silent', *args], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60)
         lines = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith('make: ***')]

@@ -117,7 +117,7 @@ def test_what_may_change_is_reported_and_applied(begun, capsys):
     command, folder = begun
     assert run(*command, '--lr', 1e-3, '--weight-decay', 0.1, '--smoothing', 0.2, '--batch-size', 32) == 0
     told = capsys.readouterr().out
-    assert 'global' not in told and all(text in told for text in (
+    assert 'global_batch_size' not in told and all(text in told for text in (
         'lr 0.004 -> 0.001', 'weight_decay 0.05 -> 0.1', 'smoothing 0.1 -> 0.2', 'epochs 1 -> 2',
         'batch_size 64 -> 32'))
     groups = torch.load(folder / 'last.pth.tar', weights_only=True)['optimizer']['param_groups']

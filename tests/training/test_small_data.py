@@ -320,7 +320,7 @@ def test_evaluation_takes_the_split_of_the_training(photos):
             ({'data_dir': str(photos.parent)}, (None, 42)), ({'dataset': 'digits'}, (None, 42))):
         data = filled(**values).data
         assert (data.val_split_fraction, data.seed) == expected, values
-    with pytest.raises(ValueError, match='0.25 7, got .* 0.25 3; .*--seed name the images of all'):
+    with pytest.raises(ValueError, match=r'0.25 7, got .* 0.25 3; .*--seed name the images of all'):
         _check_same_images(filled(seed=3), filled())
 
 
