@@ -70,7 +70,7 @@ def assert_other_shape_is_one_line(model, state_dict, key, change):
         load_into(model, state_dict)
 
 
-def load_into(model, loaded, use_ema=True):
+def load_into(model, loaded, use_ema=None):
     """Load a checkpoint's weights into a model that must fit them exactly; return their key."""
     state_dict, key = checkpoint.select_state_dict(loaded, use_ema)
     model.load_state_dict(checkpoint.convert_and_check(state_dict, model))

@@ -23,11 +23,11 @@ def select_state_dict(checkpoint: Any, use_ema: Optional[bool] = None) -> Tuple[
 
     Args:
         checkpoint: Value returned by :func:`load_file`.
-        use_ema: Whether to prefer the EMA weights; by default unless the checkpoint says, as those of train.py do, that
-            the model's own were better on the validation split.
+        use_ema: True for the EMA weights, False for the model's own. By default the EMA weights if there are any and
+            the checkpoint does not name the model's own as better.
 
     Raises:
-        ValueError: If there are no weights in it.
+        ValueError: If there are no such weights in it.
     """
     if not isinstance(checkpoint, dict):
         raise ValueError(f'expected a checkpoint to be a dict, got {type(checkpoint).__name__}')
