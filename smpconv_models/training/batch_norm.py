@@ -46,7 +46,7 @@ def batch_statistics(model: nn.Module) -> Iterator[List[_BatchNorm]]:
         model.eval()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def recalibrate_bn_(models: Sequence[nn.Module], batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of batch norms by the mean of the statistics of these batches.
 
@@ -74,7 +74,7 @@ def recalibrate_bn_(models: Sequence[nn.Module], batches: Iterable[Tensor]) -> N
                 _copy_(norm, values)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def accuracy_by_statistics(model: Any, images: Tensor, target: Tensor) -> Tuple[float, float]:
     """Return top-1 of a batch in per cent, with the running statistics and with the batch's own.
 

@@ -154,7 +154,8 @@ class RunOptions(CheckedOptions):
         metavar='X')
     recalibrate_bn: Optional[int] = option(
         None, 'compute the running statistics of the batch norms from N training batches before each evaluation '
-        '(default: from 256 images in runs of fewer than 2000 steps, otherwise 0: never)', type=non_negative_int,
+        '(default: from 256 images in runs of fewer than 2000 steps, if they lag, otherwise 0: never)',
+        type=non_negative_int,
         metavar='N')
     global_batch_size: Optional[int] = option(
         None, 'images of a step over all ranks; gradients are accumulated to reach it', type=positive_int,

@@ -200,11 +200,12 @@ def test_other_classes_and_other_images_are_refused(tmp_path, capsys):
 
 
 def test_runs_start_from_a_checkpoints_weights(straight, tmp_path, capsys):
-    """Its average, as an evaluation would take it."""
+    """The better ones of the model's and the EMA, as an evaluation would take."""
     command = [*EVERYTHING, '--output', tmp_path, '--initial-checkpoint', straight / 'model_best.pth.tar']
     assert run(*command, '--lr', 1e-30, '--warmup-lr', 0, '--min-lr', 0, '--epochs', 1, '--warmup-epochs', 0) == 0
     weights = torch.load(tmp_path / 'smpconv_nano/last.pth.tar', weights_only=True)['state_dict']
-    expected = torch.load(straight / 'model_best.pth.tar', weights_only=True)['state_dict_ema']
+    best = torch.load(straight / 'model_best.pth.tar', weights_only=True)
+    expected = best[best['best_weights']]
     assert torch.equal(weights['head.fc.weight'], expected['head.fc.weight'])
     line = refused(capsys, *command, '--experiment', 'other', '--model', 'smpconv_mobile31')
     assert 'does not fit the model' in line and 'smpconv_nano' not in line  # its arguments make it no registered model
