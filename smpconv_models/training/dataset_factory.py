@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterable, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Type, Union
 
 import timm.data
 from PIL import Image
@@ -229,9 +229,22 @@ def _list_folder(root: Path) -> str:
     return listed((path.name for path in root.iterdir()), 8)
 
 
-def _evenly_spaced(source: Any) -> Sequence[int]:
+def _read_headers(source: Any, read: Callable[[Image.Image], Any]) -> Dict[int, Any]:
+    """Return the results of ``read`` for at most 64 images, evenly spaced in a source, whose pixels are not decoded.
+
+    An image that cannot be read is left out: it is reported as unreadable when it is loaded.
+    """
     count = len(source)
-    return range(count) if count <= _NUM_HEADERS else [index * count // _NUM_HEADERS for index in range(_NUM_HEADERS)]
+    indices = range(count) if count <= _NUM_HEADERS else [
+        index * count // _NUM_HEADERS for index in range(_NUM_HEADERS)]
+    found = {}
+    for index in indices:
+        try:
+            with source[index][0] as image:
+                found[index] = read(image)
+        except DECODE_ERRORS as error:
+            _logger.debug('the header of image %d cannot be read: %s', index, error)
+    return found
 
 
 def fit_img_size(dataset: Any, largest: int) -> int:
@@ -246,12 +259,7 @@ def fit_img_size(dataset: Any, largest: int) -> int:
     """
     if dataset.is_stream:
         raise ValueError('--fit-img-size cannot read the images of a stream beforehand: use --img-size')
-    sides: List[int] = []
-    for index in _evenly_spaced(dataset.source):
-        try:
-            sides.append(min(dataset.source[index][0].size))
-        except DECODE_ERRORS as error:  # reported as an unreadable image when it is loaded
-            _logger.debug('the header of image %d cannot be read: %s', index, error)
+    sides = _read_headers(dataset.source, lambda image: min(image.size)).values()
     if not sides:
         raise ValueError('--fit-img-size: none of the images can be read')
     return min(max(round(median(sides) / 32) * 32, 64), largest)
@@ -262,26 +270,17 @@ def _check_headers(data: DataOptions, split: str, source: Any) -> None:
 
     The headers of at most 64 images, evenly spaced in the data set, are read. Pixels are not decoded.
     """
-    indices = _evenly_spaced(source)
-    turned: List[int] = []
-    deep: List[int] = []
-    for index in indices:
-        try:
-            with source[index][0] as image:
-                if not data.exif_orientation and orientation(image) != 1:
-                    turned.append(index)
-                if image.mode in DEEP_MODES:
-                    deep.append(index)
-        except DECODE_ERRORS as error:  # reported as an unreadable image when it is loaded
-            _logger.debug('the header of image %d cannot be read: %s', index, error)
+    headers = _read_headers(source, lambda image: (
+        not data.exif_orientation and orientation(image) != 1, image.mode in DEEP_MODES))
+    turned, deep = ([index for index, header in headers.items() if header[kind]] for kind in (0, 1))
     for found, what in (
         (turned, 'have an EXIF orientation that is ignored (--exif-orientation applies it)'),
         (deep, 'have 16 or 32 bits per value (black is 0, white is 65535 for integers and 1 for floats)'),
     ):
         if found:
             _logger.info(
-                '%s: %d of %d checked images %s, such as %s', _label(data, split), len(found), len(indices), what,
-                shown(source.name(found[0])))
+                '%s: %d of %d checked images %s, such as %s', _label(data, split), len(found),
+                min(len(source), _NUM_HEADERS), what, shown(source.name(found[0])))
 
 
 # --- torchvision ---

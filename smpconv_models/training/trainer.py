@@ -100,11 +100,6 @@ class Trainer:
         ema = self.train_step.ema
         return {'state_dict': self.model, **({} if ema is None else {'state_dict_ema': ema.module})}
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last epoch is done, or --patience is exhausted."""
-        return self._is_finished(self.state)
-
     def _is_finished(self, state: TrainState) -> bool:
         return state.is_finished(self.options.run.epochs, self.options.run.patience)
 
@@ -145,7 +140,7 @@ class Trainer:
         """
         start = time.perf_counter()
         state = self.state
-        is_finished = self.is_finished
+        is_finished = self._is_finished(state)
         if is_finished:
             self.world.run_on_primary(self._write_results)  # the run may have ended before it wrote them
         else:
@@ -155,7 +150,7 @@ class Trainer:
                 lambda: ProgressLogger(self.options, self.run_dir.path, state, self.train_loader.steps))
         with GracefulStop() as stop:
             try:
-                while not self.is_finished:
+                while not self._is_finished(state):
                     begin = time.perf_counter()
                     if state.step < self.train_loader.steps:
                         self._train_epoch(stop)
@@ -466,7 +461,7 @@ class Trainer:
             found = self.world.broadcast_object(self.world.run_on_primary(self._find_resume_checkpoint))
             if found is not None:
                 self._load_checkpoint(*found)
-            if not self.is_finished:
+            if not self._is_finished(self.state):
                 self.world.run_on_primary(lambda: self.run_dir.save_arguments(given))
                 if self.options.data.val_split_fraction is not None:
                     self.world.run_on_primary(self._save_split)
@@ -614,14 +609,14 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     check_classes(classes, val_set.classes)
     options = _fit_img_size(options, train_set)
     task = create_task(options.data)
-    model, model_kwargs, origin = _build_model(options, classes)
+    model, architecture, model_kwargs, origin = _build_model(options, classes)
     task.check_model(str(options.model.model), model, train_set, in_chans)
     if options.run.sync_bn:
         model = factory.convert_sync_bn(model, world, device)
     model.to(device).to(memory_format=options.device.memory_format)
     data_config = task.resolve_data_config(model)
     _check_size(model, str(options.model.model), data_config['input_size'], device)
-    options = _without_source(options, data_config)
+    options = _without_source(options, architecture, data_config)
     skipped = SkippedSamples(limit=options.run.max_unreadable)
     assert options.run.grad_accum_steps is not None
     train_loader = create_train_loader(
@@ -759,8 +754,8 @@ def _model_arguments(options: TrainOptions, defaults: Dict[str, Any]) -> Dict[st
     return model_arguments(options.model, options.data.img_size, options.data.input_size, defaults)
 
 
-def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[Any, Dict[str, Any], str]:
-    """Return the model, the arguments that create it again, and the origin of its weights."""
+def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[Any, str, Dict[str, Any], str]:
+    """Return the model, the architecture and the arguments that create it again, and the origin of its weights."""
     name, run = options.model.model, options.run
     model_kwargs = _model_arguments(options, {} if classes is None else {'num_classes': len(classes)})
     rates = {key: value for key, value in (
@@ -797,16 +792,15 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
             model.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
             raise ValueError(f'{name} has no --grad-checkpointing') from error
-    return model, {**model_kwargs, 'num_classes': model.num_classes}, origin
+    return model, architecture, {**model_kwargs, 'num_classes': model.num_classes}, origin
 
 
-def _without_source(options: TrainOptions, data_config: Dict[str, Any]) -> TrainOptions:
+def _without_source(options: TrainOptions, architecture: str, data_config: Dict[str, Any]) -> TrainOptions:
     """Return the options with the architecture and its data configuration in place of a repository or folder.
 
     These are what checkpoints store: a place that is moved, or not reachable, does not matter to them.
     """
-    name = str(options.model.model)
-    architecture, _ = resolve_source(name)
+    name = options.model.model
     if architecture == name:
         return options
     default = timm.get_pretrained_cfg(architecture, allow_unregistered=True)

@@ -43,7 +43,7 @@ def test_logits_equal_the_original(golden, method):
 
 
 def test_original_files_load_as_pretrained(golden, tmp_path):
-    """As torch.save wrote them; with other classes only the classifier is new."""
+    """Files of torch.save load unchanged; for other classes, only the classifier is new."""
     data = golden('cifar_tiny')
     file = tmp_path / 'model.pt'
     torch.save({'model': released(data), 'optimizer': {}, 'lr_scheduler': {}, 'epoch': 209}, file)

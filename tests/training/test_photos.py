@@ -1,4 +1,4 @@
-"""What a new user does with photos, command by command."""
+"""Follow a new user's commands from photos to a model."""
 import json
 import re
 import shutil

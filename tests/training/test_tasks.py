@@ -46,7 +46,7 @@ def test_other_transforms_are_left_as_they_are():
 
 
 def test_padded_crops():
-    """Of the image's own size, from anywhere in it and the black around it."""
+    """Crops have the image's own size and start anywhere in it or in the black padding."""
     crop = tasks.PadAndRandomCrop((6, 8), 2)
     image = Image.new('L', (8, 6), 255)
     sums = {sum(crop(image).tobytes()) // 255 for _ in range(200)}
