@@ -27,7 +27,7 @@ def test_public_names_are_frozen():
     assert smpconv_models.__all__ == [
         'DepthwiseConv2d', 'SMPConv1d', 'SMPConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d', 'SMPResNet', 'SMPSequenceNet',
         '__version__', 'accelerate_depthwise', 'available_backends', 'clip_radius_', 'create_sequence_model',
-        'depthwise_conv2d', 'list_sequence_models',
+        'depthwise_conv2d', 'list_sequence_models', 'predict',
     ]
     assert ops.__all__ == [
         'available_backends', 'depthwise_conv2d', 'has_autocast', 'is_counted', 'is_exporting',
@@ -61,7 +61,7 @@ def test_public_names_exist(module):
 OPS, LAYERS, MODELS = 'smpconv_models.ops', 'smpconv_models.layers', 'smpconv_models.models'
 CHECKPOINT, HUB, UTILS = 'smpconv_models.checkpoint', 'smpconv_models.hub', 'smpconv_models.utils'
 FIGURES, TRAINING = 'smpconv_models.figures', 'smpconv_models.training'
-DETECTION, DATA = 'smpconv_models.detection', 'smpconv_models.data'
+DETECTION, DATA, PREDICTION = 'smpconv_models.detection', 'smpconv_models.data', 'smpconv_models.prediction'
 STREAMS = f'{UTILS}.streams'
 PUBLIC_OPS = tuple(f'{OPS}.{name}' for name in ops.__all__)
 PUBLIC_TRAINING = tuple(f'{TRAINING}.{name}' for name in training.__all__)
@@ -80,16 +80,22 @@ MAY_IMPORT = {
         'torch', 'torchvision', 'numpy', 'scipy', 'sklearn', 'safetensors', 'tqdm', 'PIL', UTILS),
     'smpconv_models/hub': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', MODELS, CHECKPOINT, UTILS),
-    'smpconv_models/figures': ('torch', 'numpy', 'matplotlib', 'PIL', 'tqdm', 'pytorch_grad_cam', LAYERS),
+    'smpconv_models/figures': ('torch', 'numpy', 'matplotlib', 'PIL', 'tqdm', 'pytorch_grad_cam', LAYERS, UTILS),
     'smpconv_models/figures/_inputs.py': (
-        'torch', 'timm', 'PIL', CHECKPOINT, DATA, TRAINING, UTILS, 'smpconv_models.figures.kernels'),
+        'torch', DATA, PREDICTION, TRAINING, UTILS, 'smpconv_models.figures.kernels'),
     'smpconv_models/figures/__main__.py': (
-        'torch', 'numpy', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING, UTILS),
+        'torch', 'numpy', 'tqdm', 'smpconv_models', FIGURES, PREDICTION, TRAINING, UTILS),
+    'smpconv_models/prediction': (
+        'torch', 'timm', 'numpy', 'PIL', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING, UTILS),
+    'smpconv_models/predict.py': (PREDICTION, UTILS),
+    'smpconv_models/demo.py': ('PIL', 'smpconv_models', FIGURES, LAYERS, PREDICTION, TRAINING, UTILS),
+    'smpconv_models/run.py': (),
+    'smpconv_models/_startup': ('smpconv_models',),
     'smpconv_models/training': (
         'torch', 'torchvision', 'timm', 'PIL', 'numpy', 'datasets', 'filelock', 'tqdm', 'wandb', 'yaml', LAYERS,
         MODELS, CHECKPOINT, DATA, FIGURES, UTILS, 'smpconv_models.__version__'),
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models', STREAMS),
-    'smpconv_models/__init__.py': (LAYERS, MODELS, *PUBLIC_OPS),
+    'smpconv_models/__init__.py': (LAYERS, MODELS, f'{PREDICTION}.predict', *PUBLIC_OPS),
     'train.py': ('smpconv_models', STREAMS, *PUBLIC_TRAINING),
     'validate.py': ('smpconv_models', STREAMS, *PUBLIC_TRAINING),
     'hub': ('smpconv_models', HUB, CHECKPOINT, UTILS),

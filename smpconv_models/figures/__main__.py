@@ -18,7 +18,6 @@ import inspect
 import logging
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -28,15 +27,14 @@ from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import figures
+from smpconv_models.prediction.inputs import ModelSource
 from smpconv_models.training import ModelOptions, cli
 from smpconv_models.training.batch_norm import recalibrate_bn_
 from smpconv_models.utils import streams
-from smpconv_models.utils.atomic_io import atomic_write
-from smpconv_models.utils.errors import first_line
+from smpconv_models.utils.atomic_io import atomic_write, check_writable
+from smpconv_models.utils.errors import error_prefix, first_line
 
 from . import _inputs, grad_cam, training
-from ._inputs import ModelSource
-from .kernels import error_prefix
 from .receptive_field import SHARES
 
 
@@ -130,20 +128,6 @@ def _extensions(command: str) -> List[str]:
     return list(training.ANIMATION_FORMATS) if command == 'animation' else ['.png']
 
 
-def check_output(output: str, extensions: List[str]) -> Path:
-    """Return the path of the file to write; raise ValueError if it cannot be written, or has none of the extensions."""
-    path = Path(output).resolve()
-    if path.suffix.lower() not in extensions:
-        raise ValueError(f'--output takes the name of a {" or ".join(extensions)} file, got {output}')
-    if path.exists() and not path.is_file():
-        raise ValueError(f'--output {output} is not a file')
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise ValueError(f'--output {output} cannot be written: {error.strerror}') from error
-
-
 def draw_kernels(
         path: Path, source: ModelSource, layer: Optional[List[str]], max_layers: int, columns: int,
         filter: int) -> None:
@@ -221,7 +205,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         args.use_ema, args.reparam, args.seed, getattr(args, 'img_size', None))
     own = {name: value for name, value in vars(args).items() if name in inspect.signature(args.draw).parameters}
     try:
-        with atomic_write(check_output(args.output, _extensions(args.command))) as temporary:
+        with atomic_write(check_writable(args.output, _extensions(args.command), '--output')) as temporary:
             args.draw(temporary, source, **own)
     except (torch.OutOfMemoryError, MemoryError) as error:
         parser.error(f'out of memory: {first_line(error)}; a smaller --img-size needs less')

@@ -4,6 +4,7 @@ from typing import Any, List, Optional, Sequence, Union
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -106,11 +107,15 @@ def save_heat_maps(
         pixels = image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
         plain, overlaid = part.subplots(1, 2)
         plain.imshow(pixels, cmap='gray', vmin=0, vmax=1)
-        overlaid.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=1)
-        overlaid.imshow(heat, cmap='inferno', vmin=0, vmax=1, alpha=0.6)
+        overlaid.imshow(overlay_heat_map(pixels.mean(2), heat))
         for axes in (plain, overlaid):
             axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=130, format='png')
+
+
+def overlay_heat_map(gray: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Return a gray image ``(H, W)`` in [0, 1] under its heat map ``(H, W)``: RGB in [0, 1], ``(H, W, 3)``."""
+    return 0.4 * gray[..., None] + 0.6 * colormaps['inferno'](heat)[..., :3]
 
 
 def _targets(classes: Sequence[int], count: int, num_classes: int) -> List[Any]:

@@ -2,11 +2,10 @@
 import difflib
 import math
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from matplotlib.patches import Patch, Polygon
 from torch import Tensor, nn
 
 from smpconv_models.layers import SMPLayer, clip_radius, smp_layers
+from smpconv_models.utils.errors import error_prefix
 
 from ._text import drawable
 
@@ -243,15 +243,6 @@ def kernel_views(layers: Mapping[str, SMPLayer], filter: int = 0) -> Dict[str, K
         with error_prefix(name):
             views[name] = kernel_view(layer, filter)
     return views
-
-
-@contextmanager
-def error_prefix(name: str) -> Iterator[None]:
-    """Start the message of a ValueError that is raised in the block with ``name``."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f'{name}: {error}') from error
 
 
 def check_layer_name(name: str, known: Any) -> None:

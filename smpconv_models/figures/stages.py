@@ -12,9 +12,10 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
 from smpconv_models.layers import CausalConv1d, FFTConv2d, SMPLayer
+from smpconv_models.utils.errors import error_prefix
 
 from ._text import drawable
-from .kernels import error_prefix, size_label
+from .kernels import size_label
 from .receptive_field import central_square
 
 # Names of the modules whose kernels are summed together, by the kernels' dimensions, and the word for such a module.

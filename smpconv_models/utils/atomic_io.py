@@ -33,6 +33,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(path: str, extensions: Sequence[str], option: str) -> Path:
+    """Return the path of a file to write; raise ValueError if it cannot be written, or has none of the extensions."""
+    file = Path(path).resolve()
+    if file.suffix.lower() not in extensions:
+        raise ValueError(f'{option} takes the name of a {" or ".join(extensions)} file, got {path}')
+    if file.exists() and not file.is_file():
+        raise ValueError(f'{option} {path} is not a file')
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            return file
+    except OSError as error:
+        raise ValueError(f'{option} {path} cannot be written: {error.strerror}') from error
+
+
 def _sync_folder(folder: Path) -> None:
     if os.name == 'nt':  # which cannot open a folder
         return

@@ -1,7 +1,8 @@
 """Error messages in one line."""
 import difflib
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Union
+from typing import Iterable, Iterator, Union
 
 _MAX_LINE = 2000  # characters of another library's message, which may repeat the content of a file
 
@@ -15,6 +16,15 @@ def first_line(error: BaseException) -> str:
 def unreadable_file(path: Union[str, Path], error: OSError) -> ValueError:
     """Return a ValueError that names a file and the system's reason why the file cannot be read."""
     return ValueError(f'{path} cannot be read: {error.strerror or first_line(error)}')
+
+
+@contextmanager
+def error_prefix(name: str) -> Iterator[None]:
+    """Start the message of a ValueError that is raised in the block with ``name``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}') from error
 
 
 def suggestion_suffix(name: str, known: Iterable[str]) -> str:

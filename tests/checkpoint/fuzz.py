@@ -44,7 +44,7 @@ import train  # noqa: E402
 import validate  # noqa: E402
 from smpconv_models import checkpoint, hub  # noqa: E402
 from smpconv_models.figures import __main__ as figures  # noqa: E402
-from smpconv_models.figures._inputs import ModelSource  # noqa: E402
+from smpconv_models.prediction.inputs import ModelSource  # noqa: E402
 from smpconv_models.training import (  # noqa: E402
     DataOptions,
     DeviceOptions,

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from smpconv_models import checkpoint, figures
-from smpconv_models.figures import _inputs
 from smpconv_models.figures.__main__ import main
 from smpconv_models.models import create_sequence_model
+from smpconv_models.prediction import inputs
 from smpconv_models.training import Digits
 from smpconv_models.training.batch_norm import recalibrate_bn_
 
@@ -148,9 +148,9 @@ def refused(capsys, tmp_path, *argv):
     ('kernels', ['--model', 'smpconv_x'], "no model is named 'smpconv_x'"),
     ('stages', ['--model', 'resnet18'], 'resnet18, untrained: expected depthwise convolutions'),
     ('receptive-field', ['--model', 'smpconv_nano'], "expected --images: files, folders, or 'digits'"),
-    ('receptive-field', ['--checkpoint', 'RUN', '--images', 'GONE'], '--images GONE: no such file or folder'),
+    ('receptive-field', ['--checkpoint', 'RUN', '--images', 'GONE'], '--images: no such file or folder: GONE'),
     ('heat-map', ['--checkpoint', 'RUN', '--images', 'BROKEN'], 'broken.png cannot be read: cannot identify'),
-    ('heat-map', ['--checkpoint', 'RUN', '--images', 'RUN'], 'has no images (.jpeg, .jpg, .png)'),
+    ('heat-map', ['--checkpoint', 'RUN', '--images', 'RUN'], 'has no images, which are found by their extensions'),
     ('heat-map', ['--checkpoint', 'RUN', '--layer', 'stages.5'], "no layer is named 'stages.5'"),
     ('heat-map', ['--checkpoint', 'RUN', '--class', '10'], 'must lie in [0, 9], got 10'),
     ('animation', ['--model', 'smpconv_nano'], 'expected --checkpoint: two or more'),
@@ -214,7 +214,7 @@ def test_norms_of_a_random_network_have_statistics_of_the_images(run, folder):
         dims = [0, *range(2, x.ndim)]
         torch.testing.assert_close(first.norm.running_mean, x.mean(dims))
         torch.testing.assert_close(first.norm.running_var, x.var(dims))
-    random = _inputs.ModelSource(checkpoints=[str(folder)], untrained=True).load()[0]
+    random = inputs.ModelSource(checkpoints=[str(folder)], untrained=True).load()[0]
     assert random.is_random
     assert not np.allclose(fields['untrained'], figures.effective_receptive_field(random.model, images))
 
@@ -265,7 +265,7 @@ def test_plots_of_images_need_a_network_for_images(run, points_per_filter, tmp_p
             (tmp_path / 'out.png').unlink()
         else:
             line = refused(capsys, tmp_path, *argv, '--output', tmp_path / 'out.png')
-            assert 'this plot needs a network for images, and epoch 3 takes sequences of 64 steps' in line
+            assert 'expected a network for images, and epoch 3 takes sequences of 64 steps' in line
 
 
 @pytest.mark.parametrize('name, file, options', [

@@ -1,0 +1,168 @@
+"""Predict the classes of images.
+
+    python -m smpconv_models.predict cat.jpg --checkpoint output/cats                 the best checkpoint of a run
+    python -m smpconv_models.predict PHOTOS more.png --checkpoint RUN --output results.csv
+    python -m smpconv_models.predict PHOTOS --checkpoint FOLDER --topk 1 --features features.npy --heat-map HEAT
+    curl -s URL | python -m smpconv_models.predict - --checkpoint hf-hub:OWNER/NAME   an image on standard input
+
+A checkpoint is a file of train.py, of timm's script or of the original release, the folder of a run, a folder of
+hub/convert.py, or a repository of the Hub. Images are prepared as in training. In folders, images are found by their
+extensions. On a terminal, the classes are printed as text; into a file or a pipe, each image is one line of JSON.
+
+An image that cannot be read is reported, and the others continue.
+
+Exit codes: 0 all images were predicted, 1 some cannot be read, 2 wrong arguments, 130 interrupted; the results up to
+the interrupt are written.
+"""
+import argparse
+import json
+import logging
+import sys
+from contextlib import closing
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Set
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import smpconv_models  # noqa: F401 (registers the models with timm)
+from smpconv_models.training import DeviceOptions, ModelOptions, cli
+from smpconv_models.utils.atomic_io import atomic_write, check_writable, save_json, save_rows
+from smpconv_models.utils.errors import first_line
+
+from .inputs import ModelSource, find_images
+from .predictor import ImageLike, Prediction, PredictOptions, Predictor
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog='python -m smpconv_models.predict', description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'images', nargs='+', metavar='IMAGE', help='image files and folders, - for an image on standard input')
+    parser.add_argument(
+        '--checkpoint', required=True, metavar='PATH',
+        help="checkpoint, run's folder, converted folder, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    parser.add_argument(
+        '--use-ema', action=argparse.BooleanOptionalAction,
+        help='use the EMA weights, or not (default: the better of both if recorded in the checkpoint, otherwise EMA)')
+    parser.add_argument('--reparam', action='store_true', help='re-parameterize the model first')
+    parser.add_argument(
+        '--topk', type=cli.positive_int, default=5, metavar='N', help='number of classes (default: %(default)s)')
+    parser.add_argument('--output', metavar='FILE', help='also write the predictions to a .csv or .json file')
+    parser.add_argument(
+        '--features', metavar='FILE.npy',
+        help='write the pooled features, float32 of shape (images, features), NaN for an image that cannot be read')
+    parser.add_argument(
+        '--heat-map', metavar='DIR', help='write each image under its Grad-CAM heat map (needs the grad-cam package)')
+    cli.add_options(parser, PredictOptions, ModelOptions, DeviceOptions)
+    return parser
+
+
+def list_images(paths: List[str]) -> List[ImageLike]:
+    """Return the images of files, folders and standard input; raise ValueError if one does not exist."""
+    images: List[ImageLike] = []
+    for path in paths:
+        images += [BytesIO(sys.stdin.buffer.read())] if path == '-' else find_images([path])
+    return images
+
+
+class Results:
+    """Files of the predictions, which are written at the end."""
+
+    def __init__(self, output: Optional[str], features: Optional[str], heat_map: Optional[str]) -> None:
+        self._output = None if output is None else check_writable(output, ['.csv', '.json'], '--output')
+        self._features = None if features is None else check_writable(features, ['.npy'], '--features')
+        self._folder = None if heat_map is None else Path(heat_map)
+        self._rows: List[Dict[str, Any]] = []
+        self._vectors: List[Optional[np.ndarray]] = []
+        self._names: Set[str] = set()
+        self.unreadable = 0
+
+    def add(self, prediction: Prediction) -> Dict[str, Any]:
+        """Take one prediction, write its heat map, and return it as plain data."""
+        row = prediction.as_dict()
+        if prediction.heat_map is not None and self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f'{self._unique(Path(prediction.image).stem)}.png'
+            with atomic_write(path) as temporary:
+                prediction.heat_map.save(temporary, format='png')
+            row['heat_map'] = str(path)
+        self.unreadable += bool(prediction.error)
+        self._rows.append(row)
+        if self._features is not None:
+            self._vectors.append(prediction.features)
+        return row
+
+    def _unique(self, stem: str) -> str:
+        name, number = stem, 1
+        while name in self._names:
+            number += 1
+            name = f'{stem}-{number}'
+        self._names.add(name)
+        return name
+
+    def save(self) -> None:
+        if self._output is not None:
+            if self._output.suffix.lower() == '.json':
+                save_json(self._output, self._rows)
+            else:
+                save_rows(self._output, [_flat(row) for row in self._rows])
+        size = next((len(vector) for vector in self._vectors if vector is not None), None)
+        if self._features is not None and size is not None:
+            missing = np.full(size, np.nan, np.float32)
+            with atomic_write(self._features) as temporary, open(temporary, 'wb') as file:
+                np.save(file, np.stack([missing if vector is None else vector for vector in self._vectors]))
+
+
+def _flat(row: Dict[str, Any]) -> Dict[str, Any]:
+    """Return a row of the CSV file: a column of the label, and one of the probability, for each of the classes."""
+    flat = {'image': row['image']}
+    for rank, ranked in enumerate(row.get('predictions', []), 1):
+        flat.update({f'{name}_{rank}': value for name, value in ranked.items()})
+    return {**flat, **{name: row[name] for name in ('heat_map', 'error') if name in row}}
+
+
+def _text(row: Dict[str, Any]) -> str:
+    """Return an image's predictions for a terminal, '' for an image that cannot be read."""
+    if 'error' in row:
+        return ''
+    lines = [f'  {100 * ranked["probability"]:6.2f} %  {ranked["label"]}' for ranked in row['predictions']]
+    return '\n'.join([row['image'], *lines, ''])
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    try:
+        images = list_images(args.images)
+        results = Results(args.output, args.features, args.heat_map)
+        source = ModelSource(
+            cli.read_options(args, ModelOptions), [args.checkpoint], use_ema=args.use_ema, reparam=args.reparam,
+            img_size=args.img_size)
+        loaded, = source.load()
+        predictor = Predictor(loaded, cli.read_options(args, PredictOptions), cli.read_options(args, DeviceOptions))
+        predictions = predictor.predict(images, args.topk, bool(args.features), bool(args.heat_map))
+        try:
+            with closing(predictions), tqdm(
+                    predictions, desc='predicting', total=len(images), unit='image', leave=False, disable=None) as bar:
+                for image, prediction in zip(images, bar):
+                    if isinstance(image, BytesIO):
+                        prediction = prediction._replace(image='-')
+                    row = results.add(prediction)
+                    if prediction.error:
+                        bar.write(f'{parser.prog}: {prediction.image} cannot be read: {prediction.error}', sys.stderr)
+                    bar.write(_text(row) if sys.stdout.isatty() else f'{json.dumps(row)}\n', sys.stdout, end='')
+        finally:
+            results.save()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        parser.error(f'out of memory: {first_line(error)}; a smaller --batch-size needs less')
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(first_line(error))
+    except KeyboardInterrupt:
+        kept = ' and '.join(path for path in (args.output, args.features) if path)
+        parser.exit(130, f'{parser.prog}: interrupted{kept and f"; {kept} ends with the last image before that"}\n')
+    return 1 if results.unreadable else 0
