@@ -1,0 +1,223 @@
+"""Draw the pictures of README.md and of the pages, for light and for dark pages.
+
+    python docs/pictures.py hero --checkpoint output/digits       points, sampled kernels, and the receptive field
+    python docs/pictures.py speed                                 the last rows of benchmarks/results/depthwise.jsonl
+    python docs/pictures.py block                                 the block of SMPConv-T
+    python docs/pictures.py layers                                the parts of the package, and who imports whom
+
+Each writes docs/NAME.png and docs/NAME-dark.png, both transparent.
+"""
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+import timm
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+import smpconv_models  # noqa: F401 (registers the models)
+from smpconv_models import checkpoint, figures
+from smpconv_models.layers import smp_layers
+from smpconv_models.training import Digits
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parent / 'benchmarks' / 'results' / 'depthwise.jsonl'
+INK = {'': '#1f2328', '-dark': '#e6edf3'}  # of light and of dark pages
+BLUE, ORANGE, GRAY = '#2f6fb7', '#d97706', '#8b949e'
+NETWORKS = {
+    'smpconv_t': 'SMPConv-T', 'smpconv_b': 'SMPConv-B', 'smpconv_mobile51': 'mobile51', 'convnext_tiny': 'ConvNeXt-T'}
+LAYOUTS = {'nchw': ('NCHW', BLUE), 'nhwc': ('channels_last', ORANGE)}
+
+
+def save(figure: Figure, name: str) -> None:
+    """Save the figure with dark ink, and with light ink."""
+    for suffix, ink in INK.items():
+        for artist in figure.findobj(lambda artist: getattr(artist, 'has_ink', False)):
+            artist.set_color(ink)
+        path = FOLDER / f'{name}{suffix}.png'
+        figure.savefig(path, dpi=200, facecolor='none')
+        print(f'picture: {path}')
+
+
+def inked(artist: Any) -> Any:
+    """Mark an artist whose color follows the page."""
+    artist.has_ink = True
+    return artist
+
+
+def bare(axes: Axes, title: str) -> None:
+    """Leave a panel with its title alone."""
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_color(GRAY)
+    inked(axes.set_title(title, fontsize=14, color=INK['']))
+
+
+# --- hero ---
+
+
+def draw_hero(path: str) -> None:
+    """Draw the points of a layer, its kernel on two grids, and the receptive field of the network."""
+    loaded = checkpoint.load_file(path)
+    state_dict, _ = checkpoint.select_state_dict(loaded)
+    kwargs = checkpoint.describe(loaded, path).model_kwargs
+
+    model = timm.create_model('smpconv_nano', **kwargs)
+    model.load_state_dict(checkpoint.convert_and_check(state_dict, model))
+    model.eval()
+    layer = next(iter(smp_layers(model).values()))
+    fine = copy.deepcopy(layer)
+    fine.resize(31)
+    figure = Figure(figsize=(12, 3.7), layout='constrained')
+    points, kernel, field = figure.subplots(1, 3)
+    figures.draw_points(points, layer)
+    bare(points, f'{layer.coords.shape[0]} points with their radii')
+    figures.draw_kernel(kernel, fine, 0, with_points=False)
+    bare(kernel, '→  a sampled 31×31 kernel')
+    images = torch.stack([torch.nn.functional.interpolate(
+        torch.as_tensor(_pixels(index))[None, None], size=(128, 128), mode='bicubic')[0] for index in range(30)])
+    contributions = figures.log_scaled(figures.effective_receptive_field(model, images))
+    field.imshow(contributions, cmap=LinearSegmentedColormap.from_list('field', ['#ffffff', ORANGE, '#7c2d12']))
+    bare(field, '→  what one output sees of 128×128')
+    save(figure, 'hero')
+
+
+def _pixels(index: int) -> np.ndarray:
+    image, _ = Digits('validation', 'L')[index]
+    return (np.asarray(image, np.float32) / 255 - 0.5) / 0.5
+
+
+# --- speed ---
+
+
+def draw_speed() -> None:
+    """Draw how many times as fast a training step of the operation is as F.conv2d's, by network and layout."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = [row for row in rows if row['dtype'] == 'float32' and 'cuda' not in row]
+    latest = {row['case']: row for row in rows if row['network'] in NETWORKS}
+    figure = Figure(figsize=(9, 3.4), layout='constrained')
+    axes = figure.subplots(subplot_kw={'facecolor': 'none'})
+    for offset, (layout, (label, color)) in zip((-0.19, 0.19), LAYOUTS.items()):
+        factors = [_speed_up(list(latest.values()), network, layout) for network in NETWORKS]
+        bars = axes.bar([index + offset for index in range(len(factors))], factors, 0.36, color=color, label=label)
+        for text in axes.bar_label(bars, [f'{factor:.1f}×' for factor in factors], fontsize=12, padding=2):
+            inked(text)
+    inked(axes.axhline(1, color=INK[''], linewidth=1))
+    axes.set_xticks(range(len(NETWORKS)), list(NETWORKS.values()), fontsize=13)
+    axes.set_yticks([])
+    axes.set_ylim(0, 33)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for text in (*axes.get_xticklabels(), axes.set_title(
+            'Forward and gradients of the large kernels: times as fast as F.conv2d (line)', fontsize=13)):
+        inked(text).set_color(INK[''])
+    for text in axes.legend(fontsize=12, frameon=False, loc='upper right').get_texts():
+        inked(text)
+    save(figure, 'speed')
+
+
+def _speed_up(rows: List[Dict[str, Any]], network: str, layout: str) -> float:
+    plain, fast = (
+        sum(row['times'] * row['seconds'][f'{path}/{layout}']['all'] for row in rows if row['network'] == network)
+        for path in ('plain', 'auto'))
+    return plain / fast
+
+
+# --- diagrams ---
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str, size: float = 12) -> None:
+    axes.add_patch(FancyBboxPatch(
+        (x, y), width, height, boxstyle='round,pad=0,rounding_size=0.12', facecolor=color, edgecolor='none'))
+    axes.text(x + width / 2, y + height / 2, text, ha='center', va='center', color='white', fontsize=size)
+
+
+def _arrow(axes: Axes, *corners: Tuple[float, float]) -> None:
+    """Draw an arrow along a path of straight lines."""
+    for start, end in zip(corners, corners[1:]):
+        style = '-|>' if end is corners[-1] else '-'
+        axes.add_patch(inked(FancyArrowPatch(
+            start, end, arrowstyle=style, mutation_scale=14, color=INK[''], linewidth=1.4, shrinkA=0, shrinkB=0,
+            capstyle='projecting')))
+
+
+def _canvas(width: float, height: float) -> Tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis('off')
+    return figure, axes
+
+
+def draw_block() -> None:
+    """Draw a large-kernel block and its feed-forward block, as in layers/blocks.py."""
+    figure, axes = _canvas(12.2, 3.2)
+    middle, x = 1.55, 0.8
+    for title, residual in (
+            ('large-kernel block', [
+                ('batch\nnorm', GRAY), ('1×1\nReLU', BLUE), ('depthwise 31×31\nfrom points', ORANGE),
+                ('ReLU\n1×1', BLUE)]),
+            ('feed-forward block', [('batch\nnorm', GRAY), ('1×1, ×4\nGELU', BLUE), ('1×1', BLUE)])):
+        start = x - 0.45
+        for text, color in residual:
+            width = 1.75 if color == ORANGE else 0.95
+            _arrow(axes, (x - (0.45 if x > 1 else 0.7), middle), (x, middle))
+            _box(axes, x, middle - 0.45, width, 0.9, text, color, 13)
+            if color == ORANGE:
+                _box(axes, x, 0.2, width, 0.6, 'depthwise 5×5', ORANGE, 13)
+                _arrow(axes, (x - 0.22, middle), (x - 0.22, 0.5), (x, 0.5))
+                _arrow(axes, (x + width, 0.5), (x + width + 0.16, 0.5), (x + width + 0.16, middle - 0.02))
+            x += width + 0.45
+        _arrow(axes, (x - 0.45, middle), (x - 0.17, middle))
+        inked(axes.text(x, middle - 0.02, '⊕', ha='center', va='center', color=INK[''], fontsize=22))
+        _arrow(axes, (start, middle), (start, 2.55), (x, 2.55), (x, middle + 0.16))
+        inked(axes.text((start + x) / 2, 2.82, title, ha='center', va='center', color=INK[''], fontsize=14))
+        x += 0.62
+    _arrow(axes, (x - 0.46, middle), (x - 0.1, middle))
+    save(figure, 'block')
+
+
+def draw_layers() -> None:
+    """Draw the parts of the package, as the test of imports holds them: a part imports those below."""
+    figure, axes = _canvas(10, 4.6)
+    rows = [
+        (BLUE, ['train.py   validate.py   predict   demo   hub/   examples/   experiments/   benchmarks/']),
+        ('#5b7fa6', ['training', 'prediction', 'figures', 'hub']),
+        (ORANGE, ['models', 'detection', 'data']),
+        (ORANGE, ['layers']),
+        ('#b45309', ['ops:  CPU   Triton   reference   conv2d']),
+        (GRAY, ['checkpoint', 'utils']),
+    ]
+    height = 0.58
+    for index, (color, names) in enumerate(rows):
+        y = 4.6 - (index + 1) * (height + 0.17)
+        width = (9.6 - 0.2 * (len(names) - 1)) / len(names)
+        for column, name in enumerate(names):
+            _box(axes, 0.2 + column * (width + 0.2), y, width, height, name, color, 13)
+    save(figure, 'layers')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    hero = commands.add_parser('hero')
+    hero.add_argument('--checkpoint', default='output/digits', help="run's folder of make train (default: %(default)s)")
+    for name in ('speed', 'block', 'layers'):
+        commands.add_parser(name)
+    args = parser.parse_args(argv)
+    if args.command == 'hero':
+        draw_hero(str(Path(args.checkpoint) / 'model_best.pth.tar'))
+    else:
+        {'speed': draw_speed, 'block': draw_block, 'layers': draw_layers}[args.command]()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
