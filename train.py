@@ -27,12 +27,11 @@ import signal
 import sys
 from typing import Any, Dict, NoReturn, Optional
 
-IS_INSTALLED = __package__ == 'smpconv_programs'  # as the module of a console script, see setup.py
-PROG = 'smpconv-train' if IS_INSTALLED else 'train.py'
-
-# Ctrl-C while PyTorch is imported ends without a traceback. DataLoader workers may import this file too.
-if __name__ == '__main__' or (IS_INSTALLED and multiprocessing.parent_process() is None):
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, f'{PROG}: interrupted\n'.encode()), os._exit(130)))
+# Ctrl-C while PyTorch is imported ends without a traceback. setup.py installs this file as smpconv_programs.train for a
+# console script, and DataLoader workers may import it from there too.
+if __name__ == '__main__' or (__package__ == 'smpconv_programs' and multiprocessing.parent_process() is None):
+    signal.signal(signal.SIGINT, lambda *_: (
+        os.write(2, f'{os.path.basename(sys.argv[0])}: interrupted\n'.encode()), os._exit(130)))
 
 # Set before torch loads OpenMP, whose threads spin otherwise: on cores that other processes (DataLoader workers) need
 # as well, every small loop then waits for a time slice.
@@ -53,6 +52,7 @@ from smpconv_models.training import (
 )
 from smpconv_models.utils import streams
 
+PROG = 'smpconv-train' if __package__ == 'smpconv_programs' else 'train.py'
 _logger = logging.getLogger('smpconv_models.train')
 
 

@@ -28,12 +28,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional
 
-IS_INSTALLED = __package__ == 'smpconv_programs'  # as the module of a console script, see setup.py
-PROG = 'smpconv-validate' if IS_INSTALLED else 'validate.py'
-
-# Ctrl-C while PyTorch is imported ends without a traceback. DataLoader workers may import this file too.
-if __name__ == '__main__' or (IS_INSTALLED and multiprocessing.parent_process() is None):
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, f'{PROG}: interrupted\n'.encode()), os._exit(130)))
+# Ctrl-C while PyTorch is imported ends without a traceback. setup.py installs this file as smpconv_programs.validate for a
+# console script, and DataLoader workers may import it from there too.
+if __name__ == '__main__' or (__package__ == 'smpconv_programs' and multiprocessing.parent_process() is None):
+    signal.signal(signal.SIGINT, lambda *_: (
+        os.write(2, f'{os.path.basename(sys.argv[0])}: interrupted\n'.encode()), os._exit(130)))
 
 # Set before torch loads OpenMP, whose threads spin otherwise on the cores that DataLoader workers need.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -56,6 +55,8 @@ from smpconv_models.training import (
     save_results,
 )
 from smpconv_models.utils import streams
+
+PROG = 'smpconv-validate' if __package__ == 'smpconv_programs' else 'validate.py'
 
 # Columns of the table of several models: heading, key, format.
 COLUMNS = (

@@ -62,7 +62,8 @@ def check_contents(sdist, wheel):
         raise ValueError(f'{wheel.name} has files that are not expected, or lacks files: {sorted(differing)}')
     if not any(name.endswith('.dist-info/licenses/LICENSE') for name in names):
         raise ValueError(f'{wheel.name} has no LICENSE')
-    tests = [name for name in tarfile.open(sdist).getnames() if '/tests' in name]
+    with tarfile.open(sdist) as file:
+        tests = [name for name in file.getnames() if '/tests' in name]
     if tests:
         raise ValueError(f'{sdist.name} has tests, which do not run without the rest of the checkout: {tests}')
     for path in (sdist, wheel):
@@ -111,7 +112,8 @@ class Environment:
         """Run a program of the environment outside the checkout; return its standard output."""
         hidden = ('PYTHONPATH', 'VIRTUAL_ENV')
         env = {name: value for name, value in os.environ.items() if name not in hidden}
-        return run([self.python.with_name(program), *arguments], cwd=self.folder, env=env, stdout=subprocess.PIPE).stdout
+        command = [self.python.with_name(program), *arguments]
+        return run(command, cwd=self.folder, env=env, stdout=subprocess.PIPE).stdout
 
 
 def run(command, **options):
