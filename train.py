@@ -27,8 +27,8 @@ import signal
 import sys
 from typing import Any, Dict, NoReturn, Optional
 
-# Ctrl-C while PyTorch is imported ends without a traceback. setup.py installs this file as smpconv_programs.train for a
-# console script, and DataLoader workers may import it from there too.
+# Ctrl-C while PyTorch is imported ends without a traceback. For a console script, setup.py installs this file as
+# smpconv_programs.train, which DataLoader workers may import too.
 if __name__ == '__main__' or (__package__ == 'smpconv_programs' and multiprocessing.parent_process() is None):
     signal.signal(signal.SIGINT, lambda *_: (
         os.write(2, f'{os.path.basename(sys.argv[0])}: interrupted\n'.encode()), os._exit(130)))
