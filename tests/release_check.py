@@ -33,15 +33,20 @@ x, weight = torch.randn(2, 8, 32, 32), torch.randn(8, 1, 27, 27)
 def build(folder, *options):
     """Build the sdist, and the wheel from it, in a folder; return their paths."""
     with tempfile.TemporaryDirectory() as copy:  # neither reads nor leaves build folders in the checkout
-        for path in ROOT.iterdir():
-            if path.is_file():
-                shutil.copy2(path, copy)
-        for name in ('recipes', 'smpconv_models', 'tests'):
-            shutil.copytree(ROOT / name, Path(copy) / name, ignore=shutil.ignore_patterns('__pycache__'))
+        copy_sources(Path(copy))
         run([sys.executable, '-m', 'build', '--outdir', folder, *options, copy], stdout=subprocess.DEVNULL)
     sdist, = Path(folder).glob('*.tar.gz')
     wheel, = Path(folder).glob('*.whl')
     return sdist, wheel
+
+
+def copy_sources(folder):
+    """Copy the files of the checkout's folder, and the folders that a build may take files from."""
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy2(path, folder)
+    for name in ('recipes', 'smpconv_models', 'tests'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
 
 
 def expected_files():

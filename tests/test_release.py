@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from importlib import metadata
 
 import pytest
@@ -90,6 +91,22 @@ programs['smpconv-train']()
     assert done.stdout.split() == [f'smpconv_models/recipes/{name}' for name in recipes]
     assert done.returncode == 2
     assert done.stderr.startswith('smpconv-train: error: --config digitz is neither a file nor the name of a recipe; ')
+
+
+def test_an_editable_installation_has_the_console_scripts(tmp_path):
+    release_check.copy_sources(tmp_path)
+    python = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
+    python([sys.executable, '-c', 'from setuptools import build_meta; print(build_meta.build_editable("."))'])
+    wheel, = tmp_path.glob('*.whl')
+    zipfile.ZipFile(wheel).extractall(tmp_path / 'site-packages')
+    code = '''
+import importlib.util, site
+site.addsitedir('site-packages')
+for name in 'train', 'validate':
+    print(importlib.util.find_spec(f'smpconv_programs.{name}').origin)
+'''
+    found = python([sys.executable, '-IS', '-c', code]).stdout.split()  # without another editable installation
+    assert found == [str(tmp_path / 'train.py'), str(tmp_path / 'validate.py')]
 
 
 def test_a_manual_has_the_commands_of_the_console_script():
