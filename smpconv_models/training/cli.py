@@ -119,7 +119,7 @@ def read_options(args: argparse.Namespace, group: Type[Options]) -> Options:
 def manual(text: str, prog: str) -> str:
     """Return the docstring of a script for ``--help``, with the commands of its console script if that is `prog`."""
     script = f'{prog.removeprefix("smpconv-")}.py'  # of no command in the text if `prog` is the script
-    return text.replace(f'python {script}', prog).replace(f' 4 {script}', f' 4 --no-python {prog}')  # 4 of torchrun
+    return text.replace(f'python {script}', prog).replace(f' 4 {script}', f' 4 --no-python {prog}')  # 4 processes
 
 
 def set_debug_logging(is_on: bool) -> None:
