@@ -90,7 +90,7 @@ programs['smpconv-train']()
     recipes = sorted(path.name for path in (ROOT / 'recipes').iterdir())
     assert done.stdout.split() == [f'smpconv_models/recipes/{name}' for name in recipes]
     assert done.returncode == 2
-    assert done.stderr.startswith('smpconv-train: error: --config digitz is neither a file nor the name of a recipe; ')
+    assert done.stderr.startswith('smpconv-train: error: --config digitz cannot be read: ')
 
 
 def test_an_editable_installation_has_the_console_scripts(tmp_path):

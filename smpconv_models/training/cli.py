@@ -221,7 +221,7 @@ def _find_config(name: str) -> str:
     if name in recipes:
         return str(recipes[name])
     known = f'known recipes: {", ".join(recipes)}{suggestion_suffix(Path(name).stem, recipes)}'
-    raise ValueError(f'--config {name} is neither a file nor the name of a recipe; {known}')
+    raise ValueError(f'--config {name} cannot be read: neither a file nor a recipe has this name; {known}')
 
 
 class _Loader(yaml.SafeLoader):

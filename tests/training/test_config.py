@@ -156,7 +156,7 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones(parser, name, tmp_path
     hint = '' if name == 'nowhere.yaml' else '; did you mean digits?'
     names = ', '.join(path.stem for path in RECIPES)
     assert str(refused.value) == (
-        f'--config {name} is neither a file nor the name of a recipe; known recipes: {names}{hint}')
+        f'--config {name} cannot be read: neither a file nor a recipe has this name; known recipes: {names}{hint}')
 
 
 @pytest.mark.parametrize('text', [
