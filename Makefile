@@ -8,7 +8,7 @@ environment = @PYTHON='$(PYTHON)' sh environment.sh $(VENV) $(1) $(if $(filter f
 # Otherwise OpenMP's threads spin while other processes need the cores (see train.py).
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test lint bench timm-suite clean
+.PHONY: train test lint bench timm-suite release-check clean
 
 train:
 	$(call environment,demo)
@@ -35,6 +35,11 @@ bench:
 timm-suite:
 	$(call environment,test)
 	$(RUN) tests/timm_suite.py
+
+# Builds the files of a release in dist, checks them, and uses them as somebody who has installed them.
+release-check:
+	$(call environment,release)
+	$(RUN) tests/release_check.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a model on images, with timm's parts and timm's names of options.
 
-    python train.py --config recipes/digits.yaml                      the embedded digits
+    python train.py --config digits                                   the embedded digits
     python train.py --data-dir IMAGES --model smpconv_t ...           folders IMAGES/train/CLASS, IMAGES/val/CLASS
     python train.py --dataset torch/cifar10 --data-dir DATA --dataset-download ...
     python train.py --dataset wds/NAME --data-dir DATA ...            also hfds/NAME, and all else that timm reads
@@ -21,13 +21,17 @@ closed stream or a full disk, is discarded; the run continues.
 """
 import argparse
 import logging
+import multiprocessing
 import os
 import signal
 import sys
-from typing import Any, Dict, Optional
+from typing import Any, Dict, NoReturn, Optional
 
-if __name__ == '__main__':  # Ctrl-C while PyTorch is imported ends without a traceback
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'train.py: interrupted\n'), os._exit(130)))
+# Ctrl-C while PyTorch is imported ends without a traceback. For a console script, setup.py installs this file as
+# smpconv_programs.train, which DataLoader workers may import too.
+if __name__ == '__main__' or (__package__ == 'smpconv_programs' and multiprocessing.parent_process() is None):
+    signal.signal(signal.SIGINT, lambda *_: (
+        os.write(2, f'{os.path.basename(sys.argv[0])}: interrupted\n'.encode()), os._exit(130)))
 
 # Set before torch loads OpenMP, whose threads spin otherwise: on cores that other processes (DataLoader workers) need
 # as well, every small loop then waits for a time slice.
@@ -48,14 +52,17 @@ from smpconv_models.training import (
 )
 from smpconv_models.utils import streams
 
+PROG = 'smpconv-train' if __package__ == 'smpconv_programs' else 'train.py'
 _logger = logging.getLogger('smpconv_models.train')
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
-        prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=PROG, description=cli.manual(__doc__, PROG), formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, which the command line overrides')
+    parser.add_argument(
+        '-c', '--config', metavar='FILE',
+        help='YAML file of options, or name of a recipe (such as digits); the command line overrides its values')
     cli.add_folder(parser)
     cli.add_options(parser, *TrainOptions.groups().values())
     return parser
@@ -146,7 +153,8 @@ def _print_result(result: Dict[str, Any], row: Dict[str, Any]) -> None:
     print(f'picture: {result["picture"]}')
 
 
-if __name__ == '__main__':
+def run() -> NoReturn:
+    """Run as a program of its own, with this process's streams and signals."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     streams.keep_writable()
     try:
@@ -161,3 +169,7 @@ if __name__ == '__main__':
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)  # threads of the process group, which wait for other ranks, may abort or keep the process
+
+
+if __name__ == '__main__':
+    run()

@@ -20,15 +20,19 @@ import argparse
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NoReturn, Optional
 
-if __name__ == '__main__':  # Ctrl-C while PyTorch is imported ends without a traceback
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b'validate.py: interrupted\n'), os._exit(130)))
+# Ctrl-C while PyTorch is imported ends without a traceback. For a console script, setup.py installs this file as
+# smpconv_programs.validate, which DataLoader workers may import too.
+if __name__ == '__main__' or (__package__ == 'smpconv_programs' and multiprocessing.parent_process() is None):
+    signal.signal(signal.SIGINT, lambda *_: (
+        os.write(2, f'{os.path.basename(sys.argv[0])}: interrupted\n'.encode()), os._exit(130)))
 
 # Set before torch loads OpenMP, whose threads spin otherwise on the cores that DataLoader workers need.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -52,6 +56,8 @@ from smpconv_models.training import (
 )
 from smpconv_models.utils import streams
 
+PROG = 'smpconv-validate' if __package__ == 'smpconv_programs' else 'validate.py'
+
 # Columns of the table of several models: heading, key, format.
 COLUMNS = (
     ('model', 'model', ''), ('top-1 %', 'top1', '.2f'), ('top-5 %', 'top5', '.2f'), ('loss', 'loss', '.4f'),
@@ -62,7 +68,7 @@ COLUMNS = (
 
 def create_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
-        prog='validate.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=PROG, description=cli.manual(__doc__, PROG), formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, conflict_handler='resolve')
     parser.add_argument(
         '--checkpoint', metavar='FILE', nargs='+', default=[],
@@ -181,7 +187,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, 'validate.py: interrupted\n')
+        parser.exit(130, f'{PROG}: interrupted\n')
     if len(each) > 1 and results:
         print(f'\n{table(results)}\n')
     if results:
@@ -189,7 +195,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 0 if len(results) == len(each) else 2
 
 
-if __name__ == '__main__':
+def run() -> NoReturn:
+    """Run as a program of its own, with this process's streams and signals."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     streams.keep_writable()
     sys.exit(main())
+
+
+if __name__ == '__main__':
+    run()

@@ -20,7 +20,7 @@ class _SMPConvNd(SMPLayer):
     Their shapes do not depend on the size of the kernel that they were trained for, so a state dict holds the size.
     """
 
-    _plain: Any
+    _plain: type  # not Any, which TorchScript on Python 3.10 takes for Final
 
     def __init__(
             self, in_channels: int, out_channels: int, kernel_size: int, num_points: int, bias: bool, coords_std: float,

@@ -3,8 +3,10 @@ import argparse
 import ast
 import logging
 import math
+import os
 from collections import Counter
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Type, TypeVar
 
 import yaml
@@ -114,6 +116,12 @@ def read_options(args: argparse.Namespace, group: Type[Options]) -> Options:
     return group(**{item.name: getattr(args, item.name) for item in fields(group)})  # type: ignore[arg-type]
 
 
+def manual(text: str, prog: str) -> str:
+    """Return the docstring of a script for ``--help``, with the commands of its console script if that is `prog`."""
+    script = f'{prog.removeprefix("smpconv-")}.py'  # of no command in the text if `prog` is the script
+    return text.replace(f'python {script}', prog).replace(f' 4 {script}', f' 4 --no-python {prog}')  # 4 processes
+
+
 def set_debug_logging(is_on: bool) -> None:
     """Log the traceback behind each error that is reported in one line, if ``--debug`` asks for it."""
     if is_on:
@@ -185,7 +193,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[List[str]] = None
     """Parse a command line; values on the command line override those of the YAML file that ``--config`` names.
 
     Args:
-        parser: Parser with an option ``--config``. Keys of the file are option names without the leading dashes.
+        parser: Parser with an option ``--config``, which takes a file or the name of a recipe. Keys of the file are
+            option names without the leading dashes.
         argv: Arguments, by default those of the process.
 
     Raises:
@@ -193,8 +202,26 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[List[str]] = None
     """
     first, _ = parser.parse_known_args(argv)
     if first.config is not None:
-        parser.set_defaults(**_convert_all(parser, _read_yaml(first.config), first.config))
+        parser.set_defaults(**_convert_all(parser, _read_yaml(_find_config(first.config)), first.config))
     return parser.parse_args(argv)
+
+
+def list_recipes() -> Dict[str, Path]:
+    """Return the files of the recipes by name: those inside an installed package, otherwise beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside, beside = package / 'recipes', package.parent / 'recipes'
+    return {path.stem: path for path in sorted((inside if inside.is_dir() else beside).glob('*.yaml'))}
+
+
+def _find_config(name: str) -> str:
+    """Return the path of a file, or of the recipe of this name if there is no such file."""
+    if os.path.exists(name) and not os.path.isdir(name):
+        return name
+    recipes = list_recipes()
+    if name in recipes:
+        return str(recipes[name])
+    known = f'known recipes: {", ".join(recipes)}{suggestion_suffix(Path(name).stem, recipes)}'
+    raise ValueError(f'--config {name} cannot be read: neither a file nor a recipe has this name; {known}')
 
 
 class _Loader(yaml.SafeLoader):

@@ -134,6 +134,31 @@ def test_recipes_are_valid(path):
     assert args.model.startswith('smpconv') if path.stem != 'finetune' else args.model is None
 
 
+def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert set(cli.list_recipes()) == {path.stem for path in RECIPES}
+    assert cli.parse_args(train.create_parser(), ['--config', 'digits']).experiment == 'digits'
+    (tmp_path / 'digits').mkdir()  # a folder is no file of options
+    assert cli.parse_args(train.create_parser(), ['--config', 'digits']).experiment == 'digits'
+
+
+def test_a_file_goes_before_a_recipe_of_its_name(parser, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'digits').write_text('epochs: 7')
+    assert cli.parse_args(parser, ['--config', 'digits']).epochs == 7
+
+
+@pytest.mark.parametrize('name', ['digitz', 'recipes/digits.yaml', 'nowhere.yaml'])
+def test_an_unknown_recipe_is_refused_with_the_known_ones(parser, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as refused:
+        cli.parse_args(parser, ['--config', name])
+    hint = '' if name == 'nowhere.yaml' else '; did you mean digits?'
+    names = ', '.join(path.stem for path in RECIPES)
+    assert str(refused.value) == (
+        f'--config {name} cannot be read: neither a file nor a recipe has this name; known recipes: {names}{hint}')
+
+
 @pytest.mark.parametrize('text', [
     "data-dir: 'pipe:touch trap; echo ://'", "val-split: 'pipe:touch trap'", 'data-dir: https://evil/x',
     "val-split: '{http,file}://evil/x.tar|1'", "val-split: 'pip{e:touch trap,}.tar|1'", 'model: hf-hub:evil/x',
