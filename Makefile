@@ -8,7 +8,7 @@ environment = @PYTHON='$(PYTHON)' sh environment.sh $(VENV) $(1) $(if $(filter f
 # Otherwise OpenMP's threads spin while other processes need the cores (see train.py).
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test lint bench timm-suite clean
+.PHONY: train test lint docs bench timm-suite clean
 
 train:
 	$(call environment,demo)
@@ -24,6 +24,11 @@ lint:
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+# The pages as a site in docs/_build. Each warning is an error.
+docs:
+	$(call environment,docs)
+	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going --nitpicky docs docs/_build
+
 # Compares the depthwise operation with PyTorch's, and measures the sampling of kernels. Appends to benchmarks/results/.
 # Threads wait as they do for users, so nothing else should run.
 bench:
@@ -37,4 +42,4 @@ timm-suite:
 	$(RUN) tests/timm_suite.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info

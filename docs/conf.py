@@ -1,0 +1,24 @@
+"""Sphinx's configuration of the pages; `make docs` builds them."""
+import smpconv_models
+
+project = 'smpconv_models'
+author = 'the authors of smpconv_models'
+version = release = smpconv_models.__version__
+
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
+exclude_patterns = ['_build']
+html_theme = 'furo'
+html_title = f'smpconv_models {version}'
+
+myst_enable_extensions = ['dollarmath']
+myst_heading_anchors = 3  # GitHub's, which links between pages use
+
+default_role = 'code'
+napoleon_numpy_docstring = False
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'description'
+autodoc_typehints_description_target = 'documented'
+autodoc_typehints_format = 'short'
+python_use_unqualified_type_names = True
+# Only names of this package have pages here.
+nitpick_ignore_regex = [('py:.*', r'(?!smpconv_models\.).*')]
