@@ -15,6 +15,7 @@ myst_heading_anchors = 3  # GitHub's, which links between pages use
 
 default_role = 'code'
 napoleon_numpy_docstring = False
+napoleon_custom_sections = ['Numerics']
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'

@@ -1,0 +1,212 @@
+"""Code blocks of the pages: Python runs, command lines are parsed by their programs, and cheap ones run.
+
+A collector of a library (sybil, pytest-markdown-docs) would not know the programs' parsers, and needs a root conftest
+for pages outside of tests/. For Python alone, the loop below is shorter than its configuration.
+"""
+import argparse
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed.run
+from pages import PAGES, blocks, commands, name_of
+from programs import ROOT, load
+
+from smpconv_models.training import cli
+
+PYPROJECT = (ROOT / 'pyproject.toml').read_text()
+WITH_PYTHON = [page for page in PAGES if any(block.language == 'python' for block in blocks(page))]
+WITH_COMMANDS = [page for page in PAGES if any(commands(page))]
+SHELL = ('cd', 'git', 'rm')  # programs whose arguments are not checked
+TIMMS = '--device-modules'  # an option of timm's own script
+
+# --- Python ---
+
+SMALL = {'epochs=10': 'epochs=1'}
+
+
+@pytest.mark.parametrize('page', WITH_PYTHON, ids=name_of)
+def test_python_runs(page, folder, remote, capsys):
+    """All blocks of a page run in one namespace, and print the unnamed block that follows them."""
+    namespace = {'__name__': 'page'}
+    for block in blocks(page):
+        if block.language == 'python':
+            text = block.text
+            for setting, small in SMALL.items():
+                text = text.replace(setting, small)
+            exec(compile('\n' * block.line + text, str(page), 'exec'), namespace)
+            printed = capsys.readouterr().out
+            assert block.output is None or printed == block.output
+
+
+# --- command lines are parsed ---
+
+
+class Parsed(BaseException):
+    """A program has parsed its arguments."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Calls a program's main function until it has parsed its arguments."""
+    depth = 0
+
+    def until_parsed(parse_args):
+        def parse(*args, **kwargs):
+            nonlocal depth
+            depth += 1
+            try:
+                parse_args(*args, **kwargs)
+            finally:
+                depth -= 1
+            raise Parsed
+
+        def outermost(*args, **kwargs):
+            return parse_args(*args, **kwargs) if depth else parse(*args, **kwargs)
+        return outermost
+
+    for owner, name in (
+            (argparse.ArgumentParser, 'parse_args'), (argparse.ArgumentParser, 'parse_intermixed_args'),
+            (cli.Parser, 'parse_args'), (cli, 'parse_args')):
+        monkeypatch.setattr(owner, name, until_parsed(getattr(owner, name)))
+    monkeypatch.chdir(ROOT)
+
+    def parse(main, arguments):
+        monkeypatch.setattr(sys, 'argv', ['program', *arguments])
+        try:
+            main()
+        except SystemExit as end:  # --help
+            assert not end.code
+        except Parsed:
+            pass
+    return parse
+
+
+def main_of(program, arguments):
+    """Return the main function of a command line, and its arguments; None if it is not one of this project's."""
+    if Path(program).name == 'torchrun':
+        args = torch.distributed.run.get_args_parser().parse_args(arguments)
+        program, arguments = 'python', [args.training_script, *args.training_script_args]
+    script = re.search(rf'^{re.escape(program)} = "([\w.]+):(\w+)"$', PYPROJECT, re.M)
+    if script:
+        return getattr(importlib.import_module(script[1]), script[2]), arguments
+    if not re.fullmatch(r'python[\d.]*', Path(program).name) or arguments[:2] in (['-m', 'pytest'], ['-m', 'pip']):
+        return None, arguments
+    if arguments[0] != '-m':
+        script = arguments[0].removesuffix('.py')
+        assert (ROOT / arguments[0]).is_file(), f'no script {arguments[0]}'
+        # a script without a main function has no options
+        return load(script).main if 'def main(' in (ROOT / arguments[0]).read_text() else None, arguments[1:]
+    name = arguments[1]
+    if Path(ROOT, *name.split('.')).is_dir():
+        name += '.__main__'
+    return importlib.import_module(name).main, arguments[2:]
+
+
+def check_make(arguments):
+    targets = re.search(r'^\.PHONY: (.*)$', (ROOT / 'Makefile').read_text(), re.M)[1].split()
+    assert {word for word in arguments if '=' not in word} <= set(targets)
+
+
+def check_pip(arguments):
+    """Extras of this package exist."""
+    extras = set(re.findall(r'^(\w+) = \[', PYPROJECT.partition('[project.optional-dependencies]')[2], re.M))
+    for word in arguments:
+        for found in re.findall(r'^(?:\.|smpconv_models|smpconv-models)\[(.*)\]', word):
+            assert set(found.split(',')) <= extras
+
+
+def check_pytest(arguments):
+    args, paths = re.findall(r'-m (\w+)', ' '.join(arguments)), [word for word in arguments if word.startswith('tests')]
+    assert set(args) <= set(re.findall(r'^    "(\w+): ', PYPROJECT, re.M))
+    assert all((ROOT / path.partition('::')[0]).exists() for path in paths)
+
+
+CHECKS = {'make': check_make, 'pip': check_pip, 'pytest': check_pytest}
+
+
+@pytest.mark.parametrize('page', WITH_COMMANDS, ids=name_of)
+def test_commands_are_parsed(page, parse):
+    for _, words in commands(page):
+        check_command(words, parse)
+
+
+def check_command(words, parse):
+    words = [word for word in words if word != '...']
+    while re.match(r'\w+=', words[0]):  # variables of the environment
+        del words[0]
+    program, *arguments = words
+    if TIMMS in words or program in SHELL:
+        return
+    if arguments[:2] in (['-m', 'pytest'], ['-m', 'pip']):
+        program, arguments = arguments[1], arguments[2:]
+    if program in CHECKS:
+        CHECKS[program](arguments)
+        return
+    main, arguments = main_of(program, arguments)
+    if main is None:
+        assert not arguments, f'{program} has no options'
+    else:
+        parse(main, arguments)
+
+
+@pytest.mark.parametrize('line', [
+    'python train.py --epoch 3', 'python train.py --config recipes/none.yaml', 'python nothing.py', 'make nothing',
+    'torchrun --nproc 2 train.py --nothing', 'python -m smpconv_models.figures field --output x.png',
+    'python hub/convert.py A B C', 'python examples/features.py --fast', "pip install '.[nothing]'", 'unknown --help',
+    'pytest tests/nothing.py', 'pytest -m nothing', 'python benchmarks/speech.py --limits 3',
+    'python experiments/ablations.py --config recipes/digits.yaml --nothing',
+])
+def test_a_wrong_command_is_found(line, parse):
+    with pytest.raises((AssertionError, SystemExit)):
+        check_command(shlex.split(line), parse)
+
+
+# --- cheap commands run ---
+
+FIGURES = 'python -m smpconv_models.figures'
+CHEAP = [
+    'python -m smpconv_models',
+    'python validate.py --checkpoint output/digits',
+    'python validate.py --checkpoint output/digits --per-class-results classes.csv --confusion-matrix confusion.png',
+    'python validate.py --checkpoint output/digits --img-size 64 --model-kwargs kernel_scale=2',
+    f'{FIGURES} kernels --checkpoint output/digits --output kernels.png',
+    f'{FIGURES} stages --checkpoint output/digits --untrained --output stages.png',
+    f'{FIGURES} receptive-field --checkpoint output/digits --untrained --img-size 128 --output field.png',
+    f'{FIGURES} heat-map --checkpoint output/digits --layer stages.1 --output heat.png',
+    'python hub/convert.py output/digits/model_best.pth.tar FOLDER',
+]
+SNAPSHOTS = [
+    ('python train.py --config recipes/digits.yaml --save-interval 1 --experiment snapshots', '--epochs 2'),
+    (f'{FIGURES} animation --checkpoint output/snapshots --output points.gif', ''),
+]
+SEQUENCES = [
+    (f'python train.py --config recipes/{name}.yaml', '--epochs 1')
+    for name in ('sequential_digits', 'permuted_digits')]
+
+
+def run(line, small, folder, monkeypatch):
+    """Run a command of a page, with further options that make it small; its --output must be there afterwards."""
+    words = shlex.split(line)
+    assert any(words == found for page in PAGES for _, found in commands(page)), f'no page has the command {line}'
+    main, arguments = main_of(words[0], words[1:])
+    monkeypatch.setattr(sys, 'argv', ['program', *arguments, *shlex.split(small)])
+    assert main() == 0
+    outputs = [after for word, after in zip(words, words[1:]) if word in ('--output', '--per-class-results')]
+    assert all((folder / path).stat().st_size > 100 for path in outputs)
+
+
+@pytest.mark.parametrize('line', CHEAP)
+def test_cheap_commands_run(line, folder, monkeypatch):
+    (folder / 'FOLDER').unlink()
+    run(line, '', folder, monkeypatch)
+
+
+@pytest.mark.slow  # a minute of training
+@pytest.mark.parametrize('lines', [SNAPSHOTS, SEQUENCES], ids=['snapshots', 'sequences'])
+def test_commands_that_train_run(lines, folder, monkeypatch):
+    for line, small in lines:
+        run(line, small, folder, monkeypatch)
