@@ -21,5 +21,5 @@ autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
 autodoc_typehints_format = 'short'
 python_use_unqualified_type_names = True
-# Only names of this package have pages here.
-nitpick_ignore_regex = [('py:.*', r'(?!smpconv_models\.).*')]
+# Names of other packages and types of a Trainer's attributes have no entry here.
+nitpick_ignore_regex = [('py:.*', r'(?!smpconv_models\.).*'), ('py:class', r'smpconv_models\.training\.\w+\.\w+')]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from programs import ROOT
 
-PAGES = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')] + sorted((ROOT / 'docs').glob('*.md'))
+PAGES = [*(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')), *sorted((ROOT / 'docs').glob('*.md'))]
 _FENCE = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.M | re.S)
 
 
@@ -39,8 +39,8 @@ def commands(page):
     """Commands of bash blocks, and those in the text, such as beside a figure."""
     for block in blocks(page):
         if block.language == 'bash':
-            lines = block.text.replace('\\\n', ' ').splitlines()
-            yield from (Command(block.line, words) for words in (shlex.split(line, comments=True) for line in lines) if words)
+            lines = [shlex.split(line, comments=True) for line in block.text.replace('\\\n', ' ').splitlines()]
+            yield from (Command(block.line, words) for words in lines if words)
     text = without_blocks(page.read_text())
     for span in re.finditer(r'(?<!`)`((?:make|pip install|pytest|python|torchrun)\s[^`]+)`', text):
         yield Command(_line(text, span.start()), shlex.split(span[1]))
@@ -64,6 +64,12 @@ def links(page):
     """Targets of links and pictures, without those of other sites."""
     targets = re.findall(r'\]\(([^)\s]+)\)', without_blocks(page.read_text()))
     return [target for target in targets if '://' not in target]
+
+
+def paths(page):
+    """Paths in the repository that a page names without a link, such as `docs/models.md`."""
+    folders = 'benchmarks|docs|examples|experiments|hub|recipes|smpconv_models|tests'
+    return re.findall(rf'`((?:{folders})/(?:[\w/]+\.\w+|(?:\w+/)*))`', without_blocks(page.read_text()))
 
 
 def _line(text, position):

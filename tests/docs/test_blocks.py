@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed.run
 from pages import PAGES, blocks, commands, name_of
 from programs import ROOT, load
@@ -25,18 +26,18 @@ TIMMS = '--device-modules'  # an option of timm's own script
 
 # --- Python ---
 
-SMALL = {'epochs=10': 'epochs=1'}
+SMALLER = ('epochs=10', 'epochs=1')  # trains a tenth of what the page trains
+SLOW = [page for page in WITH_PYTHON if SMALLER[0] in page.read_text()]
 
 
-@pytest.mark.parametrize('page', WITH_PYTHON, ids=name_of)
+@pytest.mark.parametrize('page', [
+    pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in WITH_PYTHON], ids=name_of)
 def test_python_runs(page, folder, remote, capsys):
     """All blocks of a page run in one namespace, and print the unnamed block that follows them."""
-    namespace = {'__name__': 'page'}
+    namespace = {'x': torch.randn(2, 4, 32, 32), 'weight': torch.randn(4, 1, 15, 15)}
     for block in blocks(page):
         if block.language == 'python':
-            text = block.text
-            for setting, small in SMALL.items():
-                text = text.replace(setting, small)
+            text = block.text.replace(*SMALLER)
             exec(compile('\n' * block.line + text, str(page), 'exec'), namespace)
             printed = capsys.readouterr().out
             assert block.output is None or printed == block.output
@@ -51,37 +52,36 @@ class Parsed(BaseException):
 
 @pytest.fixture
 def parse(monkeypatch):
-    """Calls a program's main function until it has parsed its arguments."""
+    """Return a function that calls a program's main function until the program has parsed its arguments."""
     depth = 0
 
     def until_parsed(parse_args):
-        def parse(*args, **kwargs):
+        def parse_and_stop(*args, **kwargs):
             nonlocal depth
             depth += 1
             try:
-                parse_args(*args, **kwargs)
+                parsed = parse_args(*args, **kwargs)
             finally:
                 depth -= 1
-            raise Parsed
-
-        def outermost(*args, **kwargs):
-            return parse_args(*args, **kwargs) if depth else parse(*args, **kwargs)
-        return outermost
-
-    for owner, name in (
-            (argparse.ArgumentParser, 'parse_args'), (argparse.ArgumentParser, 'parse_intermixed_args'),
-            (cli.Parser, 'parse_args'), (cli, 'parse_args')):
-        monkeypatch.setattr(owner, name, until_parsed(getattr(owner, name)))
-    monkeypatch.chdir(ROOT)
+            if depth == 0:  # otherwise it was called by another of these functions
+                raise Parsed
+            return parsed
+        return parse_and_stop
 
     def parse(main, arguments):
-        monkeypatch.setattr(sys, 'argv', ['program', *arguments])
-        try:
-            main()
-        except SystemExit as end:  # --help
-            assert not end.code
-        except Parsed:
-            pass
+        with monkeypatch.context() as patched:
+            patched.chdir(ROOT)
+            patched.setattr(sys, 'argv', ['program', *arguments])
+            for owner, name in (
+                    (argparse.ArgumentParser, 'parse_args'), (argparse.ArgumentParser, 'parse_intermixed_args'),
+                    (cli.Parser, 'parse_args'), (cli, 'parse_args')):
+                patched.setattr(owner, name, until_parsed(getattr(owner, name)))
+            try:
+                main()
+            except SystemExit as end:  # --help
+                assert not end.code
+            except Parsed:
+                pass
     return parse
 
 
@@ -169,23 +169,25 @@ def test_a_wrong_command_is_found(line, parse):
 
 FIGURES = 'python -m smpconv_models.figures'
 CHEAP = [
-    'python -m smpconv_models',
     'python validate.py --checkpoint output/digits',
     'python validate.py --checkpoint output/digits --per-class-results classes.csv --confusion-matrix confusion.png',
     'python validate.py --checkpoint output/digits --img-size 64 --model-kwargs kernel_scale=2',
     f'{FIGURES} kernels --checkpoint output/digits --output kernels.png',
     f'{FIGURES} stages --checkpoint output/digits --untrained --output stages.png',
-    f'{FIGURES} receptive-field --checkpoint output/digits --untrained --img-size 128 --output field.png',
     f'{FIGURES} heat-map --checkpoint output/digits --layer stages.1 --output heat.png',
     'python hub/convert.py output/digits/model_best.pth.tar FOLDER',
 ]
-SNAPSHOTS = [
-    ('python train.py --config recipes/digits.yaml --save-interval 1 --experiment snapshots', '--epochs 2'),
-    (f'{FIGURES} animation --checkpoint output/snapshots --output points.gif', ''),
-]
-SEQUENCES = [
-    (f'python train.py --config recipes/{name}.yaml', '--epochs 1')
-    for name in ('sequential_digits', 'permuted_digits')]
+# Commands that take longer, by what they are about, with options that make them small.
+LONGER = {
+    'table': [('python -m smpconv_models', '')],
+    'receptive field': [
+        (f'{FIGURES} receptive-field --checkpoint output/digits --untrained --img-size 128 --output field.png', '')],
+    'snapshots': [
+        ('python train.py --config recipes/digits.yaml --save-interval 1 --experiment snapshots', '--epochs 2'),
+        (f'{FIGURES} animation --checkpoint output/snapshots --output points.gif', '')],
+    'sequences': [('python train.py --config recipes/sequential_digits.yaml', '--epochs 1')],
+    'permuted': [('python train.py --config recipes/permuted_digits.yaml', '--epochs 1')],
+}
 
 
 def run(line, small, folder, monkeypatch):
@@ -205,8 +207,8 @@ def test_cheap_commands_run(line, folder, monkeypatch):
     run(line, '', folder, monkeypatch)
 
 
-@pytest.mark.slow  # a minute of training
-@pytest.mark.parametrize('lines', [SNAPSHOTS, SEQUENCES], ids=['snapshots', 'sequences'])
-def test_commands_that_train_run(lines, folder, monkeypatch):
-    for line, small in lines:
+@pytest.mark.slow  # a minute together
+@pytest.mark.parametrize('name', LONGER)
+def test_longer_commands_run(name, folder, monkeypatch):
+    for line, small in LONGER[name]:
         run(line, small, folder, monkeypatch)
