@@ -7,16 +7,20 @@ version = release = smpconv_models.__version__
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
 exclude_patterns = ['_build']
+highlight_language = 'none'
 html_theme = 'furo'
 html_title = f'smpconv_models {version}'
+pygments_dark_style = 'monokai'
 
-myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3  # GitHub's, which links between pages use
 
 default_role = 'code'
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ['Numerics']
+napoleon_use_ivar = True
+autodoc_inherit_docstrings = False
 autodoc_member_order = 'bysource'
+autodoc_preserve_defaults = True
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
 autodoc_typehints_format = 'short'

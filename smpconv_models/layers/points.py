@@ -33,7 +33,7 @@ def tent_basis(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
         radius: ``(..., P)``, positive.
 
     Returns:
-        ``(..., P, Q)`` in the widest of the dtypes: 1 on a point, falling linearly to 0 at its radius, 0 beyond.
+        ``(..., P, Q)`` in the widest of the dtypes, 1 on a point, falling linearly to 0 at its radius, 0 beyond.
     """
     # one coordinate at a time: d is 1 to 3, and a (..., P, Q, d) tensor costs more than the loop
     distance = (coords[..., 0].unsqueeze(-1) - query[..., 0].unsqueeze(-2)).abs()

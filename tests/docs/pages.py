@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from programs import ROOT
 
-PAGES = [*(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')), *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]
+PAGES += sorted((ROOT / 'docs').glob('*.md'))
 _FENCE = re.compile(r'^```([^\n]*)\n(.*?)^```$', re.M | re.S)
 
 

@@ -5,6 +5,7 @@ for pages outside of tests/. For Python alone, the loop below is shorter than it
 """
 import argparse
 import importlib
+import itertools
 import re
 import shlex
 import sys
@@ -197,7 +198,7 @@ def run(line, small, folder, monkeypatch):
     main, arguments = main_of(words[0], words[1:])
     monkeypatch.setattr(sys, 'argv', ['program', *arguments, *shlex.split(small)])
     assert main() == 0
-    outputs = [after for word, after in zip(words, words[1:]) if word in ('--output', '--per-class-results')]
+    outputs = [after for word, after in itertools.pairwise(words) if word in ('--output', '--per-class-results')]
     assert all((folder / path).stat().st_size > 100 for path in outputs)
 
 
