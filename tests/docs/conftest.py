@@ -1,15 +1,13 @@
 """The files and the Hub that the pages' blocks name, so that the blocks run as they are."""
-import os
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
 from programs import ROOT, load
 from safetensors.torch import save_file
 
+import train
 from smpconv_models import hub
+from smpconv_models.training import TrainOptions, build_trainer, cli
 
 loopback = load('tests/hub/loopback')
 
@@ -19,10 +17,10 @@ def files(tmp_path_factory):
     """Folder with a run of one epoch in output/digits, its weights in FOLDER, and weights of SMPConv-T."""
     folder = tmp_path_factory.mktemp('pages')
     (folder / 'recipes').symlink_to(ROOT / 'recipes')
-    done = subprocess.run(
-        [sys.executable, ROOT / 'train.py', '--config', 'recipes/digits.yaml', '--epochs', '1'], cwd=folder,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    trainer = build_trainer(TrainOptions.from_args(cli.parse_args(train.create_parser(), [
+        '--config', str(ROOT / 'recipes/digits.yaml'), '--epochs', '1', '--output', str(folder / 'output')])))
+    trainer.train()
+    trainer.close()
     hub.convert(folder / 'output/digits/model_best.pth.tar', folder / 'FOLDER')
     model = timm.create_model('smpconv_t')
     torch.save(model.state_dict(), folder / 'SMPConv_T.pth')

@@ -97,10 +97,10 @@ def main_of(program, arguments):
     if not re.fullmatch(r'python[\d.]*', Path(program).name) or arguments[:2] in (['-m', 'pytest'], ['-m', 'pip']):
         return None, arguments
     if arguments[0] != '-m':
-        script = arguments[0].removesuffix('.py')
-        assert (ROOT / arguments[0]).is_file(), f'no script {arguments[0]}'
+        script = ROOT / arguments[0]
+        assert script.is_file(), f'no script {arguments[0]}'
         # a script without a main function has no options
-        return load(script).main if 'def main(' in (ROOT / arguments[0]).read_text() else None, arguments[1:]
+        return load(arguments[0].removesuffix('.py')).main if 'main' in script.read_text() else None, arguments[1:]
     name = arguments[1]
     if Path(ROOT, *name.split('.')).is_dir():
         name += '.__main__'
@@ -170,7 +170,6 @@ def test_a_wrong_command_is_found(line, parse):
 
 FIGURES = 'python -m smpconv_models.figures'
 CHEAP = [
-    'python validate.py --checkpoint output/digits',
     'python validate.py --checkpoint output/digits --per-class-results classes.csv --confusion-matrix confusion.png',
     'python validate.py --checkpoint output/digits --img-size 64 --model-kwargs kernel_scale=2',
     f'{FIGURES} kernels --checkpoint output/digits --output kernels.png',
