@@ -21,7 +21,6 @@ from smpconv_models.training import cli
 
 PYPROJECT = (ROOT / 'pyproject.toml').read_text()
 WITH_PYTHON = [page for page in PAGES if any(block.language == 'python' for block in blocks(page))]
-WITH_COMMANDS = [page for page in PAGES if any(commands(page))]
 SHELL = ('cd', 'git', 'rm')  # programs whose arguments are not checked
 TIMMS = '--device-modules'  # an option of timm's own script
 
@@ -129,10 +128,10 @@ def check_pytest(arguments):
 CHECKS = {'make': check_make, 'pip': check_pip, 'pytest': check_pytest}
 
 
-@pytest.mark.parametrize('page', WITH_COMMANDS, ids=name_of)
-def test_commands_are_parsed(page, parse):
-    for _, words in commands(page):
-        check_command(words, parse)
+@pytest.mark.parametrize('words', [
+    pytest.param(words, id=f'{name_of(page)}:{line}') for page in PAGES for line, words in commands(page)])
+def test_commands_are_parsed(words, parse):
+    check_command(words, parse)
 
 
 def check_command(words, parse):

@@ -5,34 +5,24 @@ import subprocess
 import sys
 import zlib
 
-import pytest
 from programs import ROOT
 
 import smpconv_models
 
+COMMAND = re.search(r'\$\(RUN\) -m (sphinx .*) docs docs/_build', (ROOT / 'Makefile').read_text())[1].split()
 PICTURE = re.compile(r'<img[^>]*src="([^"]+)"')
 
 
-@pytest.fixture(scope='module')
-def site(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('site')
-    command = re.search(r'\$\(RUN\) -m (sphinx .*) docs docs/_build', (ROOT / 'Makefile').read_text())[1]
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """One test, so that the site is built once: each page with its pictures, and a reference of each public name."""
+    site = tmp_path / 'site'
     done = subprocess.run(
-        [sys.executable, '-m', *command.split(), '--doctree-dir', str(folder / 'trees'), 'docs', str(folder / 'site')],
+        [sys.executable, '-m', *COMMAND, '--doctree-dir', str(tmp_path / 'trees'), 'docs', str(site)],
         cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return folder / 'site'
-
-
-def test_each_page_and_its_pictures_are_built(site):
-    pages = list((ROOT / 'docs').glob('*.md'))
-    for page in pages:
-        text = (site / f'{page.stem}.html').read_text()
-        assert len(PICTURE.findall(text)) == page.read_text().count('![')
-        assert all((site / source).is_file() for source in PICTURE.findall(text))
-
-
-def test_each_public_name_is_in_the_reference(site):
-    names = zlib.decompress((site / 'objects.inv').read_bytes().split(b'\n', 4)[4]).decode()
-    documented = {line.split()[0] for line in names.splitlines() if ' py:' in line}
+    for page in (ROOT / 'docs').glob('*.md'):
+        pictures = PICTURE.findall((site / f'{page.stem}.html').read_text())
+        assert len(pictures) == page.read_text().count('![') and all((site / path).is_file() for path in pictures)
+    inventory = zlib.decompress((site / 'objects.inv').read_bytes().split(b'\n', 4)[4]).decode()
+    documented = {line.split()[0] for line in inventory.splitlines() if ' py:' in line}
     assert {f'smpconv_models.{name}' for name in smpconv_models.__all__} - documented == {'smpconv_models.__version__'}
