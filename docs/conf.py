@@ -2,7 +2,6 @@
 import smpconv_models
 
 project = 'smpconv_models'
-author = 'the authors of smpconv_models'
 version = release = smpconv_models.__version__
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
@@ -10,6 +9,7 @@ exclude_patterns = ['_build']
 highlight_language = 'none'
 html_theme = 'furo'
 html_title = f'smpconv_models {version}'
+html_show_copyright = False
 pygments_dark_style = 'monokai'
 
 myst_heading_anchors = 3  # GitHub's, which links between pages use
