@@ -54,11 +54,10 @@ def without_blocks(text):
 
 def anchors(page):
     """The anchors of a page's headings, as code hosts and MyST name them."""
-    found = []
-    for heading in re.findall(r'^#+ (.*)$', without_blocks(page.read_text()), re.M):
-        slug = re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
-        found.append(slug if slug not in found else f'{slug}-{found.count(slug)}')
-    return found
+    headings = re.findall(r'^#+ (.*)$', without_blocks(page.read_text()), re.M)
+    slugs = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
+    before = [slugs[:index].count(slug) for index, slug in enumerate(slugs)]
+    return [f'{slug}-{count}' if count else slug for slug, count in zip(slugs, before)]
 
 
 def links(page):

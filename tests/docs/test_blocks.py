@@ -21,7 +21,7 @@ from smpconv_models.training import cli
 
 PYPROJECT = (ROOT / 'pyproject.toml').read_text()
 WITH_PYTHON = [page for page in PAGES if any(block.language == 'python' for block in blocks(page))]
-SHELL = ('cd', 'git', 'rm')  # programs whose arguments are not checked
+SHELL = ('cd', 'export', 'git', 'rm')  # programs whose arguments are not checked
 TIMMS = '--device-modules'  # an option of timm's own script
 
 # --- Python ---
@@ -86,19 +86,17 @@ def parse(monkeypatch):
 
 
 def main_of(program, arguments):
-    """Return the main function of a command line, and its arguments; None if it is not one of this project's."""
+    """Return the main function of a command line, None if the script has none, and its arguments."""
     if Path(program).name == 'torchrun':
         args = torch.distributed.run.get_args_parser().parse_args(arguments)
         program, arguments = 'python', [args.training_script, *args.training_script_args]
     script = re.search(rf'^{re.escape(program)} = "([\w.]+):(\w+)"$', PYPROJECT, re.M)
     if script:
         return getattr(importlib.import_module(script[1]), script[2]), arguments
-    if not re.fullmatch(r'python[\d.]*', Path(program).name) or arguments[:2] in (['-m', 'pytest'], ['-m', 'pip']):
-        return None, arguments
+    assert re.fullmatch(r'python[\d.]*', Path(program).name), f'unknown program {program}'
     if arguments[0] != '-m':
         script = ROOT / arguments[0]
         assert script.is_file(), f'no script {arguments[0]}'
-        # a script without a main function has no options
         return load(arguments[0].removesuffix('.py')).main if 'main' in script.read_text() else None, arguments[1:]
     name = arguments[1]
     if Path(ROOT, *name.split('.')).is_dir():
@@ -120,9 +118,11 @@ def check_pip(arguments):
 
 
 def check_pytest(arguments):
-    args, paths = re.findall(r'-m (\w+)', ' '.join(arguments)), [word for word in arguments if word.startswith('tests')]
-    assert set(args) <= set(re.findall(r'^    "(\w+): ', PYPROJECT, re.M))
-    assert all((ROOT / path.partition('::')[0]).exists() for path in paths)
+    """Markers and files exist."""
+    marks = {after for word, after in itertools.pairwise(arguments) if word == '-m'}
+    assert marks <= set(re.findall(r'^    "(\w+): ', PYPROJECT, re.M))
+    paths = [word.partition('::')[0] for word in arguments if word.startswith('tests')]
+    assert all((ROOT / path).exists() for path in paths)
 
 
 CHECKS = {'make': check_make, 'pip': check_pip, 'pytest': check_pytest}
@@ -148,7 +148,7 @@ def check_command(words, parse):
         return
     main, arguments = main_of(program, arguments)
     if main is None:
-        assert not arguments, f'{program} has no options'
+        assert not arguments, f'{program}: the script has no options'
     else:
         parse(main, arguments)
 
@@ -156,12 +156,13 @@ def check_command(words, parse):
 @pytest.mark.parametrize('line', [
     'python train.py --epoch 3', 'python train.py --config recipes/none.yaml', 'python nothing.py', 'make nothing',
     'torchrun --nproc 2 train.py --nothing', 'python -m smpconv_models.figures field --output x.png',
-    'python hub/convert.py A B C', 'python examples/features.py --fast', "pip install '.[nothing]'", 'unknown --help',
+    'python hub/convert.py A B C', 'python examples/features.py --fast', "pip install '.[nothing]'",
+    'unknown', 'python -m nothing',
     'pytest tests/nothing.py', 'pytest -m nothing', 'python benchmarks/speech.py --limits 3',
     'python experiments/ablations.py --config recipes/digits.yaml --nothing',
 ])
 def test_a_wrong_command_is_found(line, parse):
-    with pytest.raises((AssertionError, SystemExit)):
+    with pytest.raises((AssertionError, ImportError, SystemExit)):
         check_command(shlex.split(line), parse)
 
 
