@@ -90,9 +90,9 @@ def main_of(program, arguments):
     if Path(program).name == 'torchrun':
         args = torch.distributed.run.get_args_parser().parse_args(arguments)
         program, arguments = 'python', [args.training_script, *args.training_script_args]
-    script = re.search(rf'^{re.escape(program)} = "([\w.]+):(\w+)"$', PYPROJECT, re.M)
-    if script:
-        return getattr(importlib.import_module(script[1]), script[2]), arguments
+    installed = re.search(rf'^{re.escape(program)} = "\w+\.(\w+):\w+"$', PYPROJECT, re.M)
+    if installed:  # a console script is one of the scripts in the root
+        program, arguments = 'python', [f'{installed[1]}.py', *arguments]
     assert re.fullmatch(r'python[\d.]*', Path(program).name), f'unknown program {program}'
     if arguments[0] != '-m':
         script = ROOT / arguments[0]
