@@ -8,7 +8,7 @@ environment = @PYTHON='$(PYTHON)' sh environment.sh $(VENV) $(1) $(if $(filter f
 # Otherwise OpenMP's threads spin while other processes need the cores (see train.py).
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test lint bench timm-suite release-check clean
+.PHONY: train test lint docs bench timm-suite release-check clean
 
 train:
 	$(call environment,demo)
@@ -23,6 +23,11 @@ lint:
 	$(call environment,dev)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# The pages as a site in docs/_build. Each warning is an error.
+docs:
+	$(call environment,docs)
+	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going --nitpicky docs docs/_build
 
 # Compares the depthwise operation with PyTorch's, and measures the sampling of kernels. Appends to benchmarks/results/.
 # Threads wait as they do for users, so nothing else should run.
@@ -42,4 +47,4 @@ release-check:
 	$(RUN) tests/release_check.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info

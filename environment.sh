@@ -39,7 +39,8 @@ if $python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null;
     if ! $python -c 'import pip' 2>/dev/null; then
         check_ensurepip "$python" "$python"
         echo "$venv has no pip: installing it"
-        rm -f "$venv"/demo "$venv"/test "$venv"/release "$venv"/dev  # what was installed may be of another Python
+        # what was installed may be of another Python
+        rm -f "$venv"/demo "$venv"/docs "$venv"/test "$venv"/release "$venv"/dev
         $python -m ensurepip >/dev/null
     fi
 else

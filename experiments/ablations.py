@@ -289,7 +289,9 @@ table, trained once.
 Each seed is a row of [ablations.csv](ablations.csv), which also has the top-1 of the best epoch. Written on
 {where['date']}, {where['device']}, threads: {where['threads']}, torch {where['torch']}, by
 
-    {command_of(args)}
+```bash
+{command_of(args)}
+```
 """
 
 

@@ -305,7 +305,9 @@ The fits and errors are of seed 0.
 Each seed is a row of [function_fitting.csv](function_fitting.csv). Measured on {where['date']}, {where['device']},
 threads: {where['threads']}, torch {where['torch']}, in {seconds:.0f} s, by
 
-    python experiments/function_fitting.py {options}
+```bash
+python experiments/function_fitting.py {options}
+```
 """
 
 

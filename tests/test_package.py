@@ -1,6 +1,5 @@
 """What importing does and doesn't, who imports whom, and the names that people rely on."""
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,13 +261,3 @@ print(*set(sys.modules) - modules)
     expected = {*sys.stdlib_module_names, 'torch', 'timm', 'smpconv_models'}
     assert {name.partition('.')[0] for name in new_modules} <= expected
     assert not {f'{OPS}._cpu', f'{OPS}._triton', TRAINING, DATA} & set(new_modules)
-
-
-# --- documents ---
-
-
-@pytest.mark.parametrize('document', ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'])
-def test_links_to_files_hold(document):
-    text = (PACKAGE.parent / document).read_text()
-    links = re.findall(r'\]\(([^)#]+)\)', text)
-    assert all((PACKAGE.parent / link).exists() for link in links if '://' not in link)

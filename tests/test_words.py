@@ -58,7 +58,7 @@ def faults(path, name):
 def checked_files():
     pages = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]
     folders = ('smpconv_models', 'hub', 'benchmarks', 'examples', 'experiments')
-    files = [*pages, *(ROOT / 'docs').glob('*.md'), *ROOT.glob('*.py')]
+    files = [*pages, *(ROOT / 'docs').glob('*.md'), ROOT / 'docs/conf.py', *ROOT.glob('*.py')]
     files += [path for folder in folders for path in (ROOT / folder).rglob('*.py')]
     return sorted(path.relative_to(ROOT).as_posix() for path in files)
 

@@ -70,7 +70,7 @@ class Description:
 
     @property
     def model_kwargs(self) -> Dict[str, Any]:
-        """Arguments of the network's constructor: plain, bounded values."""
+        """Arguments of the network's constructor, which are plain, bounded values."""
         with self._named():
             own = self._content.get('model_kwargs')
             if own is not None:

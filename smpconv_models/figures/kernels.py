@@ -78,7 +78,7 @@ class KernelView:
 
     @property
     def ndim(self) -> int:
-        """Dimensions d of the kernels: 1 over time, 2 over an image."""
+        """Number of dimensions d of the kernels, 1 over time or 2 over an image."""
         return self.layer.coords.shape[-1]
 
     @property

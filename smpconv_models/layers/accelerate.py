@@ -47,7 +47,7 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
     Args:
         model: Network on any device, meta too; a single convolution needs a module around it.
         min_kernel_size: Smallest size of a kernel's larger side to replace.
-        backend: Name of a backend, see :func:`smpconv_models.ops.depthwise_conv2d`.
+        backend: Name of a backend, see :func:`smpconv_models.depthwise_conv2d`.
 
     Returns:
         The names that were replaced, and those that were not, with all reasons.

@@ -81,7 +81,7 @@ _COUNTER_TABLES = {
 
 
 class DepthwiseConv2d(nn.Conv2d, CountedConv):
-    """``nn.Conv2d`` that computes depthwise convolutions by :func:`smpconv_models.ops.depthwise_conv2d`.
+    """``nn.Conv2d`` that computes depthwise convolutions by :func:`smpconv_models.depthwise_conv2d`.
 
     Same arguments, same parameters, same state dict, same function. The operation takes one group for each channel,
     as many outputs as inputs, stride 1, an odd kernel and "same" zero padding. With ``backend='auto'`` ``conv2d``
@@ -91,7 +91,7 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: As
             in ``nn.Conv2d``.
-        backend: Name of a backend, see :func:`smpconv_models.ops.depthwise_conv2d`.
+        backend: Name of a backend, see :func:`smpconv_models.depthwise_conv2d`.
 
     Raises:
         ValueError: The backend is unknown, ``nn.Conv2d`` refuses the arguments, or the backend is not ``'auto'`` and

@@ -33,7 +33,7 @@ def tent_basis(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
         radius: ``(..., P)``, positive.
 
     Returns:
-        ``(..., P, Q)`` in the widest of the dtypes: 1 on a point, falling linearly to 0 at its radius, 0 beyond.
+        ``(..., P, Q)`` in the widest of the dtypes, 1 on a point, falling linearly to 0 at its radius, 0 beyond.
     """
     # one coordinate at a time: d is 1 to 3, and a (..., P, Q, d) tensor costs more than the loop
     distance = (coords[..., 0].unsqueeze(-1) - query[..., 0].unsqueeze(-2)).abs()
@@ -54,9 +54,9 @@ def evaluate_points(
         coords: ``(..., P, d)``.
         radius: ``(..., P)``, positive; see :func:`clip_radius`.
         weights: ``(..., C, P)``, each point's value in each channel.
-        normalize: Whether to divide by the number of points that cover the query, |N(x)|, as equation 1 does. The
+        normalize: Whether to divide by the number of points that cover the query, ``|N(x)|``, as equation 1 does. The
             ImageNet models do not.
-        eps: Number added to |N(x)|, so that queries outside of all radii get 0.
+        eps: Number added to ``|N(x)|``, so that queries outside of all radii get 0.
 
     Returns:
         ``(..., C, Q)`` in the dtype of ``weights``. Computed in the widest of the dtypes; under autocast the product
@@ -110,7 +110,7 @@ def sample_kernel(
         radius: ``(..., P)``.
         weights: ``(..., C, P)``.
         kernel_size: d sizes.
-        normalize: Whether to divide by |N(x)|, see :func:`evaluate_points`.
+        normalize: Whether to divide by ``|N(x)|``, see :func:`evaluate_points`.
 
     Returns:
         ``(..., C, *kernel_size)`` in the dtype of ``weights``.

@@ -10,7 +10,7 @@ from .smp_depthwise import SMPLayer
 
 
 class _SMPConvNd(SMPLayer):
-    """Filters with separate points: equation 1 of the paper with the division by |N(x)|.
+    """Filters with separate points: equation 1 of the paper with the division by ``|N(x)|``.
 
     The filter of output channel o is ``sum_i weight[o, :, i] * g_i(x) / |N(x)|`` with
     ``g_i(x) = relu(1 - |x - coords[o, i]|_1 / radius[o, i])``: its input channels share the points' positions and

@@ -2,7 +2,7 @@
 
 The walk from parameter to convolution: ``forward`` calls ``kernel``; :meth:`SMPLayer.sample` clips the radii and calls
 :func:`.points.sample_kernel`, or :func:`.points.resample_kernel` after ``resize``, which evaluates the points on a
-grid; the convolution is :func:`smpconv_models.ops.depthwise_conv2d`, or a function of :mod:`.fft_conv`.
+grid; the convolution is :func:`smpconv_models.depthwise_conv2d`, or a function of :mod:`.fft_conv`.
 """
 import math
 import warnings
@@ -139,7 +139,7 @@ class SMPDepthwiseConv2d(SMPLayer):
     """Depthwise convolution with one set of points for all channels, the form of the ImageNet models.
 
     The kernel of channel c is ``sum_i weight[c, i] * relu(1 - |x - coords[i]|_1 / radius[i])`` sampled on a regular
-    grid over [-1, 1]^2: equation 1 of the paper without the division by |N(x)|. Stride 1, zero padding, output as
+    grid over [-1, 1]^2: equation 1 of the paper without the division by ``|N(x)|``. Stride 1, zero padding, output as
     large as the input, no bias. Radii, coordinates and resizing: see :class:`SMPLayer`.
 
     Args:
@@ -149,7 +149,7 @@ class SMPDepthwiseConv2d(SMPLayer):
         dilation: Spacing between kernel elements.
         coords_std: Standard deviation of the initial coordinates.
         radius_range: Smallest and largest radius, in units in which the kernel's side is 2.
-        backend: Name of a backend, see :func:`smpconv_models.ops.depthwise_conv2d`.
+        backend: Name of a backend, see :func:`smpconv_models.depthwise_conv2d`.
 
     Parameters: ``weight (C, P)``, ``coords (P, 2)`` as (x to the right, y up), ``radius (P,)``.
 

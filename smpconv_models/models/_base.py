@@ -26,7 +26,7 @@ class SMPNet(nn.Module):
 
     @torch.jit.ignore
     def init_module(self, module: nn.Module, needs_reset: bool) -> None:
-        """Initialize one module; see :func:`smpconv_models.layers.blocks.init_module_`."""
+        """Initialize one module; see ``smpconv_models.layers.blocks.init_module_``."""
         raise NotImplementedError
 
     @torch.jit.ignore

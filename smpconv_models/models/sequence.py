@@ -36,7 +36,7 @@ class SMPSequenceNet(SMPNet):
         kernel_size: Number of kernel elements, by default L.
         small_kernel_size: Number of elements of the kernels parallel to the large ones; 0 for none.
         conv_bias: Whether the large convolutions have biases.
-        coords_std: Spread of the points' initial positions; see :class:`~smpconv_models.layers.SMPConv1d`.
+        coords_std: Spread of the points' initial positions; see :class:`~smpconv_models.SMPConv1d`.
         init_radius: Initial radius of the points, by default ``2 / kernel_size``.
         input_drop_rate: Dropout rate of the sequence.
         block_drop_rate: Dropout rate within the blocks.

@@ -47,7 +47,7 @@ class SMPResStage(nn.Sequential):
 class SMPResNet(StagedBackbone):
     """Residual network at one resolution: stem, stages of blocks of two large-kernel convolutions, pooling, classifier.
 
-    Points are per filter, and the kernels divided by |N(x)| (equation 1 of the paper).
+    Points are per filter, and the kernels divided by ``|N(x)|`` (equation 1 of the paper).
 
     Args:
         in_chans: Number of channels of the image.

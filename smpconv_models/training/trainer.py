@@ -96,7 +96,7 @@ class Trainer:
 
     @property
     def models(self) -> Dict[str, nn.Module]:
-        """Models that are evaluated, by the key of their weights in a checkpoint: the model and its EMA, if any."""
+        """Models that are evaluated (the model and its EMA, if any), by the key of their weights in a checkpoint."""
         ema = self.train_step.ema
         return {'state_dict': self.model, **({} if ema is None else {'state_dict_ema': ema.module})}
 

@@ -95,7 +95,7 @@ def test_a_recipe_runs_end_to_end(tmp_path):
 @pytest.mark.slow  # a minute
 @pytest.mark.timeout(600)
 def test_torchrun_restarts_what_died(tmp_path):
-    """With a store of its own for each start, see README."""
+    """With a store of its own for each start, see docs/training.md."""
     argv = [*DIGITS, '--epochs', 3, '--recovery-interval', 1, '--batch-size', 32, '--output', tmp_path]
     words = command(2, *argv)
     words.insert(words.index('--standalone'), '--max-restarts=1')

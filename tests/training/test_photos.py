@@ -27,7 +27,7 @@ def write_photos(folder, digits, count):
 
 
 def command(*argv):
-    """Run a command of the README; return its output."""
+    """Run a command of docs/photos.md; return its output."""
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
