@@ -9,6 +9,7 @@ Each writes docs/NAME.png and docs/NAME-dark.png, both transparent.
 """
 import argparse
 import copy
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -141,7 +142,7 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str,
 
 def _arrow(axes: Axes, *corners: Tuple[float, float]) -> None:
     """Draw an arrow along a path of straight lines."""
-    for start, end in zip(corners, corners[1:]):
+    for start, end in itertools.pairwise(corners):
         style = '-|>' if end is corners[-1] else '-'
         axes.add_patch(inked(FancyArrowPatch(
             start, end, arrowstyle=style, mutation_scale=14, color=INK[''], linewidth=1.4, shrinkA=0, shrinkB=0,

@@ -1,11 +1,11 @@
 """Program of ``python -m smpconv_models.predict``. The function is :func:`smpconv_models.prediction.predict`."""
-import signal
 import sys
 from types import ModuleType
 
 from smpconv_models.prediction import predict
-from smpconv_models.prediction.cli import main
-from smpconv_models.utils import streams
+from smpconv_models.prediction.cli import main, run
+
+__all__ = ['main', 'predict']
 
 
 class _CallableModule(ModuleType):
@@ -17,6 +17,4 @@ class _CallableModule(ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    streams.keep_writable()
-    sys.exit(main())
+    run()

@@ -51,7 +51,8 @@ def copy_sources(folder):
 
 def expected_files():
     """Return the files that a wheel must have beside its metadata: those of the checkout."""
-    package = {path for pattern in ('*.py', '*.json', 'py.typed') for path in (ROOT / 'smpconv_models').rglob(pattern)}
+    patterns = ('*.py', '*.json', '*.html', 'py.typed')
+    package = {path for pattern in patterns for path in (ROOT / 'smpconv_models').rglob(pattern)}
     return {
         'smpconv_programs/train.py', 'smpconv_programs/validate.py',
         *(path.relative_to(ROOT).as_posix() for path in package),

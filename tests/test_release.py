@@ -71,12 +71,13 @@ def test_a_wheel_with_a_missing_or_another_file_is_refused(name, told, built, tm
 def test_console_scripts_and_recipes_are_found_where_they_are_installed(installed):
     distribution, = metadata.distributions(path=[str(installed)])
     assert distribution.version == smpconv_models.__version__
-    assert {'smpconv-train', 'smpconv-validate'} <= {script.name for script in distribution.entry_points}
+    names = {script.name for script in distribution.entry_points}
+    assert {'smpconv-predict', 'smpconv-train', 'smpconv-validate'} <= names
     code = '''
 import os
 from importlib import metadata
 found, = metadata.distributions(path=['.'])
-programs = {script.name: script.load() for script in found.entry_points}
+programs = {script.name: script.load() for script in found.entry_points.select(group='console_scripts')}
 assert all(map(callable, programs.values()))
 assert os.environ['OMP_WAIT_POLICY'] == 'passive'
 import smpconv_models.training

@@ -5,7 +5,9 @@ matplotlib renders them without a display. `python -m smpconv_models.figures` dr
 try:
     import matplotlib  # noqa: F401 (names the extra to install)
 except ImportError as error:
-    raise ImportError("the figures need matplotlib: pip install 'smpconv_models[figures]'") from error
+    # the name makes the error one line of python -m
+    raise ImportError(
+        "the figures need matplotlib: pip install 'smpconv_models[figures]'", name=__name__) from error
 
 from ._text import drawable
 from .grad_cam import heat_maps, overlay_heat_map, save_heat_maps

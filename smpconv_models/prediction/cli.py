@@ -17,11 +17,12 @@ the interrupt are written.
 import argparse
 import json
 import logging
+import signal
 import sys
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, NoReturn, Optional, Set
 
 import numpy as np
 import torch
@@ -29,16 +30,20 @@ from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models.training import DeviceOptions, ModelOptions, cli
+from smpconv_models.utils import streams
 from smpconv_models.utils.atomic_io import atomic_write, check_writable, save_json, save_rows
 from smpconv_models.utils.errors import first_line
 
 from .inputs import ModelSource, find_images
 from .predictor import ImageLike, Prediction, PredictOptions, Predictor
 
+_MODULE, _SCRIPT = 'python -m smpconv_models.predict', 'smpconv-predict'
+
 
 def create_parser() -> argparse.ArgumentParser:
+    prog = _SCRIPT if Path(sys.argv[0]).stem == _SCRIPT else _MODULE
     parser = cli.Parser(
-        prog='python -m smpconv_models.predict', description=__doc__, allow_abbrev=False,
+        prog=prog, description=(__doc__ or '').replace(_MODULE, prog), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         'images', nargs='+', metavar='IMAGE', help='image files and folders, - for an image on standard input')
@@ -166,3 +171,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         kept = ' and '.join(path for path in (args.output, args.features) if path)
         parser.exit(130, f'{parser.prog}: interrupted{kept and f"; {kept} ends with the last image before that"}\n')
     return 1 if results.unreadable else 0
+
+
+def run() -> NoReturn:
+    """Run as a program of its own, with this process's streams and signals."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.keep_writable()
+    sys.exit(main())

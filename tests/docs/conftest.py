@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 import train
 from smpconv_models import hub
-from smpconv_models.training import TrainOptions, build_trainer, cli
+from smpconv_models.training import Digits, TrainOptions, build_trainer, cli
 
 loopback = load('tests/hub/loopback')
 
@@ -25,6 +25,7 @@ def files(tmp_path_factory):
     model = timm.create_model('smpconv_t')
     torch.save(model.state_dict(), folder / 'SMPConv_T.pth')
     save_file(model.state_dict(), folder / 'smpconv_t.safetensors')
+    Digits('validation', 'RGB')[0][0].save(folder / 'photo.jpg')
     return folder
 
 

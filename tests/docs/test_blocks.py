@@ -90,15 +90,20 @@ def main_of(program, arguments):
     if Path(program).name == 'torchrun':
         args = torch.distributed.run.get_args_parser().parse_args(arguments)
         program, arguments = 'python', [args.training_script, *args.training_script_args]
-    installed = re.search(rf'^{re.escape(program)} = "\w+\.(\w+):\w+"$', PYPROJECT, re.M)
-    if installed:  # a console script is one of the scripts in the root
-        program, arguments = 'python', [f'{installed[1]}.py', *arguments]
+    installed = re.search(rf'^{re.escape(program)} = "([\w.]+):\w+"$', PYPROJECT, re.M)
+    if installed:
+        package, _, name = installed[1].partition('.')
+        if package != 'smpconv_programs':
+            return importlib.import_module(installed[1]).main, arguments
+        program, arguments = 'python', [f'{name}.py', *arguments]  # one of the scripts in the root
     assert re.fullmatch(r'python[\d.]*', Path(program).name), f'unknown program {program}'
     if arguments[0] != '-m':
         script = ROOT / arguments[0]
         assert script.is_file(), f'no script {arguments[0]}'
         return load(arguments[0].removesuffix('.py')).main if 'main' in script.read_text() else None, arguments[1:]
     name = arguments[1]
+    if name == 'smpconv_models.run':  # the program that it runs is of somebody else
+        return None, []
     if Path(ROOT, *name.split('.')).is_dir():
         name += '.__main__'
     return importlib.import_module(name).main, arguments[2:]
