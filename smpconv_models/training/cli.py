@@ -34,6 +34,11 @@ class Parser(argparse.ArgumentParser):
             hint = renamed_hint(name.lstrip('-')) or suggestion_suffix(
                 _ABBREVIATED.get(name.lstrip('-').replace('_', '-'), name), self._option_string_actions)
             self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
+        folder = vars(parsed).pop('folder', None)  # of add_folder
+        if folder is not None:
+            if parsed.data_dir not in (None, self.get_default('data_dir'), folder):
+                self.error(f'--data-dir is given twice: {parsed.data_dir} and {folder}')
+            parsed.data_dir = folder
         return parsed
 
 
@@ -107,8 +112,7 @@ def add_options(parser: argparse.ArgumentParser, *groups: Any) -> None:
 def add_folder(parser: argparse.ArgumentParser) -> None:
     """Add the folder of the data set as an argument without a name, as in timm's scripts."""
     parser.add_argument(
-        'data_dir', nargs='?', default=argparse.SUPPRESS, metavar='DIR', action=FolderAction,
-        help='folder of the data set, as --data-dir')
+        'folder', nargs='?', metavar='DIR', help='folder of the data set, as --data-dir')
 
 
 def read_options(args: argparse.Namespace, group: Type[Options]) -> Options:
@@ -172,18 +176,6 @@ class ParseKwargs(argparse.Action):
                     raise argparse.ArgumentError(self, f'expected a value of Python, got {pair}') from None
                 keywords[key] = value
         setattr(namespace, self.dest, keywords)
-
-
-class FolderAction(argparse.Action):
-    """Store a folder that may be given with and without ``--data-dir``, as in timm's scripts, but once."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
-        """Store the folder."""
-        if option_string is None and values == parser.get_default(self.dest):
-            return  # the positional argument is absent, and --config has a folder
-        if getattr(namespace, self.dest) not in (None, parser.get_default(self.dest), values):
-            parser.error(f'--data-dir is given twice: {getattr(namespace, self.dest)} and {values}')
-        setattr(namespace, self.dest, values)
 
 
 # --- YAML ---
@@ -257,7 +249,9 @@ def _read_yaml(path: str) -> Dict[str, Any]:
 
 
 def _convert_all(parser: argparse.ArgumentParser, values: Dict[Any, Any], path: str) -> Dict[str, Any]:
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('config', 'help')}
+    actions = {
+        action.dest: action for action in parser._actions
+        if action.option_strings and action.dest not in ('config', 'help')}
     converted = {}
     for key, value in values.items():
         dest = key.replace('-', '_') if isinstance(key, str) else ''

@@ -12,7 +12,6 @@ from smpconv_models.checkpoint.description import INTERPOLATIONS
 
 from .cli import (
     CheckedOptions,
-    FolderAction,
     ParseKwargs,
     bounded_number,
     moderate_float,
@@ -35,7 +34,7 @@ class DataOptions(CheckedOptions):
     """Options of the data set and of how images are read and prepared."""
     title: ClassVar[str] = 'data'
 
-    data_dir: Optional[str] = option(None, 'folder of the data set', action=FolderAction, metavar='DIR')
+    data_dir: Optional[str] = option(None, 'folder of the data set', metavar='DIR')
     dataset: Optional[str] = option(
         None, "'digits' (embedded), torch/NAME, wds/NAME, hfds/NAME, tfds/NAME; seq/NAME for sequences, embedded "
         'seq/digits and seq/permuted-digits; without a name, --data-dir has a folder for each split with a folder for '

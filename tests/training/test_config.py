@@ -71,6 +71,7 @@ def test_null_leaves_an_option_open(parse):
     ('model_kwargs: 3\n', 'model_kwargs does not take 3: expected keys and values'),
     ('epochs: null\n', 'epochs does not take None: expected a value'),
     ('epochs: 5\nlr: 1\nepochs: 6\n', "'epochs' is given twice"),
+    ('folder: PHOTOS\n', "unknown key 'folder'"),
     ('model_kwargs: {a: 1, a: 2}\n', "'a' is given twice"),
     ('- 1\n', 'must hold keys and values, got list'),
     ('a: [\n', 'is not YAML'),

@@ -158,6 +158,13 @@ def test_mistakes_are_one_line(photos, tmp_path, capsys, argv, message):
     assert not (tmp_path / 'output').exists()
 
 
+def test_the_last_of_several_options_counts():
+    parser = train.create_parser()
+    assert parser.parse_args(['--data-dir', 'a', '--data-dir', 'b']).data_dir == 'b'
+    assert parser.parse_args(['a', '--data-dir', 'a']).data_dir == 'a'
+    assert not hasattr(parser.parse_args(['a']), 'folder')
+
+
 # --- what is trained, and how often ---
 
 
