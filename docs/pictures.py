@@ -1,11 +1,11 @@
-"""Draw the pictures of README.md and of the pages, for light and for dark pages.
+"""Draw the pictures of README.md, for light and for dark pages, and the diagrams of docs/.
 
     python docs/pictures.py hero --checkpoint output/digits       points, sampled kernels, and the receptive field
     python docs/pictures.py speed                                 the last rows of benchmarks/results/depthwise.jsonl
     python docs/pictures.py block                                 the block of SMPConv-T
     python docs/pictures.py layers                                the parts of the package, and who imports whom
 
-Each writes docs/NAME.png and docs/NAME-dark.png, both transparent.
+The first two write docs/NAME.png and docs/NAME-dark.png, both transparent; the others write docs/NAME.png.
 """
 import argparse
 import copy
@@ -30,21 +30,25 @@ from smpconv_models.training import Digits
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / 'benchmarks' / 'results' / 'depthwise.jsonl'
-INK = {'': '#1f2328', '-dark': '#e6edf3'}  # of light and of dark pages
+INK, DARK_INK = '#1f2328', '#e6edf3'  # on light and on dark pages
 BLUE, ORANGE, GRAY = '#2f6fb7', '#d97706', '#8b949e'
 NETWORKS = {
     'smpconv_t': 'SMPConv-T', 'smpconv_b': 'SMPConv-B', 'smpconv_mobile51': 'mobile51', 'convnext_tiny': 'ConvNeXt-T'}
 LAYOUTS = {'nchw': ('NCHW', BLUE), 'nhwc': ('channels_last', ORANGE)}
 
 
-def save(figure: Figure, name: str) -> None:
-    """Save the figure with dark ink, and with light ink."""
-    for suffix, ink in INK.items():
-        for artist in figure.findobj(lambda artist: getattr(artist, 'has_ink', False)):
-            artist.set_color(ink)
-        path = FOLDER / f'{name}{suffix}.png'
-        figure.savefig(path, dpi=200, facecolor='none')
-        print(f'picture: {path}')
+def save_both(figure: Figure, name: str) -> None:
+    """Save a transparent figure for light pages, and for dark ones."""
+    save(figure, name, facecolor='none')
+    for artist in figure.findobj(lambda artist: getattr(artist, 'has_ink', False)):
+        artist.set_color(DARK_INK)
+    save(figure, f'{name}-dark', facecolor='none')
+
+
+def save(figure: Figure, name: str, **options: Any) -> None:
+    path = FOLDER / f'{name}.png'
+    figure.savefig(path, dpi=200, **options)
+    print(f'picture: {path}')
 
 
 def inked(artist: Any) -> Any:
@@ -58,7 +62,7 @@ def bare(axes: Axes, title: str) -> None:
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_color(GRAY)
-    inked(axes.set_title(title, fontsize=14, color=INK['']))
+    inked(axes.set_title(title, fontsize=14, color=INK))
 
 
 # --- hero ---
@@ -87,7 +91,7 @@ def draw_hero(path: str) -> None:
     contributions = figures.log_scaled(figures.effective_receptive_field(model, images))
     field.imshow(contributions, cmap=LinearSegmentedColormap.from_list('field', ['#ffffff', ORANGE, '#7c2d12']))
     bare(field, '→  what one output sees of 128×128')
-    save(figure, 'hero')
+    save_both(figure, 'hero')
 
 
 def _pixels(index: int) -> np.ndarray:
@@ -110,7 +114,7 @@ def draw_speed() -> None:
         bars = axes.bar([index + offset for index in range(len(factors))], factors, 0.36, color=color, label=label)
         for text in axes.bar_label(bars, [f'{factor:.1f}×' for factor in factors], fontsize=12, padding=2):
             inked(text)
-    inked(axes.axhline(1, color=INK[''], linewidth=1))
+    inked(axes.axhline(1, color=INK, linewidth=1))
     axes.set_xticks(range(len(NETWORKS)), list(NETWORKS.values()), fontsize=13)
     axes.set_yticks([])
     axes.set_ylim(0, 33)
@@ -118,10 +122,10 @@ def draw_speed() -> None:
         spine.set_visible(False)
     for text in (*axes.get_xticklabels(), axes.set_title(
             'Forward and gradients of the large kernels: times as fast as F.conv2d (line)', fontsize=13)):
-        inked(text).set_color(INK[''])
+        inked(text).set_color(INK)
     for text in axes.legend(fontsize=12, frameon=False, loc='upper right').get_texts():
         inked(text)
-    save(figure, 'speed')
+    save_both(figure, 'speed')
 
 
 def _speed_up(rows: List[Dict[str, Any]], network: str, layout: str) -> float:
@@ -144,9 +148,9 @@ def _arrow(axes: Axes, *corners: Tuple[float, float]) -> None:
     """Draw an arrow along a path of straight lines."""
     for start, end in itertools.pairwise(corners):
         style = '-|>' if end is corners[-1] else '-'
-        axes.add_patch(inked(FancyArrowPatch(
-            start, end, arrowstyle=style, mutation_scale=14, color=INK[''], linewidth=1.4, shrinkA=0, shrinkB=0,
-            capstyle='projecting')))
+        axes.add_patch(FancyArrowPatch(
+            start, end, arrowstyle=style, mutation_scale=14, color=INK, linewidth=1.4, shrinkA=0, shrinkB=0,
+            capstyle='projecting'))
 
 
 def _canvas(width: float, height: float) -> Tuple[Figure, Axes]:
@@ -177,9 +181,9 @@ def draw_block() -> None:
                 _arrow(axes, (x + width, 0.5), (x + width + 0.16, 0.5), (x + width + 0.16, middle - 0.02))
             x += width + 0.45
         _arrow(axes, (x - 0.45, middle), (x - 0.17, middle))
-        inked(axes.text(x, middle - 0.02, '⊕', ha='center', va='center', color=INK[''], fontsize=22))
+        axes.text(x, middle - 0.02, '⊕', ha='center', va='center', color=INK, fontsize=22)
         _arrow(axes, (start, middle), (start, 2.55), (x, 2.55), (x, middle + 0.16))
-        inked(axes.text((start + x) / 2, 2.82, title, ha='center', va='center', color=INK[''], fontsize=14))
+        axes.text((start + x) / 2, 2.82, title, ha='center', va='center', color=INK, fontsize=14)
         x += 0.62
     _arrow(axes, (x - 0.46, middle), (x - 0.1, middle))
     save(figure, 'block')
