@@ -91,7 +91,7 @@ def test_a_finished_run_is_resumed_with_more_epochs_and_is_no_other_run(straight
     shutil.copytree(straight, tmp_path / 'run')
     command = [*EVERYTHING, '--output', tmp_path, '--experiment', 'run']
     line = refused(capsys, *command, '--lr', 1e-3)
-    assert 'is finished, and this is another one: lr 0.004 -> 0.001; name it with --experiment' in line
+    assert 'is finished, and this is another one: lr 0.004 -> 0.001; choose another --experiment' in line
     assert run(*command, '--epochs', 3) == 0
     assert (tmp_path / 'run/summary.csv').read_text().splitlines()[:3] == (
         straight / 'summary.csv').read_text().splitlines()
