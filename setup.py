@@ -1,4 +1,4 @@
-"""Parts of a wheel that lie beside the package in a checkout, which pyproject.toml cannot express.
+"""Add the recipes and scripts to the wheel, which pyproject.toml cannot express.
 
 The recipes are installed inside the package. The scripts of the console commands are installed outside it: they set
 environment variables before PyTorch is imported, and importing the package imports PyTorch.

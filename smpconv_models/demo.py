@@ -1,8 +1,8 @@
 """Serve a page on this machine that classifies images: `python -m smpconv_models.demo --checkpoint RUN`.
 
 Drop an image on the page, paste or choose one: it shows the most probable classes, the image under its Grad-CAM heat
-map, and kernels of the network with their points. The page loads nothing from elsewhere, and only this machine can
-open it. Ctrl-C ends the server. Needs smpconv_models[figures].
+map, and kernels of the network with their points. The page loads nothing from elsewhere, and only users of this
+machine can open it. Ctrl-C ends the server. Needs smpconv_models[figures].
 
 Exit codes: 0 ended by Ctrl-C, 2 wrong arguments or checkpoint.
 """
@@ -10,6 +10,7 @@ import argparse
 import base64
 import json
 import logging
+import re
 import signal
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import numpy as np
 from PIL import Image
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
@@ -27,6 +29,7 @@ from smpconv_models import figures
 from smpconv_models.layers import smp_layers
 from smpconv_models.prediction import Predictor
 from smpconv_models.prediction.inputs import ModelSource
+from smpconv_models.prediction.predictor import PredictOptions
 from smpconv_models.training import DeviceOptions, ModelOptions, cli
 from smpconv_models.utils import streams
 from smpconv_models.utils.errors import first_line
@@ -44,6 +47,10 @@ class DemoServer(ThreadingHTTPServer):
     Args:
         predictor: Classifier.
         port: Port, 0 for any free one.
+
+    Raises:
+        ImportError: If the grad-cam package is not installed.
+        OSError: If the port cannot be used.
     """
     daemon_threads = True
 
@@ -51,6 +58,7 @@ class DemoServer(ThreadingHTTPServer):
         self.predictor = predictor
         self.kernels = _draw_kernels(predictor.model)
         self.lock = threading.Lock()  # one prediction at a time
+        list(predictor.predict([np.zeros((8, 8), np.uint8)], heat_maps=True))  # what cannot work fails before the start
         super().__init__(('127.0.0.1', port), _Handler)
 
     @property
@@ -76,7 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(_PAGE.read_bytes(), 'text/html; charset=utf-8')
         elif self.path == '/model':
             label = self.server.predictor.label
-            self._send_json({'label': label, 'has_kernels': self.server.kernels is not None})
+            self._send_json(
+                {'label': label, 'has_kernels': self.server.kernels is not None, 'max_bytes': _MAX_BYTES})
         elif self.path == '/kernels.png' and self.server.kernels is not None:
             self._send(self.server.kernels, 'image/png')
         else:
@@ -86,19 +95,22 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get('Content-Length', '')
         if self.path != '/predict':
             self._refuse(HTTPStatus.NOT_FOUND, f'there is no page {self.path}')
-        elif not length.isdecimal() or int(length) > _MAX_BYTES:
+        elif not re.fullmatch('[0-9]{1,15}', length):
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, 'expected the header Content-Length')
+        elif int(length) > _MAX_BYTES:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f'expected an image of up to {_MAX_BYTES >> 20} MiB')
         else:
             try:
                 self._send_json(self.server.predict(self.rfile.read(int(length))))
-            except ValueError as error:
+            except (MemoryError, RuntimeError, ValueError) as error:
                 self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, first_line(error))
 
     def parse_request(self) -> bool:
-        """Read a request; another site's, which a browser may send here, is refused."""
+        """Read a request; refuse requests from other sites, which a browser may send here."""
         if not super().parse_request():
             return False
-        own = [f'{name}:{self.server.server_port}' for name in ('127.0.0.1', 'localhost')]
+        port = '' if self.server.server_port == 80 else f':{self.server.server_port}'
+        own = [f'{name}{port}' for name in ('127.0.0.1', 'localhost')]
         origin = self.headers.get('Origin')
         if self.headers.get('Host') in own and origin in (None, *(f'http://{name}' for name in own)):
             return True
@@ -118,7 +130,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        self.close_connection = True  # the rest of the request is not read
         self._send(json.dumps({'error': reason}).encode(), 'application/json', status)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -152,6 +163,9 @@ def create_parser() -> argparse.ArgumentParser:
         '--port', type=cli.bounded_number(int, 0, 65535), default=8000, metavar='N',
         help='port, 0 for any free one (default: %(default)s)')
     parser.add_argument('--device', metavar='NAME', help='device (default: cuda if there is a GPU, otherwise cpu)')
+    parser.add_argument(
+        '--img-size', type=cli.positive_int, metavar='N', help="image side in pixels (default: the checkpoint's)")
+    cli.add_options(parser, ModelOptions)
     return parser
 
 
@@ -160,20 +174,25 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = create_parser()
     args = parser.parse_args(argv)
     try:
-        loaded, = ModelSource(ModelOptions(), [args.checkpoint]).load()
-        server = DemoServer(Predictor(loaded, device=DeviceOptions(device=args.device)), args.port)
-    except OSError as error:
-        parser.error(f'port {args.port} cannot be used: {error.strerror}; --port 0 takes a free one')
-    except (ImportError, ValueError) as error:
-        parser.error(first_line(error))
-    with server:
-        sys.stdout.write(f'open {server.url} in a browser; Ctrl-C ends the server\n')
-        sys.stdout.flush()
-        try:
+        source = ModelSource(cli.read_options(args, ModelOptions), [args.checkpoint], img_size=args.img_size)
+        loaded, = source.load()
+        predictor = Predictor(loaded, PredictOptions(img_size=args.img_size), DeviceOptions(device=args.device))
+        with _bind(predictor, args.port) as server:
+            sys.stdout.write(f'open {server.url} in a browser; Ctrl-C ends the server\n')
+            sys.stdout.flush()
             server.serve_forever()
-        except KeyboardInterrupt:
-            return 0
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(first_line(error))
+    except KeyboardInterrupt:
+        pass
     return 0
+
+
+def _bind(predictor: Predictor, port: int) -> DemoServer:
+    try:
+        return DemoServer(predictor, port)
+    except OSError as error:
+        raise ValueError(f'port {port} cannot be used: {error.strerror}; --port 0 takes a free one') from error
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ __all__ = ['main', 'predict']
 
 
 class _CallableModule(ModuleType):
-    """Module that is called as the function: an import of the module takes the function's name in the package."""
+    """Callable module: importing it binds ``smpconv_models.predict`` to the module."""
 
     __call__ = staticmethod(predict)
 

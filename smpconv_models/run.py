@@ -4,9 +4,9 @@
     python -m smpconv_models.run -m torch.distributed.run --nproc_per_node 4 train.py ...         a module
     python -m smpconv_models.run bulk_runner.py --model-list models.txt benchmark.py ...          with child processes
 
-timm finds the models of this package only after ``import smpconv_models``, which other programs do not have. In the
-program and its child processes the package is imported right after the first import of timm. Everything else is as in
-``python SCRIPT.py``. The environment variable PYTHONPATH, which child processes inherit, has one folder more.
+timm finds the models of this package only after ``import smpconv_models``, which other programs do not execute. In the
+program and its child processes, the package is imported right after the first import of timm. Everything else is as in
+``python SCRIPT.py``. One folder is prepended to the environment variable PYTHONPATH, which child processes inherit.
 """
 import os
 import subprocess

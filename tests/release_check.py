@@ -3,7 +3,7 @@
     make release-check
 
 The wheel is built from the sdist. It is installed outside the checkout, in an environment that has its requirements and
-no extra. There the README's examples that need no data, the table of models and the console scripts run. At last the
+no extra. There the README's examples that need no data, the table of models and the console scripts run. Finally the
 extra `demo` is added for a short training with a recipe of the wheel, and an evaluation.
 """
 import os
@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 1_000_000  # of each file
 # Examples of the README with these words need the network or a file. The others need only these inputs.
-NEEDS_MORE = re.compile(r'pretrained=True|hub\.load')
+NEEDS_MORE = re.compile(r'pretrained=True|hub\.load|\.predict\(')
 INPUTS = '''
 import smpconv_models, timm, torch
 x, weight = torch.randn(2, 8, 32, 32), torch.randn(8, 1, 27, 27)
@@ -144,7 +144,7 @@ def main():
         environment = Environment(Path(folder), wheel)
         environment.run('python', '-c', examples())
         environment.run('python', '-m', 'smpconv_models', 'smpconv_nano')
-        for script in environment.wheel.entry_points:
+        for script in environment.wheel.entry_points.select(group='console_scripts'):
             assert script.name in environment.run(script.name, '--help')
         environment.add('demo')
         environment.run('smpconv-train', '--config', 'digits', '--epochs', 1)

@@ -87,7 +87,7 @@ MAY_IMPORT = {
     'smpconv_models/prediction': (
         'torch', 'timm', 'numpy', 'PIL', 'tqdm', 'smpconv_models', CHECKPOINT, FIGURES, TRAINING, UTILS),
     'smpconv_models/predict.py': (PREDICTION, UTILS),
-    'smpconv_models/demo.py': ('PIL', 'smpconv_models', FIGURES, LAYERS, PREDICTION, TRAINING, UTILS),
+    'smpconv_models/demo.py': ('numpy', 'PIL', 'smpconv_models', FIGURES, LAYERS, PREDICTION, TRAINING, UTILS),
     'smpconv_models/run.py': (),
     'smpconv_models/_startup': ('smpconv_models',),
     'smpconv_models/training': (

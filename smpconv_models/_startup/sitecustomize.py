@@ -14,12 +14,17 @@ class _RegisteringLoader(Loader):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
     def create_module(self, spec: ModuleSpec) -> Optional[ModuleType]:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
+        if importlib.util.find_spec('smpconv_models') is None:  # in a checkout that is not installed
+            sys.path.append(str(Path(__file__).resolve().parents[2]))
         import smpconv_models  # noqa: F401 (registers the models with timm)
 
 
@@ -40,7 +45,7 @@ class _TimmFinder(MetaPathFinder):
 
 
 def _import_hidden_module() -> None:
-    """Import the other module of this name, which Python would have imported without this one."""
+    """Import the ``sitecustomize`` module that this one hides."""
     own = Path(__file__).resolve().parent
     spec = PathFinder.find_spec('sitecustomize', [path for path in sys.path if Path(path).resolve() != own])
     if spec is not None and spec.loader is not None:

@@ -6,10 +6,11 @@
     curl -s URL | python -m smpconv_models.predict - --checkpoint hf-hub:OWNER/NAME   an image on standard input
 
 A checkpoint is a file of train.py, of timm's script or of the original release, the folder of a run, a folder of
-hub/convert.py, or a repository of the Hub. Images are prepared as in training. In folders, images are found by their
-extensions. On a terminal, the classes are printed as text; into a file or a pipe, each image is one line of JSON.
+hub/convert.py, or a repository of the Hub. Images are prepared as in the evaluation during training. In folders, images
+are found by their extensions. On a terminal, the classes are printed as text; into a file or a pipe, each image is one
+line of JSON.
 
-An image that cannot be read is reported, and the others continue.
+An image that cannot be read is reported, and the remaining images are processed.
 
 Exit codes: 0 all images were predicted, 1 some cannot be read, 2 wrong arguments, 130 interrupted; the results up to
 the interrupt are written.
@@ -29,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
+from smpconv_models.checkpoint import printable
 from smpconv_models.training import DeviceOptions, ModelOptions, cli
 from smpconv_models.utils import streams
 from smpconv_models.utils.atomic_io import atomic_write, check_writable, save_json, save_rows
@@ -69,6 +71,8 @@ def create_parser() -> argparse.ArgumentParser:
 def list_images(paths: List[str]) -> List[ImageLike]:
     """Return the images of files, folders and standard input; raise ValueError if one does not exist."""
     images: List[ImageLike] = []
+    if paths.count('-') > 1:
+        raise ValueError('images: - is given twice, and standard input has one image')
     for path in paths:
         images += [BytesIO(sys.stdin.buffer.read())] if path == '-' else find_images([path])
     return images
@@ -81,6 +85,8 @@ class Results:
         self._output = None if output is None else check_writable(output, ['.csv', '.json'], '--output')
         self._features = None if features is None else check_writable(features, ['.npy'], '--features')
         self._folder = None if heat_map is None else Path(heat_map)
+        if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f'--heat-map {heat_map} is not a folder')
         self._rows: List[Dict[str, Any]] = []
         self._vectors: List[Optional[np.ndarray]] = []
         self._names: Set[str] = set()
@@ -91,7 +97,7 @@ class Results:
         row = prediction.as_dict()
         if prediction.heat_map is not None and self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f'{self._unique(Path(prediction.image).stem)}.png'
+            path = self._folder / f'{self._unique(Path(prediction.image).stem)}.heat.png'  # the name of no input
             with atomic_write(path) as temporary:
                 prediction.heat_map.save(temporary, format='png')
             row['heat_map'] = str(path)
@@ -109,17 +115,21 @@ class Results:
         self._names.add(name)
         return name
 
-    def save(self) -> None:
+    def save(self) -> str:
+        """Write the files if there is a result, and return their names."""
+        if not self._rows:
+            return ''
         if self._output is not None:
             if self._output.suffix.lower() == '.json':
                 save_json(self._output, self._rows)
             else:
                 save_rows(self._output, [_flat(row) for row in self._rows])
-        size = next((len(vector) for vector in self._vectors if vector is not None), None)
-        if self._features is not None and size is not None:
+        if self._features is not None:
+            size = next((len(vector) for vector in self._vectors if vector is not None), 0)
             missing = np.full(size, np.nan, np.float32)
             with atomic_write(self._features) as temporary, open(temporary, 'wb') as file:
                 np.save(file, np.stack([missing if vector is None else vector for vector in self._vectors]))
+        return ' and '.join(str(path) for path in (self._output, self._features) if path)
 
 
 def _flat(row: Dict[str, Any]) -> Dict[str, Any]:
@@ -134,14 +144,16 @@ def _text(row: Dict[str, Any]) -> str:
     """Return an image's predictions for a terminal, '' for an image that cannot be read."""
     if 'error' in row:
         return ''
-    lines = [f'  {100 * ranked["probability"]:6.2f} %  {ranked["label"]}' for ranked in row['predictions']]
-    return '\n'.join([row['image'], *lines, ''])
+    lines = [
+        f'  {100 * ranked["probability"]:6.2f} %  {printable(ranked["label"])}' for ranked in row['predictions']]
+    return '\n'.join([printable(row['image'], None), *lines, ''])
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     parser = create_parser()
     args = parser.parse_args(argv)
+    saved = ''
     try:
         images = list_images(args.images)
         results = Results(args.output, args.features, args.heat_map)
@@ -159,17 +171,19 @@ def main(argv: Optional[List[str]] = None) -> int:
                         prediction = prediction._replace(image='-')
                     row = results.add(prediction)
                     if prediction.error:
-                        bar.write(f'{parser.prog}: {prediction.image} cannot be read: {prediction.error}', sys.stderr)
+                        bar.write(
+                            f'{parser.prog}: {printable(prediction.image, None)} cannot be read: '
+                            f'{printable(prediction.error)}', sys.stderr)
                     bar.write(_text(row) if sys.stdout.isatty() else f'{json.dumps(row)}\n', sys.stdout, end='')
         finally:
-            results.save()
+            saved = results.save()
     except (torch.OutOfMemoryError, MemoryError) as error:
         parser.error(f'out of memory: {first_line(error)}; a smaller --batch-size needs less')
     except (ImportError, OSError, ValueError) as error:
         parser.error(first_line(error))
     except KeyboardInterrupt:
-        kept = ' and '.join(path for path in (args.output, args.features) if path)
-        parser.exit(130, f'{parser.prog}: interrupted{kept and f"; {kept} ends with the last image before that"}\n')
+        kept = saved and f'; the results up to the last image are in {saved}'
+        parser.exit(130, f'{parser.prog}: interrupted{kept}\n')
     return 1 if results.unreadable else 0
 
 

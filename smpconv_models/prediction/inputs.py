@@ -14,7 +14,7 @@ from smpconv_models.checkpoint.description import PREPARATION, check_texts
 from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.config import DataOptions, ModelOptions
 from smpconv_models.training.datasets import ReadImage
-from smpconv_models.training.factory import create_model, model_arguments, open_checkpoint, parse_model_name
+from smpconv_models.training.factory import create_model, model_arguments, open_checkpoint
 from smpconv_models.training.tasks import ImageTask
 from smpconv_models.utils.errors import error_prefix
 
@@ -37,7 +37,7 @@ class LoadedModel(NamedTuple):
     def classes(self) -> Optional[List[str]]:
         """Class names by index: the checkpoint's, the repository's, otherwise ImageNet's by the number of classes.
 
-        Names of another number than the model's classes are a ValueError.
+        A ValueError if the number of names differs from the number of classes.
         """
         names = self.description.classes
         if names is None:
@@ -48,7 +48,7 @@ class LoadedModel(NamedTuple):
             info = ImageNetInfo(subset)
             names = [info.index_to_description(index) for index in range(info.num_classes())]
         if names is not None and len(names) != self.model.num_classes:
-            raise ValueError(f'{self.label} has {self.model.num_classes} classes, and names for {len(names)}')
+            raise ValueError(f'{self.label}: expected {self.model.num_classes} class names, got {len(names)}')
         return names
 
 
@@ -60,7 +60,7 @@ class ModelSource:
     checkpoints: Optional[List[str]] = None
     pretrained: bool = False  # of the named model
     untrained: bool = False  # put a random model first
-    use_ema: Optional[bool] = None  # EMA weights; by default unless the checkpoint says that the model's were better
+    use_ema: Optional[bool] = None  # whether to use the EMA weights; by default the better ones if recorded
     reparam: bool = False
     seed: Optional[int] = None  # seed of random weights, by default that of the checkpoint's run, otherwise 42
     img_size: Optional[int] = None  # image side in pixels, by default the model's
@@ -92,10 +92,13 @@ class ModelSource:
     def _load_checkpoint(self, path: str) -> LoadedModel:
         if (Path(path) / 'config.json').is_file():  # of hub/convert.py
             path = f'local-dir:{path}'
-        if not parse_model_name(path)[0] or Path(path).exists():
+        if path.partition(':')[0] not in ('hf-hub', 'local-dir'):
             return self.load_file(RunDir.best_checkpoint(path))
         if self.untrained or self.use_ema is not None:
             raise ValueError(f'--untrained and --use-ema need a checkpoint of a training run, got {path}')
+        for name in ('model', 'num_classes', 'in_chans'):  # timm would create another classifier at random
+            if getattr(self.model, name) is not None or name in self.model.model_kwargs:
+                raise ValueError(f'{path} describes its model: leave out --{name.replace("_", "-")}')
         named = replace(self, model=replace(self.model, model=path), checkpoints=None, pretrained=True)
         return named.load()[0]
 
@@ -174,7 +177,7 @@ class Preparation(NamedTuple):
 def find_images(paths: Iterable[str], option: str = 'images') -> List[Path]:
     """Return the given files and the images in the given folders, by their names' extensions, sorted in each folder.
 
-    Hidden files in folders are left out.
+    Hidden files and folders in a folder are left out.
 
     Args:
         paths: Paths of files and folders.
@@ -184,13 +187,15 @@ def find_images(paths: Iterable[str], option: str = 'images') -> List[Path]:
         ValueError: If there is no such file or folder, or no image in a folder.
     """
     files: List[Path] = []
+    extensions = _extensions()
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(
                 file for file in path.rglob('*')
-                if file.suffix.lower() in _extensions() and not file.name.startswith('.') and file.is_file())
+                if file.suffix.lower() in extensions and file.is_file()
+                and not any(part.startswith('.') for part in file.relative_to(path).parts))
             if not inside:
-                raise ValueError(f'{option}: {path} has no images, which are found by their extensions')
+                raise ValueError(f'{option}: no file in {path} has the extension of an image')
             files += inside
         elif path.exists():
             files.append(path)

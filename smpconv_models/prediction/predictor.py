@@ -128,11 +128,13 @@ class Predictor:
 
         Raises:
             ImportError: If heat maps are asked for, and the package is not installed.
-            ValueError: If an image is of another type, the model cannot take the images, or has no finite logits.
+            ValueError: If an image is of another type, ``topk`` is not positive, the model cannot take the images, or
+                has no finite logits.
         """
         for image in images:
-            if not isinstance(image, _IMAGE_TYPES):
-                raise ValueError(f'expected a path, a PIL image or an array of uint8, got {type(image).__name__}')
+            _check_type(image)
+        if topk < 1:
+            raise ValueError(f'topk must be at least 1, got {topk}')
         world = DistributedContext()
         loader = world.bounded_loader(DataLoader(
             _Images(images, self.preparation), self.options.batch_size, num_workers=self.options.workers,
@@ -183,6 +185,15 @@ class Predictor:
             scale = -(-_LEAST_SIDE // min(picture.size))
             pictures.append(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST))
         return pictures
+
+
+def _check_type(image: Any) -> None:
+    if not isinstance(image, _IMAGE_TYPES):
+        raise ValueError(f'expected a path, a PIL image or an array of uint8, got {type(image).__name__}')
+    if isinstance(image, np.ndarray) and (
+            image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3)):
+        raise ValueError(
+            f'expected an array of shape (H, W) or (H, W, 3) of uint8, got {image.shape} of {image.dtype}')
 
 
 class _Images(Dataset):

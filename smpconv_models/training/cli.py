@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
             hint = renamed_hint(name.lstrip('-')) or suggestion_suffix(
                 _ABBREVIATED.get(name.lstrip('-').replace('_', '-'), name), self._option_string_actions)
             self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
-        folder = vars(parsed).pop('folder', None)  # of add_folder
+        folder = parsed.__dict__.pop('folder', None)  # of add_folder
         if folder is not None:
             if parsed.data_dir not in (None, self.get_default('data_dir'), folder):
                 self.error(f'--data-dir is given twice: {parsed.data_dir} and {folder}')
@@ -120,10 +120,11 @@ def read_options(args: argparse.Namespace, group: Type[Options]) -> Options:
     return group(**{item.name: getattr(args, item.name) for item in fields(group)})  # type: ignore[arg-type]
 
 
-def manual(text: str, prog: str) -> str:
+def manual(text: Optional[str], prog: str) -> str:
     """Return the docstring of a script for ``--help``, with the commands of its console script if that is `prog`."""
-    script = f'{prog.removeprefix("smpconv-")}.py'  # of no command in the text if `prog` is the script
-    return text.replace(f'python {script}', prog).replace(f' 4 {script}', f' 4 --no-python {prog}')  # 4 processes
+    script = f'{prog.removeprefix("smpconv-")}.py'  # matches nothing if `prog` is the script itself
+    text = (text or '').replace(f'python {script}', prog)  # None under python -OO
+    return text.replace(f' 4 {script}', f' 4 --no-python {prog}')  # 4 processes
 
 
 def set_debug_logging(is_on: bool) -> None:

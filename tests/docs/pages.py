@@ -44,7 +44,8 @@ def commands(page):
             yield from (Command(block.line, words) for words in lines if words)
     text = without_blocks(page.read_text())
     for span in re.finditer(r'(?<!`)`((?:make|pip install|pytest|python|torchrun)\s[^`]+)`', text):
-        yield Command(_line(text, span.start()), shlex.split(span[1]))
+        if not re.fullmatch(r'python -m [\w.]+', span[1]):  # names a program without its arguments
+            yield Command(_line(text, span.start()), shlex.split(span[1]))
 
 
 def without_blocks(text):
@@ -62,7 +63,8 @@ def anchors(page):
 
 def links(page):
     """Targets of links and pictures, without those of other sites."""
-    targets = re.findall(r'\]\(([^)\s]+)\)', without_blocks(page.read_text()))
+    text = without_blocks(page.read_text())
+    targets = re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     return [target for target in targets if '://' not in target]
 
 

@@ -103,6 +103,7 @@ def main_of(program, arguments):
         return load(arguments[0].removesuffix('.py')).main if 'main' in script.read_text() else None, arguments[1:]
     name = arguments[1]
     if name == 'smpconv_models.run':  # the program that it runs is of somebody else
+        assert arguments[2] == '-m' or arguments[2].endswith('.py')
         return None, []
     if Path(ROOT, *name.split('.')).is_dir():
         name += '.__main__'

@@ -150,7 +150,7 @@ def refused(capsys, tmp_path, *argv):
     ('receptive-field', ['--model', 'smpconv_nano'], "expected --images: files, folders, or 'digits'"),
     ('receptive-field', ['--checkpoint', 'RUN', '--images', 'GONE'], '--images: no such file or folder: GONE'),
     ('heat-map', ['--checkpoint', 'RUN', '--images', 'BROKEN'], 'broken.png cannot be read: cannot identify'),
-    ('heat-map', ['--checkpoint', 'RUN', '--images', 'RUN'], 'has no images, which are found by their extensions'),
+    ('heat-map', ['--checkpoint', 'RUN', '--images', 'RUN'], 'has the extension of an image'),
     ('heat-map', ['--checkpoint', 'RUN', '--layer', 'stages.5'], "no layer is named 'stages.5'"),
     ('heat-map', ['--checkpoint', 'RUN', '--class', '10'], 'must lie in [0, 9], got 10'),
     ('animation', ['--model', 'smpconv_nano'], 'expected --checkpoint: two or more'),

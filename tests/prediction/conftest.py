@@ -40,4 +40,6 @@ def photos(tmp_path_factory):
     (path / 'broken.jpg').write_bytes(b'\xff\xd8 no image')
     (path / 'notes.txt').write_text('no image')
     (path / '.hidden.png').write_bytes(b'no image')
+    (path / '.thumbs').mkdir()
+    (path / '.thumbs/t.png').write_bytes(b'no image')
     return path

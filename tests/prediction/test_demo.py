@@ -66,7 +66,8 @@ def test_the_page_and_the_kernels(server):
     _, headers, body = ask(server, 'kernels.png')
     with Image.open(BytesIO(body)) as picture:
         assert headers['Content-Type'] == 'image/png' and picture.width > 300
-    assert json.loads(ask(server, 'model')[2]) == {'label': 'smpconv_nano, epoch 7', 'has_kernels': True}
+    assert json.loads(ask(server, 'model')[2]) == {
+        'label': 'smpconv_nano, epoch 7', 'has_kernels': True, 'max_bytes': 64 << 20}
 
 
 def test_a_damaged_image_is_reported(server, photos):
@@ -79,7 +80,8 @@ def test_a_damaged_image_is_reported(server, photos):
     ('', {'Host': 'example.com'}, 403),
     ('predict', {'Origin': 'http://example.com'}, 403),
     ('predict', {'Content-Length': str(1 << 40)}, 413),
-    ('predict', {'Content-Length': '-1'}, 413),
+    ('predict', {'Content-Length': '-1'}, 411),
+    ('predict', {'Content-Length': '9' * 5000}, 411),
 ])
 def test_other_requests_are_refused(server, path, headers, status):
     found, _, body = ask(server, path, b'x' if path == 'predict' else None, **headers)

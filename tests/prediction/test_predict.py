@@ -106,6 +106,8 @@ def test_classes_of_imagenet_have_names(tmp_path):
     ([3], 'expected a path, a PIL image or an array of uint8, got int'),
     ('GONE.png', 'no such file or folder: GONE.png'),
     ([torch.zeros(3, 8, 8)], 'got Tensor'),
+    (np.zeros((3, 8, 8), np.uint8), r'\(H, W, 3\) of uint8, got \(3, 8, 8\) of uint8'),
+    (np.zeros((8, 8)), 'got \\(8, 8\\) of float64'),
 ])
 def test_what_is_no_image_is_an_error(run_folder, images, message):
     with pytest.raises(ValueError, match=message):
@@ -133,7 +135,7 @@ def test_a_size_that_the_model_cannot_take(photos):
 def test_names_of_another_number_of_classes(run_folder, photos, tmp_path):
     loaded = torch.load(run_folder / 'model_best.pth.tar')
     torch.save({**loaded, 'classes': CLASSES[:3]}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='has 4 classes, and names for 3'):
+    with pytest.raises(ValueError, match='expected 4 class names, got 3'):
         smpconv_models.predict(photos, tmp_path / 'other.pth')
 
 
@@ -175,13 +177,31 @@ def test_files_of_the_results(predicted, run_folder, photos, tmp_path):
     features = np.load(tmp_path / 'f.npy')
     assert features.shape == (6, 8) and features.dtype == np.float32
     assert np.isnan(features).all(1).tolist() == [False, False, True, False, False, False]
-    assert sorted(path.name for path in folder.iterdir()) == ['a-2.png', 'a.png', 'b.png', 'c.png', 'd.png']
+    assert sorted(path.name for path in folder.iterdir()) == [
+        'a-2.heat.png', 'a.heat.png', 'b.heat.png', 'c.heat.png', 'd.heat.png']
     for row in rows:
         if 'error' not in row:
             with Image.open(row['heat_map']) as picture:
                 assert min(picture.size) >= 224 and np.asarray(picture).std() > 5
     predicted(photos, '--checkpoint', run_folder, '--output', values)
     assert [row['image'] for row in json.loads(values.read_text())] == [row['image'] for row in rows]
+
+
+def test_a_failed_run_leaves_earlier_results(run_folder, photos, tmp_path, capsys):
+    earlier = tmp_path / 'results.csv'
+    earlier.write_text('image\na.png\n')
+    with pytest.raises(SystemExit):
+        programs.run(main, photos, '--checkpoint', run_folder, '--output', earlier, '--device', 'tpu9')
+    assert earlier.read_text() == 'image\na.png\n'
+
+
+def test_text_of_a_terminal_is_escaped(run_folder, photos, tmp_path, capsys, monkeypatch):
+    loaded = torch.load(run_folder / 'model_best.pth.tar')
+    torch.save({**loaded, 'classes': ['\x1b[2Jant\nbee', *CLASSES[1:]]}, tmp_path / 'other.pth')
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    programs.run(main, photos / 'a.png', '--checkpoint', tmp_path / 'other.pth')
+    out = capsys.readouterr().out
+    assert '\x1b' not in out and len(out.splitlines()) == 5
 
 
 def test_an_image_on_standard_input(run_folder, photos):
@@ -214,7 +234,10 @@ def test_an_interrupt_keeps_the_results(run_folder, photos, tmp_path):
     (['PHOTOS'], 'the following arguments are required: --checkpoint'),
     (['PHOTOS', '--checkpoint', 'GONE'], 'GONE'),
     (['GONE', '--checkpoint', 'RUN'], 'images: no such file or folder: GONE'),
-    (['EMPTY', '--checkpoint', 'RUN'], 'has no images'),
+    (['EMPTY', '--checkpoint', 'RUN'], 'has the extension of an image'),
+    (['-', '-', '--checkpoint', 'RUN'], '- is given twice'),
+    (['PHOTOS', '--checkpoint', 'hf-hub:OWNER/NAME', '--num-classes', '7'], 'leave out --num-classes'),
+    (['PHOTOS', '--checkpoint', 'RUN', '--heat-map', 'PHOTOS'], 'is not a folder'),
     (['PHOTOS', '--checkpoint', 'RUN', '--output', 'results.txt'], '--output takes the name of a .csv or .json file'),
     (['PHOTOS', '--checkpoint', 'RUN', '--features', 'EMPTY/no/f.npy'], 'cannot be written'),
     (['PHOTOS', '--checkpoint', 'RUN', '--topk', '0'], 'must be at least 1'),
