@@ -76,6 +76,12 @@ class DemoServer(ThreadingHTTPServer):
         return result
 
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report an error, unless the browser has closed the connection."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: DemoServer
 

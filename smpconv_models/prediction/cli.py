@@ -12,18 +12,19 @@ line of JSON.
 
 An image that cannot be read is reported, and the remaining images are processed.
 
-Exit codes: 0 all images were predicted, 1 some cannot be read, 2 wrong arguments, 130 interrupted; the results up to
-the interrupt are written.
+Exit codes: 0 all images were predicted, 1 some cannot be read or the results cannot be written, 2 wrong arguments, 130
+interrupted; the results up to the interrupt are written.
 """
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
-from contextlib import closing
-from io import BytesIO
+from contextlib import closing, contextmanager
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Set
+from typing import Any, Dict, Iterator, List, NoReturn, Optional, Set
 
 import numpy as np
 import torch
@@ -96,9 +97,10 @@ class Results:
         """Take one prediction, write its heat map, and return it as plain data."""
         row = prediction.as_dict()
         if prediction.heat_map is not None and self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f'{self._unique(Path(prediction.image).stem)}.heat.png'  # the name of no input
-            with atomic_write(path) as temporary:
+            with _naming('--heat-map', self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            with _naming('--heat-map', path), atomic_write(path) as temporary:
                 prediction.heat_map.save(temporary, format='png')
             row['heat_map'] = str(path)
         self.unreadable += bool(prediction.error)
@@ -120,16 +122,31 @@ class Results:
         if not self._rows:
             return ''
         if self._output is not None:
-            if self._output.suffix.lower() == '.json':
-                save_json(self._output, self._rows)
-            else:
-                save_rows(self._output, [_flat(row) for row in self._rows])
+            with _naming('--output', self._output):
+                if self._output.suffix.lower() == '.json':
+                    save_json(self._output, self._rows)
+                else:
+                    save_rows(self._output, [_flat(row) for row in self._rows])
         if self._features is not None:
             size = next((len(vector) for vector in self._vectors if vector is not None), 0)
             missing = np.full(size, np.nan, np.float32)
-            with atomic_write(self._features) as temporary, open(temporary, 'wb') as file:
+            with _naming('--features', self._features), atomic_write(self._features) as temporary, \
+                    open(temporary, 'wb') as file:
                 np.save(file, np.stack([missing if vector is None else vector for vector in self._vectors]))
         return ' and '.join(str(path) for path in (self._output, self._features) if path)
+
+
+class OutputError(Exception):
+    """Results cannot be written."""
+
+
+@contextmanager
+def _naming(name: str, path: Any = '') -> Iterator[None]:
+    """Raise OutputError with the name of the output for an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f'{name} {path}'.strip() + f' cannot be written: {error.strerror or error}') from error
 
 
 def _flat(row: Dict[str, Any]) -> Dict[str, Any]:
@@ -166,6 +183,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         try:
             with closing(predictions), tqdm(
                     predictions, desc='predicting', total=len(images), unit='image', leave=False, disable=None) as bar:
+                is_read = True
                 for image, prediction in zip(images, bar):
                     if isinstance(image, BytesIO):
                         prediction = prediction._replace(image='-')
@@ -174,9 +192,14 @@ def main(argv: Optional[List[str]] = None) -> int:
                         bar.write(
                             f'{parser.prog}: {printable(prediction.image, None)} cannot be read: '
                             f'{printable(prediction.error)}', sys.stderr)
-                    bar.write(_text(row) if sys.stdout.isatty() else f'{json.dumps(row)}\n', sys.stdout, end='')
+                    if is_read:
+                        is_read = _print(bar, _text(row) if sys.stdout.isatty() else f'{json.dumps(row)}\n')
+                    if not is_read and not (args.output or args.features or args.heat_map):
+                        break  # as in a pipe to head
         finally:
             saved = results.save()
+    except OutputError as error:
+        parser.exit(1, f'{parser.prog}: error: {error}\n')
     except (torch.OutOfMemoryError, MemoryError) as error:
         parser.error(f'out of memory: {first_line(error)}; a smaller --batch-size needs less')
     except (ImportError, OSError, ValueError) as error:
@@ -187,8 +210,26 @@ def main(argv: Optional[List[str]] = None) -> int:
     return 1 if results.unreadable else 0
 
 
+def _print(bar: Any, text: str) -> bool:
+    """Write text to standard output; return False if nobody reads it any more."""
+    with _naming('standard output'):
+        try:
+            bar.write(text, sys.stdout, end='')
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the stream at its end
+            if not isinstance(error, BrokenPipeError):
+                raise
+            return False
+    return True
+
+
 def run() -> NoReturn:
     """Run as a program of its own, with this process's streams and signals."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    stdout = sys.stdout
     streams.keep_writable()
+    if isinstance(stdout, TextIOWrapper):  # results must not be lost without an error, unlike messages
+        sys.stdout = stdout
+        stdout.reconfigure(errors='backslashreplace')
     sys.exit(main())

@@ -29,6 +29,7 @@ from smpconv_models.utils import hub_download
 from smpconv_models.utils.errors import first_line, suggestion_suffix
 
 from .batch_norm import frozen_modules
+from .checkpointing import RunDir
 from .config import AugmentationOptions, EMAOptions, ModelOptions, OptimizerOptions, ScheduleOptions
 from .distributed import DistributedContext
 
@@ -419,7 +420,7 @@ def load_first_weights(model: Any, path: str, classes: Optional[List[str]]) -> s
 
     Args:
         model: Model to load into.
-        path: Path of a checkpoint, ours, timm's or the original release's.
+        path: Path of a checkpoint, ours, timm's or the original release's, or the folder of a run.
         classes: Names of the classes to train, None if they are not known.
 
     Returns:
@@ -428,8 +429,14 @@ def load_first_weights(model: Any, path: str, classes: Optional[List[str]]) -> s
     Raises:
         ValueError: If the weights are another model's, or are not finite.
     """
+    path = RunDir.best_checkpoint(path)
     loaded = checkpoint.load_file(path)
     state_dict, _ = select_weights(loaded, path)
+    match = identify(state_dict)
+    if match is not None and match.in_chans != model.in_chans:
+        raise ValueError(
+            f'{path} has weights for images of {match.in_chans} channels, and the model takes {model.in_chans}: '
+            f'--in-chans {match.in_chans} takes them')
     trained = checkpoint.describe(loaded, path).classes
     own = model.state_dict()
     names = {id(parameter): name for name, parameter in model.named_parameters()}

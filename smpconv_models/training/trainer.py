@@ -540,6 +540,7 @@ class Trainer:
             else:
                 _logger.info('resuming from %s: epoch %d, step %d', path, state.epoch, state.step)
         self._load_weights(path, loaded, arguments)
+        self.origin = f'weights of {Path(path).name}'
         state.step = min(step, self.train_loader.steps)
         self.state = state
         self.train_step.scheduler.step_update(self.global_step)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,32 @@ def test_an_interrupt_keeps_the_results(run_folder, photos, tmp_path):
     assert process.returncode == 130
     assert errors.count('\n') == 1 and 'interrupted; ' in errors
     assert 1 <= len(json.loads((tmp_path / 'results.json').read_text())) < 3000
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has this file')
+def test_a_full_disk_is_one_line(run_folder, photos, tmp_path, capsys, monkeypatch):
+    command = [sys.executable, '-m', 'smpconv_models.predict', photos / 'a.png', '--checkpoint', run_folder]
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    message = 'python -m smpconv_models.predict: error: standard output cannot be written: No space left on device\n'
+    assert (done.returncode, done.stderr) == (1, message)
+    monkeypatch.setattr(np, 'save', lambda *_: Path('/dev/full').write_text('x'))
+    path = tmp_path / 'f.npy'
+    line = programs.refused(main, capsys, photos / 'a.png', '--checkpoint', run_folder, '--features', path, code=1)
+    assert f'error: --features {path} cannot be written: No space left on device' in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_ends_the_program(run_folder, photos, tmp_path):
+    for index in range(3000):
+        (tmp_path / f'{index:04}.webp').symlink_to(photos / 'b.webp')
+    command = [sys.executable, '-m', 'smpconv_models.predict', tmp_path, '--checkpoint', run_folder, '-b', '1']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        start = time.monotonic()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0 and process.stderr.read() == ''
+    assert time.monotonic() - start < 5  # all images take longer
 
 
 @pytest.mark.parametrize(('argv', 'message'), [

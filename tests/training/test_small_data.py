@@ -23,7 +23,7 @@ from smpconv_models.training.checkpointing import RunDir
 from smpconv_models.training.class_folders import ClassFolders, Scan
 from smpconv_models.training.dataset_factory import create_dataset
 from smpconv_models.training.datasets import ResumableBatchSampler
-from smpconv_models.training.factory import classifier_parameters, freeze_, set_train_mode
+from smpconv_models.training.factory import classifier_parameters, freeze_, load_first_weights, set_train_mode
 from smpconv_models.training.validate import _check_same_images, fill_from_checkpoint, macro_averages
 
 SHORT = [*TINY, '--img-size', '16', '--epochs', '1', '-b', '4', '--lr', '1e-3', '--experiment', 'run']
@@ -239,11 +239,17 @@ def test_a_classifier_of_other_classes_is_left_out(photos, tmp_path, capsys):
     (other / 'ant').rename(other / 'elk')
     argv = [*SHORT, '--val-split-fraction', 0.2, '--output', tmp_path]
     assert run(train.main, photos, *argv, '--experiment', 'first') == 0
-    first = tmp_path / 'first' / 'model_best.pth.tar'
+    first = tmp_path / 'first'
     for folder, suffix in ((photos, f'weights of {first}\n'), (other, 'without their classifier, which is of other')):
         capsys.readouterr()
         assert run(train.main, folder, *argv, '--initial-checkpoint', first, '--experiment', folder.name) == 0
         assert suffix in capsys.readouterr().out
+
+
+def test_weights_for_gray_images_name_the_option(tmp_path):
+    torch.save(timm.create_model('smpconv_nano', in_chans=1).state_dict(), tmp_path / 'gray.pth')
+    with pytest.raises(ValueError, match='images of 1 channels, and the model takes 3: --in-chans 1 takes them'):
+        load_first_weights(timm.create_model('smpconv_nano', num_classes=3), str(tmp_path / 'gray.pth'), None)
 
 
 def test_a_checkpoint_is_independent_of_the_folder_of_its_model(photos, tmp_path, capsys):
