@@ -279,8 +279,10 @@ class BoundedLoader:
                     except StopIteration:
                         return
                 yield batch
-        except (EOFError, OSError, RuntimeError):  # as PyTorch notices that a worker died
+        except (EOFError, OSError, RuntimeError) as error:  # as PyTorch notices that a worker died
             if not limit.is_exceeded:
+                if isinstance(error, (EOFError, ConnectionError)):  # while the worker handed over a batch
+                    raise RuntimeError(f'DataLoader worker (pid unknown) exited unexpectedly: {error!r}') from error
                 raise
             self._kill_and_join()
             self.close()  # the next iteration starts other workers

@@ -112,6 +112,23 @@ def test_a_stopped_worker_does_not_keep_the_end():
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize('error', [ConnectionResetError(104, 'Connection reset by peer'), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch(monkeypatch, error):
+    """PyTorch raises these errors at rare moments."""
+    loader = bounded(seconds=60)
+    batches = iter(loader)
+    next(batches)
+
+    def fail(iterator):
+        raise error
+
+    monkeypatch.setattr(type(loader.loader._iterator), '__next__', fail)
+    with pytest.raises(RuntimeError, match=r'DataLoader worker \(pid unknown\) exited'):
+        list(batches)
+    monkeypatch.undo()
+    loader.close()
+
+
 def test_a_worker_that_dies_is_reported_by_pytorch():
     loader = bounded(seconds=60)
     batches = iter(loader)
