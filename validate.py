@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional
 
@@ -55,6 +54,7 @@ from smpconv_models.training import (
     save_results,
 )
 from smpconv_models.utils import streams
+from smpconv_models.utils.atomic_io import check_writable
 
 PROG = 'smpconv-validate' if __package__ == 'smpconv_programs' else 'validate.py'
 
@@ -73,9 +73,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--checkpoint', metavar='FILE', nargs='+', default=[],
         help="checkpoint of train.py, timm or the original release, or a run's folder for its best checkpoint")
-    parser.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction,
-        help='use the EMA weights, or not (default: the better of both if recorded in the checkpoint, otherwise EMA)')
+    cli.add_use_ema(parser)
     parser.add_argument('--reparam', action='store_true', help='re-parameterize the model first')
     parser.add_argument(
         '--split', metavar='NAME', help="split to evaluate (default: the checkpoint's, otherwise validation)")
@@ -108,13 +106,7 @@ def check_outputs(args: argparse.Namespace, checkpoints: List[str], count: int) 
         if file in used:
             raise ValueError(f'{option} {path} is the file of {used[file]} too')
         used[file] = option
-        if file.exists() and not file.is_file():  # a folder; a device, which must not be replaced
-            raise ValueError(f'{option} {file} is not a file')
-        try:
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass
-        except OSError as error:
-            raise ValueError(f'{option} {file} cannot be written: {error.strerror}') from error
+        check_writable(str(file), option)
     if args.confusion_matrix and importlib.util.find_spec('matplotlib') is None:
         raise ValueError('--confusion-matrix needs matplotlib: pip install matplotlib')
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
-import timm
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -24,8 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import smpconv_models  # noqa: F401 (registers the models)
-from smpconv_models import checkpoint, figures
+from smpconv_models import figures
 from smpconv_models.layers import smp_layers
+from smpconv_models.prediction.inputs import ModelSource
 from smpconv_models.training import Digits
 
 FOLDER = Path(__file__).parent
@@ -70,13 +70,8 @@ def bare(axes: Axes, title: str) -> None:
 
 def draw_hero(path: str) -> None:
     """Draw the points of a layer, its kernel on two grids, and the receptive field of the network."""
-    loaded = checkpoint.load_file(path)
-    state_dict, _ = checkpoint.select_state_dict(loaded)
-    kwargs = checkpoint.describe(loaded, path).model_kwargs
-
-    model = timm.create_model('smpconv_nano', **kwargs)
-    model.load_state_dict(checkpoint.convert_and_check(state_dict, model))
-    model.eval()
+    loaded, = ModelSource(checkpoints=[path]).load()
+    model = loaded.model
     layer = next(iter(smp_layers(model).values()))
     fine = copy.deepcopy(layer)
     fine.resize(31)
@@ -218,7 +213,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         commands.add_parser(name)
     args = parser.parse_args(argv)
     if args.command == 'hero':
-        draw_hero(str(Path(args.checkpoint) / 'model_best.pth.tar'))
+        draw_hero(args.checkpoint)
     else:
         {'speed': draw_speed, 'block': draw_block, 'layers': draw_layers}[args.command]()
     return 0

@@ -96,7 +96,7 @@ MAY_IMPORT = {
     'smpconv_models/__main__.py': ('torch', 'timm', 'smpconv_models', STREAMS),
     'smpconv_models/__init__.py': (LAYERS, MODELS, f'{PREDICTION}.predict', *PUBLIC_OPS),
     'train.py': ('smpconv_models', STREAMS, *PUBLIC_TRAINING),
-    'validate.py': ('smpconv_models', STREAMS, *PUBLIC_TRAINING),
+    'validate.py': ('smpconv_models', STREAMS, f'{UTILS}.atomic_io', *PUBLIC_TRAINING),
     'hub': ('smpconv_models', HUB, CHECKPOINT, UTILS),
     'smpconv_models/detection.py': ('torch', 'torchvision', 'timm'),
     'examples': (

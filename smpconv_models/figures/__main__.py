@@ -85,9 +85,7 @@ def _add(
     command.add_argument(
         '--checkpoint', metavar='PATH', nargs=nargs,
         help='checkpoint files or run folders' if several else 'checkpoint file or run folder')
-    command.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction,
-        help='use the EMA weights, or not (default: the better of both if recorded in the checkpoint, otherwise EMA)')
+    cli.add_use_ema(command)
     command.add_argument('--pretrained', action='store_true', help='load the pretrained weights of --model')
     command.add_argument('--reparam', action='store_true', help='re-parameterize the network first')
     command.add_argument(
@@ -205,7 +203,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         args.use_ema, args.reparam, args.seed, getattr(args, 'img_size', None))
     own = {name: value for name, value in vars(args).items() if name in inspect.signature(args.draw).parameters}
     try:
-        with atomic_write(check_writable(args.output, _extensions(args.command), '--output')) as temporary:
+        with atomic_write(check_writable(args.output, '--output', _extensions(args.command))) as temporary:
             args.draw(temporary, source, **own)
     except (torch.OutOfMemoryError, MemoryError) as error:
         parser.error(f'out of memory: {first_line(error)}; a smaller --img-size needs less')

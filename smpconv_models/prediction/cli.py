@@ -53,9 +53,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--checkpoint', required=True, metavar='PATH',
         help="checkpoint, run's folder, converted folder, hf-hub:OWNER/NAME or local-dir:FOLDER")
-    parser.add_argument(
-        '--use-ema', action=argparse.BooleanOptionalAction,
-        help='use the EMA weights, or not (default: the better of both if recorded in the checkpoint, otherwise EMA)')
+    cli.add_use_ema(parser)
     parser.add_argument('--reparam', action='store_true', help='re-parameterize the model first')
     parser.add_argument(
         '--topk', type=cli.positive_int, default=5, metavar='N', help='number of classes (default: %(default)s)')
@@ -83,8 +81,8 @@ class Results:
     """Files of the predictions, which are written at the end."""
 
     def __init__(self, output: Optional[str], features: Optional[str], heat_map: Optional[str]) -> None:
-        self._output = None if output is None else check_writable(output, ['.csv', '.json'], '--output')
-        self._features = None if features is None else check_writable(features, ['.npy'], '--features')
+        self._output = None if output is None else check_writable(output, '--output', ['.csv', '.json'])
+        self._features = None if features is None else check_writable(features, '--features', ['.npy'])
         self._folder = None if heat_map is None else Path(heat_map)
         if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f'--heat-map {heat_map} is not a folder')

@@ -115,6 +115,13 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
         'folder', nargs='?', metavar='DIR', help='folder of the data set, as --data-dir')
 
 
+def add_use_ema(parser: argparse.ArgumentParser) -> None:
+    """Add the choice between the weights and the EMA weights of a checkpoint."""
+    parser.add_argument(
+        '--use-ema', action=argparse.BooleanOptionalAction,
+        help='use the EMA weights, or not (default: the better of both if recorded in the checkpoint, otherwise EMA)')
+
+
 def read_options(args: argparse.Namespace, group: Type[Options]) -> Options:
     """Return the parsed options of one dataclass."""
     return group(**{item.name: getattr(args, item.name) for item in fields(group)})  # type: ignore[arg-type]

@@ -33,12 +33,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
-def check_writable(path: str, extensions: Sequence[str], option: str) -> Path:
-    """Return the path of a file to write; raise ValueError if it cannot be written, or has none of the extensions."""
+def check_writable(path: str, option: str, extensions: Sequence[str] = ()) -> Path:
+    """Return the resolved path of a file to write; leave nothing behind.
+
+    Raises:
+        ValueError: If the file cannot be written, is no file, or has none of the extensions, if any are given.
+    """
     file = Path(path).resolve()
-    if file.suffix.lower() not in extensions:
+    if extensions and file.suffix.lower() not in extensions:
         raise ValueError(f'{option} takes the name of a {" or ".join(extensions)} file, got {path}')
-    if file.exists() and not file.is_file():
+    if file.exists() and not file.is_file():  # a folder; a device, which must not be replaced
         raise ValueError(f'{option} {path} is not a file')
     try:
         with tempfile.TemporaryFile(dir=file.parent):
