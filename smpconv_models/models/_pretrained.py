@@ -117,8 +117,12 @@ def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Pa
         published = get_pretrained_cfg(variant)
         is_originals_repo = published is not None and cfg.hf_hub_id == published.hf_hub_id and cfg.source != 'hf-hub'
         is_obtainable = isinstance(error, hub_download.RepoNotFoundError) or original_path.exists()
-        if not (is_obtainable and is_originals_repo and variant in original.GDRIVE_IDS):
+        if not is_originals_repo:
             raise
+        if not is_obtainable or variant not in original.GDRIVE_IDS:
+            raise ValueError(
+                f'{error}; a file that is here already is taken by pretrained_cfg_overlay=dict(file=...), and by '
+                '--initial-checkpoint of train.py') from error
         _logger.warning('%s; taking the original file', error)
     return original.download_original(variant, original_path), NO_WEIGHTS.verify
 

@@ -164,7 +164,8 @@ class Trainer:
                     self.logger.close()
         self.world.run_on_primary(self._draw)
         self._check_success()
-        self._report_lag()
+        if not is_finished:
+            self._report_lag()
         return {**self._results(), 'seconds': 0. if is_finished else time.perf_counter() - start}
 
     def _log_setup(self) -> None:
@@ -323,10 +324,11 @@ class Trainer:
         """Warn if the EMA weights of the last epoch are far worse than the weights that they average."""
         row = self.state.rows[-1]
         if self.world.is_primary and row.get('ema_top1', 100.) < row['eval_top1'] - _MAX_EMA_GAP:
+            ema = self.options.ema
             _logger.warning(
-                "the EMA weights lag behind the model's to the end: top-1 %.2f %% against %.2f %%; --model-ema-warmup "
-                'or a lower --model-ema-decay than %g follows faster', row['ema_top1'], row['eval_top1'],
-                self.options.ema.model_ema_decay)
+                "the EMA weights lag behind the model's to the end: top-1 %.2f %% against %.2f %%; %sa lower "
+                '--model-ema-decay than %g follows faster', row['ema_top1'], row['eval_top1'],
+                '' if ema.model_ema_warmup else '--model-ema-warmup or ', ema.model_ema_decay)
 
     def _evaluate(self, model: nn.Module, description: str, stop: GracefulStop) -> Dict[str, Any]:
         """Evaluate a model; stop on all ranks if one was asked to, as the run was saved before."""
@@ -610,7 +612,9 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     check_classes(classes, val_set.classes)
     options = _fit_img_size(options, train_set)
     task = create_task(options.data)
-    model, architecture, model_kwargs, origin = _build_model(options, classes)
+    resumes = world.broadcast_object(world.run_on_primary(
+        lambda: run_dir.has_checkpoint() or bool(options.checkpointing.resume)))
+    model, architecture, model_kwargs, origin = _build_model(options, classes, resumes)
     task.check_model(str(options.model.model), model, train_set, in_chans)
     if options.run.sync_bn:
         model = factory.convert_sync_bn(model, world, device)
@@ -755,9 +759,14 @@ def _model_arguments(options: TrainOptions, defaults: Dict[str, Any]) -> Dict[st
     return model_arguments(options.model, options.data.img_size, options.data.input_size, defaults)
 
 
-def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[Any, str, Dict[str, Any], str]:
-    """Return the model, the architecture and the arguments that create it again, and the origin of its weights."""
+def _build_model(
+        options: TrainOptions, classes: Optional[List[str]], resumes: bool) -> Tuple[Any, str, Dict[str, Any], str]:
+    """Return the model, the architecture and the arguments that create it again, and the origin of its weights.
+
+    A run that resumes does not read its first weights again, which may be gone or out of reach by then.
+    """
     name, run = options.model.model, options.run
+    pretrained = run.pretrained and not resumes
     model_kwargs = _model_arguments(options, {} if classes is None else {'num_classes': len(classes)})
     rates = {key: value for key, value in (
         ('drop_rate', options.augmentation.drop), ('drop_path_rate', options.augmentation.drop_path))
@@ -765,13 +774,13 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
     check_no_conflict(model_kwargs, rates)
     model_kwargs.update(rates)
     random_seed(options.data.seed, 0)
-    model = create_model(name, pretrained=run.pretrained, **model_kwargs)
+    model = create_model(name, pretrained=pretrained, **model_kwargs)
     if run.bn_momentum is not None:
         for norm in trained_norms(model):
             norm.momentum = run.bn_momentum
     architecture, arguments = resolve_source(str(name))
     model_kwargs = {**arguments, **model_kwargs}
-    if run.pretrained:
+    if pretrained:
         again = create_model(architecture, **model_kwargs, device='meta')
         shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, again)]
         if shapes[0] != shapes[1]:  # no later command could load this run's weights
@@ -780,10 +789,10 @@ def _build_model(options: TrainOptions, classes: Optional[List[str]]) -> Tuple[A
                 'the weights were trained with, take kernel_scale')
     check_class_count(classes, model.num_classes)
     origin = 'random weights'
-    if run.pretrained:
+    if pretrained:
         is_own = model.num_classes == model.pretrained_cfg['num_classes']
         origin = 'pretrained weights' + ('' if is_own else ', with a new classifier')
-    if run.initial_checkpoint:
+    if run.initial_checkpoint and not resumes:
         left_out = load_first_weights(model, run.initial_checkpoint, classes)
         origin = f'weights of {run.initial_checkpoint}' + (f' {left_out}' if left_out else '')
     if run.freeze:

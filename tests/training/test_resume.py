@@ -201,7 +201,8 @@ def test_other_classes_and_other_images_are_refused(tmp_path, capsys):
 
 def test_runs_start_from_a_checkpoints_weights(straight, tmp_path, capsys):
     """The better ones of the model's and the EMA, as an evaluation would take."""
-    command = [*EVERYTHING, '--output', tmp_path, '--initial-checkpoint', straight / 'model_best.pth.tar']
+    first = Path(shutil.copy(straight / 'model_best.pth.tar', tmp_path / 'first.pth.tar'))
+    command = [*EVERYTHING, '--output', tmp_path, '--initial-checkpoint', first]
     assert run(*command, '--lr', 1e-30, '--warmup-lr', 0, '--min-lr', 0, '--epochs', 1, '--warmup-epochs', 0) == 0
     weights = torch.load(tmp_path / 'smpconv_nano/last.pth.tar', weights_only=True)['state_dict']
     best = torch.load(straight / 'model_best.pth.tar', weights_only=True)
@@ -210,6 +211,10 @@ def test_runs_start_from_a_checkpoints_weights(straight, tmp_path, capsys):
     line = refused(capsys, *command, '--experiment', 'other', '--model', 'smpconv_mobile31')
     assert 'does not fit the model' in line and 'smpconv_nano' not in line  # its arguments make it no registered model
     assert not (tmp_path / 'other').exists()
+    first.unlink()  # a run that resumes does not need it
+    capsys.readouterr()
+    assert run(*command, '--epochs', 2) == 0
+    assert 'last.pth.tar: epoch 1, step 0' in capsys.readouterr().out
 
 
 def test_a_checkpoint_can_be_named(begun, tmp_path, capsys):
