@@ -1,7 +1,7 @@
 """Draw the pictures of README.md, for light and for dark pages, and the diagrams of docs/.
 
     python docs/pictures.py hero --checkpoint output/digits       points, sampled kernels, and the receptive field
-    python docs/pictures.py speed                                 the last rows of benchmarks/results/depthwise.jsonl
+    python docs/pictures.py speed                                 the last rows of one machine in benchmarks/results
     python docs/pictures.py block                                 the block of SMPConv-T
     python docs/pictures.py layers                                the parts of the package, and who imports whom
 
@@ -30,6 +30,7 @@ from smpconv_models.training import Digits
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / 'benchmarks' / 'results' / 'depthwise.jsonl'
+DEVICE = 'x86_64 AVX512, 2 cores'
 INK, DARK_INK = '#1f2328', '#e6edf3'  # on light and on dark pages
 BLUE, ORANGE, GRAY = '#2f6fb7', '#d97706', '#8b949e'
 NETWORKS = {
@@ -100,7 +101,7 @@ def _pixels(index: int) -> np.ndarray:
 def draw_speed() -> None:
     """Draw how many times as fast a training step of the operation is as F.conv2d's, by network and layout."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    rows = [row for row in rows if row['dtype'] == 'float32' and 'cuda' not in row]
+    rows = [row for row in rows if row['dtype'] == 'float32' and row['device'] == DEVICE]
     latest = {row['case']: row for row in rows if row['network'] in NETWORKS}
     figure = Figure(figsize=(9, 3.4), layout='constrained')
     axes = figure.subplots(subplot_kw={'facecolor': 'none'})
@@ -116,7 +117,7 @@ def draw_speed() -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     for text in (*axes.get_xticklabels(), axes.set_title(
-            'Forward and gradients of the large kernels: times as fast as F.conv2d (line)', fontsize=13)):
+            'Forward and gradients of the large kernels, AVX-512: times as fast as F.conv2d (line)', fontsize=13)):
         inked(text).set_color(INK)
     for text in axes.legend(fontsize=12, frameon=False, loc='upper right').get_texts():
         inked(text)
