@@ -20,6 +20,12 @@ EVERYTHING = [
     '--model-ema-decay', '0.9', '--model-ema-warmup', '--clip-grad', '5', '--balance-classes',
     '--global-batch-size', '128', '--batch-size', '64', '--log-interval', '1']
 
+# Learns in two epochs.
+DIGITS = [
+    '--model', 'smpconv_nano', '--model-kwargs', 'depths=(1,1)', 'dims=(16,32)', 'kernel_sizes=(7,5)', '--workers', '0',
+    '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--lr', '2e-2',
+    '--warmup-epochs', '1', '--no-aug', '--experiment', 'run']
+
 
 def start(argv, ranks=1, script=ROOT / 'train.py', more=None, environments=None, **options):
     """Start a program as torchrun would, or alone; `more` and `environments` are of single ranks."""

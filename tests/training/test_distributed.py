@@ -1,11 +1,12 @@
 """Two processes, over gloo on the CPU."""
+import json
 import resource
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from launch import EVERYTHING, differences, finish, start, wait_for_step
+from launch import DIGITS, EVERYTHING, differences, finish, start, wait_for_step
 from torch import nn
 
 from smpconv_models.training.distributed import DistributedContext
@@ -84,6 +85,14 @@ def test_both_processes_stop_at_the_same_step_when_one_is_asked(straight, tmp_pa
     assert torch.load(tmp_path / 'run/last.pth.tar', weights_only=True)['progress']['step'] >= 5
     run(*command)
     assert differences(straight, tmp_path / 'run') == []
+
+
+@pytest.mark.slow  # half a minute: two processes
+def test_a_short_run_is_evaluated_as_it_is_trained(tmp_path):
+    """Statistics that were recalibrated by both processes, and an EMA that follows."""
+    run(*DIGITS, '--epochs', 2, '--model-ema', '--batch-size', 32, '--output', tmp_path)
+    row = json.loads((tmp_path / 'run/summary.json').read_text())
+    assert row['processes'] == 2 and row['global_batch_size'] == 64 and row['top1'] > 80
 
 
 @pytest.mark.slow  # 10 s: two processes

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import timm
 import torch
-from launch import TINY
+from launch import DIGITS, TINY
 from made import make_folder
 from test_run import refused, run
 from torch import nn
@@ -27,10 +27,6 @@ from smpconv_models.training.factory import classifier_parameters, freeze_, load
 from smpconv_models.training.validate import _check_same_images, fill_from_checkpoint, macro_averages
 
 SHORT = [*TINY, '--img-size', '16', '--epochs', '1', '-b', '4', '--lr', '1e-3', '--experiment', 'run']
-DIGITS = [
-    '--model', 'smpconv_nano', '--model-kwargs', 'depths=(1,1)', 'dims=(16,32)', 'kernel_sizes=(7,5)', '--workers', '0',
-    '--dataset', 'digits', '--in-chans', '1', '--img-size', '16', '--lr', '2e-2',
-    '--warmup-epochs', '1', '--no-aug', '--experiment', 'run']
 
 
 @pytest.fixture(scope='module')
