@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.parametrize('count', [
-    2000,
+    500,
     pytest.param(20000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),  # a quarter of an hour
 ])
 def test_changed_files_are_read_or_refused(count):
