@@ -25,13 +25,15 @@ interrupted.
 """
 import argparse
 import functools
-import math
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional
+from typing import Dict, List, Optional, Tuple
 
 import limits
+from arguments import Parser, positive
+from predictions import Predictions
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # a checkout that is not installed
@@ -44,19 +46,12 @@ ALL_MINUTES, PHASE_MINUTES = 25., 9.
 _GRACE = 15  # seconds at the end of a phase that only the part in progress may use
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser with errors of one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = Parser(
         prog='gpu.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--phase', nargs='+', choices=tuple(PHASES), metavar='PHASE', default=list(PHASES),
                         help=f'phases among {", ".join(PHASES)} (all)')
-    parser.add_argument('--minutes', type=_minutes, metavar='M',
+    parser.add_argument('--minutes', type=positive(float), metavar='M',
                         help=f'time of all phases together ({PHASE_MINUTES:g} for each, at most {ALL_MINUTES:g})')
     parser.add_argument('--device', choices=('cuda', 'cpu'), help='device (cuda, or cpu for a dry run)')
     parser.add_argument('--dry-run', action='store_true', help='tiny sizes, for a CPU')
@@ -73,16 +68,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
-def _minutes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
-    return value
-
-
 def _complete(parser: Parser, args: argparse.Namespace) -> None:
     """Set defaults that depend on other options, read the predictions and create the folders."""
-    from predictions import Predictions
     args.phase = [phase for phase in PHASES if phase in args.phase]
     args.minutes = args.minutes or min(ALL_MINUTES, PHASE_MINUTES * len(args.phase))
     args.results = args.results or (ROOT / 'output/gpu' if args.dry_run else ROOT / 'benchmarks/results')
@@ -99,10 +86,13 @@ def _complete(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def missing() -> Optional[str]:
-    """Return in one line what the GPU phases lack here, None if nothing."""
-    import torch
+    """Return in one line what the phases lack here, None if nothing."""
+    try:
+        import torch
 
-    import smpconv_models
+        import smpconv_models
+    except ImportError as error:
+        return f'this package cannot be imported here: {error}'
     if torch.version.cuda is None:
         return f'PyTorch {torch.__version__} is built without CUDA: install a build for CUDA'
     if not torch.cuda.is_available():
@@ -116,8 +106,8 @@ def missing() -> Optional[str]:
     return None
 
 
-def run_phase(name: str, args: argparse.Namespace, seconds: float) -> Any:
-    """Run a phase and return its report."""
+def run_phase(name: str, args: argparse.Namespace, seconds: float) -> Tuple[List[str], List[str]]:
+    """Run a phase and return its faults, and what it left out for lack of time."""
     import importlib
 
     import torch
@@ -129,14 +119,19 @@ def run_phase(name: str, args: argparse.Namespace, seconds: float) -> Any:
     settings = Settings(
         torch.device(args.device), args.dry_run, args.results, args.configs, args.predictions,
         Deadline(seconds - _GRACE))
-    return importlib.import_module(PHASES[name]).run(settings)
+    report = importlib.import_module(PHASES[name]).run(settings)
+    return report.faults, report.left_out
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the phases and return the exit code."""
-    if not args.dry_run:
-        outcome = limits.call(missing, 120)
-        if reason := outcome.value or outcome.fault:
+    if args.dry_run:
+        import smpconv_models  # noqa: F401 (once for all phases; before a fork, a GPU allows no use of CUDA)
+    else:
+        reason, fault = limits.call(missing, 120)
+        if fault:
+            reason = f'the search for a GPU {fault}'
+        if reason:
             print(f'gpu.py: error: {reason}', file=sys.stderr)
             return 1
     end = limits.Deadline(60 * args.minutes)
@@ -145,9 +140,8 @@ def run(args: argparse.Namespace) -> int:
     for position, name in enumerate(args.phase):
         seconds = end.left() * SHARES[name] / sum(SHARES[other] for other in args.phase[position:])
         print(f'\n--- {name}: at most {seconds / 60:.1f} minutes', flush=True)
-        report, fault = limits.call(functools.partial(run_phase, name, args, seconds), seconds)
-        faults[name] = [fault] if fault else report.faults
-        left_out[name] = [] if fault else report.left_out
+        found, fault = limits.call(functools.partial(run_phase, name, args, seconds), seconds)
+        faults[name], left_out[name] = ([fault], []) if fault else found
     print()
     for name in args.phase:
         state = f'{len(faults[name])} faults: {"; ".join(faults[name])}' if faults[name] else 'right'
@@ -162,15 +156,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.dry_run:
         os.environ['TRITON_INTERPRET'] = '1'  # before the first import of Triton
     try:
-        import smpconv_models  # noqa: F401 (once, for all phases)
-    except ImportError as error:
-        print(f'gpu.py: error: this package cannot be imported here: {error}', file=sys.stderr)
-        return 1
-    try:
         return run(args)
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the phase in progress is ended too
     sys.exit(main())

@@ -46,8 +46,7 @@ def run(settings: Settings) -> Report:
     torch.backends.cudnn.benchmark = True
     if not settings.is_dry:
         try:
-            networks = training_step.make_networks(settings.device)
-            training_step.check_gradients(networks, settings.device)
+            training_step.check_gradients(training_step.make_networks(settings.device), settings.device)
         except (RuntimeError, WrongResultError) as error:
             report.add_fault(gpu_run.first_line(error))
     longest = {False: 0., True: 0.}
