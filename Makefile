@@ -8,7 +8,7 @@ environment = @PYTHON='$(PYTHON)' sh environment.sh $(VENV) $(1) $(if $(filter f
 # Otherwise OpenMP's threads spin while other processes need the cores (see train.py).
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test lint docs bench timm-suite release-check clean
+.PHONY: train test lint docs bench gpu timm-suite release-check clean
 
 train:
 	$(call environment,demo)
@@ -35,6 +35,11 @@ bench:
 	$(call environment,demo)
 	env -u OMP_WAIT_POLICY $(RUN) benchmarks/depthwise.py --picture docs/depthwise.png
 	env -u OMP_WAIT_POLICY $(RUN) benchmarks/models.py
+
+# Checks and measures everything on a GPU. Installs nothing, as a machine with a GPU may have no connection: without an
+# environment, $(PYTHON) runs the checkout as it is. Arguments: make gpu ARGS='--phase check'
+gpu:
+	$(or $(wildcard $(RUN)),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 # Runs timm's own model tests on the models of this package.
 timm-suite:

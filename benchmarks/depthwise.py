@@ -24,7 +24,7 @@ Exit codes: 0 done, 1 a result is wrong, 2 wrong arguments, 3 out of memory, 130
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional
+from typing import Any, Dict, List, Optional
 
 import check
 import layer
@@ -32,6 +32,7 @@ import measure
 import report
 import torch
 import training_step
+from arguments import Parser, positive
 from cases import CASES, Case
 from tqdm import tqdm
 
@@ -40,13 +41,6 @@ import smpconv_models
 TRAINING_STEP = 'training_step'
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEFAULTS = {'cpu': dict(batch_size=8, dtypes=['float32']), 'cuda': dict(batch_size=64, dtypes=['bfloat16'])}
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser with errors of one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: error: {message}\n')
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -60,10 +54,10 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--dtypes', nargs='+', choices=tuple(DTYPES), metavar='DTYPE',
                         help=f'dtypes among {", ".join(DTYPES)} (float32 on the CPU, bfloat16 on CUDA)')
     parser.add_argument('--backends', nargs='+', metavar='NAME', help="backends besides 'auto' (triton if available)")
-    parser.add_argument('--batch-size', type=_positive(int), metavar='N', help='batch size (8 on the CPU, 64 on CUDA)')
-    parser.add_argument('--rounds', type=_positive(int), metavar='N', default=51,
+    parser.add_argument('--batch-size', type=positive(int), metavar='N', help='batch size (8 on the CPU, 64 on CUDA)')
+    parser.add_argument('--rounds', type=positive(int), metavar='N', default=51,
                         help='maximum number of timed calls of each function (%(default)s)')
-    parser.add_argument('--seconds', type=_positive(float), metavar='S', default=0.5,
+    parser.add_argument('--seconds', type=positive(float), metavar='S', default=0.5,
                         help='total time after which a function drops out, but not before its third call; ten times as '
                              'much for a training step (%(default)s)')
     parser.add_argument('--results', type=Path, metavar='DIR', default=measure.RESULTS,
@@ -73,16 +67,6 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     _complete(parser, args)
     return args
-
-
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
-        return value
-    parse.__name__ = kind.__name__  # the name in argparse's message
-    return parse
 
 
 def _complete(parser: Parser, args: argparse.Namespace) -> None:

@@ -1,21 +1,31 @@
-"""Roofline: minimum time of a depthwise convolution in half precision on an H200.
+"""Roofline: minimum time of a depthwise convolution in half precision, on an H200 or a measured GPU.
 
 This is the time to move every byte once, or to compute all products of the block-Toeplitz form on the tensor cores,
 whichever is longer. In that form, an 8x8 block of outputs is one matrix product with the pixels that contribute to it.
 These are all input rows that the block's rows need, in the 8-wide column blocks that its columns need, within the map.
 If one kernel covers the map from every pixel, there is one product of all pixels with all pixels.
 """
-BYTES_PER_SECOND = 4.3e12  # both measured, the products with bfloat16 matrix multiplication
-OPERATIONS_PER_SECOND = 790e12
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of a GPU: bytes read and written, and operations of bfloat16 matrix products."""
+    bytes_per_second: float
+    operations_per_second: float
+
+
+H200 = Ceilings(4.3e12, 790e12)  # measured, as ceilings.py measures them
 _ELEMENT_BYTES = 2
 _BLOCK = 8
 
 
-def seconds(batch: int, channels: int, height: int, width: int, kernel: int) -> float:
+def seconds(
+        batch: int, channels: int, height: int, width: int, kernel: int, ceilings: Ceilings = H200) -> float:
     """Return the minimum seconds of y, dx or dw: each reads or writes two maps, and has the same products."""
     outputs = batch * channels * height * width
-    moving = 2 * outputs * _ELEMENT_BYTES / BYTES_PER_SECOND
-    multiplying = 2 * outputs * products_per_output(height, width, kernel) / OPERATIONS_PER_SECOND
+    moving = 2 * outputs * _ELEMENT_BYTES / ceilings.bytes_per_second
+    multiplying = 2 * outputs * products_per_output(height, width, kernel) / ceilings.operations_per_second
     return max(moving, multiplying)
 
 

@@ -1,15 +1,14 @@
-"""Report of benchmarks/results/depthwise.jsonl: times side by side, ratios, sums over networks, and a plot.
+"""Report of benchmarks/results/depthwise.jsonl: times side by side, ratios, sums over networks, and two plots.
 
 A path is an operation and the layout of its input. plain is `F.conv2d`, auto this package's selection, and other names
 are its backends; nhwc is channels_last. Results are y, dx, dw, and all three as computed by one training step.
 """
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 import floors
 from cases import CASES
-from matplotlib.figure import Figure
 
 RESULTS = ('y', 'dx', 'dw', 'all')
 LAYOUTS = ('nchw', 'nhwc')
@@ -17,6 +16,7 @@ PICTURES = ('.png', '.svg', '.pdf')
 NOISE = 1.05  # ratios up to this are called equal
 
 Row = Dict[str, Any]
+Predicted = Callable[[Row, str], List[float]]
 
 
 # --- numbers of a row ---
@@ -44,7 +44,8 @@ def floor_seconds(row: Row, result: str) -> float:
     """Return the minimum of floors.py. Three results need three times as much; a fused pass could need less."""
     if 'layers' in row:
         return sum(layer['times'] * floor_seconds(layer, result) for layer in row['layers'])
-    floor = floors.seconds(*(row[key] for key in ('batch', 'channels', 'height', 'width', 'kernel')))
+    ceilings = floors.Ceilings(**row['ceilings']) if 'ceilings' in row else floors.H200
+    floor = floors.seconds(*(row[key] for key in ('batch', 'channels', 'height', 'width', 'kernel')), ceilings)
     return 3 * floor if result == 'all' else floor
 
 
@@ -84,7 +85,7 @@ def _headings(row: Row) -> List[str]:
     headings = [f'{row["dtype"]}, {unit}', '', *row['seconds']]
     headings += [f'speed-up {layout}' for layout in LAYOUTS]
     if has_floor(row):
-        headings += ['H200 floor', *(f'its share {layout}' for layout in LAYOUTS)]
+        headings += ['floor' if 'ceilings' in row else 'H200 floor', *(f'its share {layout}' for layout in LAYOUTS)]
     return headings
 
 
@@ -149,11 +150,12 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-# --- as a plot ---
+# --- as plots ---
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
     """Plot speed-ups over `F.conv2d` in the same layout: a panel per dtype and layout, a group of bars per row."""
+    from matplotlib.figure import Figure
     dtypes = list(dict.fromkeys(row['dtype'] for row in rows))
     most = max(sum(row['dtype'] == dtype for row in rows) for dtype in dtypes)
     figure = Figure(figsize=(12, len(dtypes) * (1.5 + 0.42 * most)), layout='constrained')
@@ -181,3 +183,41 @@ def _draw(axes: Any, rows: Sequence[Row], layout: str) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis='y', labelsize=8)
     axes.grid(axis='x', alpha=0.3)
+
+
+# Marker and color by path; hollow markers are plain convolutions.
+_MARKERS = {
+    'plain/nchw': dict(marker='o', color='C1', markerfacecolor='none', label='F.conv2d, NCHW'),
+    'plain/nhwc': dict(marker='s', color='C1', markerfacecolor='none', label='F.conv2d, channels_last'),
+    'auto/nchw': dict(marker='o', color='C0', label='depthwise_conv2d, NCHW'),
+    'auto/nhwc': dict(marker='s', color='C0', label='depthwise_conv2d, channels_last'),
+}
+
+
+def times_picture(rows: Sequence[Row], path: Path, predicted: Predicted = lambda row, result: []) -> None:
+    """Plot the times of each path and the minimum: a panel per result, a line per row.
+
+    Args:
+        rows: Rows of one device and dtype.
+        path: File to write.
+        predicted: Function of a row and a result that returns predicted seconds.
+    """
+    from matplotlib.figure import Figure
+    results = RESULTS[:3]
+    figure = Figure(figsize=(15, 2 + 0.3 * len(rows)), layout='constrained')
+    for axes, result in zip(figure.subplots(1, len(results), sharey=True), results):
+        lines = range(len(rows))
+        for name, style in _MARKERS.items():
+            axes.plot([row['seconds'][name][result] * 1e6 for row in rows], lines, linestyle='none', **style)
+        if has_floor(rows[0]):
+            axes.plot([floor_seconds(row, result) * 1e6 for row in rows], lines, 'k|', markersize=12, label='floor')
+        expected = [(seconds * 1e6, y) for y, row in enumerate(rows) for seconds in predicted(row, result)]
+        if expected:
+            axes.plot(*zip(*expected), 'x', color='C3', label='predicted')
+        axes.set(xscale='log', xlabel='microseconds', title=result, yticks=lines,
+                 yticklabels=[_label(row) for row in rows])
+        axes.grid(alpha=0.3)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=6)
+    figure.suptitle(f'{rows[0]["device"]}, {rows[0]["dtype"]}, PyTorch {rows[0]["torch"]}, {rows[0]["date"]}')
+    figure.savefig(path, dpi=110)

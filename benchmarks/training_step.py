@@ -3,7 +3,7 @@
 channels_last; float32 on the CPU, bfloat16 autocast on CUDA. A step is forward, backward and AdamW.
 """
 import copy
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import measure
 import timm
@@ -26,8 +26,8 @@ def run(batch: int, device: torch.device, rounds: int, seconds: float) -> Dict[s
     """
     networks = make_networks(device)
     check_gradients(networks, device)
-    images, labels = _random_images(batch, device)
-    steps = {name: _make_step(network, images, labels) for name, network in networks.items()}
+    images, labels = random_images(batch, device)
+    steps = {name: make_step(network, images, labels) for name, network in networks.items()}
     dtype = 'bfloat16 autocast' if device.type == 'cuda' else 'float32'
     return {
         'batch': batch, 'dtype': dtype, 'optimizer': 'adamw',
@@ -63,7 +63,7 @@ def with_plain_convolutions(model: nn.Module) -> nn.Module:
 
 def check_gradients(networks: Dict[str, nn.Module], device: torch.device) -> None:
     """Check the gradients of all weights together, for few images, so that float64 takes seconds."""
-    images, labels = _random_images(CHECKED_IMAGES, device)
+    images, labels = random_images(CHECKED_IMAGES, device)
     exact = _gradients(copy.deepcopy(networks[PLAIN]).double(), images.double(), labels)
     ours, plain = (
         relative_error(_gradients(networks[name], images, labels).double(), exact) for name in (OURS, PLAIN))
@@ -77,23 +77,33 @@ def _gradients(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def _random_images(batch: int, device: torch.device) -> Tuple[Tensor, Tensor]:
-    images = torch.randn(batch, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
+def random_images(batch: int, device: torch.device, size: int = 224) -> Tuple[Tensor, Tensor]:
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     return images, torch.randint(1000, (batch,), device=device)
 
 
-def _loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _loss(network: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
     lowers = images.device.type == 'cuda' and images.dtype == torch.float32
     with torch.autocast(images.device.type, torch.bfloat16, enabled=lowers):
         return F.cross_entropy(network(images), labels)
 
 
-def _make_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def make_step(
+        network: nn.Module, images: Tensor, labels: Tensor,
+        call: Optional[Callable[[Tensor], Tensor]] = None) -> Callable[[], None]:
+    """Return a function that trains the network for one step.
+
+    Args:
+        network: Network to train.
+        images: Images of each step.
+        labels: Labels of each step.
+        call: Function that computes the logits, such as the compiled network; by default the network.
+    """
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
     def step() -> None:
         optimizer.zero_grad()
-        _loss(network, images, labels).backward()
+        _loss(network if call is None else call, images, labels).backward()
         optimizer.step()
 
     return step

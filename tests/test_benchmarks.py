@@ -1,8 +1,12 @@
 """Benchmarks: their cases, their checks before timing, their reports and command lines."""
+import dataclasses
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -243,6 +247,12 @@ def test_a_run_of_one_case_stores_its_row(tmp_path):
     ('depthwise', ['--results', __file__], '--results'),
     ('depthwise', ['--picture', f'{__file__}/picture.png'], '--picture'),
     ('depthwise', ['--picture', 'picture.nothing'], '--picture'),
+    ('gpu', ['--phase', 'nothing'], "invalid choice: 'nothing' (choose from 'check', "),
+    ('gpu', ['--device', 'cpu'], 'a CPU takes --dry-run'),
+    ('gpu', ['--device', 'cuda', '--dry-run'], 'and a GPU does not'),
+    ('gpu', ['--minutes', '0'], 'must be above 0, got 0'),
+    ('gpu', ['--results', __file__], '--results cannot be written'),
+    ('gpu', ['--prediction', 'nothing.jsonl'], 'nothing.jsonl cannot be read'),
     ('cifar_step', ['--networks', 'flexible'], "invalid choice: 'flexible'"),
     ('cifar_step', ['--device', 'cuda'], 'finds no such device'),
     ('cifar_step', ['--rounds', '0'], 'must be above 0'),
@@ -325,3 +335,226 @@ def test_the_latency_of_a_wrong_network_is_not_measured(latency, tmp_path, monke
     with pytest.raises(SystemExit, match='nothing is timed'):
         latency.main()
     assert not list(tmp_path.iterdir())
+
+
+# --- on a GPU ---
+
+
+def test_every_phase_of_the_gpu_command_runs_dry(tmp_path):
+    """As a user runs it, in a checkout that need not be installed."""
+    prediction = tmp_path / 'prediction.jsonl'
+    prediction.write_text('{"case": "tiny_2x2", "path": "triton/nchw", "result": "y", "ms": 2}\n\n'
+                          '{"network": "smpconv_nano", "compiled": false, "category": "norms", "ms": 0.5}\n')
+    command = [sys.executable, BENCHMARKS / 'gpu.py', '--dry-run', '--device', 'cpu', '--results', tmp_path,
+               '--prediction', prediction]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split() for line in lines[-4:-1]] == [[phase, 'right'] for phase in ('check', 'layers', 'steps')]
+    assert lines[-1].startswith('tune     right')
+    assert sum('predicted 2 ms' in line or 'predicted 0.5 ms' in line for line in lines) == 2
+    checks, layers, steps, tiles = (
+        [json.loads(line) for line in (tmp_path / f'{name}.jsonl').read_text().splitlines()]
+        for name in ('gpu_check', 'depthwise', 'gpu_steps', 'gpu_tiles'))
+    assert all({'date', 'device', 'torch'} <= row.keys() for row in (*checks, *layers, *steps, *tiles))
+    assert not any(row['faults'] for row in checks)
+    assert {'block_forward', 'block_weight_grad', 'plain/nhwc', 'triton/nhwc'} <= checks[0]['errors'].keys()
+    assert checks[-1]['passed'] == 1
+    assert layers[0]['ceilings'].keys() == {'bytes_per_second', 'operations_per_second'}
+    assert steps[0]['kernel_seconds']['sampling of kernels'] > 0 and steps[1]['compiled']
+    assert all(row['tile'] and row['seconds'] > 0 for row in tiles)
+    assert json.loads((tmp_path / 'sm_None.json').read_text()) is not None
+    assert (tmp_path / 'gpu_layers.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_machine_without_a_gpu_is_one_line(load, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.version, 'cuda', '13.0')
+    assert load('gpu').main(['--results', str(tmp_path), '--configs', str(tmp_path)]) == 1
+    output = capfd.readouterr()
+    assert output.out == ''
+    assert output.err == (
+        f'gpu.py: error: PyTorch {torch.__version__} finds no CUDA device: an NVIDIA GPU and its driver are needed\n')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(('function', 'seconds', 'value', 'fault'), [
+    (lambda: 'done', 20, 'done', None),
+    (lambda: 1 / 0, 20, None, 'ended with exit code 1'),
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), 20, None, 'ended with exit code -9'),
+])
+def test_a_phase_ends_without_ending_others(load, function, seconds, value, fault):
+    assert load('limits').call(function, seconds) == (value, fault)
+
+
+def test_a_phase_ends_at_its_limit_with_its_children(load):
+    """A pipe that the child holds open is closed by its end."""
+    receiver, sender = os.pipe()
+    outcome = load('limits').call(lambda: subprocess.run(['sleep', '600'], pass_fds=[sender]), 3)
+    os.close(sender)
+    assert outcome == (None, 'stopped after 3 seconds')
+    assert os.read(receiver, 1) == b''
+    os.close(receiver)
+
+
+def test_predictions_are_compared_with_what_they_name(load, tmp_path):
+    path = tmp_path / 'prediction.jsonl'
+    path.write_text('{"case": "t_56", "ms": 0.1}\n{"case": "t_56", "result": "dw", "ms": 0.2}\n'
+                    '{"network": "smpconv_t", "compiled": true, "ms": 30}\n')
+    predictions = load('predictions').Predictions.read(path)
+    assert predictions.seconds(case='t_56', result='dw', path='auto/nchw') == [1e-4, 2e-4]
+    assert predictions.seconds(case='t_28', result='dw') == []
+    assert predictions.seconds(network='smpconv_t', compiled=True) == [0.03]
+    assert predictions.seconds(network='smpconv_t', compiled=True, category='norms') == []
+    line, = predictions.lines(0.045, network='smpconv_t', compiled=True)
+    assert line == 'smpconv_t, True: predicted 30 ms, measured 45 ms, 1.50 x'
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{"ms": 1}', 'line 1: ms describes nothing'),
+    ('\n{"case": "t_56", "ms": 0}', 'line 2: ms must be a number above 0, got 0'),
+    ('{"case": 3, "ms": 1}', 'got case=3'),
+    ('{"layer": "t_56", "ms": 1}', "got layer='t_56'"),
+    ('t_56 1', "expected a JSON object, got 't_56 1'"),
+])
+def test_an_invalid_prediction_is_one_line(load, tmp_path, capsys, text, message):
+    path = tmp_path / 'prediction.jsonl'
+    path.write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        load('gpu').main(['--prediction', str(path)])
+    line, = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and line.startswith('gpu.py: error: --prediction: ') and message in line
+
+
+# --- kernel time by category ---
+
+
+class Network(nn.Sequential):
+    """A network with a layer of each kind."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), smpconv_models.SMPDepthwiseConv2d(8, 9, 4, backend='cpu'),
+            nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Flatten(), nn.Linear(8 * 64, 5))
+
+
+def kernel_rows(load, network):
+    kernel_times, training_step = load('kernel_times'), load('training_step')
+    images, labels = training_step.random_images(2, torch.device('cpu'), 8)
+    step = training_step.make_step(network, images, labels % 5)
+    return kernel_times.measured(step, network, torch.device('cpu'), is_compiled=False)
+
+
+def test_kernel_time_by_category(load):
+    kernel_times = load('kernel_times')
+    network = Network()
+    found = kernel_rows(load, network)
+    expected = set(kernel_times.CATEGORIES) - {kernel_times.UNKNOWN, kernel_times.DEPTHWISE_COPIES}
+    assert expected <= found['kernel_seconds'].keys()
+    assert found['kernel_seconds'].keys() == found['launches'].keys()
+    assert 'kernel' not in vars(network[1])  # the layer is as before
+    names = {row['name']: row['category'] for row in found['kernels']}
+    assert names['smpconv_models::depthwise_conv2d'] == kernel_times.DEPTHWISE
+
+
+def test_the_backward_pass_of_sampling_is_sampling(load):
+    """Without trained points, only the forward pass is left."""
+    sampling = load('kernel_times').SAMPLING
+    network = Network()
+    trained = kernel_rows(load, network)['launches'][sampling]
+    network[1].requires_grad_(False)
+    frozen = kernel_rows(load, network)['launches'][sampling]
+    assert trained > 1.5 * frozen > 0
+
+
+# --- tiles ---
+
+
+@pytest.fixture
+def tiles(load):
+    pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
+    return load('gpu_tiles')
+
+
+def test_jobs_are_the_kernels_that_the_networks_take(tiles):
+    jobs = tiles.jobs(is_dry=False)
+    assert jobs[0] == ('block_forward', 64, 96, 56, 56, 31) and jobs[7] == ('map_weight_grad', 64, 768, 7, 7, 13)
+    assert len({job.key() for job in jobs}) == len(jobs) == 22
+
+
+def test_neighbors_differ_in_one_field(tiles):
+    default = tiles.jobs(is_dry=False)[1].default()
+    found = list(tiles.neighbors(default))
+    assert len(set(found)) == len(found) > 8
+    for tile in found:
+        changed = [name for name, value in vars(tile).items() if value != getattr(default, name)]
+        assert len(changed) == 1 and tile.r <= tile.d and tile.s <= tile.tc
+
+
+@pytest.fixture
+def search(tiles, monkeypatch, tmp_path):
+    """A search whose tiles take given seconds, and of which some are wrong; returns it after a round."""
+    def advance(seconds, wrong=()):
+        job = tiles.Job('map_forward', 2, 2, 4, 4, 7)
+        default = job.default()
+        tile = {'default': default, 'fast': dataclasses.replace(default, bo=64), 'slow': dataclasses.replace(
+            default, bo=128)}
+        wrong = [tile[name] for name in wrong]
+        by_tile = {tile[name]: value for name, value in seconds.items()}
+        monkeypatch.setattr(tiles.Job, 'run', lambda self, operands, tile: torch.nn.functional.conv2d(
+            *operands[:2], padding=3, groups=2) * (1.1 if tile in wrong else 1))
+        monkeypatch.setattr(tiles.measure, 'interleaved', lambda functions, *args: {
+            name: by_tile[name] for name in functions})
+        settings = types.SimpleNamespace(device=torch.device('cpu'), is_dry=True)
+        report = tiles.Report()
+        found = tiles.Search.start(job, [])
+        tiles._advance(found, list(tile.values()), settings, report)
+        return found, report.faults, tile
+    return advance
+
+
+def test_the_search_moves_to_the_fastest_right_tile(search):
+    found, faults, tile = search({'default': 3., 'fast': 1., 'slow': 4.})
+    assert found.best == tile['fast'] and found.frontier and found.is_better() and not faults
+    found, faults, tile = search({'default': 3., 'fast': 1., 'slow': 4.}, wrong=['fast'])
+    assert found.best == tile['default'] and not found.is_better()
+    fault, = faults
+    assert 'y of map_forward is wrong: relative error 1.0e-01' in fault
+
+
+def test_a_search_ends_where_no_neighbor_is_faster(search):
+    found, _, tile = search({'default': 1., 'fast': 1.5, 'slow': 2.})
+    assert found.best == tile['default'] and not found.frontier and not found.is_better()
+
+
+def test_tuned_tiles_replace_those_of_the_same_problem(tiles, search, tmp_path):
+    found, _, tile = search({'default': 3., 'fast': 1., 'slow': 4.})
+    device = torch.device('cpu')
+    path = tiles.path_of(tmp_path, device)
+    other = dict(kernel='map_forward', mode='half', batch=64, height=4, width=4, kernel_size=[7, 7],
+                 tile=vars(tile['slow']), source='another batch')
+    same = {**other, 'batch': 2, 'source': 'predicted'}
+    path.write_text(json.dumps([same, other]))
+    assert tiles.configured(tmp_path, found.job, device) == [tile['slow']]
+    tiles.write(tmp_path, [found], device)
+    kept, written = json.loads(path.read_text())
+    assert kept == other and written['tile'] == vars(tile['fast']) and written['source'].startswith('measured on ')
+    assert tiles.configured(tmp_path, found.job, device) == [tile['fast']]
+    found.best = tile['default']
+    tiles.write(tmp_path, [found], device)
+    assert json.loads(path.read_text()) == [other]
+
+
+def test_failures_of_the_tests_are_read(load, tmp_path):
+    pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
+    (tmp_path / 'test_made.py').write_text(
+        'import pytest\ndef test_right():\n    pass\ndef test_wrong():\n    assert 1 == 2\n'
+        '@pytest.mark.skip\ndef test_left_out():\n    pass\n')
+    (tmp_path / 'test_broken.py').write_text('import no_such_module\n')
+    subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '--continue-on-collection-errors', '--junitxml', 'tests.xml'],
+        cwd=tmp_path, capture_output=True)
+    found = load('gpu_check')._read_results(tmp_path / 'tests.xml')
+    assert (found['passed'], found['skipped']) == (1, 1)
+    broken, wrong = sorted(found['faults'])
+    assert 'test_broken' in broken and 'test_wrong: assert 1 == 2' in wrong

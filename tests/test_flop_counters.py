@@ -4,16 +4,10 @@ import re
 import warnings
 from pathlib import Path
 
-import calflops
-import ptflops
 import pytest
-import thop
 import timm
 import torch
 import torch.nn.functional as F
-import torchinfo
-import torchsummary
-from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +16,13 @@ import smpconv_models
 from smpconv_models.__main__ import count_macs
 from smpconv_models.layers import CausalConv1d, FFTConv2d, SMPLayer, smp_layers
 from smpconv_models.ops import depthwise_conv2d
+
+calflops = pytest.importorskip('calflops')
+ptflops = pytest.importorskip('ptflops')
+thop = pytest.importorskip('thop')
+torchinfo = pytest.importorskip('torchinfo')
+torchsummary = pytest.importorskip('torchsummary')
+FlopCountAnalysis = pytest.importorskip('fvcore.nn').FlopCountAnalysis
 
 SMALL = {'smpconv_cifar': (3, 8, 8)}
 SEQUENCE_LENGTH = 48

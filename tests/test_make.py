@@ -94,6 +94,15 @@ def test_an_environment_is_created_once_and_extended(project):
     assert project.make('train') == (0, [], [INSTALL, RUN])
 
 
+def test_measuring_on_a_gpu_installs_nothing(project):
+    arguments = ('gpu', 'ARGS=--phase check')
+    assert project.make(*arguments) == (0, [], ['benchmarks/gpu.py --phase check'])
+    assert not (project.folder / '.venv').exists()
+    project.make('train')
+    (project.folder / 'bin/python3/python3').unlink()
+    assert project.make(*arguments) == (0, [], ['benchmarks/gpu.py --phase check'])
+
+
 @pytest.mark.parametrize('damage', [
     lambda python: python.unlink(),
     lambda python: python.unlink() or python.symlink_to('/removed/python'),

@@ -109,6 +109,7 @@ MAY_IMPORT = {
     'benchmarks': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'torchvision', 'matplotlib',
         'smpconv_models', LAYERS, CHECKPOINT, DETECTION, UTILS, *PUBLIC_TRAINING, *BENCHMARKS),
+    'benchmarks/gpu_tiles.py': ('torch', 'triton', 'tqdm', f'{OPS}._triton', UTILS, *BENCHMARKS),
 }
 
 

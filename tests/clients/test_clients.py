@@ -2,13 +2,9 @@
 import functools
 import warnings
 
-import effdet
-import lightning
 import pytest
-import segmentation_models_pytorch
 import timm
 import torch
-import transformers
 from common import randomize_
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,6 +13,11 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 import smpconv_models
 from smpconv_models import hub
 from smpconv_models.layers import smp_layers
+
+effdet = pytest.importorskip('effdet')
+lightning = pytest.importorskip('lightning')
+segmentation_models_pytorch = pytest.importorskip('segmentation_models_pytorch')
+transformers = pytest.importorskip('transformers')
 
 
 def nano(**kwargs):

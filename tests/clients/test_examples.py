@@ -6,6 +6,7 @@ import torch
 from programs import ROOT, load, refused
 from safetensors.torch import load_file
 
+pytest.importorskip('segmentation_models_pytorch')
 EXAMPLES = ROOT / 'examples'
 segmentation = load('examples/segmentation')
 

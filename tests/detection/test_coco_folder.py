@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 from programs import load
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torchvision.transforms import v2
 
+COCO = pytest.importorskip('pycocotools.coco').COCO
+COCOeval = pytest.importorskip('pycocotools.cocoeval').COCOeval
 folders = load('examples/coco_folder')
 
 

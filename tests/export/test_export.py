@@ -2,7 +2,6 @@
 import json
 import sys
 
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -15,6 +14,7 @@ from smpconv_models.training import Digits
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # PyTorch's, of the exporter that timm's takes
 
+onnxruntime = pytest.importorskip('onnxruntime')
 OLD_ONNX = "timm before 1.0.31 passes dynamic_axes to PyTorch's newer exporter"
 export = load('examples/export')
 OTHER_SIZES = ((1, 3, 32, 32), (4, 3, 48, 32), (2, 3, 33, 57), (7, 3, 20, 25))  # none of which it checks itself but one

@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from common import randomize_, relative_error
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from timm.layers import convert_sync_batchnorm
 from timm.utils import reparameterize_model
 from torch import nn
@@ -28,6 +27,7 @@ from smpconv_models.layers import (
     SMPDepthwiseConv2d,
 )
 
+peft = pytest.importorskip('peft')
 pytestmark = pytest.mark.filterwarnings(
     'ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning', 'ignore:.*groups > 1. Merging:UserWarning')
 
@@ -176,14 +176,15 @@ def small_network():
 
 
 @pytest.mark.parametrize('config', [
-    LoraConfig(r=4, target_modules=['1', '2']), LoraConfig(r=8, target_modules=['1', '2', '3'], lora_dropout=0.),
-    LoHaConfig(r=2, target_modules=['1', '2'], use_effective_conv2d=True),
-    IA3Config(target_modules=['1', '2'], feedforward_modules=[])], ids=lambda config: config.peft_type.value)
+    peft.LoraConfig(r=4, target_modules=['1', '2']),
+    peft.LoraConfig(r=8, target_modules=['1', '2', '3'], lora_dropout=0.),
+    peft.LoHaConfig(r=2, target_modules=['1', '2'], use_effective_conv2d=True),
+    peft.IA3Config(target_modules=['1', '2'], feedforward_modules=[])], ids=lambda config: config.peft_type.value)
 def test_peft_on_an_accelerated_network(config):
     plain = randomize_(small_network())
     fast = copy.deepcopy(plain)
     assert accelerate_depthwise(fast).replaced == ('1', '2')
-    plain, fast = (get_peft_model(model, copy.deepcopy(config)).double() for model in (plain, fast))
+    plain, fast = (peft.get_peft_model(model, copy.deepcopy(config)).double() for model in (plain, fast))
     assert list(plain.state_dict()) == list(fast.state_dict())
     randomize_(fast, seed=1)
     plain.load_state_dict(fast.state_dict())
@@ -197,7 +198,7 @@ def test_peft_on_an_accelerated_network(config):
 @pytest.mark.parametrize('name', ['FFTConv2d', 'CausalConv1d'])
 def test_lora_on_the_other_convolutions(name):
     layer, x = layer_and_input(name)
-    model = get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=['0'])).double()
+    model = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(r=2, target_modules=['0'])).double()
     before = model(x)
     randomize_(model, seed=1)
     after = model(x)
@@ -284,7 +285,7 @@ def warnings_of(caplog):
 def test_adapters_stay_and_are_named(targets, with_norm, caplog):
     norm = {} if with_norm else dict(norm_layer=lambda channels: nn.Identity())
     model = randomize_(nn.Sequential(LargeKernelBlock(4, 7, 9, **norm, dtype=torch.float64)))
-    model = randomize_(get_peft_model(model, LoraConfig(r=4, target_modules=targets)).double(), seed=1)
+    model = randomize_(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets)).double(), seed=1)
     folded_and_compared(model, image())
     messages = warnings_of(caplog)
     assert bool(messages) is with_norm and all('peft.tuners.lora.layer.Conv2d' in message for message in messages)
@@ -297,7 +298,7 @@ def test_ordinary_networks_are_folded_without_a_warning(caplog):
 
 def test_a_module_to_save_of_peft_folds():
     model = nn.Sequential(randomize_(ReparamLargeKernelConv(4, 7, 9, dtype=torch.float64)), nn.Conv2d(4, 4, 1).double())
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=['1'], modules_to_save=['0'])).double()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=['1'], modules_to_save=['0'])).double()
     folded_and_compared(model, image())
 
 

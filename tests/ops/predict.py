@@ -62,7 +62,7 @@ def predict(launched):
     built = ahead_of_time.build(launched, 90)
     name, a = launched.kernel.fn.__name__, launched.arguments
     tensors = [value for value in a.values() if isinstance(value, torch.Tensor)]
-    memory = sum(tensor.numel() * tensor.itemsize for tensor in tensors) / floors.BYTES_PER_SECOND * 1e6
+    memory = sum(tensor.numel() * tensor.itemsize for tensor in tensors) / floors.H200.bytes_per_second * 1e6
     if name in ('expand_rows', 'add_parts'):
         return {'memory': memory}, built
     count, (m, n, k) = steps(name, a)
