@@ -1,5 +1,7 @@
 """What importing does and doesn't, who imports whom, and the names that people rely on."""
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,14 @@ def in_fresh_process(script):
     result = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_no_test_is_skipped_for_a_package_of_the_test_extra():
+    """Tests that need such a package are skipped on a machine with a GPU, which may lack it, and nowhere else."""
+    tests = Path(__file__).parent
+    names = {name for path in tests.rglob('*.py') for name in re.findall(r"importorskip\('([\w.]+)'", path.read_text())}
+    missing = {name for name in names if importlib.util.find_spec(name.partition('.')[0]) is None}
+    assert len(names) > 9 and missing <= (set() if sys.platform == 'linux' else {'triton'})
 
 
 # --- public names ---
