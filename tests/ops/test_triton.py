@@ -224,6 +224,23 @@ class TestKernels:
             launch.forward(x, weight, bias)
         assert not launch._refused
 
+    @pytest.mark.parametrize('backend', ['triton', 'auto'])
+    def test_out_of_memory_is_pytorchs_own_error(self, monkeypatch, auto_takes_triton, backend):
+        """And the next call succeeds."""
+        refuse(monkeypatch, FORWARD, torch.OutOfMemoryError('full'))
+        x, weight, bias, _ = make(Shape(1, 1, 9, 18, 3, 3), torch.float32, device=DEVICE)
+        with pytest.raises(torch.OutOfMemoryError, match='^full$'):
+            depthwise_conv2d(x, weight, bias, backend=backend)
+        torch.testing.assert_close(
+            depthwise_conv2d(x, weight, bias, backend=backend), plain_conv(x, weight, bias, (1, 1)))
+
+    @pytest.mark.parametrize('form', FORMS)
+    def test_every_smaller_tile(self, form):
+        shape = Shape(3, 1, 9, 12 if form.startswith('map') else 20, 5, 7)
+        ladder = tuning._ladder(form, shape.n, shape.h, shape.w, (shape.kh, shape.kw), 'tf32', None)
+        for tile in {replace(tile, num_stages=1): tile for tile in ladder}.values():
+            check_form(form, shape, torch.float32, tile)
+
     @pytest.mark.parametrize('form', ['map_forward', 'block_forward'])
     def test_turned(self, form):
         """To the bit what the turned weight results in."""

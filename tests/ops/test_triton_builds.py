@@ -108,6 +108,25 @@ def test_large_kernels_launch(monkeypatch, fp32_precision, capability, size, ker
     check_large(monkeypatch, fp32_precision, capability, size, kernel, dtype)
 
 
+@pytest.mark.slow    # minutes of compiling
+@pytest.mark.parametrize('form', tuning.TILES)
+@pytest.mark.parametrize('capability', MAIN)
+def test_smaller_tiles_build(monkeypatch, capability, form):
+    """Every third one, down to the smallest."""
+    size = 14 if form.startswith('map') else 56
+    x = torch.empty(64, 8, size, size, dtype=torch.bfloat16, device='meta')
+    weight = torch.empty(8, 1, 51, 51, dtype=torch.bfloat16, device='meta')
+    args = (x, weight, None) if form.endswith('forward') else (x, x, [51, 51])
+    ladder = list(tuning._ladder(form, 64, size, size, (51, 51), 'half', capability))
+    for tile in ladder[::-3]:
+        for one in ahead_of_time.launches(monkeypatch, launch._FORMS[form], *args, tile):
+            built = ahead_of_time.build(one, capability)
+            assert_launches(one, built, capability)
+            if one.kernel.fn.__name__ == form:
+                limits = tuning._LIMITS[capability]
+                assert built.shared <= tile.shared_memory(limits, 2, size, 51)
+
+
 @pytest.mark.slow    # half an hour of compiling
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize('size', MAPS)

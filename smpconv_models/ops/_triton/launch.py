@@ -230,7 +230,7 @@ def _launching(input: Tensor) -> Iterator[None]:
     try:
         with torch.cuda.device(input.device) if input.is_cuda else nullcontext():
             yield
-    except LaunchError:
+    except (LaunchError, torch.OutOfMemoryError):
         raise
     except OutOfResources as error:
         size = 'x'.join(map(str, input.shape))
