@@ -1,14 +1,16 @@
 """The backends by name, which one computes a problem, and what they share.
 
-A backend is a module of this package, imported at its first use, with ``forward``, ``weight_grad`` and two checks that
-return None or a reason: ``unsupported_reason(device, dtype)`` if it cannot run, and ``skip_reason(problem)``, which
-only ``auto`` asks, if plain ``conv2d`` is faster.
+A backend is a module of this package, imported at its first use, with two steps and two checks. The steps are
+``forward(input, weight, bias, dilation)`` and ``backward(grad, input, weight, dilation, wanted)``, which returns the
+gradients of input and weight that are ``wanted``, in any layout. The checks return None or a reason:
+``unsupported_reason(device, dtype)`` if the backend cannot run, and ``skip_reason(problem)``, which only ``auto`` asks,
+if plain ``conv2d`` is faster.
 """
 import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Any, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,22 @@ class ConvProblem(NamedTuple):
     needs_weight_grad: bool
 
 
+# Gradients of input and weight, None for one that is not wanted.
+Gradients = Tuple[Optional[Tensor], Optional[Tensor]]
+
+
 class LaunchError(RuntimeError):
-    """A device lacks what a backend's kernel takes, such as shared memory."""
+    """A backend's kernel cannot be built or launched.
+
+    Args:
+        message: One line for users.
+        needed: Amount of the resource that the kernel takes, such as bytes of shared memory, if the device has less.
+        available: Amount of that resource that the device has.
+    """
+
+    def __init__(self, message: str, needed: Optional[int] = None, available: Optional[int] = None) -> None:
+        super().__init__(message)
+        self.needed, self.available = needed, available
 
 
 @functools.cache
@@ -55,9 +71,21 @@ def select(
     return backend
 
 
-@functools.cache  # without it, a tenth of a small layer's time
+_known_runnable: Dict[Tuple[torch.device, torch.dtype], Tuple[str, ...]] = {}  # a tenth of a small layer's time
+
+
 def _runnable(device: torch.device, dtype: torch.dtype) -> Tuple[str, ...]:
     """Return the backends that can run, in order; log once why the others cannot."""
+    known = _known_runnable.get((device, dtype))
+    if known is not None:
+        return known
+    names = _ask_runnable(device, dtype)
+    if not is_capturing():      # a backend that cannot be tried during the capture may turn out not to run
+        _known_runnable[device, dtype] = names
+    return names
+
+
+def _ask_runnable(device: torch.device, dtype: torch.dtype) -> Tuple[str, ...]:
     reasons = {name: load(name).unsupported_reason(device, dtype) for name in AUTO_ORDER}
     for name, reason in reasons.items():
         if reason is not None:
@@ -65,23 +93,58 @@ def _runnable(device: torch.device, dtype: torch.dtype) -> Tuple[str, ...]:
     return tuple(name for name, reason in reasons.items() if reason is None)
 
 
-def run(backend: str, selected: str, step: str, *args: Any) -> Tensor:
-    """Call ``forward`` or ``weight_grad`` of the selected backend; if 'auto' selected one that cannot launch, conv2d's.
+_failed: Set[Tuple[Any, ...]] = set()
 
-    A named backend that cannot launch raises LaunchError.
+
+def run(backend: str, selected: str, step: str, *args: Any) -> Any:
+    """Call ``forward`` or ``backward`` of the selected backend; if 'auto' selected one that cannot launch, conv2d's.
+
+    'auto' does not try the same problem again. A named backend that cannot launch raises LaunchError.
     """
+    instead = load(AUTO_ORDER[-1])
+    problem = _problem(selected, step, args) if _failed else ()
+    if backend == 'auto' and problem in _failed:
+        return getattr(instead, step)(*args)
     try:
         return getattr(load(selected), step)(*args)
     except LaunchError as error:
         if backend != 'auto':
             raise
         _warn_once(f'conv2d is used instead: {error}')
-        return getattr(load(AUTO_ORDER[-1]), step)(*args)
+    if not is_capturing():
+        _failed.add(_problem(selected, step, args))
+    return getattr(instead, step)(*args)
+
+
+def _problem(selected: str, step: str, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return (selected, step, tensors[0].dtype, tensors[0].device, *(tensor.shape for tensor in tensors))
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     _logger.warning(message)
+
+
+def is_capturing() -> bool:
+    """Return whether a CUDA graph is being captured, during which some calls fail that work otherwise."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """Return the layout of results: channels_last if the tensor is, and not contiguous as well."""
+    channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def separate_gradients(
+        forward: Callable[..., Tensor], weight_grad: Callable[..., Tensor], grad: Tensor, input: Tensor,
+        weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
+    """Compute the gradients by two functions that share nothing, for backends that read any layout."""
+    return (
+        forward(grad, weight.flip(2, 3), None, dilation) if wanted[0] else None,
+        weight_grad(grad, input, list(weight.shape[2:]), dilation) if wanted[1] else None,
+    )
 
 
 # --- a dilated convolution as plain ones: every dh-th row and dw-th column becomes an image ---

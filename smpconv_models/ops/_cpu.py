@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._backends import ConvProblem, batch_to_space, space_to_batch
+from ._backends import ConvProblem, Gradients, batch_to_space, separate_gradients, space_to_batch
 
 _LARGEST_FAST_NCHW_KERNEL = 13
 
@@ -51,6 +51,11 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
         return batch_to_space(output, dilation, input.shape)
     padding = [dilation[0] * (kh // 2), dilation[1] * (kw // 2)]
     return _depthwise(input, weight, bias, padding, dilation)
+
+
+def backward(
+        grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
+    return separate_gradients(forward, weight_grad, grad, input, weight, dilation, wanted)
 
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:

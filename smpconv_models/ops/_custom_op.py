@@ -2,8 +2,11 @@
 
 Two operators close the algebra, so that gradients of any order exist:
 
-    y  = depthwise_conv2d(x, w)                 dx = depthwise_conv2d(dy, w rotated by 180 degrees)
-    dw = depthwise_conv2d_weight_grad(dy, x)    bilinear in dy and x, so its own gradients are convolutions again
+    y = depthwise_conv2d(x, w)
+    dx, dw = depthwise_conv2d_backward(dy, x, w)
+
+dx is the convolution of dy with w rotated by 180 degrees, and dw is bilinear in dy and x: the gradients of both are
+convolutions, dx or dw again. One operator returns both, for backends that convert dy first.
 
 Results keep the input's layout: channels_last if the input is, otherwise contiguous.
 """
@@ -62,7 +65,7 @@ def _forward(
         selected: str) -> Tensor:
     with _without_autocast(input.device.type):
         output = _backends.run(backend, selected, 'forward', input, weight, bias, dilation)
-    return output.contiguous(memory_format=_memory_format(input))
+    return output.contiguous(memory_format=_backends.memory_format_of(input))
 
 
 def _is_autocast(device_type: str) -> bool:
@@ -76,11 +79,6 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _without_autocast(device_type: str) -> AbstractContextManager:
     """Keep the operands' dtype, which a backward pass within autocast must not lower again."""
     return torch.autocast(device_type, enabled=False) if _is_autocast(device_type) else nullcontext()
-
-
-def _memory_format(input: Tensor) -> torch.memory_format:
-    channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 # `selected` is the backend that :func:`convolve` has selected, for the gradients too. A compiled graph passes
@@ -101,52 +99,80 @@ def _(
         selected: str) -> Tensor:
     if backend != 'auto' and not selected:
         _backends.select(backend, input, weight.shape[2:], dilation)  # one that cannot run raises on meta tensors too
-    return input.new_empty(input.shape).contiguous(memory_format=_memory_format(input))
+    return _empty_like(input)
 
 
-@torch.library.custom_op('smpconv_models::depthwise_conv2d_weight_grad', mutates_args=())
-def _weight_grad(
-        grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str,
-        selected: str) -> Tensor:
-    selected = selected or _backends.select(backend, input, kernel_size, dilation)
+# dx has the layout of dy. One that is not `wanted` is empty: an operator cannot return None.
+
+
+@torch.library.custom_op('smpconv_models::depthwise_conv2d_backward', mutates_args=())
+def _backward(
+        grad: Tensor, input: Tensor, weight: Tensor, wanted: List[bool], dilation: List[int], backend: str,
+        selected: str) -> Tuple[Tensor, Tensor]:
+    selected = selected or _backends.select(backend, input, weight.shape[2:], dilation)
     with _without_autocast(input.device.type):
-        weight_grad = _backends.run(backend, selected, 'weight_grad', grad, input, kernel_size, dilation)
-    return weight_grad.contiguous()
+        dx, dw = _backends.run(backend, selected, 'backward', grad, input, weight, dilation, wanted)
+    return (
+        grad.new_empty(0) if dx is None else dx.contiguous(memory_format=_backends.memory_format_of(grad)),
+        grad.new_empty(0) if dw is None else dw.contiguous(),
+    )
 
 
-@_weight_grad.register_fake
-def _(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int], backend: str, selected: str) -> Tensor:
-    return input.new_empty((input.shape[1], 1, kernel_size[0], kernel_size[1]))
+@_backward.register_fake
+def _(
+        grad: Tensor, input: Tensor, weight: Tensor, wanted: List[bool], dilation: List[int], backend: str,
+        selected: str) -> Tuple[Tensor, Tensor]:
+    return (
+        _empty_like(grad) if wanted[0] else grad.new_empty(0),
+        input.new_empty(weight.shape) if wanted[1] else grad.new_empty(0),
+    )
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape).contiguous(memory_format=_backends.memory_format_of(tensor))
 
 
 def _save(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
-    first, second, _, *ctx.options = inputs
-    ctx.save_for_backward(first, second)
+    input, weight, _, *ctx.options = inputs
+    ctx.save_for_backward(input, weight)
 
 
-def _conv_backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-    input, weight = ctx.saved_tensors
+def _save_backward(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    grad, input, weight, ctx.wanted, *ctx.options = inputs
+    ctx.save_for_backward(grad, input, weight)
+
+
+def _conv_grads(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_input = _conv(grad, _rotate180(weight), None, *ctx.options) if needs_input else None
-    grad_weight = _weight_grad(grad, input, list(weight.shape[2:]), *ctx.options) if needs_weight else None
+    grad_input = grad_weight = None
+    if needs_input or needs_weight:
+        dx, dw = _backward(grad, *ctx.saved_tensors, [needs_input, needs_weight], *ctx.options)
+        grad_input, grad_weight = dx if needs_input else None, dw if needs_weight else None
     grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
     return grad_input, grad_weight, grad_bias, None, None, None
 
 
-def _weight_grad_backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-    output_grad, input = ctx.saved_tensors
-    needs_output_grad, needs_input = ctx.needs_input_grad[:2]
-    grad_output_grad = _conv(input, grad, None, *ctx.options) if needs_output_grad else None
-    grad_input = _conv(output_grad, _rotate180(grad), None, *ctx.options) if needs_input else None
-    return grad_output_grad, grad_input, None, None, None, None
+def _backward_grads(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    of_dx, of_dw = (given if wanted else None for given, wanted in zip(grads, ctx.wanted))
+    grad, input, weight = ctx.saved_tensors
+    needs_grad, needs_input, needs_weight = ctx.needs_input_grad[:3]
+    grad_grad = grad_input = grad_weight = None
+    if needs_grad and of_dx is not None:
+        grad_grad = _conv(of_dx, weight, None, *ctx.options)
+    if needs_grad and of_dw is not None:
+        through_dw = _conv(input, of_dw, None, *ctx.options)
+        grad_grad = through_dw if grad_grad is None else grad_grad + through_dw
+    if needs_input and of_dw is not None:
+        grad_input, _ = _backward(grad, input, of_dw, [True, False], *ctx.options)
+    if needs_weight and of_dx is not None:
+        _, rotated = _backward(of_dx, grad, weight, [False, True], *ctx.options)
+        grad_weight = rotated.flip(2, 3)
+    return grad_grad, grad_input, grad_weight, None, None, None, None
 
 
-def _rotate180(weight: Tensor) -> Tensor:
-    return weight.flip(2, 3)
-
-
-_conv.register_autograd(_conv_backward, setup_context=_save)
-_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save)
+_conv.register_autograd(_conv_grads, setup_context=_save)
+_backward.register_autograd(_backward_grads, setup_context=_save_backward)
 
 
 @register_flop_formula(torch.ops.smpconv_models.depthwise_conv2d)
@@ -154,9 +180,10 @@ def _conv_flops(input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) 
     return 2 * math.prod(input_shape) * weight_shape[2] * weight_shape[3]
 
 
-@register_flop_formula(torch.ops.smpconv_models.depthwise_conv2d_weight_grad)
-def _weight_grad_flops(grad_shape: Any, input_shape: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(input_shape) * kernel_size[0] * kernel_size[1]
+@register_flop_formula(torch.ops.smpconv_models.depthwise_conv2d_backward)
+def _backward_flops(
+        grad_shape: Any, input_shape: Any, weight_shape: Any, wanted: List[bool], *args: Any, **kwargs: Any) -> int:
+    return sum(wanted) * _conv_flops(input_shape, weight_shape)
 
 
 # --- what surrounds a call ---

@@ -2,14 +2,14 @@
 
 Its speed and its faults are PyTorch's; see _cpu.py for one that never returns.
 """
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._backends import ConvProblem
+from ._backends import ConvProblem, Gradients, separate_gradients
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
@@ -19,6 +19,11 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
         dilation=(dilation[0], dilation[1]),  # FLOP counters that replace conv2d take no lists
         groups=weight.shape[0],
     )
+
+
+def backward(
+        grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
+    return separate_gradients(forward, weight_grad, grad, input, weight, dilation, wanted)
 
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:

@@ -35,6 +35,7 @@ class Build:
     registers: int
     stack: int             # bytes a thread, where spilled registers go
     shared: int            # bytes a program
+    tensor_memory: int     # columns a program
     ptx: str
     total: int             # machine instructions
     loop: list             # machine instructions of the innermost loop with matrix products
@@ -86,7 +87,9 @@ def build(launched, capability):
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=launched.options)
     registers, stack, lines = _read(compiled.asm['cubin'])
     total = sum('*/' in line and ';' in line for line in lines)
-    return Build(registers, stack, compiled.metadata.shared, compiled.asm['ptx'], total, _product_loop(lines))
+    tensor_memory = getattr(compiled.metadata, 'tmem_size', None) or 0
+    return Build(
+        registers, stack, compiled.metadata.shared, tensor_memory, compiled.asm['ptx'], total, _product_loop(lines))
 
 
 def _read(cubin):

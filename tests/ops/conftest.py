@@ -24,7 +24,9 @@ def fp32_precision():
 
 @pytest.fixture(autouse=True)
 def no_cached_selection():
-    _backends._runnable.cache_clear()
+    _backends._known_runnable.clear()
+    _backends._failed.clear()
     _backends._warn_once.cache_clear()
     yield
-    _backends._runnable.cache_clear()
+    _backends._known_runnable.clear()
+    _backends._failed.clear()

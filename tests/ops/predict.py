@@ -66,7 +66,7 @@ def predict(launched):
     if name in ('expand_rows', 'add_parts'):
         return {'memory': memory}, built
     count, (m, n, k) = steps(name, a)
-    a_loop = a['CHUNKS'] if name == 'block_forward' else 1      # products of one turn of the loop
+    a_loop = a['UNROLL'] if name == 'block_forward' else 1      # products of one turn of the loop
     warps = launched.options['num_warps']
     instructions = count / a_loop * len(built.loop) + math.prod(launched.grid) * (built.total - len(built.loop))
     operand_bytes = 2 * (m + n) * k

@@ -127,15 +127,31 @@ def test_gradcheck(dilation, backend):
 
 
 @pytest.mark.parametrize('backend', IN_FLOAT64)
-def test_gradgradcheck_of_the_weight_gradient(backend):
+@pytest.mark.parametrize('wanted', [(0, 1), (0,), (1,)])
+def test_gradgradcheck_of_the_backward_pass(wanted, backend):
     """The third order exists as well: the second operator's own backward pass is differentiable."""
-    grad = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    grad, x = (torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
 
-    def function(grad, x):
-        return torch.ops.smpconv_models.depthwise_conv2d_weight_grad(grad, x, [3, 3], [1, 1], backend, '')
-    assert torch.autograd.gradcheck(function, (grad, x))
-    assert torch.autograd.gradgradcheck(function, (grad, x))
+    def function(*args):
+        gradients = torch.ops.smpconv_models.depthwise_conv2d_backward(
+            *args, [0 in wanted, 1 in wanted], [1, 1], backend, '')
+        return tuple(gradients[index] for index in wanted)
+    assert torch.autograd.gradcheck(function, (grad, x, weight))
+    assert torch.autograd.gradgradcheck(function, (grad, x, weight))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', ['k5_odd_map', 'k15', 'dilated_large'])
+def test_the_backward_operator_is_two_convolutions(name, layout):
+    """To the bit: dx is the convolution by the rotated weight, in the layout of the output's gradient."""
+    shape, cpu = SHAPES[name], _backends.load('cpu')
+    x, weight, _, grad = make(shape, torch.float32, layout)
+    dilation = list(shape.dilation)
+    dx, dw = torch.ops.smpconv_models.depthwise_conv2d_backward(grad, x, weight, [True, True], dilation, 'cpu', '')
+    assert torch.equal(dx, cpu.forward(grad, weight.flip(2, 3), None, dilation))
+    assert torch.equal(dw, cpu.weight_grad(grad, x, [shape.kh, shape.kw], dilation))
+    assert dx.is_contiguous(memory_format=_backends.memory_format_of(grad)) and dw.is_contiguous()
 
 
 def test_deterministic():

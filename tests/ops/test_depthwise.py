@@ -49,8 +49,9 @@ def test_opcheck(sample, backend):
     bias = torch.randn(size[1], requires_grad=True) if has_bias else None
     operators = torch.ops.smpconv_models
     torch.library.opcheck(operators.depthwise_conv2d, (x, weight, bias, [1, 1], backend, ''))
-    torch.library.opcheck(
-        operators.depthwise_conv2d_weight_grad, (grad, x, list(kernel_size), [1, 1], backend, ''))
+    for wanted in ([True, True], [True, False], [False, True]):
+        torch.library.opcheck(
+            operators.depthwise_conv2d_backward, (grad, x, weight, wanted, [1, 1], backend, ''))
 
 
 def test_compiled_over_several_sizes():

@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from grid import LAYOUTS, SHAPES, Shape, assert_as_exact_as, make, plain_conv, t
 from smpconv_models.ops import _backends, _triton, available_backends, depthwise_conv2d
 
 pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from smpconv_models.ops._triton import launch, tuning
@@ -44,6 +46,13 @@ WIDE = {
     'many_images': Shape(70, 1, 5, 18, 5, 5),
 }
 ALL = {**{name: replace(shape, c=2) for name, shape in SHAPES.items() if shape.dilation == (1, 1)}, **WIDE}
+
+
+@pytest.fixture(autouse=True)
+def nothing_refused():
+    launch._refused.clear()
+    yield
+    launch._refused.clear()
 
 
 @pytest.fixture
@@ -98,16 +107,38 @@ def check_form(form, shape, dtype, tile):
     assert_close(got, plain[key], exact[key], terms(shape)[key], dtype)
 
 
-class TooLarge:
-    """Replacement of a kernel that the device cannot launch."""
+class Refused:
+    """Replacement of a kernel that the device refuses with the given errors, one a launch, and takes afterwards."""
 
-    def __init__(self, error):
-        self.error = error
+    def __init__(self, kernel, *errors):
+        self.kernel, self.errors, self.launches = kernel, list(errors), 0
 
     def __getitem__(self, grid):
         def launched(*args, **kwargs):
-            raise self.error
+            self.launches += 1
+            if self.errors:
+                raise self.errors.pop(0)
+            return self.kernel[grid](*args, **kwargs)
         return launched
+
+
+TOO_LARGE = OutOfResources(232448, 101376, 'shared memory')
+LACK = 'shared memory needed 232448, available 101376'
+FORWARD, WEIGHT_GRAD = ('block_forward', 'map_forward'), ('block_weight_grad',)
+
+
+def refuse(monkeypatch, kernels, *errors):
+    """Replace kernels; return the replacements."""
+    found = [Refused(getattr(launch.kernels, name), *errors) for name in kernels]
+    for name, refused in zip(kernels, found):
+        monkeypatch.setattr(launch.kernels, name, refused)
+    return found
+
+
+@pytest.fixture
+def auto_takes_triton(monkeypatch):
+    monkeypatch.setattr(_backends, 'AUTO_ORDER', ('triton', 'reference'))
+    monkeypatch.setattr(_triton, 'skip_reason', lambda problem: None)
 
 
 class TestKernels:
@@ -125,6 +156,7 @@ class TestKernels:
         ('block_forward', tuning.BlockTile(r=1, s=16, tc=64, bp=16)),
         ('block_forward', tuning.BlockTile(r=16, s=16, tc=16, bp=64)),
         ('block_forward', tuning.BlockTile(r=2, s=32, tc=16, bp=32)),
+        ('block_forward', tuning.BlockTile(r=4, s=16, tc=16, bp=16, unroll=1)),
         ('map_weight_grad', tuning.MapGradTile(bn=32, bi=512, bo=32)),
         ('block_weight_grad', tuning.BlockGradTile(r=2, s=16, d=16, tc=32, bn=1, bj=16)),
         ('block_weight_grad', tuning.BlockGradTile(r=4, s=32, d=4, tc=64, bn=2, bj=8)),
@@ -133,31 +165,104 @@ class TestKernels:
     def test_other_tiles(self, form, tile):
         check_form(form, Shape(3, 2, 9, 23 if form.startswith('block') else 13, 9, 11), torch.float32, tile)
 
-    @pytest.mark.parametrize(('kernel', 'error', 'lack'), [
-        ('block_forward', OutOfResources(232448, 101376, 'shared memory'), 'shared memory needed 232448, .* 101376'),
-        ('block_weight_grad', PTXASError('too many registers'), 'too many registers'),
-    ], ids=['forward', 'weight_grad'])
+    @pytest.mark.parametrize(('kernels', 'error', 'message'), [
+        (FORWARD, TOO_LARGE, f"'triton' has no kernel for 1x1x9x18 that fits {DEVICE}.*: {LACK}"),
+        (WEIGHT_GRAD, TOO_LARGE, f"'triton' has no kernel for 1x1x9x18 that fits {DEVICE}.*: {LACK}"),
+        (FORWARD, CompilationError('', None, 'not found'), 'could not run its kernel on .*not found'),
+        (WEIGHT_GRAD, PTXASError('too many registers'), 'could not run its kernel on .*too many registers'),
+        (FORWARD, RuntimeError('PassManager::run failed'), 'could not run its kernel on .*PassManager::run failed'),
+    ], ids=['forward', 'weight_grad', 'compiler', 'assembler', 'pass'])
     @pytest.mark.parametrize('backend', ['triton', 'auto'])
-    def test_a_kernel_that_the_device_cannot_launch(self, monkeypatch, caplog, backend, kernel, error, lack):
+    def test_a_kernel_that_the_device_refuses(
+            self, monkeypatch, caplog, auto_takes_triton, backend, kernels, error, message):
         """A named backend raises with the numbers; auto is plain conv2d, which is logged once."""
-        monkeypatch.setattr(_backends, 'AUTO_ORDER', ('triton', 'reference'))
-        monkeypatch.setattr(_triton, 'skip_reason', lambda problem: None)
-        monkeypatch.setattr(launch.kernels, kernel, TooLarge(error))
+        refused = refuse(monkeypatch, kernels, *[error] * 100)
         tensors = make(Shape(1, 1, 9, 18, 3, 3), torch.float32, device=DEVICE)
 
         def call():
             return with_gradients(lambda *args: depthwise_conv2d(*args, backend=backend), *tensors)
 
         if backend == 'triton':
-            with pytest.raises(RuntimeError, match=f"'triton' has no kernel for .* that fits .*: .*{lack}"):
+            with pytest.raises(RuntimeError, match=message):
                 call()
             return
         plain = with_gradients(lambda *args: plain_conv(*args, (1, 1)), *tensors)
         with caplog.at_level(logging.WARNING, logger='smpconv_models'):
-            first, second = call(), call()
-        assert [bool(re.search(lack, record.message)) for record in caplog.records] == [True]
+            first = call()
+            launches = [each.launches for each in refused]
+            second = call()
+        assert [each.launches for each in refused] == launches, 'what was refused is not tried again'
+        assert [bool(re.search(message, record.message)) for record in caplog.records] == [True]
         torch.testing.assert_close(first, plain)
         torch.testing.assert_close(second, plain)
+
+    def test_smaller_tiles_until_one_is_taken(self, monkeypatch):
+        """And the next call starts with it."""
+        refused, = refuse(monkeypatch, ['block_forward'], TOO_LARGE, TOO_LARGE)
+        shape = Shape(1, 1, 9, 70, 9, 9)
+        x, weight, bias, _ = make(shape, torch.float32, device=DEVICE)
+        for launches in (3, 4):
+            got = launch.forward(x, weight, bias)
+            torch.testing.assert_close(got, plain_conv(x, weight, bias, (1, 1)))
+            assert refused.launches == launches
+
+    @pytest.mark.parametrize('error', [CompilationError('', None, 'unknown'), PTXASError('unknown')], ids=repr)
+    def test_another_form_if_one_cannot_be_built(self, monkeypatch, error):
+        refused, = refuse(monkeypatch, ['block_forward'], error)
+        x, weight, bias, _ = make(Shape(2, 1, 12, 12, 9, 9), torch.float32, device=DEVICE)
+        for _ in range(2):
+            torch.testing.assert_close(launch.forward(x, weight, bias), plain_conv(x, weight, bias, (1, 1)))
+            assert refused.launches == 1
+
+    @pytest.mark.parametrize(('error', 'capturing'), [(RuntimeError('out of memory'), False), (TOO_LARGE, True)])
+    def test_what_may_pass_is_tried_again(self, monkeypatch, error, capturing):
+        """The driver's errors, and any while a CUDA graph is captured."""
+        monkeypatch.setattr(launch, 'is_capturing', lambda: capturing)
+        refuse(monkeypatch, FORWARD, *[error] * 20)
+        x, weight, bias, _ = make(Shape(2, 1, 12, 12, 9, 9), torch.float32, device=DEVICE)
+        with pytest.raises(_backends.LaunchError):
+            launch.forward(x, weight, bias)
+        assert not launch._refused
+
+    @pytest.mark.parametrize('backend', ['triton', 'auto'])
+    def test_out_of_memory_is_pytorchs_own_error(self, monkeypatch, auto_takes_triton, backend):
+        """And the next call succeeds."""
+        refuse(monkeypatch, FORWARD, torch.OutOfMemoryError('full'))
+        x, weight, bias, _ = make(Shape(1, 1, 9, 18, 3, 3), torch.float32, device=DEVICE)
+        with pytest.raises(torch.OutOfMemoryError, match=r'^full$'):
+            depthwise_conv2d(x, weight, bias, backend=backend)
+        torch.testing.assert_close(
+            depthwise_conv2d(x, weight, bias, backend=backend), plain_conv(x, weight, bias, (1, 1)))
+
+    @pytest.mark.parametrize('form', FORMS)
+    def test_every_smaller_tile(self, form):
+        shape = Shape(3, 1, 9, 12 if form.startswith('map') else 20, 5, 7)
+        ladder = tuning._ladder(form, shape.n, shape.h, shape.w, (shape.kh, shape.kw), 'tf32', None)
+        for tile in {replace(tile, num_stages=1): tile for tile in ladder}.values():
+            check_form(form, shape, torch.float32, tile)
+
+    @pytest.mark.parametrize('form', ['map_forward', 'block_forward'])
+    def test_turned(self, form):
+        """To the bit what the turned weight results in."""
+        shape = Shape(2, 2, 9, 20, 5, 7)
+        x, weight, bias, _ = make(shape, torch.float32, device=DEVICE)
+        tile = default_tile(form, shape, 'tf32')
+        turned = launch._FORMS[form](x, weight, bias, tile, turned=True)
+        assert torch.equal(turned, launch._FORMS[form](x, weight.flip(2, 3), bias, tile))
+
+    @pytest.mark.parametrize(
+        'size', [(2, 3, 5, 7), (1, 70, 9, 8), (3, 64, 1, 130), (2, 16, 130, 1), (2, 1, 4, 4)], ids=str)
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+    def test_layouts(self, size, dtype):
+        x = torch.randn(size, device=DEVICE).to(dtype)
+        last = x.contiguous(memory_format=torch.channels_last)
+        for tensor in (last, last[:, :3], last[1:]):
+            maps = launch.contiguous_maps(tensor)
+            assert torch.equal(maps, tensor)
+            assert maps.is_contiguous() or size[1] == 1
+        got = launch.laid_out_like(x, last)
+        assert torch.equal(got, x)
+        assert got.stride() == torch.empty_like(x, memory_format=_backends.memory_format_of(last)).stride()
 
     @pytest.mark.parametrize('path', sorted(tuning._CONFIGS.glob('*.json')), ids=lambda path: path.stem)
     def test_tuned_tiles(self, path):
@@ -253,7 +358,7 @@ def test_slices_of_images_and_channels_are_not_copied():
     x = torch.randn(4, 6, 5, 7)
     for same in (x, x[1:3], x[:, 2:5], x[::2, ::3], x[:, :, 1:4]):
         assert launch.contiguous_maps(same) is same
-    for other in (x[..., 1:5], x.transpose(2, 3), x[:, :, ::2], x.contiguous(memory_format=torch.channels_last)):
+    for other in (x[..., 1:5], x.transpose(2, 3), x[:, :, ::2]):
         assert launch.contiguous_maps(other).is_contiguous()
 
 
@@ -304,9 +409,55 @@ def test_a_tuned_tile_serves_from_half_its_batch(monkeypatch, tmp_path, no_cache
     monkeypatch.setattr(tuning, '_capability', lambda device: 90)
 
     def bp(batch, width=56):
-        return tuning.get_tile('block_forward', torch.empty(batch, 1, 56, width, device='meta'), [31, 31], 'half').bp
+        return first_tile(torch.empty(batch, 1, 56, width, device='meta'), [31, 31]).bp
     assert bp(64) == bp(32) == bp(1000) == 256
     assert bp(31) == bp(64, width=57) == 128
+
+
+def first_tile(x, kernel_size, precision='half'):
+    """Return the tile of the block form that is tried first."""
+    return dict(tuning.candidates('forward', x, kernel_size, precision))['block_forward'][0]
+
+
+@pytest.mark.parametrize(('capability', 'kernel_size', 'precision', 'chunks', 'unrolled'), [
+    (90, 51, 'half', 5, 5), (90, 51, 'tf32', 5, 5),
+    (86, 51, 'half', 5, 5), (86, 51, 'tf32', 5, 1),     # 123 kB of 101 in one step
+    (100, 51, 'half', 5, 1),                            # 640 columns of tensor memory of 512
+    (80, 131, 'half', 5, 5), (90, 179, 'half', 7, 1),   # wider chunks
+    (None, 51, 'half', 5, 1), (130, 51, 'half', 5, 1),  # unknown: what all have
+], ids=str)
+def test_as_many_chunks_a_step_as_the_device_holds(monkeypatch, capability, kernel_size, precision, chunks, unrolled):
+    monkeypatch.setattr(tuning, '_capability', lambda device: capability)
+    dtype = torch.float32 if precision == 'tf32' else torch.float16
+    x = torch.empty(64, 1, 160, 160, dtype=dtype, device='meta')
+    tile = first_tile(x, [kernel_size] * 2, precision)
+    assert tuning.window(tile.s, tile.tc, 160, kernel_size)[1] == chunks
+    assert tile.unrolled(chunks) == unrolled
+
+
+@pytest.mark.parametrize('step', ['forward', 'weight_grad'])
+@pytest.mark.parametrize('size', [7, 14, 56, 300])
+def test_tiles_for_less_and_less_memory(monkeypatch, step, size):
+    """The first tile fits, each has a successor until none is left, and then the error has the numbers."""
+    x = torch.empty(64, 8, size, size, dtype=torch.float16, device='meta')
+    before = {}
+    for available in (2 ** 18, 2 ** 16, 2 ** 14, 2 ** 13):
+        monkeypatch.setattr(tuning, '_limits', lambda *args: tuning.Limits(available))  # noqa: B023
+        for form, tiles in tuning.candidates(step, x, [51, 51], 'half'):
+            needed = [tile.shared_memory(tuning.Limits(available), 2, size, 51) for tile in tiles]
+            assert all(one <= available for one in needed)
+            assert needed == sorted(needed, reverse=True)
+            assert set(tiles) <= set(before.get(form, tiles))
+            before[form] = tiles
+    monkeypatch.setattr(tuning, '_limits', lambda *args: tuning.Limits(64))
+    with pytest.raises(_backends.LaunchError, match=r'that fits meta: .* needed \d+, available 64$') as error:
+        tuning.candidates(step, x, [51, 51], 'half')
+    assert error.value.needed > error.value.available == 64
+
+
+def test_a_grid_beyond_the_device():
+    with pytest.raises(_backends.LaunchError, match='needs 2147483648 programs, available 2147483647'):
+        launch._grid(2 ** 31)
 
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter runs on the CPU')
@@ -337,6 +488,7 @@ def broken(monkeypatch):
 
 @pytest.mark.parametrize('error', [
     RuntimeError('Failed to find C compiler.'),
+    TypeError("jit() got an unexpected keyword argument 'do_not_specialize'"),
     PTXASError("Value 'sm_130a' is not defined"),
     subprocess.CalledProcessError(1, ['gcc']),
 ], ids=repr)
@@ -357,6 +509,43 @@ def test_a_lack_of_memory_is_not_the_toolchains_fault(broken):
     with pytest.raises(torch.OutOfMemoryError):
         broken((9, 0), probe)
     assert broken((9, 0), lambda device: None) is None
+
+
+def test_an_answer_during_a_capture_is_not_kept(broken, monkeypatch):
+    """The toolchain was not tried then."""
+    def probe(device):
+        raise RuntimeError('no compiler')
+    assert broken((9, 0), probe) is not None
+    _triton._broken_toolchain.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    device, dtype = torch.device('cuda:0'), torch.float16
+    assert 'triton' in _backends._runnable(device, dtype)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    assert 'triton' not in _backends._runnable(device, dtype)
+
+
+OTHER_TRITON = """
+import logging, sys, torch, triton.runtime.errors
+logging.basicConfig(format='LOG %(message)s', stream=sys.stdout)
+del triton.runtime.errors.OutOfResources
+torch.cuda.is_available = lambda: True
+torch.cuda.is_current_stream_capturing = lambda: False
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda device: (9, 0)
+from smpconv_models.ops import _backends
+for dtype in (torch.float16, torch.bfloat16):
+    print(_backends._runnable(torch.device('cuda:0'), dtype))
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason='the same there')
+def test_a_triton_of_an_unknown_version():
+    """A name is not where it was: one line in the log, and conv2d."""
+    result = subprocess.run(
+        [sys.executable, '-c', OTHER_TRITON], check=True, capture_output=True, text=True, timeout=120)
+    first, *others = result.stdout.splitlines()
+    assert first.startswith('LOG depthwise_conv2d has no tensor cores on cuda:0: Triton cannot be imported: ')
+    assert others == ["('reference',)"] * 2
 
 
 def test_old_gpu(broken):

@@ -1,4 +1,6 @@
-"""Builds of the kernels for GPUs that are not present: tensor-core instructions, and no spilled registers."""
+"""Builds of the kernels for GPUs that are not present: tensor-core instructions, no spilled registers, and a launch."""
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,9 @@ import ahead_of_time
 from smpconv_models.ops._triton import launch, tuning
 
 INSTRUCTION = {80: 'mma.sync', 86: 'mma.sync', 90: 'wgmma.mma_async', 100: 'tcgen05.mma', 120: 'mma.sync'}
-LARGEST_SHARED = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}      # bytes a program may have
+# What a program may have: bytes of shared memory, columns of tensor memory, registers.
+LARGEST_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+LARGEST_TENSOR_MEMORY, MOST_REGISTERS, MOST_PROGRAMS = 512, 65536, 2 ** 31 - 1
 MAIN = (80, 90, 100)
 NETWORK = {
     '56': (64, 96, 56, 56, 31), '28': (64, 192, 28, 28, 29), '14': (64, 384, 14, 14, 27), '7': (64, 768, 7, 7, 13),
@@ -21,23 +25,36 @@ OTHER = {
 }
 
 
-def check(monkeypatch, capability, layer, dtype):
-    """Build all kernels that the forward pass and the weight gradient of a layer launch."""
+def launches(monkeypatch, capability, layer, dtype):
+    """Return what the forward pass and the weight gradient of a layer launch."""
     monkeypatch.setattr(tuning, '_capability', lambda device: capability)
     n, c, h, w, k = layer
     x = torch.empty(n, c, h, w, dtype=dtype, device='meta')
     weight = torch.empty(c, 1, k, k, dtype=dtype, device='meta')
     bias = torch.empty(c, dtype=dtype, device='meta')
-    launched = [
+    return [
         *ahead_of_time.launches(monkeypatch, launch.forward, x, weight, bias),
         *ahead_of_time.launches(monkeypatch, launch.weight_grad, x, x, [k, k]),
     ]
+
+
+def assert_launches(one, built, capability):
+    """A device has what the kernel takes."""
+    name = one.kernel.fn.__name__
+    assert built.shared <= LARGEST_SHARED[capability], name
+    assert built.tensor_memory <= LARGEST_TENSOR_MEMORY, name
+    assert built.registers * 32 * one.options.get('num_warps', 4) <= MOST_REGISTERS, name
+    assert math.prod(one.grid) <= MOST_PROGRAMS, name
+
+
+def check(monkeypatch, capability, layer, dtype):
+    """Build all kernels that a layer launches."""
     products = 0
-    for one in launched:
+    for one in launches(monkeypatch, capability, layer, dtype):
         built = ahead_of_time.build(one, capability)
         name = one.kernel.fn.__name__
         assert built.stack == 0, f'{name} spills {built.stack} bytes a thread with {one.arguments}'
-        assert built.shared <= LARGEST_SHARED[capability], name
+        assert_launches(one, built, capability)
         if name not in ('expand_rows', 'add_parts') and launch.matmul_precision(dtype) != 'ieee':
             assert INSTRUCTION[capability] in built.ptx, name
             assert any(ahead_of_time.PRODUCT.match(instruction) for instruction in built.loop), name
@@ -68,3 +85,53 @@ def test_network_in_other_types(monkeypatch, fp32_precision, capability, layer, 
 @pytest.mark.parametrize('capability', INSTRUCTION)
 def test_other_layers(monkeypatch, capability, layer):
     check(monkeypatch, capability, OTHER[layer], torch.bfloat16)
+
+
+MAPS, KERNELS = (7, 14, 56, 160, 300), (13, 51, 131, 255)
+LARGE = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
+
+
+def check_large(monkeypatch, fp32_precision, capability, size, kernel, dtype):
+    """A device launches every tile that is selected for a map and kernel, and few products are unrolled."""
+    fp32_precision('tf32')
+    for one in launches(monkeypatch, capability, (64, 8, size, size, kernel), LARGE[dtype]):
+        assert_launches(one, ahead_of_time.build(one, capability), capability)
+        assert one.arguments.get('UNROLL', 1) <= 5      # 17 took four times as long to compile
+
+
+@pytest.mark.parametrize(('capability', 'size', 'kernel', 'dtype'), [
+    (86, 56, 51, 'float32'),        # took 122880 bytes of 101376
+    (100, 56, 51, 'bfloat16'),      # took 640 columns of 512
+    (90, 300, 255, 'bfloat16'),     # took 417792 bytes of 232448
+])
+def test_large_kernels_launch(monkeypatch, fp32_precision, capability, size, kernel, dtype):
+    check_large(monkeypatch, fp32_precision, capability, size, kernel, dtype)
+
+
+@pytest.mark.slow    # minutes of compiling
+@pytest.mark.parametrize('form', tuning.TILES)
+@pytest.mark.parametrize('capability', MAIN)
+def test_smaller_tiles_build(monkeypatch, capability, form):
+    """Every third one, down to the smallest."""
+    size = 14 if form.startswith('map') else 56
+    x = torch.empty(64, 8, size, size, dtype=torch.bfloat16, device='meta')
+    weight = torch.empty(8, 1, 51, 51, dtype=torch.bfloat16, device='meta')
+    args = (x, weight, None) if form.endswith('forward') else (x, x, [51, 51])
+    ladder = list(tuning._ladder(form, 64, size, size, (51, 51), 'half', capability))
+    for tile in ladder[::-3]:
+        for one in ahead_of_time.launches(monkeypatch, launch._FORMS[form], *args, tile):
+            built = ahead_of_time.build(one, capability)
+            assert_launches(one, built, capability)
+            if one.kernel.fn.__name__ == form:
+                limits = tuning._LIMITS[capability]
+                assert built.shared <= tile.shared_memory(limits, 2, size, 51)
+
+
+@pytest.mark.slow    # half an hour of compiling
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize('size', MAPS)
+@pytest.mark.parametrize('dtype', LARGE)
+@pytest.mark.parametrize('capability', LARGEST_SHARED)
+def test_large_kernels_launch_everywhere(monkeypatch, fp32_precision, capability, dtype, size):
+    for kernel in KERNELS:
+        check_large(monkeypatch, fp32_precision, capability, size, kernel, dtype)

@@ -4,13 +4,12 @@ import importlib.util
 import logging
 import math
 import os
-import subprocess
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from .._backends import ConvProblem, batch_to_space, space_to_batch
+from .._backends import ConvProblem, Gradients, batch_to_space, is_capturing, space_to_batch
 
 _logger = logging.getLogger(__name__)
 
@@ -29,15 +28,26 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
     if input.numel() == 0:
         return torch.empty_like(input)
     from . import launch
-    return launch.forward(
+    output = launch.forward(
         launch.contiguous_maps(input), weight.contiguous(), None if bias is None else bias.contiguous())
+    return launch.laid_out_like(output, input)
 
 
-def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
+def backward(
+        grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
     if max(dilation) > 1:
-        grad, input = space_to_batch(grad, dilation), space_to_batch(input, dilation)
+        input = space_to_batch(input, dilation) if wanted[1] else input
+        dx, dw = backward(space_to_batch(grad, dilation), input, weight, [1, 1], wanted)
+        return None if dx is None else batch_to_space(dx, dilation, grad.shape), dw
     from . import launch
-    return launch.weight_grad(launch.contiguous_maps(grad), launch.contiguous_maps(input), kernel_size)
+    dx = dw = None
+    maps = launch.contiguous_maps(grad)
+    if wanted[0]:
+        dx = launch.forward(maps, weight.contiguous(), None, turned=True) if grad.numel() else torch.empty_like(grad)
+        dx = launch.laid_out_like(dx, grad)
+    if wanted[1]:
+        dw = launch.weight_grad(maps, launch.contiguous_maps(input), weight.shape[2:])
+    return dx, dw
 
 
 def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
@@ -50,7 +60,7 @@ def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None
         return "Triton's interpreter has no products of bfloat16" if dtype == torch.bfloat16 else None
     if device.type != 'cuda':
         return f'it runs on CUDA tensors, got {device}'
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         return None     # a probe would be captured too; the calls of a captured graph have run before
     return _broken_toolchain(device)
 
@@ -95,14 +105,13 @@ def _unfit_device(device: torch.device) -> Optional[str]:
 
 def _failed_probe(device: torch.device) -> Optional[str]:
     try:
-        from triton.errors import TritonError
-    except ImportError as error:
+        from . import launch
+    except (ImportError, AttributeError, TypeError, ValueError) as error:   # as of a version with other names
         return f'Triton cannot be imported: {error}'
-    from . import launch
     try:
         launch.probe(device)
     except torch.OutOfMemoryError:
         raise       # memory may become free
-    except (OSError, RuntimeError, subprocess.SubprocessError, TritonError) as error:
+    except (*launch.TOOLCHAIN_ERRORS, AttributeError, TypeError, ValueError) as error:
         return f'Triton could not run a kernel: {str(error).strip() or type(error).__name__}'
     return None

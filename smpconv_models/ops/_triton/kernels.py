@@ -6,7 +6,10 @@ with ``T[i, o] = w[ih - oh + kh // 2, iw - ow + kw // 2]``, gathered from the ke
 Blocks: the output is cut into blocks of R rows and S columns, and every input row is one product for all blocks,
 ``Y[(r, s), block] = sum over delta, t of T[delta - r, s, t] X[delta, t, block]``. delta counts input rows from
 kh // 2 above the block, t input columns from LEFT before it, in CHUNKS of TC; ``T[row, s, t]`` is kernel row ``row`` as
-a banded matrix, ``w[row, t - LEFT + kw // 2 - s]``, the same for every block (:func:`expand_rows`).
+a banded matrix, ``w[row, t - LEFT + kw // 2 - s]``, the same for every block (:func:`expand_rows`). A step of the loop
+takes UNROLL chunks, a divisor of CHUNKS: all of a row for small kernels; fewer compile faster and take less memory.
+
+The input's gradient is the forward pass of the output's gradient with the kernel TURNED by 180 degrees.
 
 The weight gradient is the transposed product of either form, then a sum along diagonals: each row of the product is
 rotated until the terms of one kernel element are in one column. Terms that wrapped around the end belong to another
@@ -23,7 +26,7 @@ import triton.language as tl
 # Sizes of the data: a kernel compiled for one of them serves all.
 SIZES = (
     'total', 'N', 'C', 'H', 'W', 'W_A', 'HW_A', 'x_stride_n_A', 'x_stride_c_A', 'g_stride_n_A', 'g_stride_c_A',
-    'splits',
+    'splits', 'P_B', 'Q_A', 'x_stride_p_A',
 )
 
 
@@ -40,10 +43,28 @@ def noop_kernel():
 
 
 @jit
+def turn_maps(
+        x_ptr, y_ptr, P_B, Q_A, x_stride_n_A, x_stride_p_A, A: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
+        BQ: tl.constexpr):
+    """Copy x (N, P, Q) to y (N, Q, P), a tile per program: pixels and channels change places. y is contiguous."""
+    P = P_B * B
+    Q = Q_A * A
+    p_blocks = tl.cdiv(P, BP)
+    q_blocks = tl.cdiv(Q, BQ)
+    program = tl.program_id(0)
+    p = (program % p_blocks * BP + tl.arange(0, BP))[:, None]
+    q = (program // p_blocks % q_blocks * BQ + tl.arange(0, BQ))[None, :]
+    n = (program // (p_blocks * q_blocks)).to(tl.int64)
+    inside = (p < P) & (q < Q)
+    x = tl.load(x_ptr + (n * x_stride_n_A + p.to(tl.int64) * x_stride_p_A) * A + q, mask=inside)
+    tl.store(y_ptr + (n * Q + q) * P + p, x, mask=inside)
+
+
+@jit
 def map_forward(
         x_ptr, w_ptr, bias_ptr, y_ptr, N, C, W, HW_A, x_stride_n_A, x_stride_c_A, A: tl.constexpr, KH: tl.constexpr,
-        KW: tl.constexpr, COVERS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
-        BI: tl.constexpr, BO: tl.constexpr):
+        KW: tl.constexpr, TURNED: tl.constexpr, COVERS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+        BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):
     """Compute BN images and BO output pixels of a channel per program. y is contiguous."""
     HW = HW_A * A
     o_blocks = tl.cdiv(HW, BO)
@@ -61,7 +82,8 @@ def map_forward(
         x = tl.load(x_ptrs + i[None, :], mask=(n < N)[:, None] & (i < HW)[None, :], other=0.)
         i = tl.minimum(i, HW - 1)
         ih, iw = i // W, i % W
-        w_offsets = (ih * KW + iw)[:, None] - (oh * KW + ow)[None, :] + (KH // 2 * KW + KW // 2)
+        w_offsets = (ih * KW + iw)[:, None] - (oh * KW + ow)[None, :]
+        w_offsets = (KH // 2 * KW + KW // 2) + (-w_offsets if TURNED else w_offsets)
         if COVERS:                                  # every pixel sees every pixel
             weight = tl.load(w_ptrs + w_offsets)
         else:
@@ -125,8 +147,8 @@ def map_weight_grad(
 
 @jit
 def expand_rows(
-        w_ptr, rows_ptr, total, KH: tl.constexpr, KW: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-        LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, BLOCK: tl.constexpr):
+        w_ptr, rows_ptr, total, KH: tl.constexpr, KW: tl.constexpr, TURNED: tl.constexpr, R: tl.constexpr,
+        S: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, BLOCK: tl.constexpr):
     """Expand w (C, KH, KW) to banded rows (C, KH + 2 (R - 1), CHUNKS, S, TC), with R - 1 rows of zeros on each side."""
     ROWS: tl.constexpr = KH + 2 * (R - 1)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -137,7 +159,10 @@ def expand_rows(
     c = index // (TC * S * CHUNKS * ROWS)
     column = chunk * TC + t - LEFT + KW // 2 - s
     inside = (index < total) & (row >= 0) & (row < KH) & (column >= 0) & (column < KW)
-    value = tl.load(w_ptr + (c * KH + row) * KW + column, mask=inside, other=0.)
+    element = row * KW + column
+    if TURNED:
+        element = KH * KW - 1 - element
+    value = tl.load(w_ptr + c * (KH * KW) + element, mask=inside, other=0.)
     tl.store(rows_ptr + index, value, mask=index < total)
 
 
@@ -145,9 +170,10 @@ def expand_rows(
 def block_forward(
         x_ptr, rows_ptr, bias_ptr, y_ptr, N, C, H, W_A, x_stride_n_A, x_stride_c_A, A: tl.constexpr, KH: tl.constexpr,
         HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr,
-        CHUNKS: tl.constexpr, TC: tl.constexpr, BP: tl.constexpr):
+        CHUNKS: tl.constexpr, UNROLL: tl.constexpr, TC: tl.constexpr, BP: tl.constexpr):
     """Compute R output rows of a channel per program, BP of the blocks (n, j) in them. y is contiguous."""
     ROW: tl.constexpr = CHUNKS * S * TC
+    STEPS: tl.constexpr = CHUNKS // UNROLL          # of an input row
     W = W_A * A
     J = tl.cdiv(W, S)
     p_blocks = tl.cdiv(N * J, BP)
@@ -168,14 +194,19 @@ def block_forward(
     x_base = x_ptr + (n.to(tl.int64) * x_stride_n_A + c * x_stride_c_A) * A
     x_ptrs = x_base[None, :] + (top - KH // 2 + first).to(tl.int64) * W + column
     acc = tl.zeros((R * S, BP), dtype=tl.float32)
-    for _ in range(first, last):
-        for chunk in tl.static_range(0, CHUNKS):
-            inside = (n < N)[None, :] & (column + chunk * TC >= 0) & (column + chunk * TC < W)
-            weight = tl.load(rows_ptrs + chunk * (S * TC))
-            x = tl.load(x_ptrs + chunk * TC, mask=inside, other=0.)
+    for step in range(0, (last - first) * STEPS):
+        part = step % STEPS
+        for i in tl.static_range(0, UNROLL):
+            x_column = column + (part * UNROLL + i) * TC
+            inside = (n < N)[None, :] & (x_column >= 0) & (x_column < W)
+            weight = tl.load(rows_ptrs + i * (S * TC))
+            x = tl.load(x_ptrs + i * TC, mask=inside, other=0.)
             acc = tl.dot(weight, x, acc, input_precision=PRECISION)
-        rows_ptrs += ROW
-        x_ptrs += W
+        rows_ptrs += UNROLL * S * TC
+        if STEPS == 1:
+            x_ptrs += W
+        else:
+            x_ptrs += tl.where(part == STEPS - 1, W - (CHUNKS - UNROLL) * TC, UNROLL * TC)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + c).to(tl.float32)
     row = top + r[:, None]

@@ -1,45 +1,82 @@
-"""From tensors to kernels: layouts, sizes, grids."""
+"""From tensors to kernels: layouts, sizes, grids, and the first tile that the device takes."""
+import copy
 import math
+import subprocess
 from contextlib import contextmanager, nullcontext
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources, PTXASError
+from triton.errors import TritonError
+from triton.runtime.errors import OutOfResources
 
-from .._backends import LaunchError
+from .._backends import LaunchError, is_capturing, memory_format_of
 from . import kernels, tuning
 from .tuning import BlockGradTile, BlockTile, MapGradTile, MapTile
 
-_ELEMENTS_PER_PROGRAM = 1024      # of the two kernels that only copy and add
+_ELEMENTS_PER_PROGRAM = 1024    # of the kernels that only expand and add
+_TURNED_PER_PROGRAM = 64        # pixels and channels
+_MOST_PROGRAMS = 2 ** 31 - 1
+
+# A compiler's pass and the driver raise RuntimeError; the programs that Triton calls, the last two.
+TOOLCHAIN_ERRORS = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 
 
-def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """Run the forward kernel that fits the map. Maps (:func:`contiguous_maps`) and weight are contiguous."""
-    kernel = tuning.forward_form(*input.shape[2:])
-    tile = tuning.get_tile(kernel, input, list(weight.shape[2:]), matmul_precision(input.dtype))
-    return _FORMS[kernel](input, weight, bias, tile)
+def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], turned: bool = False) -> Tensor:
+    """Run the forward kernel that fits the map and the device, on :func:`contiguous_maps` and a contiguous weight.
+
+    Args:
+        input: Images (N, C, H, W).
+        weight: Kernels (C, 1, kh, kw).
+        bias: Biases (C,) or None.
+        turned: Whether to rotate the kernels by 180 degrees, which makes it the input's gradient.
+    """
+    return _run_first_that_launches('forward', input, weight.shape[2:], input, weight, bias, turned=turned)
 
 
-def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
-    """Run the weight gradient's kernel that fits the map."""
-    kernel = tuning.weight_grad_form(*input.shape[2:])
-    tile = tuning.get_tile(kernel, input, kernel_size, matmul_precision(input.dtype))
-    return _FORMS[kernel](grad, input, kernel_size, tile)
+def weight_grad(grad: Tensor, input: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Run the weight gradient's kernel that fits the map and the device."""
+    return _run_first_that_launches('weight_grad', input, kernel_size, grad, input, list(kernel_size))
 
 
-def map_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: MapTile) -> Tensor:
+_refused: Dict[Tuple[Any, ...], LaunchError] = {}
+
+
+def _run_first_that_launches(
+        step: str, input: Tensor, kernel_size: Sequence[int], *args: Any, **options: Any) -> Tensor:
+    """Run the first form and tile that the device takes, and remember for the problem those that it refused."""
+    precision = matmul_precision(input.dtype)
+    problem = (input.shape, input.dtype, precision, *kernel_size, input.device)
+    error = None
+    for form, tiles in tuning.candidates(step, input, kernel_size, precision):
+        for tile in tiles:
+            key = (form, tile, problem)
+            error = _refused.get(key)
+            if error is None:
+                try:
+                    return _FORMS[form](*args, tile=tile, **options)
+                except LaunchError as failure:
+                    error = copy.copy(failure)      # without its traceback, which would keep the tensors
+                    if isinstance(failure.__cause__, TritonError) and not is_capturing():
+                        _refused[key] = error
+            if error.needed is None:
+                break       # a smaller tile would fail as well
+    assert error is not None, 'there is a candidate'
+    raise copy.copy(error)
+
+
+def map_forward(
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: MapTile, turned: bool = False) -> Tensor:
     """Compute the forward pass in the whole-map form."""
     n, c, h, w = input.shape
     kh, kw = weight.shape[2:]
     output = input.new_empty(input.shape)
     a = _alignment(h * w, input)
-    grid = (triton.cdiv(h * w, tile.bo) * triton.cdiv(n, tile.bn) * c,)
-    with _launching_on(input):
-        kernels.map_forward[grid](
+    with _launching(input):
+        kernels.map_forward[_grid(triton.cdiv(h * w, tile.bo) * triton.cdiv(n, tile.bn) * c)](
             input, weight, bias, output, n, c, w, h * w // a, *_strides(input, a),
-            A=a, KH=kh, KW=kw, COVERS=kh >= 2 * h - 1 and kw >= 2 * w - 1,
+            A=a, KH=kh, KW=kw, TURNED=turned, COVERS=kh >= 2 * h - 1 and kw >= 2 * w - 1,
             HAS_BIAS=bias is not None, PRECISION=_input_precision(input.dtype),
             BN=tile.bn, BI=tile.bi, BO=tile.bo, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )
@@ -53,8 +90,8 @@ def map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: M
     assert tile.bi >= h * w + w - 1 and tile.bo >= w, 'the tile holds the map, and a row to rotate it by'
     weight_grad = input.new_empty((c, 1, kh, kw))
     a = _alignment(h * w, grad, input)
-    with _launching_on(input):
-        kernels.map_weight_grad[(c,)](
+    with _launching(input):
+        kernels.map_weight_grad[_grid(c)](
             grad, input, weight_grad, n, h, w, h * w // a, *_strides(grad, a), *_strides(input, a),
             A=a, KH=kh, KW=kw, PRECISION=_input_precision(input.dtype),
             BN=tile.bn, BI=tile.bi, BO=tile.bo, BQ=128, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -62,7 +99,8 @@ def map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: M
     return weight_grad
 
 
-def block_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: BlockTile) -> Tensor:
+def block_forward(
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: BlockTile, turned: bool = False) -> Tensor:
     """Compute the forward pass in the block form."""
     n, c, h, w = input.shape
     kh, kw = weight.shape[2:]
@@ -71,15 +109,15 @@ def block_forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: B
     rows = weight.new_empty((c, kh + 2 * (tile.r - 1), chunks, tile.s, tile.tc))
     a = _alignment(w, input)
     blocks = triton.cdiv(n * triton.cdiv(w, tile.s), tile.bp)
-    with _launching_on(input):
-        kernels.expand_rows[(triton.cdiv(rows.numel(), _ELEMENTS_PER_PROGRAM),)](
-            weight, rows, rows.numel(), KH=kh, KW=kw, R=tile.r, S=tile.s,
+    with _launching(input):
+        kernels.expand_rows[_grid(triton.cdiv(rows.numel(), _ELEMENTS_PER_PROGRAM))](
+            weight, rows, rows.numel(), KH=kh, KW=kw, TURNED=turned, R=tile.r, S=tile.s,
             LEFT=left, CHUNKS=chunks, TC=tile.tc, BLOCK=_ELEMENTS_PER_PROGRAM,
         )
-        kernels.block_forward[(blocks * triton.cdiv(h, tile.r) * c,)](
+        kernels.block_forward[_grid(blocks * triton.cdiv(h, tile.r) * c)](
             input, rows, bias, output, n, c, h, w // a, *_strides(input, a),
             A=a, KH=kh, HAS_BIAS=bias is not None, PRECISION=_input_precision(input.dtype),
-            R=tile.r, S=tile.s, LEFT=left, CHUNKS=chunks, TC=tile.tc, BP=tile.bp,
+            R=tile.r, S=tile.s, LEFT=left, CHUNKS=chunks, UNROLL=tile.unrolled(chunks), TC=tile.tc, BP=tile.bp,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )
     return output
@@ -95,14 +133,14 @@ def block_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile:
     splits = tile.splits(n, w, programs)
     parts = input.new_empty((splits * programs, 4, tile.d, tile.tc), dtype=torch.float32)
     a = _alignment(w, grad, input)
-    with _launching_on(input):
-        kernels.block_weight_grad[(splits * programs,)](
+    with _launching(input):
+        kernels.block_weight_grad[_grid(splits * programs)](
             grad, input, parts, n, c, h, w // a, *_strides(grad, a), *_strides(input, a), splits,
             A=a, KH=kh, PRECISION=_input_precision(input.dtype),
             R=tile.r, S=tile.s, LEFT=left, CHUNKS=chunks, TC=tile.tc, D=tile.d, BN=tile.bn, BJ=tile.bj,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )
-        kernels.add_parts[(triton.cdiv(weight_grad.numel(), _ELEMENTS_PER_PROGRAM),)](
+        kernels.add_parts[_grid(triton.cdiv(weight_grad.numel(), _ELEMENTS_PER_PROGRAM))](
             parts, weight_grad, c, splits, KH=kh, KW=kw, R=tile.r, LEFT=left, CHUNKS=chunks,
             TC=tile.tc, D=tile.d, BLOCK=_ELEMENTS_PER_PROGRAM,
         )
@@ -130,10 +168,40 @@ def probe(device: torch.device) -> None:
 
 
 def contiguous_maps(tensor: Tensor) -> Tensor:
-    """Return a tensor whose maps are contiguous, as the kernels read them; a slice of images or channels stays."""
-    h, w = tensor.shape[2:]
-    contiguous = (h == 1 or tensor.stride(2) == w) and (w == 1 or tensor.stride(3) == 1)
-    return tensor if contiguous else tensor.contiguous()
+    """Return a tensor whose maps are contiguous, as the kernels read them.
+
+    A slice of images or channels stays as it is, and the channels of channels_last are turned behind the pixels.
+    """
+    n, c, h, w = tensor.shape
+    _, c_stride, h_stride, w_stride = tensor.stride()
+    if (h == 1 or h_stride == w) and (w == 1 or w_stride == 1):
+        return tensor
+    pixel_stride = h_stride if w == 1 else w_stride
+    if tensor.numel() and c_stride == 1 and (h == 1 or h_stride == w * pixel_stride):
+        return _turned(tensor.new_empty(n, c, h, w), tensor, h * w, c, pixel_stride)
+    return tensor.contiguous()
+
+
+def laid_out_like(maps: Tensor, other: Tensor) -> Tensor:
+    """Return contiguous maps in the layout of another tensor, channels_last or contiguous."""
+    memory_format = memory_format_of(other)
+    if memory_format == torch.contiguous_format or maps.numel() == 0:
+        return maps.contiguous(memory_format=memory_format)
+    _, c, h, w = maps.shape
+    return _turned(torch.empty_like(maps, memory_format=memory_format), maps, c, h * w, h * w)
+
+
+def _turned(output: Tensor, input: Tensor, rows: int, columns: int, row_stride: int) -> Tensor:
+    """Write every image of ``input``, a matrix of contiguous columns, transposed to ``output``."""
+    a = math.gcd(8, columns, row_stride, input.stride(0))
+    b = math.gcd(8, rows)
+    tiles = triton.cdiv(rows, _TURNED_PER_PROGRAM) * triton.cdiv(columns, _TURNED_PER_PROGRAM)
+    with _launching(input):
+        kernels.turn_maps[_grid(len(input) * tiles)](
+            input, output, rows // b, columns // a, input.stride(0) // a, row_stride // a,
+            A=a, B=b, BP=_TURNED_PER_PROGRAM, BQ=_TURNED_PER_PROGRAM,
+        )
+    return output
 
 
 def _input_precision(dtype: torch.dtype) -> str:
@@ -149,14 +217,26 @@ def _alignment(width: int, *tensors: Tensor) -> int:
     return math.gcd(8, width, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
 
 
+def _grid(programs: int) -> Tuple[int]:
+    if programs > _MOST_PROGRAMS:
+        raise LaunchError(
+            f"backend 'triton' needs {programs} programs, available {_MOST_PROGRAMS}", programs, _MOST_PROGRAMS)
+    return (programs,)
+
+
 @contextmanager
-def _launching_on(tensor: Tensor) -> Iterator[None]:
-    """Make the tensor's device current, for Triton's launch; raise LaunchError if it lacks what the kernel takes."""
+def _launching(input: Tensor) -> Iterator[None]:
+    """Make the input's device current, for Triton's launch, and raise the toolchain's errors as LaunchError."""
     try:
-        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        with torch.cuda.device(input.device) if input.is_cuda else nullcontext():
             yield
-    except (OutOfResources, PTXASError) as error:
-        is_lack = isinstance(error, OutOfResources)
-        lack = f'{error.name} needed {error.required}, available {error.limit}' if is_lack else str(error)
-        size = 'x'.join(map(str, tensor.shape))
-        raise LaunchError(f"backend 'triton' has no kernel for {size} that fits {tensor.device}: {lack}") from error
+    except (LaunchError, torch.OutOfMemoryError):
+        raise
+    except OutOfResources as error:
+        size = 'x'.join(map(str, input.shape))
+        raise LaunchError(
+            f"backend 'triton' has no kernel for {size} that fits {input.device}: {error.name} needed "
+            f'{error.required}, available {error.limit}', error.required, error.limit) from error
+    except TOOLCHAIN_ERRORS as error:
+        reason = str(error).strip() or type(error).__name__
+        raise LaunchError(f"backend 'triton' could not run its kernel on {input.device}: {reason}") from error

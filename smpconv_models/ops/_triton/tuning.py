@@ -1,4 +1,6 @@
-"""Tiles: how much of the problem one program takes. Tuned tiles are data in configs/; other problems get a default.
+"""Tiles: how much of the problem one program takes, within what the device has.
+
+Tuned tiles are data in configs/; other problems get a default. One that takes too much is made smaller.
 
 ``configs/sm_NN.json`` is a list of ``{kernel, mode, batch, height, width, kernel_size, tile, source}``; ``mode`` is the
 precision of the products. A tuned tile serves the GPUs of its compute capability, and every batch from half of the one
@@ -6,23 +8,88 @@ that it was tuned for.
 """
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
+
+from .._backends import LaunchError
 
 _CONFIGS = Path(__file__).parent / 'configs'
 
 # Above this size, gathering a whole map's kernel costs more instructions than the block form takes.
 _LARGEST_FORWARD_MAP = 64
+# Above this size it is no substitute for the block form either: its products grow with the square of the map.
+_LARGEST_OTHER_FORWARD_MAP = 256
 # Above these sizes, a column of the whole map's product is too much for one program.
 _LARGEST_GRAD_MAP, _WIDEST_GRAD_MAP = 256, 16
+# A row of a 51x51 kernel has 5 chunks. Compiling takes as long as the unrolled loop.
+_MOST_UNROLLED = 5
+
+
+class Limits(NamedTuple):
+    """Resources of a program: bytes of shared memory, registers of 32 bits, and columns of tensor memory if any.
+
+    ``reads_shared``: whether products read their operands from shared memory (wgmma, tcgen05) while the next ones
+    arrive. Their loops have one more buffer than those of mma.sync, which reads registers.
+    """
+    shared_memory: int
+    registers: int = 65536
+    tensor_memory: Optional[int] = None
+    reads_shared: bool = False
+
+
+# By compute capability, for builds without the device.
+_LIMITS = {
+    80: Limits(166912), 86: Limits(101376), 87: Limits(166912), 89: Limits(101376),
+    90: Limits(232448, reads_shared=True), 100: Limits(232448, tensor_memory=512, reads_shared=True),
+    103: Limits(232448, tensor_memory=512, reads_shared=True), 120: Limits(101376), 121: Limits(101376),
+}
+_LEAST_LIMITS = Limits(101376, tensor_memory=512, reads_shared=True)
+
+
+class Step(NamedTuple):
+    """Turn of a loop: a number of products of M x K by K x N."""
+    m: int
+    n: int
+    k: int
+    products: int = 1
+
+
+class _Program:
+    """Resources that a tile's program takes, at most: tests compare them with builds."""
+    num_warps: int
+    num_stages: int
+
+    def step(self, width: int, kernel_width: int) -> Step:
+        raise NotImplementedError
+
+    def smaller(self) -> Optional['Tile']:
+        """Return a tile that takes less, at the least cost, or None."""
+        raise NotImplementedError
+
+    def shared_memory(self, limits: Limits, element_size: int, width: int, kernel_width: int) -> int:
+        """Return the bytes of the operands in flight and their barriers, or of the sums after the loop."""
+        m, n, k, products = self.step(width, kernel_width)
+        buffers = max(self.num_stages - (not limits.reads_shared), 1)
+        return max(products * (buffers * (m + n) * k * element_size + 16), 4 * m * n)
+
+    def fits(self, limits: Limits, element_size: int, width: int, kernel_width: int) -> bool:
+        m, n, _, products = self.step(width, kernel_width)
+        # half of the registers hold the sums, the others operands, addresses and masks
+        registers = min(limits.registers, 256 * 32 * self.num_warps)
+        # each product has its own sums there, 128 rows to a column
+        columns = products * n * -(-m // 128)
+        return (
+            self.shared_memory(limits, element_size, width, kernel_width) <= limits.shared_memory
+            and 2 * m * n <= registers
+            and (limits.tensor_memory is None or columns <= limits.tensor_memory))
 
 
 @dataclass(frozen=True)
-class MapTile:
+class MapTile(_Program):
     """Images, input pixels and output pixels of a step."""
     bn: int
     bi: int
@@ -31,9 +98,15 @@ class MapTile:
     num_stages: int = 3
 
     @classmethod
-    def default(cls, n: int, h: int, w: int, kernel_size: List[int], precision: str) -> 'MapTile':
+    def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'MapTile':
         most = 32 if precision == 'ieee' else 64
         return cls(bn=_between(16, n, most), bi=16, bo=_between(16, h * w, 2 * most))
+
+    def step(self, width: int, kernel_width: int) -> Step:
+        return Step(self.bn, self.bo, self.bi)
+
+    def smaller(self) -> Optional['Tile']:
+        return _reduced(self, num_stages=1, bo=16, bn=16)
 
 
 @dataclass(frozen=True)
@@ -41,33 +114,59 @@ class MapGradTile(MapTile):
     """``bi`` holds the whole map, ``bo`` a row of it."""
 
     @classmethod
-    def default(cls, n: int, h: int, w: int, kernel_size: List[int], precision: str) -> 'MapGradTile':
+    def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'MapGradTile':
         return cls(
             bn=_between(16, n, {'half': 64, 'tf32': 32, 'ieee': 16}[precision]), bo=16,
             bi=_between(16, _rotated(h, w), _LARGEST_GRAD_MAP), num_stages=1)
 
+    def step(self, width: int, kernel_width: int) -> Step:
+        return Step(self.bi, self.bo, self.bn)
+
+    def shared_memory(self, limits: Limits, element_size: int, width: int, kernel_width: int) -> int:
+        """Return the bytes of the operands and of the sums, which are rotated beside them."""
+        return super().shared_memory(limits, element_size, width, kernel_width) + 4 * self.bi * self.bo
+
+    def smaller(self) -> Optional['Tile']:
+        return _reduced(self, num_stages=1, bn=16)
+
 
 @dataclass(frozen=True)
-class BlockTile:
-    """Blocks of ``r`` rows and ``s`` columns, chunks of ``tc`` columns, ``bp`` blocks per program."""
+class BlockTile(_Program):
+    """Blocks of ``r`` rows and ``s`` columns, chunks of ``tc`` columns, ``bp`` blocks per program.
+
+    ``unroll`` is the largest number of chunks in one step.
+    """
     r: int
     s: int
     tc: int
     bp: int
     num_warps: int = 4
     num_stages: int = 3
+    unroll: int = _MOST_UNROLLED
 
     @classmethod
-    def default(cls, n: int, h: int, w: int, kernel_size: List[int], precision: str) -> 'BlockTile':
+    def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'BlockTile':
         s = _block_width(w, precision)
-        tc = 32 if s == 32 or (precision == 'half' and window(s, 32, w, kernel_size[1])[1] == 1) else 16
+        chunks = window(s, 16, w, kernel_size[1])[1]
+        one_wide = precision == 'half' and window(s, 32, w, kernel_size[1])[1] == 1
+        tc = 32 if s == 32 or one_wide or chunks > _MOST_UNROLLED else 16
         r = _between(1, h, 4 if precision == 'ieee' else 8)
         bp = _between(16, n * -(-w // s), {'half': 128, 'tf32': 64, 'ieee': 32}[precision] * 16 // s)
         return cls(r=r, s=s, tc=tc, bp=bp, num_warps=8 if r * s * bp > 8192 else 4)
 
+    def step(self, width: int, kernel_width: int) -> Step:
+        return Step(self.r * self.s, self.bp, self.tc, self.unrolled(window(self.s, self.tc, width, kernel_width)[1]))
+
+    def smaller(self) -> Optional['Tile']:
+        return _reduced(self, unroll=1, num_stages=2, bp=16, r=1) or _reduced(self, num_stages=1)
+
+    def unrolled(self, chunks: int) -> int:
+        """Return the chunks of one step: as many as allowed that divide all."""
+        return max(count for count in range(1, self.unroll + 1) if chunks % count == 0)
+
 
 @dataclass(frozen=True)
-class BlockGradTile:
+class BlockGradTile(_Program):
     """Blocks of ``r`` rows and ``s`` columns against ``d`` rows and ``tc`` columns; ``bn * bj`` blocks per step."""
     r: int
     s: int
@@ -82,12 +181,19 @@ class BlockGradTile:
         assert self.r <= self.d and self.s <= self.tc, 'a diagonal wraps around the end at most once'
 
     @classmethod
-    def default(cls, n: int, h: int, w: int, kernel_size: List[int], precision: str) -> 'BlockGradTile':
+    def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'BlockGradTile':
         s = _block_width(w, precision)
         d = {'half': 8, 'tf32': 8, 'ieee': 4}[precision] * 16 // s
         step = {'half': 64, 'tf32': 32, 'ieee': 16}[precision]
         bn = _between(1, n, step)
         return cls(r=_between(1, h, d), s=s, d=d, tc=s, bn=bn, bj=step // bn, num_warps=4 if precision == 'ieee' else 8)
+
+    def step(self, width: int, kernel_width: int) -> Step:
+        return Step(self.d * self.tc, self.r * self.s, self.bn * self.bj)
+
+    def smaller(self) -> Optional['Tile']:
+        return _reduced(
+            self, num_stages=1, bj=max(16 // self.bn, 1), bn=max(16 // self.bj, 1), r=1, d=self.r)
 
     def groups(self, kernel_height: int) -> int:
         """Return how many times ``d`` rows cover the input rows of a block."""
@@ -105,6 +211,15 @@ TILES: Dict[str, Any] = {
     'block_forward': BlockTile, 'block_weight_grad': BlockGradTile,
 }
 _DEFAULTS = {name: tile.default for name, tile in TILES.items()}
+
+
+def _reduced(tile: Any, **least: int) -> Any:
+    """Return the tile with the first of its numbers that is above the least one reduced, or None."""
+    for name, smallest in least.items():
+        number = getattr(tile, name)
+        if number > smallest:
+            return replace(tile, **{name: number - 1 if name == 'num_stages' else number // 2})
+    return None
 
 
 def window(s: int, tc: int, width: int, kernel_width: int) -> Tuple[int, int]:
@@ -129,17 +244,74 @@ def weight_grad_form(height: int, width: int) -> str:
     return 'map_weight_grad' if fits else 'block_weight_grad'
 
 
-def get_tile(kernel: str, input: Tensor, kernel_size: List[int], precision: str) -> Any:
-    """Return the tile of a kernel by name: a tuned one if there is one, otherwise the default.
+def _forms(step: str, height: int, width: int) -> Tuple[str, ...]:
+    """Return the names of the kernels for a step, 'forward' or 'weight_grad', the best one first."""
+    if step == 'weight_grad':
+        forms = [weight_grad_form(height, width), 'block_weight_grad']
+    else:
+        forms = [forward_form(height, width), 'block_forward']
+        if height * width <= _LARGEST_OTHER_FORWARD_MAP:
+            forms.append('map_forward')
+    return tuple(dict.fromkeys(forms))
 
-    ``precision`` is that of the products: 'half', 'tf32' or 'ieee'.
+
+# Kernels by name, each with its tiles.
+Candidates = Tuple[Tuple[str, Tuple[Tile, ...]], ...]
+
+
+def candidates(step: str, input: Tensor, kernel_size: Sequence[int], precision: str) -> Candidates:
+    """Return the kernels that compute a step by name, the best one first, each with the tiles that fit the device.
+
+    The first tile is a tuned one if there is one, otherwise the default; the others are ever smaller.
+
+    Args:
+        step: 'forward' or 'weight_grad'.
+        input: Images (N, C, H, W), of which shape, dtype and device count.
+        kernel_size: Height and width.
+        precision: Precision of the products, 'half', 'tf32' or 'ieee'.
+
+    Raises:
+        LaunchError: The device has too little for any tile.
     """
     n, _, h, w = input.shape
-    entries = _tuned(kernel, _capability(input.device), precision, h, w, tuple(kernel_size))
-    fitting = [batch for batch in entries if batch <= 2 * n]
-    if fitting:
-        return entries[max(fitting)]
-    return _DEFAULTS[kernel](n, h, w, kernel_size, precision)
+    capability = _capability(input.device)
+    limits = _limits(input.device, capability)
+    found = _candidates(step, n, h, w, tuple(kernel_size), precision, input.element_size(), capability, limits)
+    if not found:
+        size = 'x'.join(map(str, input.shape))
+        needed = min(
+            tile.shared_memory(limits, input.element_size(), w, kernel_size[1])
+            for form in _forms(step, h, w)
+            for tile in _ladder(form, n, h, w, tuple(kernel_size), precision, capability))
+        raise LaunchError(
+            f"backend 'triton' has no kernel for {size} that fits {input.device}: shared memory needed {needed}, "
+            f'available {limits.shared_memory}', needed, limits.shared_memory)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _candidates(
+        step: str, n: int, h: int, w: int, kernel_size: Tuple[int, ...], precision: str, element_size: int,
+        capability: Optional[int], limits: Limits) -> Candidates:
+    fitting = {
+        form: tuple(
+            tile for tile in _ladder(form, n, h, w, kernel_size, precision, capability)
+            if tile.fits(limits, element_size, w, kernel_size[1]))
+        for form in _forms(step, h, w)
+    }
+    return tuple((form, tiles) for form, tiles in fitting.items() if tiles)
+
+
+def _ladder(
+        form: str, n: int, h: int, w: int, kernel_size: Tuple[int, ...], precision: str,
+        capability: Optional[int]) -> Iterator[Tile]:
+    """Yield the tile that is wanted, and ever smaller ones."""
+    tuned = _tuned(form, capability, precision, h, w, kernel_size)
+    serving = [batch for batch in tuned if batch <= 2 * n]
+    tile = tuned[max(serving)] if serving else _DEFAULTS[form](n, h, w, kernel_size, precision)
+    while tile is not None:
+        yield tile
+        tile = tile.smaller()
 
 
 def _block_width(w: int, precision: str) -> int:
@@ -162,6 +334,18 @@ def _capability(device: torch.device) -> Optional[int]:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def _limits(device: torch.device, capability: Optional[int]) -> Limits:
+    """Return what a program may take on a device, or on any of a compute capability."""
+    known = _LIMITS.get(capability, _LEAST_LIMITS) if capability is not None else _LEAST_LIMITS
+    if device.type != 'cuda':
+        return known
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm reports the second only
+    return known._replace(
+        shared_memory=getattr(properties, 'shared_memory_per_block_optin', properties.shared_memory_per_block))
 
 
 @functools.cache
