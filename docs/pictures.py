@@ -2,10 +2,11 @@
 
     python docs/pictures.py hero --checkpoint output/digits       points, sampled kernels, and the receptive field
     python docs/pictures.py speed                                 the last rows of one machine in benchmarks/results
+    python docs/pictures.py fields --runs RUN ...                 receptive fields of several runs on the digits
     python docs/pictures.py block                                 the block of SMPConv-T
     python docs/pictures.py layers                                the parts of the package, and who imports whom
 
-The first two write docs/NAME.png and docs/NAME-dark.png, both transparent; the others write docs/NAME.png.
+hero and speed write docs/NAME.png and docs/NAME-dark.png, both transparent; the others write docs/NAME.png.
 """
 import argparse
 import copy
@@ -18,14 +19,14 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import smpconv_models  # noqa: F401 (registers the models)
 from smpconv_models import figures
 from smpconv_models.layers import smp_layers
-from smpconv_models.prediction.inputs import ModelSource
+from smpconv_models.prediction.inputs import ModelSource, Preparation
 from smpconv_models.training import Digits
 
 FOLDER = Path(__file__).parent
@@ -36,6 +37,7 @@ BLUE, ORANGE, GRAY = '#2f6fb7', '#d97706', '#8b949e'
 NETWORKS = {
     'smpconv_t': 'SMPConv-T', 'smpconv_b': 'SMPConv-B', 'smpconv_mobile51': 'mobile51', 'convnext_tiny': 'ConvNeXt-T'}
 LAYOUTS = {'nchw': ('NCHW', BLUE), 'nhwc': ('channels_last', ORANGE)}
+FIELD_COLORS = LinearSegmentedColormap.from_list('field', ['#ffffff', ORANGE, '#7c2d12'])
 
 
 def save_both(figure: Figure, name: str) -> None:
@@ -85,7 +87,7 @@ def draw_hero(path: str) -> None:
     images = torch.stack([torch.nn.functional.interpolate(
         torch.as_tensor(_pixels(index))[None, None], size=(128, 128), mode='bicubic')[0] for index in range(30)])
     contributions = figures.log_scaled(figures.effective_receptive_field(model, images))
-    field.imshow(contributions, cmap=LinearSegmentedColormap.from_list('field', ['#ffffff', ORANGE, '#7c2d12']))
+    field.imshow(contributions, cmap=FIELD_COLORS)
     bare(field, '→  what one output sees of 128×128')
     save_both(figure, 'hero')
 
@@ -129,6 +131,49 @@ def _speed_up(rows: List[Dict[str, Any]], network: str, layout: str) -> float:
         sum(row['times'] * row['seconds'][f'{path}/{layout}']['all'] for row in rows if row['network'] == network)
         for path in ('plain', 'auto'))
     return plain / fast
+
+
+# --- receptive fields ---
+
+
+def draw_fields(runs: List[str]) -> None:
+    """Draw the receptive fields of the networks of several runs on the digits, with one scale for all."""
+    figure = Figure(figsize=(12, 4.5), layout='compressed')
+    grid = figure.subplots(1, len(runs))
+    for axes, run in zip(grid, runs):
+        summary = json.loads((Path(run) / 'summary.json').read_text())
+        name, parameters, top1 = (summary[key] for key in ('model', 'parameters', 'best_top1'))
+        loaded, = ModelSource(checkpoints=[run]).load()
+        preparation, digits = Preparation.of(loaded, 128), Digits('validation', 'L')
+        images = torch.stack([preparation.transform(digits[index][0]) for index in range(0, len(digits), 7)])
+        field = figures.effective_receptive_field(loaded.model, images)
+        picture = axes.imshow(np.maximum(field / field.max(), 1e-4), cmap=FIELD_COLORS, norm=LogNorm(1e-4, 1))
+        x, y, side = _smallest_square(field, 0.5)
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), side, side, fill=False, edgecolor=BLUE, linewidth=2.5))
+        bare(axes, f'{name}\n{parameters / 1e6:.2f} M parameters, top-1 {top1:.1f} %')
+        axes.set_xlabel(f'half within {side}×{side} pixels', fontsize=14, color=BLUE)
+        central = [figures.central_square(field, share) for share in (0.5, 0.99)]
+        print(
+            f'{name}: {parameters:,} parameters, top-1 {top1:.2f} %, half within {side}x{side}; '
+            f'central squares of 50 and 99 %: {central[0]}, {central[1]}')
+    bar = figure.colorbar(picture, ax=grid, shrink=0.8, fraction=0.03, pad=0.01)
+    bar.set_label('contribution over the largest', fontsize=13)
+    bar.ax.tick_params(labelsize=12)
+    save(figure, 'fields')
+
+
+def _smallest_square(field: np.ndarray, share: float) -> Tuple[int, int, int]:
+    """Return the corner (x, y) and the side of the smallest square at any place that holds a share of a square map.
+
+    A central square would be too large for networks with patches, whose fields lie off the middle.
+    """
+    sums = np.pad(field.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    for side in range(1, len(field)):
+        held = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+        if held.max() >= share * field.sum():
+            y, x = np.unravel_index(held.argmax(), held.shape)
+            return int(x), int(y), side
+    return 0, 0, len(field)
 
 
 # --- diagrams ---
@@ -210,11 +255,17 @@ def main(argv: Optional[List[str]] = None) -> int:
     commands = parser.add_subparsers(dest='command', required=True)
     hero = commands.add_parser('hero')
     hero.add_argument('--checkpoint', default='output/digits', help="run's folder of make train (default: %(default)s)")
+    fields = commands.add_parser('fields')
+    fields.add_argument(
+        '--runs', nargs='+', default=['output/digits', 'output/resnet', 'output/convnext'],
+        help='folders of runs on the digits (default: %(default)s)')
     for name in ('speed', 'block', 'layers'):
         commands.add_parser(name)
     args = parser.parse_args(argv)
     if args.command == 'hero':
         draw_hero(args.checkpoint)
+    elif args.command == 'fields':
+        draw_fields(args.runs)
     else:
         {'speed': draw_speed, 'block': draw_block, 'layers': draw_layers}[args.command]()
     return 0

@@ -190,7 +190,15 @@ LONGER = {
         (f'{FIGURES} receptive-field --checkpoint output/digits --untrained --img-size 128 --output field.png', '')],
     'snapshots': [
         ('python train.py --config recipes/digits.yaml --save-interval 1 --experiment snapshots', '--epochs 2'),
-        (f'{FIGURES} animation --checkpoint output/snapshots --output points.gif', '')],
+        (f'{FIGURES} animation --checkpoint output/snapshots --columns 4 --layer '
+         'stages.0.blocks.0.mixer.large_kernel.large.conv stages.1.blocks.0.mixer.large_kernel.large.conv '
+         '--output points.gif', '')],
+    'other networks': [
+        ('python train.py --config recipes/digits.yaml --img-size 32 --experiment resnet '
+         "--model resnet18 --model-kwargs 'channels=(8,16,32,64)' output_stride=16", '--epochs 1'),
+        ('python train.py --config recipes/digits.yaml --img-size 32 --experiment convnext '
+         "--model convnext_atto --model-kwargs 'dims=(8,16,32,64)' output_stride=16", '--epochs 1'),
+        ('python docs/pictures.py fields --runs output/digits output/resnet output/convnext', '')],
     'sequences': [('python train.py --config recipes/sequential_digits.yaml', '--epochs 1')],
     'permuted': [('python train.py --config recipes/permuted_digits.yaml', '--epochs 1')],
 }
@@ -216,5 +224,6 @@ def test_cheap_commands_run(line, folder, monkeypatch):
 @pytest.mark.slow  # a minute together
 @pytest.mark.parametrize('name', LONGER)
 def test_longer_commands_run(name, folder, monkeypatch):
+    monkeypatch.setattr(load('docs/pictures'), 'FOLDER', folder)  # otherwise the repository's picture is replaced
     for line, small in LONGER[name]:
         run(line, small, folder, monkeypatch)

@@ -8,9 +8,11 @@ from programs import ROOT, load
 pictures = load('docs/pictures')
 
 
-@pytest.mark.parametrize('name', ['speed', 'block', 'layers', 'hero'])
+@pytest.mark.parametrize('name', ['speed', 'block', 'layers', 'hero', 'fields'])
 def test_pictures_are_drawn_as_they_are_in_the_repository(name, folder, monkeypatch):
     monkeypatch.setattr(pictures, 'FOLDER', folder)
+    for run in ('resnet', 'convnext'):
+        (folder / 'output' / run).symlink_to(folder / 'output/digits')
     assert programs.run(pictures.main, name) == 0
     drawn = {path.name for path in folder.glob('*.png')}
     assert drawn == {path.name for path in (ROOT / 'docs').glob(f'{name}*.png')}
@@ -21,3 +23,11 @@ def test_pictures_are_drawn_as_they_are_in_the_repository(name, folder, monkeypa
             assert colors[..., :3][colors[..., 3] > 0].std() > 20
             is_transparent = colors[..., 3].min() == 0
             assert is_transparent == (name in ('hero', 'speed'))
+
+
+def test_the_smallest_square_lies_where_the_contributions_are():
+    field = np.zeros((16, 16))
+    field[8:12, 3:7] = 1
+    assert pictures._smallest_square(field, 1) == (3, 8, 4)
+    assert pictures._smallest_square(field, 0.5)[2] == 3  # 9 of 16 elements
+    assert pictures._smallest_square(np.ones((16, 16)), 1) == (0, 0, 16)
