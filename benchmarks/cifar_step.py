@@ -32,6 +32,7 @@ import measure
 import timm
 import torch
 import torch.nn.functional as F
+from arguments import positive
 from check import WrongResultError, relative_error
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
@@ -232,13 +233,6 @@ def ratio(values: Dict[str, float], name: str) -> str:
 # --- the command ---
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
-    return value
-
-
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = cli.Parser(
         prog='cifar_step.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -248,9 +242,10 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='device (%(default)s)')
     parser.add_argument('--method', choices=('auto', 'direct', 'fft'), default='auto',
                         help="method of SMPConv's convolutions (%(default)s)")
-    parser.add_argument('--batch-size', type=positive, metavar='N', help='batch size (4 on the CPU, 64 on CUDA)')
-    parser.add_argument('--img-size', type=positive, default=32, metavar='N', help='side of the images (%(default)s)')
-    parser.add_argument('--rounds', type=positive, metavar='N',
+    parser.add_argument('--batch-size', type=positive(int), metavar='N', help='batch size (4 on the CPU, 64 on CUDA)')
+    parser.add_argument('--img-size', type=positive(int), default=32, metavar='N',
+                        help='side of the images (%(default)s)')
+    parser.add_argument('--rounds', type=positive(int), metavar='N',
                         help=f'timed calls of each function ({measure.MIN_ROUNDS} on the CPU, 51 on CUDA)')
     parser.add_argument('--results', type=Path, metavar='DIR', default=measure.RESULTS,
                         help='folder to write to (benchmarks/results)')

@@ -56,7 +56,7 @@ def _check_layers(settings: Settings, report: Report) -> None:
             with _fp32_precision(precision):
                 row = _layer_row(case, dtype, precision, settings.device)
         except RuntimeError as error:
-            report.add_fault(f'{name}: {gpu_run.first_line(error)}')
+            report.add_fault(f'{name}: {gpu_run.error_line(error)}')
             continue
         gpu_run.store(settings, 'gpu_check', row)
         for fault in row['faults']:
@@ -124,7 +124,7 @@ def _check_uses(settings: Settings, report: Report) -> None:
         try:
             fault = None if torch.equal(use(x, weight), expected) else 'another result'
         except RuntimeError as error:  # of CUDA, Triton's launch and torch.compile
-            fault = gpu_run.first_line(error)
+            fault = gpu_run.error_line(error)
         gpu_run.store(settings, 'gpu_check', {'check': 'use', 'use': name, 'faults': [fault] if fault else []})
         if fault:
             report.add_fault(f'{name}: {fault}')

@@ -38,7 +38,7 @@ def run(settings: Settings) -> Report:
         try:
             row = depthwise.measure_layer(case, dtype, args)
         except (RuntimeError, WrongResultError) as error:
-            report.add_fault(f'{case.name}, {dtype}: {gpu_run.first_line(error)}')
+            report.add_fault(f'{case.name}, {dtype}: {gpu_run.error_line(error)}')
             continue
         row.update(ceilings=dataclasses.asdict(rates), clock=ceilings.clock(settings.device))
         rows.append(gpu_run.store(settings, 'depthwise', row))

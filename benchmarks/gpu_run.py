@@ -1,4 +1,4 @@
-"""What the phases of gpu.py share: settings, and the report of a phase."""
+"""Settings and reports of the phases of gpu.py."""
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List
@@ -8,6 +8,8 @@ import torch
 from limits import Deadline
 from predictions import Predictions
 from tqdm import tqdm
+
+from smpconv_models.utils.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Settings:
 
 @dataclass
 class Report:
-    """What a phase found: results that are wrong or missing, and parts that were left out for lack of time."""
+    """Results of a phase that are wrong or missing, and parts that were left out for lack of time."""
     faults: List[str] = field(default_factory=list)
     left_out: List[str] = field(default_factory=list)
 
@@ -52,7 +54,6 @@ def store(settings: Settings, name: str, row: Dict[str, Any]) -> Dict[str, Any]:
     return measure.append(settings.results / f'{name}.jsonl', row, settings.device)
 
 
-def first_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return the type and the first line of an error, for a row or a line of text."""
-    lines = str(error).strip().splitlines() or ['']
-    return f'{type(error).__name__}: {lines[0][:300]}'
+    return f'{type(error).__name__}: {first_line(error)}'

@@ -48,7 +48,7 @@ def run(settings: Settings) -> Report:
         try:
             training_step.check_gradients(training_step.make_networks(settings.device), settings.device)
         except (RuntimeError, WrongResultError) as error:
-            report.add_fault(gpu_run.first_line(error))
+            report.add_fault(gpu_run.error_line(error))
     longest = {False: 0., True: 0.}
     for case in DRY_CASES if settings.is_dry else CASES:
         before = settings.deadline.left()
@@ -58,7 +58,7 @@ def run(settings: Settings) -> Report:
         try:
             row = _measure(case, settings)
         except RuntimeError as error:  # of PyTorch, Triton's launch and torch.compile
-            report.add_fault(f'{case.name}{", compiled" * case.compiled}: {gpu_run.first_line(error)}')
+            report.add_fault(f'{case.name}{", compiled" * case.compiled}: {gpu_run.error_line(error)}')
             continue
         gpu_run.store(settings, 'gpu_steps', row)
         say(*_lines(row), *_beside_predictions(row, settings))

@@ -109,7 +109,7 @@ class Search:
         return cls(job, list(dict.fromkeys([default, *configured, *neighbors(default)])), default)
 
     def is_better(self) -> bool:
-        """Whether the best tile is worth an entry."""
+        """Return whether the best tile is faster than the default by ``MARGIN``, or the default failed."""
         default = self.seconds.get(self.job.default())
         return self.best in self.seconds and (default is None or default > MARGIN * self.seconds[self.best])
 
@@ -211,7 +211,7 @@ def _try(job: Job, tile: Any, device: torch.device) -> Optional[str]:
         operands = job.operands(device, is_small=True)
         comparison = job.comparison(operands, check.Exact(*operands), tile)
     except (AssertionError, RuntimeError, ValueError, TritonError) as error:  # too large, or not a kernel's tile
-        return gpu_run.first_line(error)
+        return gpu_run.error_line(error)
     return None if comparison.is_right else str(comparison)
 
 
@@ -229,7 +229,7 @@ def _advance(search: Search, tiles: List[Any], settings: Settings, report: Repor
     try:
         found = measure.interleaved(functions, rounds, seconds, settings.device)
     except RuntimeError as error:
-        report.add_fault(f'{job}: {gpu_run.first_line(error)}')
+        report.add_fault(f'{job}: {gpu_run.error_line(error)}')
         return
     search.seconds.update(found)
     for tile in sorted(found, key=found.__getitem__):

@@ -341,7 +341,7 @@ def test_the_latency_of_a_wrong_network_is_not_measured(latency, tmp_path, monke
 
 
 def test_every_phase_of_the_gpu_command_runs_dry(tmp_path):
-    """As a user runs it, in a checkout that need not be installed."""
+    """Run the command from another folder; the checkout need not be installed."""
     prediction = tmp_path / 'prediction.jsonl'
     prediction.write_text('{"case": "tiny_2x2", "path": "triton/nchw", "result": "y", "ms": 2}\n\n'
                           '{"network": "smpconv_nano", "compiled": false, "category": "norms", "ms": 0.5}\n')

@@ -101,19 +101,16 @@ def run(backend: str, selected: str, step: str, *args: Any) -> Any:
 
     'auto' does not try the same problem again. A named backend that cannot launch raises LaunchError.
     """
-    instead = load(AUTO_ORDER[-1])
-    problem = _problem(selected, step, args) if _failed else ()
-    if backend == 'auto' and problem in _failed:
-        return getattr(instead, step)(*args)
-    try:
-        return getattr(load(selected), step)(*args)
-    except LaunchError as error:
-        if backend != 'auto':
-            raise
-        _warn_once(f'conv2d is used instead: {error}')
-    if not is_capturing():
-        _failed.add(_problem(selected, step, args))
-    return getattr(instead, step)(*args)
+    if not (backend == 'auto' and _failed and _problem(selected, step, args) in _failed):
+        try:
+            return getattr(load(selected), step)(*args)
+        except LaunchError as error:
+            if backend != 'auto':
+                raise
+            _warn_once(f'conv2d is used instead: {error}')
+        if not is_capturing():
+            _failed.add(_problem(selected, step, args))
+    return getattr(load(AUTO_ORDER[-1]), step)(*args)
 
 
 def _problem(selected: str, step: str, args: Tuple[Any, ...]) -> Tuple[Any, ...]:

@@ -8,6 +8,7 @@ that it was tuned for.
 """
 import functools
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -58,17 +59,18 @@ class Step(NamedTuple):
     products: int = 1
 
 
-class _Program:
+class _Program(ABC):
     """Resources that a tile's program takes, at most: tests compare them with builds."""
     num_warps: int
     num_stages: int
 
+    @abstractmethod
     def step(self, width: int, kernel_width: int) -> Step:
-        raise NotImplementedError
+        """Return the products of one turn of the loop."""
 
+    @abstractmethod
     def smaller(self) -> Optional['Tile']:
         """Return a tile that takes less, at the least cost, or None."""
-        raise NotImplementedError
 
     def shared_memory(self, limits: Limits, element_size: int, width: int, kernel_width: int) -> int:
         """Return the bytes of the operands in flight and their barriers, or of the sums after the loop."""
