@@ -15,7 +15,6 @@ from smpconv_models import hub
 from smpconv_models.layers import smp_layers
 
 effdet = pytest.importorskip('effdet')
-lightning = pytest.importorskip('lightning')
 segmentation_models_pytorch = pytest.importorskip('segmentation_models_pytorch')
 transformers = pytest.importorskip('transformers')
 
@@ -211,23 +210,24 @@ def test_norm_layers_by_callables(norm_layer, kind):
 # --- Lightning ---
 
 
-class Classifier(lightning.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.model = timm.create_model('smpconv_nano', num_classes=2)
-
-    def training_step(self, batch, index):
-        images, classes = batch
-        return nn.functional.cross_entropy(self.model(images), classes)
-
-    def on_train_batch_end(self, *args):
-        smpconv_models.clip_radius_(self.model)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e3)  # throws the radii out of their range
-
-
 def test_lightning():
+    lightning = pytest.importorskip('lightning')    # imports for 5 s
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = timm.create_model('smpconv_nano', num_classes=2)
+
+        def training_step(self, batch, index):
+            images, classes = batch
+            return nn.functional.cross_entropy(self.model(images), classes)
+
+        def on_train_batch_end(self, *args):
+            smpconv_models.clip_radius_(self.model)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e3)  # throws the radii out of their range
+
     torch.manual_seed(0)
     module = Classifier()
     before = [parameter.detach().clone() for parameter in module.parameters()]

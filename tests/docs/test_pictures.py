@@ -8,7 +8,8 @@ from programs import ROOT, load
 pictures = load('docs/pictures')
 
 
-@pytest.mark.parametrize('name', ['speed', 'block', 'layers', 'hero', 'fields'])
+@pytest.mark.parametrize('name', [
+    'speed', 'block', 'layers', 'hero', pytest.param('fields', marks=pytest.mark.slow)])    # 20 s, of three networks
 def test_pictures_are_drawn_as_they_are_in_the_repository(name, folder, monkeypatch):
     monkeypatch.setattr(pictures, 'FOLDER', folder)
     for run in ('resnet', 'convnext'):

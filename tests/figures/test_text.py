@@ -67,7 +67,7 @@ def test_classes_are_told_apart_without_a_font(fonts, saved_figures, tmp_path):
     assert [text[:8] for text in alike] == [r'0: \u72a', r'1: \u72a'] and all(len(text) <= 35 for text in alike)
 
 
-@pytest.mark.parametrize('name', ['猫', 'ta\tb', '\udcff', 'a\nb', '$x'])
+@pytest.mark.parametrize('name', ['猫\t$x', '\udcff\n'])
 def test_titles_with_names_from_outside_are_drawn(fonts, tmp_path, name):
     figures.save_receptive_fields(tmp_path / 'field.png', {name: np.ones((5, 5))})
     figures.save_heat_maps(tmp_path / 'heat.png', torch.zeros(1, 1, 4, 4), np.zeros((1, 4, 4)), [name])

@@ -39,8 +39,8 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize('backend', ('auto', *available_backends()))
-@pytest.mark.parametrize('sample', SAMPLES)
+@pytest.mark.parametrize(('sample', 'backend'), [
+    ('plain', 'auto'), *((sample, backend) for sample in SAMPLES for backend in available_backends())])
 def test_opcheck(sample, backend):
     """Schemas, fake kernels, autograd registration and AOT dispatch of both operators."""
     size, layout, kernel_size, has_bias = SAMPLES[sample]

@@ -12,10 +12,10 @@ HERE = Path(__file__).parent
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(('file', 'which'), [
-    ('test_triton.py', 'triton and not public_function and not every_form'),
+    ('test_triton.py', 'triton and not public_function and not every_form and not tuned_tiles'),
     # half a minute, and minutes, of interpreting, on every shape:
     pytest.param('test_depthwise.py', 'triton', marks=pytest.mark.slow),
-    pytest.param('test_triton.py', 'public_function or every_form', marks=pytest.mark.slow),
+    pytest.param('test_triton.py', 'public_function or every_form or tuned_tiles', marks=pytest.mark.slow),
     pytest.param('test_backends.py', 'triton and not k31 and not k51', marks=pytest.mark.slow),  # 5 s a case of them
 ])
 def test_under_the_interpreter(file, which):

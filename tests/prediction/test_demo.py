@@ -97,6 +97,7 @@ def test_a_network_without_points(photos, tmp_path):
         assert server.kernels is None
 
 
+@pytest.mark.slow(reason='a process of its own, 15 s: the other tests have the server in theirs')
 def test_the_program_starts_and_ends(run_folder):
     command = [sys.executable, '-m', 'smpconv_models.demo', '--checkpoint', run_folder, '--port', '0']
     with subprocess.Popen(

@@ -26,6 +26,7 @@ from smpconv_models.training.datasets import ResumableBatchSampler
 from smpconv_models.training.factory import classifier_parameters, freeze_, load_first_weights, set_train_mode
 from smpconv_models.training.validate import _check_same_images, fill_from_checkpoint, macro_averages
 
+pytestmark = pytest.mark.usefixtures('no_pictures')
 SHORT = [*TINY, '--img-size', '16', '--epochs', '1', '-b', '4', '--lr', '1e-3', '--experiment', 'run']
 
 
