@@ -8,6 +8,7 @@ import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -257,7 +258,7 @@ def model_arguments(
             raise ValueError(f'--img-size {img_size} contradicts --input-size {input_size}')
     counts = {'num_classes': model.num_classes, 'in_chans': in_chans}
     check_no_conflict(model.model_kwargs, {name: value for name, value in counts.items() if value is not None})
-    cfg = timm.get_pretrained_cfg(model.model) if model.model and timm.is_model(model.model) else None
+    cfg = _pretrained_cfg(model.model) if model.model else None
     fixed_img_size = None
     if cfg is not None and cfg.fixed_input_size:  # a ViT
         fixed_img_size = tuple(input_size[1:]) if input_size else None if img_size is None else (img_size, img_size)
@@ -336,8 +337,19 @@ def _has_weights(name: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: 
     """Return whether weights of a registered model are published, or given by timm's arguments."""
     if pretrained_cfg or pretrained_cfg_overlay:
         return True
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    cfg = _pretrained_cfg(name)
     return cfg is not None and bool(cfg.has_weights)
+
+
+def _pretrained_cfg(name: str) -> Optional[PretrainedCfg]:
+    """Return what timm knows of a registered model's weights, None of other models."""
+    if not timm.is_model(name):
+        return None
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:   # the tag behind the point
+        known = timm.list_models(f'{name.partition(".")[0]}.*', include_tags=True)
+        raise ValueError(f'no weights are named {name!r}; timm knows {known}') from error
 
 
 class CheckpointedModel(NamedTuple):

@@ -103,6 +103,7 @@ def test_a_colour_model_trains_on_digits_by_an_optimizer_without_an_option(tmp_p
     ([], '--model is needed'),
     (['--model', 'smpconv_x'], "no model is named 'smpconv_x'; this package has ['smpconv_b'"),
     (['--model', 'smpconv_bb'], 'for sequences; did you mean smpconv_b?'),
+    (['--model', 'smpconv_t.x'], "no weights are named 'smpconv_t.x'; timm knows ['smpconv_t.in1k']"),
     ([*TINY[:2], '--random-crop-pad', '2'], '--random-crop-pad takes images of the input size, 32x32, got 8x8'),
     ([*TINY[:2], '--num-classes', '10', '--model-kwargs', 'num_classes=20'], 'num_classes=20 contradicts the 10 that'),
     ([*TINY[:2], '--model-kwargs', 'nothing=1'], "unexpected keyword argument 'nothing'"),
