@@ -3,7 +3,8 @@
 Measured on 2 cores of an AVX-512 machine (Zen 4), float32, batch 8, torch 2.15, November 2026:
 NCHW depthwise kernels of more than 13 elements a side run in a slow loop (28x28, 192 channels: 13x13 2 ms, 15x15
 76 ms) while channels_last keeps a fast one (2 ms, 3 ms with both conversions). Up to 13 the NCHW kernel is the faster
-of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
+of the two or equal. With AVX2 alone (EPYC 7001, one core, batch 4, torch 2.14) the limit is 9: 9x9 5 ms in NCHW and 9 ms
+through channels_last, 11x11 82 and 18 ms. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
 convolution it takes 13 ms.
 """
 import functools
@@ -16,7 +17,7 @@ from torch.nn import grad as conv_grad
 
 from ._backends import ConvProblem, Gradients, batch_to_space, separate_gradients, space_to_batch
 
-_LARGEST_FAST_NCHW_KERNEL = 13
+_LARGEST_FAST_NCHW_KERNEL = 9 if torch.backends.cpu.get_cpu_capability() == 'AVX2' else 13
 
 # PyTorch's weight gradient of 3x3 kernels is fast: 28x28, 192 channels, channels_last: 0.7 ms, folded 3.5 ms, and 5x5
 # 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms.
@@ -39,12 +40,19 @@ _LARGEST_BLOCK = 128    # pixels a side; 200x304 keeps 13 MB in one piece
 # Dilated by 2, 28x28, 192 channels: 13x13 65 ms, and 4 ms as four maps of 14x14; 5x5 1.4 ms, and 9 ms as four maps.
 _LARGEST_FAST_DILATED_KERNEL = 5
 
+# PyTorch has no fast convolution of this dtype, which is computed in float32: 28x28, 96 channels, batch 2: 7x7 38 ms and
+# 0.8 ms in NCHW, 159 and 1.1 ms in channels_last.
+_SLOW_DTYPE = torch.float16
+
 # oneDNN's channels_last kernel for bfloat16 never returns for 2 to 16 channels, from 15x15 on maps of about 30 pixels a
 # side (torch 2.15 with AVX512-BF16); so few channels cost little in float32.
 _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
+    if input.dtype == _SLOW_DTYPE:
+        bias = None if bias is None else bias.float()
+        return forward(input.float(), weight.float(), bias, dilation).to(_SLOW_DTYPE)
     kh, kw = weight.shape[2:]
     if max(dilation) > 1 and max(kh, kw) > _LARGEST_FAST_DILATED_KERNEL:
         output = _depthwise(space_to_batch(input, dilation), weight, bias, [kh // 2, kw // 2])
@@ -55,6 +63,9 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
 
 def backward(
         grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
+    if input.dtype == _SLOW_DTYPE:
+        dx, dw = backward(grad.float(), input.float(), weight.float(), dilation, wanted)
+        return None if dx is None else dx.to(_SLOW_DTYPE), None if dw is None else dw.to(_SLOW_DTYPE)
     return separate_gradients(forward, weight_grad, grad, input, weight, dilation, wanted)
 
 
@@ -152,6 +163,8 @@ def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None
 def skip_reason(problem: ConvProblem) -> Optional[str]:
     """Skip what would call conv2d's kernels anyway: a direct call saves the operator's overhead."""
     largest = max(problem.kernel_size)
+    if problem.dtype == _SLOW_DTYPE:
+        return None
     if max(problem.dilation) > 1 and largest > _LARGEST_FAST_DILATED_KERNEL:
         return None
     if largest <= (_LARGEST_FAST_WEIGHT_GRAD_KERNEL if problem.needs_weight_grad else _LARGEST_FAST_NCHW_KERNEL):
