@@ -3,9 +3,11 @@
 Measured on 2 cores of an AVX-512 machine (Zen 4), float32, batch 8, torch 2.15, November 2026:
 NCHW depthwise kernels of more than 13 elements a side run in a slow loop (28x28, 192 channels: 13x13 2 ms, 15x15
 76 ms) while channels_last keeps a fast one (2 ms, 3 ms with both conversions). Up to 13 the NCHW kernel is the faster
-of the two or equal. With AVX2 alone (EPYC 7001, one core, batch 4, torch 2.14) the limit is 9: 9x9 5 ms in NCHW and 9 ms
-through channels_last, 11x11 82 and 18 ms. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
+of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
 convolution it takes 13 ms.
+
+With AVX2 alone (EPYC 7001, one core, batch 4, torch 2.14) the NCHW kernel is slow from 11x11 on: 28x28, 192 channels:
+9x9 5 ms, and 9 ms through channels_last; 11x11 82 and 18 ms.
 """
 import functools
 from typing import List, Optional, Sequence
@@ -40,8 +42,8 @@ _LARGEST_BLOCK = 128    # pixels a side; 200x304 keeps 13 MB in one piece
 # Dilated by 2, 28x28, 192 channels: 13x13 65 ms, and 4 ms as four maps of 14x14; 5x5 1.4 ms, and 9 ms as four maps.
 _LARGEST_FAST_DILATED_KERNEL = 5
 
-# PyTorch has no fast convolution of this dtype, which is computed in float32: 28x28, 96 channels, batch 2: 7x7 38 ms and
-# 0.8 ms in NCHW, 159 and 1.1 ms in channels_last.
+# PyTorch has no fast convolution of this dtype, which is computed in float32. 28x28, 96 channels, batch 2, 7x7: 0.8 ms
+# in place of 38 ms in NCHW, 1.1 in place of 159 ms in channels_last.
 _SLOW_DTYPE = torch.float16
 
 # oneDNN's channels_last kernel for bfloat16 never returns for 2 to 16 channels, from 15x15 on maps of about 30 pixels a

@@ -45,9 +45,9 @@ def depthwise_conv2d(
 
     Numerics:
         'cpu' and 'triton' accumulate in float32 for half precision and in the input's dtype otherwise. 'cpu' computes
-        float16 in float32; in the weight gradient it rounds each image's share to bfloat16 first. 'reference' is PyTorch's, which on CPUs may
-        accumulate float16 in float16. 'cpu' and 'triton' are deterministic, 'cpu' for a fixed number of threads;
-        'reference' is as deterministic as PyTorch is set to be. float32 on CUDA follows
+        float16 in float32; in the weight gradient it rounds each image's share to bfloat16 first. 'reference' is
+        PyTorch's, which on CPUs may accumulate float16 in float16. 'cpu' and 'triton' are deterministic, 'cpu' for a
+        fixed number of threads; 'reference' is as deterministic as PyTorch is set to be. float32 on CUDA follows
         ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton', and
         'cpu' in the weight gradient, multiply zeros too: an infinite or NaN element may affect results beyond the
         kernel, of its own map (or, in the weight and in the weight gradient, of its own channel).
