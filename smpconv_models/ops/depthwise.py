@@ -45,7 +45,7 @@ def depthwise_conv2d(
 
     Numerics:
         'cpu' and 'triton' accumulate in float32 for half precision and in the input's dtype otherwise. 'cpu' computes
-        float16 in float32; in the weight gradient it rounds each image's share to bfloat16 first. 'reference' is
+        float16 in float32; in the weight gradient of bfloat16 it rounds each image's share first. 'reference' is
         PyTorch's, which on CPUs may accumulate float16 in float16. 'cpu' and 'triton' are deterministic, 'cpu' for a
         fixed number of threads; 'reference' is as deterministic as PyTorch is set to be. float32 on CUDA follows
         ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton', and
