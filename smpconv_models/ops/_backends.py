@@ -10,7 +10,7 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -132,16 +132,6 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     """Return the layout of results: channels_last if the tensor is, and not contiguous as well."""
     channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def separate_gradients(
-        forward: Callable[..., Tensor], weight_grad: Callable[..., Tensor], grad: Tensor, input: Tensor,
-        weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
-    """Compute the gradients by two functions that share nothing, for backends that read any layout."""
-    return (
-        forward(grad, weight.flip(2, 3), None, dilation) if wanted[0] else None,
-        weight_grad(grad, input, list(weight.shape[2:]), dilation) if wanted[1] else None,
-    )
 
 
 # --- a dilated convolution as plain ones: every dh-th row and dw-th column becomes an image ---

@@ -7,7 +7,8 @@ of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 3
 convolution it takes 13 ms.
 
 With AVX2 alone (EPYC 7001, one core, batch 4, torch 2.14) the NCHW kernel is slow from 11x11 on: 28x28, 192 channels:
-9x9 5 ms, and 9 ms through channels_last; 11x11 82 and 18 ms.
+9x9 5 ms, and 9 ms through channels_last; 11x11 82 and 18 ms. There PyTorch's gradient of the input in NCHW is faster
+than the forward pass in channels_last: 56x56, 96 channels, batch 2: 31x31 49 and 72 ms; 11x11 11 and 10 ms.
 """
 import functools
 from typing import List, Optional, Sequence
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._backends import ConvProblem, Gradients, batch_to_space, separate_gradients, space_to_batch
+from ._backends import ConvProblem, Gradients, batch_to_space, memory_format_of, space_to_batch
 
-_LARGEST_FAST_NCHW_KERNEL = 9 if torch.backends.cpu.get_cpu_capability() == 'AVX2' else 13
+_AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == 'AVX2'
+_LARGEST_FAST_NCHW_KERNEL = 9 if _AVX2_ALONE else 13
+_LARGEST_CHANNELS_LAST_GRAD_KERNEL = 15     # for which an input's gradient is not converted to NCHW, with AVX2 alone
 
 # PyTorch's weight gradient of 3x3 kernels is fast: 28x28, 192 channels, channels_last: 0.7 ms, folded 3.5 ms, and 5x5
 # 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms.
@@ -68,7 +71,20 @@ def backward(
     if input.dtype == _SLOW_DTYPE:
         dx, dw = backward(grad.float(), input.float(), weight.float(), dilation, wanted)
         return None if dx is None else dx.to(_SLOW_DTYPE), None if dw is None else dw.to(_SLOW_DTYPE)
-    return separate_gradients(forward, weight_grad, grad, input, weight, dilation, wanted)
+    return (
+        input_grad(grad, weight, dilation) if wanted[0] else None,
+        weight_grad(grad, input, list(weight.shape[2:]), dilation) if wanted[1] else None,
+    )
+
+
+def input_grad(grad: Tensor, weight: Tensor, dilation: List[int]) -> Tensor:
+    """Convolve the output's gradient by the rotated kernel."""
+    kh, kw = weight.shape[2:]
+    in_nchw = max(kh, kw) > _LARGEST_CHANNELS_LAST_GRAD_KERNEL or memory_format_of(grad) == torch.contiguous_format
+    if _AVX2_ALONE and in_nchw and grad.dtype == torch.float32 and max(dilation) == 1:
+        return conv_grad.conv2d_input(
+            grad.shape, weight, grad.contiguous(), padding=(kh // 2, kw // 2), groups=len(weight))
+    return forward(grad, weight.flip(2, 3), None, dilation)
 
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._backends import ConvProblem, Gradients, separate_gradients
+from ._backends import ConvProblem, Gradients
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
@@ -23,7 +23,10 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
 
 def backward(
         grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
-    return separate_gradients(forward, weight_grad, grad, input, weight, dilation, wanted)
+    return (
+        forward(grad, weight.flip(2, 3), None, dilation) if wanted[0] else None,
+        weight_grad(grad, input, list(weight.shape[2:]), dilation) if wanted[1] else None,
+    )
 
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
