@@ -121,8 +121,8 @@ def _find(variant: str, cfg: PretrainedCfg, cache_dir: Any) -> Tuple[Optional[Pa
             raise
         if not is_obtainable or variant not in original.GDRIVE_IDS:
             raise ValueError(
-                f'{error}; a file that is here already is taken by pretrained_cfg_overlay=dict(file=...), and by '
-                '--initial-checkpoint of train.py') from error
+                f'{error}; to use a local file, pass pretrained_cfg_overlay=dict(file=...), or --initial-checkpoint to '
+                'train.py') from error
         _logger.warning('%s; taking the original file', error)
     return original.download_original(variant, original_path), NO_WEIGHTS.verify
 

@@ -1,10 +1,12 @@
 """The backends by name, which one computes a problem, and what they share.
 
-A backend is a module of this package, imported at its first use, with two steps and two checks. The steps are
-``forward(input, weight, bias, dilation)`` and ``backward(grad, input, weight, dilation, wanted)``, which returns the
-gradients of input and weight that are ``wanted``, in any layout. The checks return None or a reason:
-``unsupported_reason(device, dtype)`` if the backend cannot run, and ``skip_reason(problem)``, which only ``auto`` asks,
-if plain ``conv2d`` is faster.
+A backend is a module of this package, imported at its first use, with two steps and two checks:
+
+- ``forward(input, weight, bias, dilation)`` returns ``(N, C, H, W)`` for an input of that shape, in any layout.
+- ``backward(grad, input, weight, dilation, wanted)`` returns the gradients of input and weight, of their shapes and in
+  any layout; None for one that is not ``wanted``. Both steps may raise :class:`LaunchError`.
+- ``unsupported_reason(device, dtype)`` returns why the backend cannot run, or None.
+- ``skip_reason(problem)``, which only ``auto`` asks, returns why plain ``conv2d`` is faster, or None.
 """
 import functools
 import importlib
@@ -42,11 +44,14 @@ class LaunchError(RuntimeError):
         message: One line for users.
         needed: Amount of the resource that the kernel takes, such as bytes of shared memory, if the device has less.
         available: Amount of that resource that the device has.
+        is_permanent: Whether the same launch would fail again.
     """
 
-    def __init__(self, message: str, needed: Optional[int] = None, available: Optional[int] = None) -> None:
+    def __init__(
+            self, message: str, needed: Optional[int] = None, available: Optional[int] = None,
+            is_permanent: bool = True) -> None:
         super().__init__(message)
-        self.needed, self.available = needed, available
+        self.needed, self.available, self.is_permanent = needed, available, is_permanent
 
 
 @functools.cache
@@ -97,9 +102,10 @@ _failed: Set[Tuple[Any, ...]] = set()
 
 
 def run(backend: str, selected: str, step: str, *args: Any) -> Any:
-    """Call ``forward`` or ``backward`` of the selected backend; if 'auto' selected one that cannot launch, conv2d's.
+    """Call a step, ``forward`` or ``backward``, of the selected backend.
 
-    'auto' does not try the same problem again. A named backend that cannot launch raises LaunchError.
+    If 'auto' selected it and it cannot launch, call conv2d's step, also for the same problem in the future unless the
+    reason may pass. A named backend that cannot launch raises LaunchError.
     """
     if not (backend == 'auto' and _failed and _problem(selected, step, args) in _failed):
         try:
@@ -108,14 +114,17 @@ def run(backend: str, selected: str, step: str, *args: Any) -> Any:
             if backend != 'auto':
                 raise
             _warn_once(f'conv2d is used instead: {error}')
-        if not is_capturing():
+            is_permanent = error.is_permanent
+        if is_permanent and not is_capturing():
             _failed.add(_problem(selected, step, args))
     return getattr(load(AUTO_ORDER[-1]), step)(*args)
 
 
 def _problem(selected: str, step: str, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    return (selected, step, tensors[0].dtype, tensors[0].device, *(tensor.shape for tensor in tensors))
+    """Return what a launch depends on: the shapes of all tensors and all options."""
+    return (selected, step, *(
+        (arg.shape, arg.dtype, arg.device) if isinstance(arg, Tensor) else None if arg is None else tuple(arg)
+        for arg in args))
 
 
 @functools.cache

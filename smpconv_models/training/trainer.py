@@ -325,10 +325,12 @@ class Trainer:
         row = self.state.rows[-1]
         if self.world.is_primary and row.get('ema_top1', 100.) < row['eval_top1'] - _MAX_EMA_GAP:
             ema = self.options.ema
+            advice = 'a lower --model-ema-decay follows faster'
+            if not ema.model_ema_warmup:
+                advice = '--model-ema-warmup or a lower --model-ema-decay follows faster'
             _logger.warning(
-                "the EMA weights lag behind the model's to the end: top-1 %.2f %% against %.2f %%; %sa lower "
-                '--model-ema-decay than %g follows faster', row['ema_top1'], row['eval_top1'],
-                '' if ema.model_ema_warmup else '--model-ema-warmup or ', ema.model_ema_decay)
+                "the EMA weights lag behind the model's to the end: top-1 %.2f %% against %.2f %%, by a decay of %g; %s",
+                row['ema_top1'], row['eval_top1'], ema.model_ema_decay, advice)
 
     def _evaluate(self, model: nn.Module, description: str, stop: GracefulStop) -> Dict[str, Any]:
         """Evaluate a model; stop on all ranks if one was asked to, as the run was saved before."""
@@ -457,12 +459,20 @@ class Trainer:
 
     # --- resuming ---
 
-    def _acquire_run_dir(self, given: Dict[str, Any]) -> None:
-        """Lock the folder and read the checkpoint on rank 0, and resume from it on every rank."""
+    def _acquire_run_dir(self, given: Dict[str, Any], resumes: bool) -> None:
+        """Lock the folder and read the checkpoint on rank 0, and resume from it on every rank.
+
+        Args:
+            given: Options as they were given, for the file of arguments.
+            resumes: Whether there was a checkpoint when the model was built, which then has no first weights.
+        """
         try:
             found = self.world.broadcast_object(self.world.run_on_primary(self._find_resume_checkpoint))
             if found is not None:
                 self._load_checkpoint(*found)
+            elif resumes:
+                raise ValueError(
+                    f'the checkpoint in {self.run_dir.path} was removed while the run started; start it again')
             if not self._is_finished(self.state):
                 self.world.run_on_primary(lambda: self.run_dir.save_arguments(given))
                 if self.options.data.val_split_fraction is not None:
@@ -646,7 +656,7 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
         origin=origin,
         input_size=data_config['input_size'],
     )
-    trainer._acquire_run_dir(given)
+    trainer._acquire_run_dir(given, resumes)
     return trainer
 
 

@@ -291,7 +291,7 @@ class Cases:
         self.trainer.run_dir = RunDir(path)
         self.trainer.options = self.trainer.options.with_values('checkpointing', resume=file)
         self.trainer.train_step.optimizer.load_state_dict(self.optimizer)
-        self.trainer._acquire_run_dir({})
+        self.trainer._acquire_run_dir({}, resumes=False)
         self.trainer.close()
 
     def read_holder(self, path):

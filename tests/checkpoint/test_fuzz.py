@@ -21,6 +21,6 @@ def test_changed_files_are_read_or_refused(count):
     outcomes = summary['outcomes']
     assert len(summary['seconds']) == 12 and sum(outcomes.values()) == count
     for kind in summary['seconds']:
-        # A change of one byte is drawn from bytes that differ in every run: a few files may all be refused.
+        # The bytes of a file differ from run to run, so that all of a few changed files may be refused.
         assert outcomes.get(f'{kind}: accepted', 0) > 0 or count < 1000, (kind, outcomes)
         assert outcomes.get(f'{kind}: refused', 0) > 0 or kind == 'holder', (kind, outcomes)  # of which none is wrong

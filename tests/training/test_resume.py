@@ -217,6 +217,16 @@ def test_runs_start_from_a_checkpoints_weights(straight, tmp_path, capsys):
     assert 'last.pth.tar: epoch 1, step 0' in capsys.readouterr().out
 
 
+def test_a_checkpoint_that_is_removed_while_the_run_starts(tmp_path, capsys, monkeypatch):
+    """The model was built without first weights then, as they are the checkpoint's."""
+    (tmp_path / 'run').mkdir()
+    path, acquire = tmp_path / 'run/last.pth.tar', RunDir.acquire
+    path.write_bytes(b'a checkpoint')
+    monkeypatch.setattr(RunDir, 'acquire', lambda self: (path.unlink(), acquire(self)))
+    line = refused(capsys, *EVERYTHING, '--output', tmp_path, '--experiment', 'run')
+    assert f'the checkpoint in {tmp_path}/run was removed while the run started; start it again' in line
+
+
 def test_a_checkpoint_can_be_named(begun, tmp_path, capsys):
     command, folder = begun
     moved = shutil.copy(folder / 'last.pth.tar', tmp_path / 'elsewhere.pth.tar')
