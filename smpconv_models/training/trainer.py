@@ -329,7 +329,7 @@ class Trainer:
             if not ema.model_ema_warmup:
                 advice = '--model-ema-warmup or a lower --model-ema-decay follows faster'
             _logger.warning(
-                "the EMA weights lag behind the model's to the end: top-1 %.2f %% against %.2f %%, by a decay of %g; %s",
+                "the EMA weights lag behind the model's to the end: top-1 %.2f %% against %.2f %%, decay %g; %s",
                 row['ema_top1'], row['eval_top1'], ema.model_ema_decay, advice)
 
     def _evaluate(self, model: nn.Module, description: str, stop: GracefulStop) -> Dict[str, Any]:
