@@ -8,10 +8,10 @@ convolution it takes 13 ms.
 
 With AVX2 alone (EPYC 7001, one core, batch 4, torch 2.14) the NCHW kernel is slow from 11x11 on: 28x28, 192 channels:
 9x9 5 ms, and 9 ms through channels_last; 11x11 82 and 18 ms. There PyTorch's gradient of the input in NCHW is faster
-than the forward pass in channels_last: 56x56, 96 channels, batch 2: 31x31 49 and 72 ms; 11x11 11 and 10 ms.
+than a forward pass through channels_last: 56x56, 96 channels, batch 2: 31x31 49 and 76 ms.
 """
 import functools
-from typing import List, Optional, Sequence
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from ._backends import ConvProblem, Gradients, batch_to_space, memory_format_of,
 
 _AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == 'AVX2'
 _LARGEST_FAST_NCHW_KERNEL = 9 if _AVX2_ALONE else 13
-_LARGEST_CHANNELS_LAST_GRAD_KERNEL = 15     # for which an input's gradient is not converted to NCHW, with AVX2 alone
 
 # PyTorch's weight gradient of 3x3 kernels is fast: 28x28, 192 channels, channels_last: 0.7 ms, folded 3.5 ms, and 5x5
 # 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms.
@@ -48,6 +47,7 @@ _LARGEST_FAST_DILATED_KERNEL = 5
 # PyTorch has no fast convolution of this dtype, which is computed in float32. 28x28, 96 channels, batch 2, 7x7: 0.8 ms
 # in place of 38 ms in NCHW, 1.1 in place of 159 ms in channels_last.
 _SLOW_DTYPE = torch.float16
+_GROUP_BYTES = 2 ** 23      # of float32 images at a time
 
 # oneDNN's channels_last kernel for bfloat16 never returns for 2 to 16 channels, from 15x15 on maps of about 30 pixels a
 # side (torch 2.15 with AVX512-BF16); so few channels cost little in float32.
@@ -56,8 +56,11 @@ _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
     if input.dtype == _SLOW_DTYPE:
-        bias = None if bias is None else bias.float()
-        return forward(input.float(), weight.float(), bias, dilation).to(_SLOW_DTYPE)
+        output = torch.empty_like(input)
+        weight, bias = weight.float(), None if bias is None else bias.float()
+        for images, results in _by_groups(input, output):
+            results.copy_(forward(images.float(), weight, bias, dilation))
+        return output
     kh, kw = weight.shape[2:]
     if max(dilation) > 1 and max(kh, kw) > _LARGEST_FAST_DILATED_KERNEL:
         output = _depthwise(space_to_batch(input, dilation), weight, bias, [kh // 2, kw // 2])
@@ -69,8 +72,13 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
 def backward(
         grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
     if input.dtype == _SLOW_DTYPE:
-        dx, dw = backward(grad.float(), input.float(), weight.float(), dilation, wanted)
-        return None if dx is None else dx.to(_SLOW_DTYPE), None if dw is None else dw.to(_SLOW_DTYPE)
+        dx, weight = torch.zeros_like(grad), weight.float()
+        dw = torch.zeros_like(weight)
+        for grads, images, results in _by_groups(grad, input, dx):
+            for total, part in zip((results, dw), backward(grads.float(), images.float(), weight, dilation, wanted)):
+                if part is not None:
+                    total += part
+        return dx if wanted[0] else None, dw.to(_SLOW_DTYPE) if wanted[1] else None
     return (
         input_grad(grad, weight, dilation) if wanted[0] else None,
         weight_grad(grad, input, list(weight.shape[2:]), dilation) if wanted[1] else None,
@@ -80,10 +88,12 @@ def backward(
 def input_grad(grad: Tensor, weight: Tensor, dilation: List[int]) -> Tensor:
     """Convolve the output's gradient by the rotated kernel."""
     kh, kw = weight.shape[2:]
-    in_nchw = max(kh, kw) > _LARGEST_CHANNELS_LAST_GRAD_KERNEL or memory_format_of(grad) == torch.contiguous_format
-    if _AVX2_ALONE and in_nchw and grad.dtype == torch.float32 and max(dilation) == 1:
-        return conv_grad.conv2d_input(
-            grad.shape, weight, grad.contiguous(), padding=(kh // 2, kw // 2), groups=len(weight))
+    is_slow_in_nchw = max(kh, kw) > _LARGEST_FAST_NCHW_KERNEL and memory_format_of(grad) == torch.contiguous_format
+    if _AVX2_ALONE and is_slow_in_nchw and grad.dtype == torch.float32 and max(dilation) == 1:
+        parts = [
+            conv_grad.conv2d_input(grads.shape, weight, grads, padding=(kh // 2, kw // 2), groups=len(weight))
+            for grads, in _by_groups(grad)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     return forward(grad, weight.flip(2, 3), None, dilation)
 
 
@@ -117,6 +127,12 @@ def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: L
         for some_grad, some_input in zip(grad.split(at_once, 1), input.split(at_once, 1))
     ])
     return F.pad(weight_grad, (beyond_w, beyond_w, beyond_h, beyond_h))
+
+
+def _by_groups(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
+    """Yield the same groups of images of tensors (N, C, H, W), whose copies in float32 take little memory."""
+    images = max(_GROUP_BYTES // max(4 * tensors[0][:1].numel(), 1), 1)
+    return zip(*(tensor.split(images) for tensor in tensors))
 
 
 def _balanced_chunk(total: int, most: int, multiple: int) -> int:
