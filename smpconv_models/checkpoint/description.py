@@ -105,6 +105,13 @@ class Description:
         """Fraction of the images of a folder without splits that the training run was evaluated on."""
         return self._argument('val_split_fraction', lambda name, value: check_number(name, value, 0.001, 0.999))
 
+    @property
+    def split(self) -> Optional[Dict[str, str]]:
+        """Hashes of the names of the images that the run was trained and evaluated on, of a folder without splits."""
+        split = self._content.get('split')
+        with self._named():
+            return None if split is None else check_split(split)
+
     def text(self, key: str) -> Optional[str]:
         """Return a text of the training run: ``dataset``, ``data_dir`` or ``val_split``."""
         return self._argument(key, check_text)
@@ -265,6 +272,13 @@ def check_texts(name: str, value: Any) -> List[str]:
     """Check a list of texts."""
     _require(isinstance(value, (list, tuple)) and len(value) <= MAX_COUNT, name, 'a list of names', value)
     return [check_text(f'{name}[{index}]', item) for index, item in enumerate(value)]
+
+
+def check_split(value: Any) -> Dict[str, str]:
+    """Check the hashes of both parts of a folder's images."""
+    is_right = isinstance(value, dict) and value.keys() == {'training', 'validation'}
+    _require(is_right, 'split', "a dictionary with 'training' and 'validation'", value)
+    return {part: check_text(f'split.{part}', digest) for part, digest in value.items()}
 
 
 def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:

@@ -161,6 +161,8 @@ def check_content(loaded: Any, path: Any) -> None:
                 description.check_number(f'args.{key}', arguments.get(key), 1, 10 ** 9, whole=True)
         if loaded['images'] is not None:
             description.check_number('images', loaded['images'], 0, 1 << 62, whole=True)
+        if 'split' in loaded:
+            description.check_split(loaded['split'])
         for key in ('state_dict', 'state_dict_ema'):
             _check_state_dict(key, loaded.get(key, {}))
         _check_optimizer(loaded['optimizer'])

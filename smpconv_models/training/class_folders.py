@@ -1,5 +1,6 @@
 """Sources of images in class folders and in tar files, and the order of class names."""
 import copy
+import hashlib
 import logging
 import os
 import re
@@ -106,7 +107,8 @@ class Scan:
             others = [path for path in self.other if self.first_part(path) in empty]
             raise ValueError(
                 f'{shown(self.root)} has folders without images ({_joined(self.extensions)}): {listed(empty, 8)}'
-                + (f'; there are {_counted(others, "images in other formats")}' if others else ''))
+                + (f'; there are {_counted(others, "images in other formats")}' if others else '')
+                + '; add images, or move the folders away')
 
     def first_part(self, path: str) -> str:
         """Return the name of the entry in the root that contains a path."""
@@ -217,7 +219,9 @@ class ClassFolders:
             members[target].append((path, target))
         single = [name for name, samples in zip(self.classes, members) if len(samples) == 1]
         if single:
-            raise ValueError(f'classes of a single image cannot be split: {listed(single, 8)} in {shown(self.root)}')
+            raise ValueError(
+                f'classes of a single image cannot be split: {listed(single, 8)} in {shown(self.root)}; add images, or '
+                'move their folders away')
         validation: Set[str] = set()
         for samples in members:
             samples.sort(key=lambda sample: rng.derive_seed(seed, Path(sample[0]).relative_to(self.root).as_posix()))
@@ -238,6 +242,11 @@ class ClassFolders:
     def name(self, index: int) -> str:
         """Return the path of an image."""
         return self.samples[index][0]
+
+    def digest(self) -> str:
+        """Return a hash of the paths below the root, which tells whether images were added, removed or renamed."""
+        names = sorted(Path(path).relative_to(self.root).as_posix() for path, _ in self.samples)
+        return hashlib.sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest()
 
 
 # --- tar files ---

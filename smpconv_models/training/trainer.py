@@ -351,9 +351,17 @@ class Trainer:
             'args': {**self.options.as_dict(), 'world_size': self.world.size},
             **{key: model.state_dict() for key, model in self.models.items()},
         }
+        if self.options.data.val_split_fraction is not None:
+            content['split'] = self._split_digests()
         if self.state.rows:
             content['best_weights'] = _score_and_key(self.state.rows[-1])[1]
         return content
+
+    def _split_digests(self) -> Dict[str, str]:
+        """Return a hash of the names of each part's images."""
+        return {
+            part: loader.dataset.source.digest()
+            for part, loader in (('training', self.train_loader), ('validation', self.val_loader))}
 
     def _save(self) -> None:
         """Save a checkpoint to resume from."""
@@ -526,6 +534,11 @@ class Trainer:
             refused.append(str(error))
         if loaded['images'] != self.train_loader.num_images:
             refused.append(f'training images {loaded["images"]} -> {self.train_loader.num_images}')
+        if 'split' in loaded and self.options.data.val_split_fraction is not None:
+            found = self._split_digests()
+            others = [part for part, digest in loaded['split'].items() if found[part] != digest]
+            if others:
+                refused.append(f'images were added, removed or renamed, in the {" and ".join(others)} part')
         was_finished = state.is_finished(arguments['epochs'], arguments.get('patience'))
         if is_finished and (changed or refused):
             done = 'is finished' if was_finished else f'has done {state.epoch} of its {arguments["epochs"]} epochs'

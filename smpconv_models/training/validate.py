@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from smpconv_models import checkpoint, data
 from smpconv_models.checkpoint import Description
+from smpconv_models.data.registry import EVAL_SYNONYMS
 from smpconv_models.utils.errors import first_line
 
 from ..utils import atomic_io
@@ -129,6 +130,11 @@ def evaluate_model(
     data_config = task.resolve_data_config(model)
     dataset = task.create_dataset(split, model.in_chans, is_training=False)
     task.check_model(str(options.model.model), model, dataset, model.in_chans)
+    is_part = options.data.val_split_fraction is not None and split in EVAL_SYNONYMS
+    if is_part and described.split is not None and described.split['validation'] != dataset.source.digest():
+        _logger.warning(
+            'these are other images than those of the validation part in training: images that %s was trained on may '
+            'be among them', options.name)
     classes = dataset.classes
     check_classes(described.classes, classes)
     check_class_count(classes, model.num_classes)

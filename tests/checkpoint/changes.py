@@ -57,7 +57,7 @@ def change_value(value, draw):
             del node[key]
         elif action < 0.3 and isinstance(node, dict):
             node[draw.choice(KEYS + TEXTS)] = node.pop(key) if action < 0.2 else draw.choice(VALUES + TEXTS)
-        elif action < 0.7 and isinstance(node[key], torch.Tensor):
+        elif action < 0.7 and isinstance(node[key], torch.Tensor) and node[key].layout == torch.strided:
             node[key] = draw.choice([
                 torch.Tensor.double, torch.Tensor.half, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.flatten,
                 torch.Tensor.to_sparse, torch.Tensor.squeeze, lambda own: own[None], lambda own: own.flatten()[:0],

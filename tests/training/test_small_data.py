@@ -118,6 +118,20 @@ def test_class_folders_alone_are_split(photos, tmp_path, capsys):
     assert result['images'] == 6 and result['top1'] == pytest.approx(float(rows_of(tmp_path / 'run')[-1]['eval_top1']))
 
 
+def test_renamed_images_do_not_change_parts_unnoticed(tmp_path, capsys):
+    photos = make_folder(tmp_path / 'photos') / 'train'
+    command = [photos, *SHORT, '--output', tmp_path, '--val-split-fraction', 0.2]
+    assert run(train.main, *command) == 0
+    split = (tmp_path / 'run/split.csv').read_text()
+    for path in list((photos / 'ant').iterdir()):
+        path.rename(path.with_name(f'new{path.name}'))
+    line = refused(train.main, capsys, *command, '--epochs', 2)
+    assert 'images were added, removed or renamed, in the training and validation part' in line
+    assert (tmp_path / 'run/split.csv').read_text() == split
+    run(validate.main, '--checkpoint', tmp_path / 'run', '--workers', 0)
+    assert 'other images than those of the validation part in training' in ''.join(capsys.readouterr())
+
+
 def test_a_split_depends_on_the_paths_below_the_root(photos, tmp_path):
     def parts(root, seed=1):
         return [
