@@ -12,14 +12,14 @@ traces it in one graph, and nothing is computed. The plans are:
     compiled  the kernels into which PyTorch's inductor fuses the same graph for an NVIDIA H100.
     combined  the same with inductor's option `combo_kernels`, which joins small independent kernels.
 
-Bytes count each operand and each result of a kernel once. Categories are those of kernel_times.py. A fused kernel counts
-as a norm if any part of a norm is in it. With --output, rows are appended to the file.
+Bytes count each operand and each result of a kernel once. Categories are those of kernel_times.py. A fused kernel
+counts as a norm if any part of a norm is in it. With --output, rows are appended to the file.
 """
 import argparse
 import math
 import sys
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
@@ -41,7 +41,7 @@ from torch._inductor.graph import GraphLowering
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from smpconv_models.layers.smp_depthwise import SMPLayer
+from smpconv_models.layers import SMPLayer
 
 PLANS = ('eager', 'compiled', 'combined')
 _WITHOUT_KERNEL = {'getitem', '_unsafe_view', 'empty', 'empty_like', 'new_empty', 'detach'}
@@ -76,10 +76,8 @@ def plan(network: nn.Module, batch: int, size: int, name: str) -> Dict[str, Dict
             stack.enter_context(_planning_for_cuda(kernels))
             backend = _fused
         torch.compiler.reset()
-        try:
+        with suppress(_Planned):
             torch.compile(step, backend=backend, fullgraph=True)(images, labels)
-        except _Planned:
-            pass
     return _by_category(kernels)
 
 
