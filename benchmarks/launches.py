@@ -36,7 +36,7 @@ from kernel_times import COPIES, DEPTHWISE, ELEMENTWISE, NORMS, PLAIN_DEPTHWISE,
 from torch import Tensor, nn
 from torch._dynamo import device_interface
 from torch._dynamo.backends.common import aot_autograd
-from torch._inductor import compile_fx, scheduler
+from torch._inductor import compile_fx, ir, scheduler
 from torch._inductor.graph import GraphLowering
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -212,7 +212,7 @@ def _fused(graph: GraphModule, inputs: Any) -> Any:
 
 def _scheduled(node: Any) -> Any:
     """Return category and bytes of a kernel of inductor; None if it is no kernel."""
-    if isinstance(node, scheduler.NopKernelSchedulerNode):
+    if isinstance(node, scheduler.NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput):
         return None
     origins = [
         origin for part in node.get_nodes() for origin in part.node.get_origins() if origin.op == 'call_function']
