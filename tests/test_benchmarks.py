@@ -468,6 +468,39 @@ def test_the_backward_pass_of_sampling_is_sampling(load):
     assert trained > 1.5 * frozen > 0
 
 
+# --- launches without a GPU ---
+
+
+def planned(load, plan):
+    network = Network()
+    network[1].backend = 'auto'  # on the GPU there is no other
+    return load('launches').plan(network, 2, 8, plan)
+
+
+def test_launches_and_bytes_of_a_step(load):
+    kernel_times, found = load('kernel_times'), planned(load, 'eager')
+    counts, moved = found['launches'], found['bytes']
+    assert counts.pop('all') == sum(counts.values()) and moved.pop('all') == sum(moved.values())
+    assert counts.keys() == moved.keys()
+    assert (counts[kernel_times.DEPTHWISE], counts[kernel_times.PLAIN_DEPTHWISE]) == (2, 2)
+    assert counts[kernel_times.PRODUCTS] == 2 + 3  # the first convolution gets no gradient of the image
+    assert counts[kernel_times.NORMS] == 3  # one of them counts batches
+    assert counts[kernel_times.SAMPLING] <= 43
+    maps, weight, bias = 2 * 8 * 8 * 8 * 2, 8 * 3 * 3 * 2, 8 * 2
+    assert moved[kernel_times.PLAIN_DEPTHWISE] == (2 * maps + weight + bias) + (3 * maps + 2 * weight + bias)
+
+
+@pytest.mark.slow  # inductor schedules for 10 s
+@pytest.mark.parametrize('plan', ['compiled', 'combined'])
+def test_launches_of_a_compiled_step(load, plan):
+    """The kernels are those for a GPU that need not exist."""
+    kernel_times = load('kernel_times')
+    eager, fused = (planned(load, name)['launches'] for name in ('eager', plan))
+    for category in (kernel_times.DEPTHWISE, kernel_times.PLAIN_DEPTHWISE, kernel_times.PRODUCTS):
+        assert fused[category] == eager[category]
+    assert fused[kernel_times.SAMPLING] < eager[kernel_times.SAMPLING] / 2
+
+
 # --- tiles ---
 
 

@@ -10,9 +10,11 @@ recomputes a chunk's intermediate values instead of keeping them.
 
 Kim & Park, SMPConv: Self-moving Point Representations for Continuous Convolution, CVPR 2023, section 3.1.
 """
+import math
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +41,28 @@ def tent_basis(query: Tensor, coords: Tensor, radius: Tensor) -> Tensor:
     distance = (coords[..., 0].unsqueeze(-1) - query[..., 0].unsqueeze(-2)).abs()
     for axis in range(1, coords.shape[-1]):
         distance = distance + (coords[..., axis].unsqueeze(-1) - query[..., axis].unsqueeze(-2)).abs()
+    return _tents(distance, radius)
+
+
+def _tents(distance: Tensor, radius: Tensor) -> Tensor:
     return (1 - distance / radius.unsqueeze(-1)).relu()
+
+
+def _grid_tents(kernel_size: List[int], coords: Tensor, radius: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute ``tent_basis(sampling_grid(kernel_size), coords, radius)``, to the bit.
+
+    An L1 distance on a grid is a sum of distances along the axes, which are as few as the sides are long.
+    """
+    last = len(kernel_size) - 1
+    steps = _axis_positions(kernel_size[last], coords.device, dtype)
+    along_axes = coords.unbind(-1)
+    distance = (along_axes[0].unsqueeze(-1) - steps).abs()
+    for axis in range(1, len(kernel_size)):
+        if kernel_size[last - axis] != kernel_size[last - axis + 1]:
+            steps = _axis_positions(kernel_size[last - axis], coords.device, dtype)
+        along_axis = (along_axes[axis].unsqueeze(-1) + steps).abs()  # positions grow against the axis
+        distance = (along_axis.unsqueeze(-1) + distance.unsqueeze(-2)).flatten(-2)
+    return _tents(distance, radius)
 
 
 def evaluate_points(
@@ -62,12 +85,14 @@ def evaluate_points(
         ``(..., C, Q)`` in the dtype of ``weights``. Computed in the widest of the dtypes; under autocast the product
         of weights and tents is in autocast's.
     """
-    g = _normalized_tents(query, coords, radius, normalize, eps)
+    return _weighted_sum(weights, _normalize(tent_basis(query, coords, radius), normalize, eps))
+
+
+def _weighted_sum(weights: Tensor, g: Tensor) -> Tensor:
     return (weights.to(g.dtype) @ g).to(weights.dtype)
 
 
-def _normalized_tents(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool, eps: float = 1e-6) -> Tensor:
-    g = tent_basis(query, coords, radius)
+def _normalize(g: Tensor, normalize: bool, eps: float = 1e-6) -> Tensor:
     if normalize:
         g = g / ((g > 0).sum(dim=-2, keepdim=True, dtype=g.dtype) + eps)
     return g
@@ -90,11 +115,14 @@ def sampling_grid(
     """
     axes: List[Tensor] = []
     for axis, size in enumerate(kernel_size):
-        steps = torch.arange(size, device=device, dtype=dtype if dtype is not None else torch.float32)
-        position = (2 * steps - (size - 1)) / max(size - 1, 1)
+        position = _axis_positions(size, device, dtype if dtype is not None else torch.float32)
         axes.append(position if axis == len(kernel_size) - 1 else -position)
     grid = torch.meshgrid(axes, indexing='ij')
     return torch.stack([grid[axis].flatten() for axis in range(len(grid) - 1, -1, -1)], dim=-1)
+
+
+def _axis_positions(size: int, device: Optional[torch.device], dtype: torch.dtype) -> Tensor:
+    return torch.arange(1 - size, size, 2, device=device, dtype=dtype) / max(size - 1, 1)
 
 
 def sample_kernel(
@@ -119,11 +147,12 @@ def sample_kernel(
         return handle_torch_function(
             sample_kernel, (coords, radius, weights), coords, radius, weights, kernel_size, normalize)
     dtype = torch.float64 if coords.dtype == torch.float64 else torch.float32
-    query = sampling_grid(kernel_size, device=coords.device, dtype=dtype)
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles the second condition of an "and")
-        if exceeds_budget(query, coords):
+        if exceeds_budget(math.prod(kernel_size), coords):
+            query = sampling_grid(kernel_size, device=coords.device, dtype=dtype)
             return _evaluate_in_chunks(query, coords, radius, weights, normalize).unflatten(-1, kernel_size)
-    return evaluate_points(query, coords, radius, weights, normalize).unflatten(-1, kernel_size)
+    g = _normalize(_grid_tents(kernel_size, coords, radius, dtype), normalize)
+    return _weighted_sum(weights, g).unflatten(-1, kernel_size)
 
 
 def resample_kernel(
@@ -151,13 +180,13 @@ def resample_kernel(
 def tent_mass(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
     """Sum each point's tent over the queries, ``(..., P)``: its share of the function's sum for a weight of 1."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (as in sample_kernel)
-        if exceeds_budget(query, coords):
+        if query.ndim == 2 and exceeds_budget(query.shape[0], coords):
             return _tent_mass_in_chunks(query, coords, radius, normalize)
     return _tent_mass(query, coords, radius, normalize)
 
 
 def _tent_mass(query: Tensor, coords: Tensor, radius: Tensor, normalize: bool) -> Tensor:
-    return _normalized_tents(query, coords, radius, normalize).sum(-1)
+    return _normalize(tent_basis(query, coords, radius), normalize).sum(-1)
 
 
 def _max_grid_distance(kernel_size: List[int]) -> float:
@@ -187,16 +216,18 @@ def clip_radius(radius: Tensor, low: float, high: float) -> Tensor:
     """
     if has_torch_function_unary(radius):
         return handle_torch_function(clip_radius, (radius,), radius, low, high)
-    radius = radius.nan_to_num(nan=float('nan'), posinf=high, neginf=low)
-    return radius.clamp(low, high).detach() + (radius - radius.detach())
+    clipped = radius.clamp(low, high).detach()
+    largest = 65504. if radius.dtype == torch.float16 else 3.38e38
+    radius = F.hardtanh(radius, -largest, largest)  # not nan_to_num, whose backward pass is five kernels
+    return clipped + (radius - radius.detach())
 
 
 # --- long kernels in chunks ---
 
 
-def exceeds_budget(query: Tensor, coords: Tensor) -> bool:
-    """Return whether the pairs of points ``(..., P, d)`` and queries ``(Q, d)`` are too many to hold at once."""
-    return query.ndim == 2 and _num_points(coords) * query.shape[0] > _MAX_PAIRS
+def exceeds_budget(num_queries: int, coords: Tensor) -> bool:
+    """Return whether the pairs of points ``(..., P, d)`` and queries are too many to hold at once."""
+    return _num_points(coords) * num_queries > _MAX_PAIRS
 
 
 def _num_points(coords: Tensor) -> int:

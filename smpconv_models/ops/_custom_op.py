@@ -17,6 +17,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from . import _backends
@@ -42,6 +43,8 @@ def convolve(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Li
         return _conv(input, weight, bias, dilation, backend, '')
     if backend == 'auto' and is_counted(knows_operator=True):
         selected = 'reference'
+    elif isinstance(input, FakeTensor):  # its device may not exist, and no kernel can be tried with it
+        return _conv(input, weight, bias, dilation, backend, '')
     else:
         needs_weight_grad = torch.is_grad_enabled() and weight.requires_grad
         selected = _backends.select(backend, input, weight.shape[2:], dilation, needs_weight_grad)

@@ -122,6 +122,23 @@ def test_grid_takes_dtype_and_device():
     assert sampling_grid([3]).dtype == torch.float32
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('size', [[7], [1, 1], [5, 5], [3, 8], [2, 3, 4], [3, 3, 5]], ids=str)
+def test_a_kernel_is_the_points_on_the_grid(size, dtype):
+    """The same bits by distances along the axes; the gradients are summed in another order."""
+    generator = torch.Generator().manual_seed(0)
+    coords, radius, weights = parameters = [
+        tensor.to(dtype).requires_grad_() for tensor in (
+            torch.rand(2, 6, len(size), generator=generator) * 2.2 - 1.1, torch.rand(2, 6, generator=generator) + 0.1,
+            torch.randn(2, 3, 6, generator=generator))]
+    expected = evaluate_points(sampling_grid(size), coords, radius, weights, normalize=True).unflatten(-1, size)
+    got = sample_kernel(coords, radius, weights, size)
+    assert torch.equal(got, expected)
+    grad = torch.randn(got.shape, generator=generator).to(dtype)
+    for ours, theirs in zip(*(torch.autograd.grad(kernel, parameters, grad) for kernel in (got, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
 def test_a_point_sets_the_element_at_its_position():
     kernel = sample_kernel(
         torch.tensor([[1., 1.]]), torch.tensor([0.1]), torch.tensor([[2.]]), [3, 5], normalize=False)
@@ -228,7 +245,7 @@ def test_chunks_equal_sampling_at_once(few_pairs, kind, normalize):
     leading, size = KERNELS[kind]
     parameters = make_for_grid(leading, size)
     query = sampling_grid(size, dtype=torch.float64)
-    assert points.exceeds_budget(query, parameters[0])
+    assert points.exceeds_budget(len(query), parameters[0])
     expected = evaluate_points(query, *parameters, normalize).unflatten(-1, size)
     got = points.sample_kernel(*parameters, size, normalize)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
@@ -270,7 +287,7 @@ def test_points_outside_of_the_grid_leave_zeros(few_pairs):
 
 def test_small_kernels_are_sampled_at_once():
     layer = SMPDepthwiseConv2d(4, 51, 51 ** 2 // 8)
-    assert not points.exceeds_budget(sampling_grid([51, 51]), layer.coords)
+    assert not points.exceeds_budget(51 ** 2, layer.coords)
 
 
 def test_chunks_are_compiled_in_one_graph(few_pairs):
@@ -342,5 +359,5 @@ def test_nothing_of_the_pairs_is_kept(monkeypatch):
 def test_chunks_are_exported(monkeypatch, strict):
     monkeypatch.setattr(points, '_MAX_PAIRS', 1000)
     layer, x = randomize_(SMPConv1d(2, 3, 60, num_points=6)), torch.randn(1, 2, 60)
-    assert points.exceeds_budget(sampling_grid([60]), layer.coords)
+    assert points.exceeds_budget(60, layer.coords)
     torch.testing.assert_close(torch.export.export(layer, (x,), strict=strict).module()(x), layer(x))

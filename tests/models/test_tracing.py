@@ -1,8 +1,10 @@
 """Whole networks through TorchScript, fx, the compiler and export."""
 import pytest
+import timm
 import torch
 from common import randomize_
 from nets import network, tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 SIZES = ((2, 3, 32, 48), (3, 3, 64, 40), (1, 3, 33, 33))
 
@@ -58,6 +60,62 @@ def test_fx_has_one_leaf_for_each_kernel_and_convolution():
     assert sum(getattr(target, '__name__', '') == '_depthwise_conv2d' for target in targets) == 10
 
 
+def shallow(name):
+    """A registered model with one block in each stage, which has every layer of the whole one."""
+    return timm.create_model(name, depths=(1,) * (3 if name == 'smpconv_cifar' else 4), device='meta')
+
+
+@pytest.mark.parametrize('is_folded', [False, True])
+@pytest.mark.parametrize('name', timm.list_models('smpconv*'))
+def test_a_step_can_be_captured_in_a_cuda_graph(monkeypatch, name, is_folded):
+    """No operator depends on values, for which the CPU would wait, or copies from the CPU."""
+    model = shallow(name).train()
+    if is_folded:
+        model = timm.utils.reparameterize_model(model.eval())
+    devices, dispatch = set(), FakeTensorMode.dispatch
+
+    def watched(mode, func, types, args=(), kwargs=None):
+        result = dispatch(mode, func, types, args, kwargs)
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        devices.update(leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return result
+
+    monkeypatch.setattr(FakeTensorMode, 'dispatch', watched)
+    for device in ('cuda', 'cpu'):  # autograd runs on existing devices only
+        with FakeTensorMode():
+            state = {
+                key: torch.empty(value.shape, dtype=value.dtype, device=device, requires_grad=value.requires_grad)
+                for key, value in [*model.named_parameters(), *model.named_buffers()]}
+            devices.clear()
+            images = torch.empty(2, *model.pretrained_cfg['input_size'], device=device)
+            logits = torch.func.functional_call(model, state, images)
+            if device == 'cpu':
+                logits.sum().backward()
+        assert devices == {device}
+    assert all(value.grad is not None for value in state.values() if value.requires_grad)
+
+
+@pytest.mark.parametrize(('name', 'is_training'), [
+    pytest.param(name, is_training, marks=() if (name, is_training) == ('smpconv_nano', True) else pytest.mark.slow)
+    for name in timm.list_models('smpconv*') for is_training in (True, False)])  # 10 s each, and much the same
+def test_one_graph_serves_every_batch(name, is_training):
+    torch.compiler.reset()
+    model = randomize_(shallow(name).to_empty(device='cpu')).train(is_training)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for batch in (4, 3, 7):
+        images = torch.randn(batch, model.in_chans, 32, 32)
+        torch._dynamo.mark_dynamic(images, 0)
+        compiled(images).sum().backward()
+    assert len(graphs) == 1
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.slow  # 24 s of compiling
 def test_compile_with_gradients():
     """One graph with dynamic sizes gives eager's outputs and gradients at two sizes."""
@@ -72,15 +130,6 @@ def test_compile_with_gradients():
             results.append((y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))))
         for got, expected in zip(results[1], results[0]):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-
-
-@pytest.mark.slow  # compiles a whole step; the gradients are in the default suite
-def test_compile_in_training():
-    torch.compiler.reset()
-    model = randomize_(tiny(drop_path_rate=0.2, **SHORT)).train()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='aot_eager')
-    compiled(torch.randn(2, 3, 64, 64)).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.slow  # inductor compiles C++ for minutes

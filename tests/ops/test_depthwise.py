@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from smpconv_models.ops import available_backends, depthwise_conv2d
+from smpconv_models.ops import _backends, available_backends, depthwise_conv2d
 
 KERNEL_SIZES = (3, 15)      # conv2d computes the first
 
@@ -167,12 +167,15 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 2 * plain_counter.get_total_flops()
 
 
-def test_subclasses_see_the_operator():
-    """FakeTensor is one that has no data to compute with."""
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_subclasses_see_the_operator(monkeypatch, device):
+    """FakeTensor is one that has no data to compute with, on a device that need not exist."""
+    monkeypatch.setattr(_backends, 'select', lambda *args: pytest.fail('a backend was tried'))
     with FakeTensorMode() as mode:
-        x, weight = torch.empty(2, 3, 6, 5), torch.empty(3, 1, 15, 15)
+        x, weight = torch.empty(2, 3, 6, 5, device=device), torch.empty(3, 1, 15, 15, device=device)
     assert mode is x.fake_mode
-    assert type(depthwise_conv2d(x, weight)) is FakeTensor
+    y = depthwise_conv2d(x, weight)
+    assert type(y) is FakeTensor and y.device.type == device
 
 
 def test_func_grad():
