@@ -134,9 +134,12 @@ def forms_of(batch: int, height: int, width: int, kernel: int, device: torch.dev
 
 
 def _selected_forms(batch: int, height: int, width: int, kernel: int, device: torch.device) -> List[str]:
-    """Return the forms for devices of any kind, and before them the one for this device, if there is one."""
+    """Return the forms for devices of any kind, and before them those for this device."""
+    capability, aligned = tuning._capability(device), tuning.alignment(width)
     forms = [tuning.forward_form(height, width), tuning.weight_grad_form(height, width)]
-    if tuning.fits_hopper(batch, width, kernel, MODE, tuning._capability(device), tuning.alignment(width)):
+    if tuning.fits_hopper_grad(height, width, MODE, capability, aligned):
+        forms.insert(0, 'hopper_map_weight_grad')
+    if tuning.fits_hopper(batch, width, kernel, MODE, capability, aligned):
         forms.insert(0, 'hopper_forward')
     return forms
 

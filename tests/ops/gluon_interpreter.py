@@ -112,6 +112,7 @@ def _language(program, dtype):
         maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
         sum=lambda values, axis: values.sum(axis),
+        gather=lambda values, index, axis: values.gather(axis, index),
         load=lambda pointer, mask=None, other=0.: pointer.load(mask, other),
         store=lambda pointer, values, mask=None: pointer.store(values, mask),
         convert_layout=lambda values, layout, assert_trivial=False: values,
@@ -123,7 +124,7 @@ def _language(program, dtype):
 
 def _wait(outstanding, deps):
     assert outstanding == 0
-    return tuple(product.value() for product in deps)
+    return tuple(each.value() if isinstance(each, Product) else each for each in deps)
 
 
 def run(launched):
@@ -141,7 +142,7 @@ def run(launched):
             gl=language, tl=language, async_copy=copies, _async_load=copies.async_load,
             _barrier=lambda: None, fence_async_shared=lambda: None,
             warpgroup_mma=lambda a, b, acc, is_async: Product(a, b, acc), warpgroup_mma_wait=_wait,
-            _copy_layout=lambda *args: None)
+            _copy_layout=lambda *args: None, _map_operand_layout=lambda *args: None)
         for name, value in kernel.fn.__globals__.items():
             if isinstance(value, JITFunction):
                 names[name] = types.FunctionType(value.fn.__code__, names)

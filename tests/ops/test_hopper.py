@@ -16,9 +16,9 @@ from smpconv_models.ops._triton import kernels, launch, tuning
 
 # Both numbers of blocks, with and without rows of blocks beyond the map; fewer images than a program's, and more.
 SHAPES = {
-    'three_blocks_and_a_half': Shape(19, 2, 21, 56, 31, 31),
+    'three_blocks_and_a_half': Shape(19, 1, 11, 56, 31, 31),
     'widest_kernel': Shape(3, 1, 18, 64, 9, 33),
-    'two_blocks': Shape(17, 2, 13, 28, 29, 29),
+    'two_blocks': Shape(17, 2, 9, 28, 29, 29),
     'low_map': Shape(16, 3, 3, 24, 51, 19),
 }
 
@@ -61,6 +61,36 @@ class TestForward:
                      plain_conv(x, weight, None, (1, 1)))
 
 
+GRAD_SHAPES = {
+    'k27': Shape(19, 2, 14, 14, 27, 27),
+    'small_kernel': Shape(5, 3, 9, 12, 5, 7),
+    'beyond_the_map': Shape(17, 2, 10, 8, 51, 33),
+    'largest_map': Shape(33, 1, 16, 16, 31, 31),
+}
+
+
+class TestWeightGrad:
+    @pytest.mark.parametrize('name', GRAD_SHAPES)
+    def test_indices(self, monkeypatch, name):
+        shape = GRAD_SHAPES[name]
+        x, _, _, grad = make(shape, torch.float64)
+        size = [shape.kh, shape.kw]
+        got = run_on_cpu(monkeypatch, launch.hopper_map_weight_grad, grad, x, size, tuning.HopperGradTile(bn=16))
+        assert_equal(got, exact_weight_grad(x, grad, size))
+
+    def test_slices_of_images_and_channels(self, monkeypatch):
+        x, _, _, grad = make(GRAD_SHAPES['k27'], torch.float64)
+        x = torch.cat([x, x], 1).repeat_interleave(2, 0)[::2, 1:3]
+        grad = torch.cat([grad, grad], 1)[:, 1:3]
+        got = run_on_cpu(monkeypatch, launch.hopper_map_weight_grad, grad, x, [27, 27], tuning.HopperGradTile(bn=16))
+        assert_equal(got, exact_weight_grad(x, grad, [27, 27]))
+
+
+def exact_weight_grad(x, grad, size):
+    weight = torch.zeros(x.shape[1], 1, *size, dtype=x.dtype, requires_grad=True)
+    return torch.autograd.grad(plain_conv(x, weight, None, (1, 1)), weight, grad)[0]
+
+
 def test_the_interpreter_sees_a_copy_that_was_not_waited_for(monkeypatch):
     monkeypatch.setattr(gluon_interpreter.Copies, 'wait_group', lambda copies, outstanding: None)
     x, weight, _, _ = make(SHAPES['two_blocks'], torch.float64)
@@ -98,6 +128,17 @@ def test_selected_by_shape(monkeypatch, size, kernel, selected):
 def test_other_devices(monkeypatch, capability):
     monkeypatch.setattr(tuning, '_capability', lambda device: capability)
     assert forms(meta(64, 96, 56, 56), [31, 31]) == ['block_forward']
+
+
+@pytest.mark.parametrize(('height', 'width', 'selected'), [
+    (14, 14, True), (16, 16, True), (8, 10, True), (7, 7, False), (14, 13, False), (14, 18, False)])
+def test_weight_grad_by_shape(monkeypatch, height, width, selected):
+    monkeypatch.setattr(tuning, '_capability', lambda device: 90)
+    x = meta(64, 8, height, width)
+    found = [form for form, _ in tuning.candidates('weight_grad', x, [27, 27], 'half', x)]
+    assert found[:-1].count('hopper_map_weight_grad') == selected
+    odd = meta(64, 9, 14, 14).as_strided(x.shape, (9 * 14 * 14 + 1, height * width, width, 1))
+    assert 'hopper' not in str(tuning.candidates('weight_grad', x, [27, 27], 'half', odd))
 
 
 def test_other_types_and_unaligned_memory(monkeypatch):
@@ -171,6 +212,19 @@ class TestOnDevice:
         got = [launch.hopper_forward(x, weight, bias, tuning.HopperTile(bn=bn), turned=turned) for bn in (16, 64, 64)]
         for each in got:
             assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['y'])
+        assert torch.equal(got[1], got[2])
+
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize('name', GRAD_SHAPES)
+    def test_weight_grad(self, name, dtype):
+        shape = GRAD_SHAPES[name]
+        x, _, _, grad = make(shape, dtype, device='cuda')
+        size = [shape.kh, shape.kw]
+        exact = exact_weight_grad(x.cpu().double(), grad.cpu().double(), size)
+        plain = exact_weight_grad(x, grad, size)
+        got = [launch.hopper_map_weight_grad(grad, x, size, tuning.HopperGradTile(bn=bn)) for bn in (16, 64, 64)]
+        for each in got:
+            assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['dw'])
         assert torch.equal(got[1], got[2])
 
     def test_nan_stays_in_its_map(self):

@@ -1,6 +1,9 @@
-"""Forward pass of the block form for compute capability 9.0, in Gluon. launch.py imports it at the first use.
+"""Kernels for compute capability 9.0, in Gluon, which chooses registers and shared memory itself.
 
-Differences from ``kernels.block_forward``, whose time is that of its loads from the L2 cache:
+launch.py imports this module at the first use. Gluon is experimental, and its names change between versions of Triton.
+
+``hopper_forward`` is the block form. It differs from ``kernels.block_forward``, whose time is that of its loads from
+the L2 cache:
 
 - A row of BN images is copied to shared memory once, as J blocks (BN, 16). The products of the three chunks read the
   blocks of a column's neighbours; those beyond the map are left out.
@@ -9,7 +12,9 @@ Differences from ``kernels.block_forward``, whose time is that of its loads from
   one step after the other, so that seven of eight loads hit the L1 cache.
 - The rows in the middle of the map, which take longest, are computed first.
 
-Gluon is experimental, and its names change between versions of Triton.
+``hopper_map_weight_grad`` is the whole-map form. It differs from ``kernels.map_weight_grad``, whose time is that of its
+instructions: products of rows at the same distance are summed by the tensor cores, over the map and the batch, so that
+diagonals are summed once, of a third of the values.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -145,3 +150,95 @@ def hopper_forward(
             acc += gl.load(bias_ptr + c).to(gl.float32)
         mask = (n < N)[None, :] & ((row < H) & (j * S + rs % S < W))[:, None]
         gl.store(y_ptrs + j * S, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.constexpr_function
+def _map_operand_layout(BN):
+    """Return the registers of a left operand (64, BN) of wgmma, whose rows are split as (4, 16, BN)."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 8, 0]] + [[0, 0, 8 << bit] for bit in range(BN.bit_length() - 4)],
+        lane_bases=[[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]], warp_bases=[[1, 0, 0], [2, 0, 0]],
+        block_bases=[], shape=[4, 16, BN])
+
+
+@jit
+def hopper_map_weight_grad(
+        g_ptr, x_ptr, dw_ptr, N, g_stride_n_A, g_stride_c_A, x_stride_n_A, x_stride_c_A, A: gl.constexpr,
+        HEIGHT: gl.constexpr, WIDTH: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, BN: gl.constexpr):
+    """Compute a channel per program, for maps of at most 16 rows and columns; elements of dw that reach further stay.
+
+    A product is four input rows by an output row, ``E[(d, iw), ow] = sum over n of x[n, m + 4 d, iw] g[n, oh, ow]``.
+    Products of equal m - oh belong to the same rows of dw, m - oh + 4 d, and are summed in the same registers.
+    """
+    SUMS: gl.constexpr = HEIGHT + 3                  # values of m - oh
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
+    split_operand: gl.constexpr = _map_operand_layout(BN)
+    copy: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+    shared_rows: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=3)
+
+    c = gl.program_id(0).to(gl.int64)
+    x_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [16, BN, 16], shared)
+    g_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [HEIGHT, BN, 16], shared)
+    if _RENAMED:
+        x_rows = x_smem.reinterpret(x_ptr.dtype.element_ty, [4, 4, BN, 16], shared_rows)
+    else:
+        x_rows = x_smem._reinterpret(x_ptr.dtype.element_ty, [4, 4, BN, 16], shared_rows)
+
+    n = gl.arange(0, BN, gl.SliceLayout(1, copy))
+    column = gl.arange(0, 16, gl.SliceLayout(0, copy))
+    x_ptrs = x_ptr + (c * x_stride_c_A * A + n.to(gl.int64) * x_stride_n_A * A)[:, None] + column[None, :]
+    g_ptrs = g_ptr + (c * g_stride_c_A * A + n.to(gl.int64) * g_stride_n_A * A)[:, None] + column[None, :]
+
+    sums = ()
+    for _ in gl.static_range(SUMS):
+        sums = sums + (gl.zeros([64, 16], gl.float32, accumulator),)        # type: ignore[assignment]
+    for n0 in range(0, N, BN):
+        _barrier()      # the products with the images before are done
+        inside = (n < N - n0)[:, None] & (column < WIDTH)[None, :]
+        for i in gl.static_range(16):
+            row = i // 4 + i % 4 * 4            # m, d
+            _async_load(x_smem.index(i), x_ptrs + row * WIDTH, mask=inside & (row < HEIGHT))
+        for row in gl.static_range(HEIGHT):
+            _async_load(g_smem.index(row), g_ptrs + row * WIDTH, mask=inside)
+        async_copy.commit_group()
+        x_ptrs += x_stride_n_A.to(gl.int64) * (A * BN)
+        g_ptrs += g_stride_n_A.to(gl.int64) * (A * BN)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        _barrier()
+        for m in gl.static_range(4):
+            x = x_rows.index(m).permute((0, 2, 1)).load(split_operand).reshape([64, BN])
+            x = gl.convert_layout(x, operand, assert_trivial=True)
+            started = ()
+            for i in gl.static_range(SUMS):
+                acc = sums[i]       # type: ignore[var-annotated]
+                if m + HEIGHT - 1 - i >= 0 and m + HEIGHT - 1 - i < HEIGHT:
+                    acc = warpgroup_mma(x, g_smem.index(m + HEIGHT - 1 - i), acc, is_async=True)
+                started = started + (acc,)      # type: ignore[assignment]
+            sums = warpgroup_mma_wait(0, deps=started)
+
+    # Column ow, rotated by ow in iw and by (m - oh) // 4 in d, has the terms of an element of dw in one row.
+    row = gl.arange(0, 64, gl.SliceLayout(1, accumulator))
+    d = row // 16
+    kw = row % 16
+    ow = gl.arange(0, 16, gl.SliceLayout(0, accumulator))
+    rotated = kw[:, None] + ow[None, :]
+    for rest in gl.static_range(4):
+        below = gl.zeros([64, 16], gl.float32, accumulator)
+        above = gl.zeros([64, 16], gl.float32, accumulator)
+        for i in gl.static_range(SUMS):
+            if (i - HEIGHT + 1 - rest) % 4 == 0:
+                turned = d - (i - HEIGHT + 1 - rest) // 4        # 0 to 7
+                terms = gl.gather(sums[i], (turned % 4 * 16)[:, None] + rotated % 16, 0)
+                below += gl.where((turned < 4)[:, None], terms, 0.)
+                above += gl.where((turned < 4)[:, None], 0., terms)
+        for is_above in gl.static_range(2):
+            total = above if is_above else below
+            kh = 4 * d + rest - 16 * is_above + KH // 2
+            for is_left in gl.static_range(2):
+                value = gl.sum(gl.where((rotated >= 16) == (is_left == 1), total, 0.), 1)
+                column = kw - 16 * is_left + KW // 2
+                inside = (kh >= 0) & (kh < KH) & (column >= 0) & (column < KW)
+                gl.store(dw_ptr + c * (KH * KW) + kh * KW + column, value.to(dw_ptr.dtype.element_ty), mask=inside)

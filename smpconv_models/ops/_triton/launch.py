@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 from .._backends import LaunchError, is_capturing, memory_format_of
 from . import kernels, tuning
-from .tuning import BlockGradTile, BlockTile, HopperTile, MapGradTile, MapTile, alignment
+from .tuning import BlockGradTile, BlockTile, HopperGradTile, HopperTile, MapGradTile, MapTile, alignment
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ def _run_first_that_launches(
     precision = matmul_precision(input.dtype)
     problem = (input.shape, input.dtype, precision, *kernel_size, input.device)
     error = None
-    for form, tiles in tuning.candidates(step, input, kernel_size, precision):
+    grad = args[0] if step == 'weight_grad' else None
+    for form, tiles in tuning.candidates(step, input, kernel_size, precision, grad):
         for tile in tiles:
             key = (form, tile, problem)
             error = _refused.get(key)
@@ -174,6 +175,26 @@ def hopper_forward(
     return output
 
 
+def hopper_map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: HopperGradTile) -> Tensor:
+    """Compute the weight gradient in the whole-map form of compute capability 9.0, where it fits the map.
+
+    See :func:`tuning.fits_hopper_grad`.
+    """
+    c, h, w = input.shape[1:]
+    kh, kw = kernel_size
+    a = alignment(w, grad, input)
+    assert a >= 2 and h <= 16 and w <= 16, 'copies of 4 bytes, and 16 rows of 16 columns'
+    reached = kh <= 2 * h - 1 and kw <= 31
+    weight_grad = (input.new_empty if reached else input.new_zeros)((c, 1, kh, kw))
+    hopper = _import_hopper()
+    with _launching(input):
+        hopper.hopper_map_weight_grad[_grid(c)](
+            grad, input, weight_grad, len(input), *_strides(grad, a), *_strides(input, a),
+            A=a, HEIGHT=h, WIDTH=w, KH=kh, KW=kw, BN=tile.bn, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )
+    return weight_grad
+
+
 def _import_hopper() -> ModuleType:
     try:
         from . import hopper
@@ -184,10 +205,11 @@ def _import_hopper() -> ModuleType:
 
 _FORMS: Dict[str, Callable[..., Tensor]] = {
     'map_forward': map_forward, 'map_weight_grad': map_weight_grad,
-    'block_forward': block_forward, 'block_weight_grad': block_weight_grad, 'hopper_forward': hopper_forward,
+    'block_forward': block_forward, 'block_weight_grad': block_weight_grad,
+    'hopper_forward': hopper_forward, 'hopper_map_weight_grad': hopper_map_weight_grad,
 }
 # In Gluon, which is experimental: any of their errors may be that of a version of Triton.
-_EXPERIMENTAL = ('hopper_forward',)
+_EXPERIMENTAL = ('hopper_forward', 'hopper_map_weight_grad')
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

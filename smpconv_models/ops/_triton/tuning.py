@@ -234,10 +234,36 @@ class HopperTile(_Program):
         return _reduced(self, num_stages=2, bn=16)
 
 
-Tile = Union[MapTile, BlockTile, BlockGradTile, HopperTile]
+@dataclass(frozen=True)
+class HopperGradTile(_Program):
+    """``bn`` images of a channel in shared memory."""
+    bn: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.num_warps == 4 and self.num_stages == 1, 'the kernel has one buffer, and products of 4 warps'
+
+    @classmethod
+    def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'HopperGradTile':
+        return cls(bn=_between(16, n, 32))      # 64 spill registers with Triton 3.9
+
+    def step(self, width: int, kernel_width: int) -> Step:
+        return Step(4 * 16, 16, self.bn)
+
+    def shared_memory(self, limits: Limits, element_size: int, width: int, kernel_width: int) -> int:
+        """Return the bytes of 16 rows of both operands."""
+        return 2 * 16 * 16 * self.bn * element_size
+
+    def smaller(self) -> Optional['Tile']:
+        return _reduced(self, bn=16)
+
+
+Tile = Union[MapTile, BlockTile, BlockGradTile, HopperTile, HopperGradTile]
 TILES: Dict[str, Any] = {
     'map_forward': MapTile, 'map_weight_grad': MapGradTile,
-    'block_forward': BlockTile, 'block_weight_grad': BlockGradTile, 'hopper_forward': HopperTile,
+    'block_forward': BlockTile, 'block_weight_grad': BlockGradTile,
+    'hopper_forward': HopperTile, 'hopper_map_weight_grad': HopperGradTile,
 }
 _DEFAULTS = {name: tile.default for name, tile in TILES.items()}
 
@@ -289,6 +315,13 @@ def fits_hopper(n: int, w: int, kernel_width: int, precision: str, capability: O
         and n >= 16 and hopper_blocks(w) in (2, 4) and 17 < kernel_width <= 33)
 
 
+def fits_hopper_grad(h: int, w: int, precision: str, capability: Optional[int], aligned: int) -> bool:
+    """Return whether ``hopper_map_weight_grad`` computes a problem; it fills 16 rows and columns."""
+    return (
+        capability == 90 and precision == 'half' and aligned >= 2       # copies of 4 bytes
+        and 8 <= h <= 16 and 8 <= w <= 16)
+
+
 def alignment(width: int, *tensors: Tensor) -> int:
     """Return the largest power of two up to 8 that divides a width and the strides of images and channels."""
     return math.gcd(8, width, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
@@ -300,6 +333,8 @@ def _forms(
     """Return the names of the kernels for a step, 'forward' or 'weight_grad', the best one first."""
     if step == 'weight_grad':
         forms = [weight_grad_form(height, width), 'block_weight_grad']
+        if fits_hopper_grad(height, width, precision, capability, aligned):
+            forms.insert(0, 'hopper_map_weight_grad')
     else:
         forms = [forward_form(height, width), 'block_forward']
         if height * width <= _LARGEST_OTHER_FORWARD_MAP:
@@ -313,7 +348,9 @@ def _forms(
 Candidates = Tuple[Tuple[str, Tuple[Tile, ...]], ...]
 
 
-def candidates(step: str, input: Tensor, kernel_size: Sequence[int], precision: str) -> Candidates:
+def candidates(
+        step: str, input: Tensor, kernel_size: Sequence[int], precision: str,
+        grad: Optional[Tensor] = None) -> Candidates:
     """Return the kernels that compute a step by name, the best one first, each with the tiles that fit the device.
 
     The first tile is a tuned one if there is one, otherwise the default; the others are ever smaller.
@@ -323,6 +360,7 @@ def candidates(step: str, input: Tensor, kernel_size: Sequence[int], precision: 
         input: Images (N, C, H, W), of which shape, dtype and device count.
         kernel_size: Height and width.
         precision: Precision of the products, 'half', 'tf32' or 'ieee'.
+        grad: Output gradient, of which strides and address count, if the step reads one beside the input.
 
     Raises:
         LaunchError: The device has too little for any tile.
@@ -330,7 +368,8 @@ def candidates(step: str, input: Tensor, kernel_size: Sequence[int], precision: 
     n, _, h, w = input.shape
     capability = _capability(input.device)
     limits = _limits(input.device, capability)
-    aligned = alignment(w, input) if input.data_ptr() % 16 == 0 else 1
+    maps = (input,) if grad is None else (input, grad)
+    aligned = alignment(w, *maps) if all(tensor.data_ptr() % 16 == 0 for tensor in maps) else 1
     found = _candidates(
         step, n, h, w, tuple(kernel_size), precision, input.element_size(), capability, limits, aligned)
     if not found:
