@@ -69,6 +69,7 @@ def hopper_forward(
     operand: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
     copy: gl.constexpr = _copy_layout(A, J, BN)
     fragment: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32, 1], [8, 1, 1], [2, 1, 0])
+    pixels: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [2, 4], [0, 1])     # of y: 32 bytes at a time
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
 
     W = W_A * A
@@ -140,8 +141,8 @@ def hopper_forward(
         into = gl.where(into == STAGES - 1, 0, into + 1)
     async_copy.wait_group(0)
 
-    rs = gl.arange(0, R * S, gl.SliceLayout(1, accumulator))
-    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, accumulator))
+    rs = gl.arange(0, R * S, gl.SliceLayout(1, pixels))
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, pixels))
     row = top + rs // S
     y_ptrs = y_ptr + ((n.to(gl.int64) * C + c) * H)[None, :] * W + (row.to(gl.int64) * W + rs % S)[:, None]
     for j in gl.static_range(J):
@@ -149,7 +150,8 @@ def hopper_forward(
         if HAS_BIAS:
             acc += gl.load(bias_ptr + c).to(gl.float32)
         mask = (n < N)[None, :] & ((row < H) & (j * S + rs % S < W))[:, None]
-        gl.store(y_ptrs + j * S, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        acc = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), pixels)
+        gl.store(y_ptrs + j * S, acc, mask=mask)
 
 
 @gluon.constexpr_function
