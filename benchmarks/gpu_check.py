@@ -80,7 +80,7 @@ def _layer_row(case: Case, dtype: str, precision: str, device: torch.device) -> 
     found = list(check.compare(layer.paths(['triton'], *inputs), *inputs))
     if dtype != 'float32':
         exact = check.Exact(*inputs)
-        for form in gpu_tiles.forms_of(case.height, case.width):
+        for form in gpu_tiles.forms_of(len(inputs[0]), case.height, case.width, case.kernel, device):
             job = gpu_tiles.Job(form, len(inputs[0]), case.channels, case.height, case.width, case.kernel)
             found.append(job.comparison(inputs, exact, job.default()))
     errors: Dict[str, Dict[str, float]] = {}

@@ -114,26 +114,34 @@ class Search:
         return self.best in self.seconds and (default is None or default > MARGIN * self.seconds[self.best])
 
 
-def jobs(is_dry: bool) -> List[Job]:
+def jobs(is_dry: bool, device: torch.device) -> List[Job]:
     """Return the kernels that the networks' layers take, those of SMPConv-T first."""
     if is_dry:
         return [Job('map_forward', 1, 2, 2, 2, 3), Job('block_forward', 1, 2, 2, 33, 3)]
     found = {}
     for case in CASES.values():
         if case.network in _NETWORKS:
-            for form in _selected_forms(case.height, case.width):
+            for form in _selected_forms(BATCH, case.height, case.width, case.kernel, device):
                 job = Job(form, BATCH, case.channels, case.height, case.width, case.kernel)
                 found.setdefault(job.key(), job)
     return list(found.values())
 
 
-def forms_of(height: int, width: int) -> List[str]:
+def forms_of(batch: int, height: int, width: int, kernel: int, device: torch.device) -> List[str]:
     """Return the forms that fit a map, the selected ones first."""
-    return list(dict.fromkeys([*_selected_forms(height, width), 'block_forward', 'block_weight_grad']))
+    selected = _selected_forms(batch, height, width, kernel, device)
+    return list(dict.fromkeys([*selected, 'block_forward', 'block_weight_grad']))
 
 
-def _selected_forms(height: int, width: int) -> List[str]:
-    return [tuning.forward_form(height, width), tuning.weight_grad_form(height, width)]
+def _selected_forms(batch: int, height: int, width: int, kernel: int, device: torch.device) -> List[str]:
+    """Return the forms for devices of any kind, and before them those for this device."""
+    capability, aligned = tuning._capability(device), tuning.alignment(width)
+    forms = [tuning.forward_form(height, width), tuning.weight_grad_form(height, width)]
+    if tuning.fits_hopper_grad(height, width, MODE, capability, aligned):
+        forms.insert(0, 'hopper_map_weight_grad')
+    if tuning.fits_hopper(batch, width, kernel, MODE, capability, aligned):
+        forms.insert(0, 'hopper_forward')
+    return forms
 
 
 def neighbors(tile: Any) -> Iterator[Any]:
@@ -156,7 +164,8 @@ def neighbors(tile: Any) -> Iterator[Any]:
 
 def run(settings: Settings) -> Report:
     report = Report()
-    active = [Search.start(job, configured(settings.configs, job, settings.device)) for job in jobs(settings.is_dry)]
+    device = settings.device
+    active = [Search.start(job, configured(settings.configs, job, device)) for job in jobs(settings.is_dry, device)]
     searches = list(active)
     if settings.is_dry:
         for search in active:

@@ -511,13 +511,19 @@ def tiles(load):
 
 
 def test_jobs_are_the_kernels_that_the_networks_take(tiles):
-    jobs = tiles.jobs(is_dry=False)
+    jobs = tiles.jobs(False, torch.device('cpu'))
     assert jobs[0] == ('block_forward', 64, 96, 56, 56, 31) and jobs[7] == ('map_weight_grad', 64, 768, 7, 7, 13)
     assert len({job.key() for job in jobs}) == len(jobs) == 22
 
 
+def test_jobs_of_one_device_alone(tiles, monkeypatch):
+    monkeypatch.setattr(tiles.tuning, '_capability', lambda device: 90)
+    found = [(job.form, job.width) for job in tiles.jobs(False, torch.device('cpu')) if job.form.startswith('hopper')]
+    assert found[:3] == [('hopper_forward', 56), ('hopper_forward', 28), ('hopper_map_weight_grad', 14)]
+
+
 def test_neighbors_differ_in_one_field(tiles):
-    default = tiles.jobs(is_dry=False)[1].default()
+    default = tiles.jobs(False, torch.device('cpu'))[1].default()
     found = list(tiles.neighbors(default))
     assert len(set(found)) == len(found) > 8
     for tile in found:

@@ -12,8 +12,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from smpconv_models.ops._triton import kernels, launch
+from smpconv_models.ops._triton import hopper, kernels, launch
 
 TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
@@ -41,14 +42,14 @@ class Build:
     loop: list             # machine instructions of the innermost loop with matrix products
 
 
-class _Recorder:
-    """Replacement of the kernels in launch.py that records the calls."""
+class Recorder:
+    """Replacement of a module of kernels in launch.py that records the calls."""
 
-    def __init__(self):
-        self.launches = []
+    def __init__(self, module, launches):
+        self.module, self.launches = module, launches
 
     def __getattr__(self, name):
-        kernel = getattr(kernels, name)
+        kernel = getattr(self.module, name)
 
         class _At:
             def __getitem__(_, grid):
@@ -62,11 +63,12 @@ class _Recorder:
 
 def launches(monkeypatch, function, *args):
     """Return what ``function`` of launch.py launches for these arguments; tensors may be on the meta device."""
-    recorder = _Recorder()
+    recorded = []
     with monkeypatch.context() as patch:
-        patch.setattr(launch, 'kernels', recorder)
+        patch.setattr(launch, 'kernels', Recorder(kernels, recorded))
+        patch.setattr(launch, '_import_hopper', lambda: Recorder(hopper, recorded))
         function(*args)
-    return recorder.launches
+    return recorded
 
 
 def build(launched, capability):
@@ -78,7 +80,7 @@ def build(launched, capability):
         name: 'constexpr' if constant[name] else TYPES[values[name].dtype] if name in tensors else 'i32'
         for name in names
     }
-    source = ASTSource(
+    source = (GluonASTSource if launched.kernel.is_gluon() else ASTSource)(
         fn=launched.kernel,
         signature=signature,
         constexprs={(names.index(name),): values[name] for name in names if constant[name]},

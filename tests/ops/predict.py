@@ -1,19 +1,30 @@
-"""Predict the kernels' time on an H200 from their sm_90 builds: `python predict.py > predictions.md`.
+"""Predict the kernels' time on an H100 and an H200 from their sm_90 builds: `python predict.py > predictions.md`.
 
-A launch takes at least the time of each of these:
+A launch takes at least the time of each of these, times the waves over their mean, and `LAUNCH` to start and drain:
 
-    memory      bytes of inputs and outputs, each once, at 4.3 TB/s
+    memory      bytes of inputs and outputs, each once, at the rate of a copy
     products    multiply-adds of the tiles at 2048 a clock and multiprocessor
     issue       instructions, loop by loop, at 4 warps a clock and multiprocessor
     shared      bytes to and from shared memory at 128 a clock and multiprocessor
-    L2          bytes that programs load at 5120 a clock
+    L2          bytes that programs load beyond the L1 cache, at 5.6 TB/s
 
+If a multiprocessor holds one program alone, what comes before and after its loop is added: the time of its
+instructions, and `LATENCY` until the first operands have arrived. Several programs hide these from each other.
+
+The waves are those of the programs in the order of their launch, each on the first free place. A multiprocessor has
+places for as many programs as its registers, shared memory and threads hold.
+
+Not counted: other latencies, conflicts of shared memory's banks, and sectors that are written in parts. A program of
+hopper_map_weight_grad copies, multiplies and adds one after the other, and a multiprocessor holds two of them: it may
+take half as much again.
 NCHW tensors: channels_last ones are copied first, and so is the result, 10 to 12 microseconds more for each of 25 MB.
 Of a loop step's instructions, `copies` are asynchronous (global to shared memory), `loads` the others.
 """
+import heapq
 import math
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import ahead_of_time
@@ -28,56 +39,114 @@ import cases
 import floors
 
 BATCH = 64
-MULTIPROCESSORS, CLOCK = 132, 1.755e9
+MULTIPROCESSORS, CLOCK, L2 = 132, 1.755e9, 5.6e12
+LAUNCH, LATENCY = 1.5, 1.   # microseconds, assumed
+GOALS = {'y': 1.6, 'dw': 2.}     # times of the floor
+REGISTERS, SHARED, THREADS = 65536, 233472, 2048        # of a multiprocessor
+# Copies of the H100 are assumed to take 3.0 TB/s; its products are those of the H200.
+DEVICES = {'H200': floors.H200, 'H100': floors.Ceilings(3e12, floors.H200.operations_per_second)}
+ADDING = ('expand_rows', 'expand_fragments', 'add_parts')       # without products
 
 
 def ceil(a, b):
     return -(-a // b)
 
 
-def steps(name, a):
-    """Return how often a launch's loop runs, over all programs, and the sizes M, N, K of a step's product."""
-    n, h = a['N'], a.get('H')
+@dataclass
+class Work:
+    """What a launch does, over all programs.
+
+    Attributes:
+        turns: Runs of the innermost loop with products.
+        products: Multiply-adds.
+        shared: Bytes to and from shared memory.
+        loaded: Bytes from the L2 cache.
+        programs: Relative durations in the order of the launch.
+    """
+    turns: float
+    products: float
+    shared: float
+    loaded: float
+    programs: list
+
+    @classmethod
+    def of_steps(cls, count, m, n, k, programs, unrolled=1):
+        """Return the work of ``count`` products of M x K by K x N, with both operands loaded for each."""
+        # written once; the first operand read once, the second once for every 64 rows
+        shared = 2 * (m + n) * k + 2 * k * (m + n * max(1, m // 64))
+        return cls(count / unrolled, count * m * n * k, count * shared, count * 2 * (m + n) * k, programs)
+
+
+def rows(a, h):
+    """Return the input rows of the blocks of 8 or R output rows, from above to below."""
+    r, p = a.get('R', 8), a['KH'] // 2
+    return [min(a['KH'] + r - 1, h + p - top) - max(p - top, 0) for top in range(0, h, r)]
+
+
+def work(name, a, grid):
+    n, h, programs = a['N'], a.get('H'), math.prod(grid)
     if name == 'map_forward':
         pixels = a['HW_A'] * a['A']
-        blocks = ceil(pixels, a['BO']) * ceil(n, a['BN']) * a['C']
-        return blocks * ceil(pixels, a['BI']), (a['BN'], a['BO'], a['BI'])
+        return Work.of_steps(programs * ceil(pixels, a['BI']), a['BN'], a['BO'], a['BI'], [1] * programs)
     if name == 'map_weight_grad':
-        return a['dw_ptr'].shape[0] * ceil(n, a['BN']) * h, (a['BI'], a['BO'], a['BN'])
-    w, r, p = a['W_A'] * a['A'], a['R'], a['KH'] // 2
+        blocks = programs * ceil(n, a['BN'])
+        found = Work.of_steps(blocks * h, a['BI'], a['BO'], a['BN'], [1] * programs)
+        found.loaded = blocks * 2 * a['BN'] * (a['BI'] + h * a['BO'])      # x is in the L1 cache after the first row
+        return found
+    if name == 'hopper_map_weight_grad':
+        h, blocks = a['HEIGHT'], programs * ceil(n, a['BN'])
+        row = 2 * 16 * a['BN']
+        gathered = programs * 2 * 4 * (h + 3) * 64 * 16
+        # rows of x and g written; x read once, g for every four rows of x
+        return Work(blocks, blocks * 4 * h * 64 * 16 * a['BN'], blocks * row * (16 + h + 16 + 4 * h) + gathered,
+                    blocks * row * 2 * h, [1] * programs)
+    w = a['W_A'] * a['A']
+    if name == 'hopper_forward':
+        counts = sorted(rows(a, h), reverse=True)
+        each = programs // len(counts)
+        turns, row, products = sum(counts) * each, 2 * 16 * a['BN'], 3 * a['J'] - 2
+        # a row written once, and a block read by every product of either half of the output rows
+        return Work(turns, turns * products * 128 * a['BN'] * 16, turns * row * (a['J'] + 2 * products),
+                    turns * (2 * a['BN'] * w + 2 * 3 * 256), [count for count in counts for _ in range(each)])
     if name == 'block_forward':
-        rows = sum(min(a['KH'] + r - 1, h + p - top) - max(p - top, 0) for top in range(0, h, r))
-        blocks = ceil(n * ceil(w, a['S']), a['BP']) * a['C']
-        return rows * blocks * a['CHUNKS'], (r * a['S'], a['BP'], a['TC'])
-    count = 0
+        counts = [count for count in rows(a, h) for _ in range(ceil(n * ceil(w, a['S']), a['BP']))] * a['C']
+        return Work.of_steps(sum(counts) * a['CHUNKS'], a['R'] * a['S'], a['BP'], a['TC'], counts, a['UNROLL'])
+    assert name == 'block_weight_grad', name
+    r, p = a['R'], a['KH'] // 2
+    counts = []
     for group in range(ceil(a['KH'] + r - 1, a['D'])):
         above = group * a['D'] - p
-        count += max(min(ceil(h, r), ceil(max(h - above, 0), r)) - ceil(max(-above - a['D'] + 1, 0), r), 0)
-    blocks = ceil(n, a['BN']) * ceil(ceil(w, a['S']), a['BJ']) * a['CHUNKS'] * a['C']
-    return count * blocks, (a['D'] * a['TC'], r * a['S'], a['BN'] * a['BJ'])
+        count = max(min(ceil(h, r), ceil(max(h - above, 0), r)) - ceil(max(-above - a['D'] + 1, 0), r), 0)
+        counts += [count * ceil(n, a['BN']) * ceil(ceil(w, a['S']), a['BJ'])] * a['CHUNKS']
+    counts = [count / a['splits'] for count in counts] * (a['C'] * a['splits'])
+    return Work.of_steps(sum(counts), a['D'] * a['TC'], r * a['S'], a['BN'] * a['BJ'], counts)
 
 
-def predict(launched):
-    """Return the microseconds by bound, and the build."""
-    built = ahead_of_time.build(launched, 90)
+def waves(programs, places):
+    """Return the time until the last program ends, over that of an even distribution."""
+    free = [0.] * places
+    for duration in programs:
+        heapq.heapreplace(free, free[0] + duration)
+    return max(free) / (sum(programs) / places)
+
+
+def predict(launched, built, ceilings):
+    """Return the microseconds by bound, and those of one program alone; without the start of the launch."""
     name, a = launched.kernel.fn.__name__, launched.arguments
     tensors = [value for value in a.values() if isinstance(value, torch.Tensor)]
-    memory = sum(tensor.numel() * tensor.itemsize for tensor in tensors) / floors.H200.bytes_per_second * 1e6
-    if name in ('expand_rows', 'add_parts'):
-        return {'memory': memory}, built
-    count, (m, n, k) = steps(name, a)
-    a_loop = a['UNROLL'] if name == 'block_forward' else 1      # products of one turn of the loop
-    warps = launched.options['num_warps']
-    instructions = count / a_loop * len(built.loop) + math.prod(launched.grid) * (built.total - len(built.loop))
-    operand_bytes = 2 * (m + n) * k
-    clocks = {
-        'products': count * m * n * k / 2048,
-        'issue': instructions * warps / 4,
-        # written once; the first operand read once, the second once for every 64 rows
-        'shared': count * (operand_bytes + 2 * k * (m + n * max(1, m // 64))) / 128,
-    }
+    memory = sum(tensor.numel() * tensor.itemsize for tensor in tensors) / ceilings.bytes_per_second * 1e6
+    if name in ADDING:
+        return {'memory': memory}, 0.
+    done, warps, programs = work(name, a, launched.grid), launched.options['num_warps'], math.prod(launched.grid)
+    held = min(REGISTERS // (built.registers * 32 * warps), SHARED // (built.shared + 1024), THREADS // (32 * warps))
+    outside = programs * (built.total - len(built.loop))
+    instructions = done.turns * len(built.loop) + (outside if held > 1 else 0)
+    clocks = {'products': done.products / 2048, 'issue': instructions * warps / 4, 'shared': done.shared / 128}
     times = {key: value / MULTIPROCESSORS / CLOCK * 1e6 for key, value in clocks.items()}
-    return {'memory': memory, **times, 'L2': count * operand_bytes / 5120 / CLOCK * 1e6}, built
+    tail = waves(done.programs, MULTIPROCESSORS * held)
+    times = {'memory': memory, **times, 'L2': done.loaded / L2 * 1e6}
+    alone = (outside * warps / 4 / CLOCK * 1e6 + programs * LATENCY) / MULTIPROCESSORS if held == 1 else 0.
+    return {key: value * tail for key, value in times.items()}, alone
 
 
 def mix(built):
@@ -89,36 +158,61 @@ def mix(built):
     return ', '.join(f'{count} {kind}' for kind, count in counted.items() if count)
 
 
+def forms(patch, result, channels, size, kernel):
+    """Return the launches of the selected form for sm_90, and before them those of the form for all devices."""
+    x = torch.empty(BATCH, channels, size, size, dtype=torch.bfloat16, device='meta')
+    weight = torch.empty(channels, 1, kernel, kernel, dtype=torch.bfloat16, device='meta')
+    args = (x, weight, None) if result == 'y' else (x, x, [kernel, kernel])
+    found = tuning.candidates('forward' if result == 'y' else 'weight_grad', x, [kernel, kernel], 'half')
+    first, general = found[0], next(each for each in found if each[0] not in launch._EXPERIMENTAL)
+    return [
+        ahead_of_time.launches(patch, launch._FORMS[form], *args, tiles[0])
+        for form, tiles in dict.fromkeys([general, first])]
+
+
 def main():
     patch = pytest.MonkeyPatch()
     patch.setattr(tuning, '_capability', lambda device: 90)
-    print(f'# Predicted, not measured: H200, bfloat16, batch {BATCH}\n')
+    print(f'# Predicted, not measured: H200 and H100, bfloat16, batch {BATCH}\n')
     print(f'Triton {triton.__version__}, made by predict.py, which describes the counts. Microseconds.\n')
-    print('| layer | | kernel | memory | products | issue | shared | L2 | bound | of the floor |')
+    print(f'`before` is the form for all devices, `after` the one that is selected, with {LAUNCH} for each launch.\n')
+    print(f'The goals are {GOALS["y"]} times the floor for y and {GOALS["dw"]} times for dw. dx is as y.\n')
+    print('| layer | | before | after | floor | before | after | goal |')
+    print('| --- | --- | --- | --- | --- | --- | --- | --- |')
+    details, builds = [], {}
+    for device, ceilings in DEVICES.items():
+        for network in ('smpconv_t', 'smpconv_b'):
+            sums = {}
+            for case in (case for case in cases.CASES.values() if case.network == network):
+                channels, size, kernel = case.channels, case.height, case.kernel
+                floor = floors.seconds(BATCH, channels, size, size, kernel, ceilings) * 1e6
+                for result in ('y', 'dw'):
+                    totals = []
+                    for launches in forms(patch, result, channels, size, kernel):
+                        totals.append(0.)
+                        for launched in launches:
+                            name = launched.kernel.fn.__name__
+                            key = name, size
+                            builds[key] = builds.get(key) or ahead_of_time.build(launched, 90)
+                            found, alone = predict(launched, builds[key], ceilings)
+                            totals[-1] += max(found.values()) + alone + LAUNCH
+                            cells = [f'{found[key]:.1f}' if key in found else '' for key in (
+                                'memory', 'products', 'issue', 'shared', 'L2')]
+                            if device == 'H200':
+                                details.append(f'| {case.name} | {result} | {name} | {" | ".join(cells)} | '
+                                               f'{max(found, key=found.get)} | {f"{alone:.1f}" if alone else ""} |')
+                    before, after = totals[0], totals[-1]
+                    sums[result] = [old + case.times * new for old, new in zip(
+                        sums.get(result, (0, 0)), (before, after))]
+                    print(f'| {device}, {case.name}, k {kernel}, {channels} | {result} | {before:.1f} | {after:.1f} | '
+                          f'{floor:.1f} | {before / floor:.1f} x | {after / floor:.1f} x | '
+                          f'{"met" if after <= GOALS[result] * floor else "missed"} |')
+            for result, (before, after) in sums.items():
+                print(f'| {device}, {network}, all layers | {result} | {before:.0f} | {after:.0f} | | | | |')
+    print('\nBounds on the H200, with the waves:\n')
+    print('| layer | | kernel | memory | products | issue | shared | L2 | bound | alone |')
     print('| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |')
-    builds = {}
-    for network in ('smpconv_t', 'smpconv_b'):
-        sums = {'y': 0., 'dw': 0.}
-        for case in (case for case in cases.CASES.values() if case.network == network):
-            channels, size, kernel = case.channels, case.height, case.kernel
-            floor = floors.seconds(BATCH, channels, size, size, kernel) * 1e6
-            x = torch.empty(BATCH, channels, size, size, dtype=torch.bfloat16, device='meta')
-            weight = torch.empty(channels, 1, kernel, kernel, dtype=torch.bfloat16, device='meta')
-            for result, function, args in (
-                    ('y', launch.forward, (x, weight, None)), ('dw', launch.weight_grad, (x, x, [kernel, kernel]))):
-                total = 0.
-                for launched in ahead_of_time.launches(patch, function, *args):
-                    found, built = predict(launched)
-                    name = launched.kernel.fn.__name__
-                    builds[name, size] = built
-                    total += max(found.values())
-                    cells = [f'{found[key]:.1f}' if key in found else '' for key in (
-                        'memory', 'products', 'issue', 'shared', 'L2')]
-                    print(f'| {case.name}, k {kernel}, {channels} | {result} | {name} | {" | ".join(cells)} | '
-                          f'{max(found, key=found.get)} | |')
-                print(f'| | {result} | together {total:.1f} | | | | | | | {total / floor:.1f} x {floor:.1f} |')
-                sums[result] += case.times * total
-        print(f'| {network}, all layers | | y {sums["y"]:.0f}, dx as y, dw {sums["dw"]:.0f} | | | | | | | |')
+    print('\n'.join(details))
     print('\n| kernel | map | registers | shared memory | instructions | in a step | of them |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
     for (name, size), built in builds.items():

@@ -80,7 +80,7 @@ def assert_close(got, plain, exact, num_terms, dtype):
         assert_as_exact_as(got.cpu(), plain.cpu(), exact, num_terms)
 
 
-FORMS = tuple(launch._FORMS)
+FORMS = tuple(form for form in launch._FORMS if form not in launch._EXPERIMENTAL)     # test_hopper.py has the others
 FITTING = [
     (form, name) for form in FORMS for name, shape in ALL.items()
     if form == 'block_forward' or form == 'block_weight_grad'
@@ -276,6 +276,8 @@ class TestKernels:
     def test_tuned_tiles(self, path):
         for entry in json.loads(path.read_text()):
             tile = tuning.TILES[entry['kernel']](**entry['tile'])
+            if entry['kernel'] not in FORMS and INTERPRETED:
+                continue
             check_form(entry['kernel'], Shape(1, 1, entry['height'], entry['width'], *entry['kernel_size']),
                        torch.float16 if entry['mode'] == 'half' else torch.float32, tile)
 

@@ -167,6 +167,31 @@ def expand_rows(
 
 
 @jit
+def expand_fragments(
+        w_ptr, fragments_ptr, total, KH: tl.constexpr, KW: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Expand w (C, KH, KW) to banded matrices (C, KH + 15, 3, 32, 8), with 7 rows of zeros before and 8 behind.
+
+    Row s of a matrix is an output column, and its column t an input column, of the block to the left, the same and the
+    one to the right. The last two dimensions are a thread of wgmma and its elements of the left operand.
+    """
+    ROWS: tl.constexpr = KH + 15
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    item = index % 8
+    lane = index // 8 % 32
+    s = lane // 4 + item // 2 % 2 * 8
+    t = lane % 4 * 2 + item // 4 * 8 + item % 2
+    row = index // 768 % ROWS - 7
+    c = index // (768 * ROWS)
+    column = (index // 256 % 3 - 1) * 16 + t + KW // 2 - s
+    inside = (index < total) & (row >= 0) & (row < KH) & (column >= 0) & (column < KW)
+    element = row * KW + column
+    if TURNED:
+        element = KH * KW - 1 - element
+    value = tl.load(w_ptr + c * (KH * KW) + element, mask=inside, other=0.)
+    tl.store(fragments_ptr + index, value, mask=index < total)
+
+
+@jit
 def block_forward(
         x_ptr, rows_ptr, bias_ptr, y_ptr, N, C, H, W_A, x_stride_n_A, x_stride_c_A, A: tl.constexpr, KH: tl.constexpr,
         HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, S: tl.constexpr, LEFT: tl.constexpr,

@@ -1,8 +1,10 @@
 """From tensors to kernels: layouts, sizes, grids, and the first tile that the device takes."""
 import copy
+import logging
 import math
 import subprocess
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -13,7 +15,9 @@ from triton.runtime.errors import OutOfResources
 
 from .._backends import LaunchError, is_capturing, memory_format_of
 from . import kernels, tuning
-from .tuning import BlockGradTile, BlockTile, MapGradTile, MapTile
+from .tuning import BlockGradTile, BlockTile, HopperGradTile, HopperTile, MapGradTile, MapTile, alignment
+
+_logger = logging.getLogger(__name__)
 
 _ELEMENTS_PER_PROGRAM = 1024    # of the kernels that only expand and add
 _TURNED_PER_PROGRAM = 64        # pixels and channels
@@ -49,7 +53,8 @@ def _run_first_that_launches(
     precision = matmul_precision(input.dtype)
     problem = (input.shape, input.dtype, precision, *kernel_size, input.device)
     error = None
-    for form, tiles in tuning.candidates(step, input, kernel_size, precision):
+    grad = args[0] if step == 'weight_grad' else None
+    for form, tiles in tuning.candidates(step, input, kernel_size, precision, grad):
         for tile in tiles:
             key = (form, tile, problem)
             error = _refused.get(key)
@@ -58,8 +63,9 @@ def _run_first_that_launches(
                     return _FORMS[form](*args, tile=tile, **options)
                 except LaunchError as failure:
                     error = copy.copy(failure)      # without its traceback, which would keep the tensors
-                    if isinstance(failure.__cause__, TritonError) and not is_capturing():
+                    if (form in _EXPERIMENTAL or isinstance(failure.__cause__, TritonError)) and not is_capturing():
                         _refused[key] = error
+                        _logger.debug('%s with %s is passed over: %s', form, tile, error)
             if error.needed is None:
                 break       # a smaller tile would fail as well
     assert error is not None, 'there is a candidate'
@@ -72,7 +78,7 @@ def map_forward(
     n, c, h, w = input.shape
     kh, kw = weight.shape[2:]
     output = input.new_empty(input.shape)
-    a = _alignment(h * w, input)
+    a = alignment(h * w, input)
     with _launching(input):
         kernels.map_forward[_grid(triton.cdiv(h * w, tile.bo) * triton.cdiv(n, tile.bn) * c)](
             input, weight, bias, output, n, c, w, h * w // a, *_strides(input, a),
@@ -89,7 +95,7 @@ def map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: M
     kh, kw = kernel_size
     assert tile.bi >= h * w + w - 1 and tile.bo >= w, 'the tile holds the map, and a row to rotate it by'
     weight_grad = input.new_empty((c, 1, kh, kw))
-    a = _alignment(h * w, grad, input)
+    a = alignment(h * w, grad, input)
     with _launching(input):
         kernels.map_weight_grad[_grid(c)](
             grad, input, weight_grad, n, h, w, h * w // a, *_strides(grad, a), *_strides(input, a),
@@ -107,7 +113,7 @@ def block_forward(
     output = input.new_empty(input.shape)
     left, chunks = tuning.window(tile.s, tile.tc, w, kw)
     rows = weight.new_empty((c, kh + 2 * (tile.r - 1), chunks, tile.s, tile.tc))
-    a = _alignment(w, input)
+    a = alignment(w, input)
     blocks = triton.cdiv(n * triton.cdiv(w, tile.s), tile.bp)
     with _launching(input):
         kernels.expand_rows[_grid(triton.cdiv(rows.numel(), _ELEMENTS_PER_PROGRAM))](
@@ -132,7 +138,7 @@ def block_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile:
     programs = c * tile.groups(kh) * chunks
     splits = tile.splits(n, w, programs)
     parts = input.new_empty((splits * programs, 4, tile.d, tile.tc), dtype=torch.float32)
-    a = _alignment(w, grad, input)
+    a = alignment(w, grad, input)
     with _launching(input):
         kernels.block_weight_grad[_grid(splits * programs)](
             grad, input, parts, n, c, h, w // a, *_strides(grad, a), *_strides(input, a), splits,
@@ -147,10 +153,63 @@ def block_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile:
     return weight_grad
 
 
+def hopper_forward(
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: HopperTile, turned: bool = False) -> Tensor:
+    """Compute the forward pass in the block form of compute capability 9.0, where :func:`tuning.fits_hopper`."""
+    n, c, h, w = input.shape
+    kh, kw = weight.shape[2:]
+    output = input.new_empty(input.shape)
+    fragments = weight.new_empty((c, kh + 15, 3, 32, 8))
+    a = alignment(w, input)
+    assert a >= 4 and kw <= 33, 'copies of 8 bytes, and one neighbour to each side'
+    hopper = _import_hopper()
+    with _launching(input):
+        kernels.expand_fragments[_grid(triton.cdiv(fragments.numel(), _ELEMENTS_PER_PROGRAM))](
+            weight, fragments, fragments.numel(), KH=kh, KW=kw, TURNED=turned, BLOCK=_ELEMENTS_PER_PROGRAM,
+        )
+        hopper.hopper_forward[_grid(triton.cdiv(n, tile.bn) * triton.cdiv(h, 8) * c)](
+            input, fragments, bias, output, n, c, h, w // a, *_strides(input, a),
+            A=a, KH=kh, HAS_BIAS=bias is not None, J=tuning.hopper_blocks(w), BN=tile.bn, STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
+        )
+    return output
+
+
+def hopper_map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: HopperGradTile) -> Tensor:
+    """Compute the weight gradient in the whole-map form of compute capability 9.0, where it fits the map.
+
+    See :func:`tuning.fits_hopper_grad`.
+    """
+    c, h, w = input.shape[1:]
+    kh, kw = kernel_size
+    a = alignment(w, grad, input)
+    assert a >= 2 and h <= 16 and w <= 16, 'copies of 4 bytes, and 16 rows of 16 columns'
+    reached = kh <= 2 * h - 1 and kw <= 31
+    weight_grad = (input.new_empty if reached else input.new_zeros)((c, 1, kh, kw))
+    hopper = _import_hopper()
+    with _launching(input):
+        hopper.hopper_map_weight_grad[_grid(c)](
+            grad, input, weight_grad, len(input), *_strides(grad, a), *_strides(input, a),
+            A=a, HEIGHT=h, WIDTH=w, KH=kh, KW=kw, BN=tile.bn, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )
+    return weight_grad
+
+
+def _import_hopper() -> ModuleType:
+    try:
+        from . import hopper
+    except (ImportError, AttributeError, TypeError, ValueError) as error:   # as of a version with other names
+        raise LaunchError(f"backend 'triton' cannot import Gluon: {error}") from error
+    return hopper
+
+
 _FORMS: Dict[str, Callable[..., Tensor]] = {
     'map_forward': map_forward, 'map_weight_grad': map_weight_grad,
     'block_forward': block_forward, 'block_weight_grad': block_weight_grad,
+    'hopper_forward': hopper_forward, 'hopper_map_weight_grad': hopper_map_weight_grad,
 }
+# In Gluon, which is experimental: any of their errors may be that of a version of Triton.
+_EXPERIMENTAL = ('hopper_forward', 'hopper_map_weight_grad')
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
@@ -211,10 +270,6 @@ def _input_precision(dtype: torch.dtype) -> str:
 def _strides(tensor: Tensor, alignment: int) -> List[int]:
     return [tensor.stride(0) // alignment, tensor.stride(1) // alignment]
 
-
-def _alignment(width: int, *tensors: Tensor) -> int:
-    """Return the largest power of two up to 8 that divides a width and the strides of images and channels."""
-    return math.gcd(8, width, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
 
 
 def _grid(programs: int) -> Tuple[int]:

@@ -8,6 +8,7 @@ that it was tuned for.
 """
 import functools
 import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,10 +208,62 @@ class BlockGradTile(_Program):
         return max(1, min(steps, 256 // programs))
 
 
-Tile = Union[MapTile, BlockTile, BlockGradTile]
+@dataclass(frozen=True)
+class HopperTile(_Program):
+    """All columns of ``bn`` images; each warp computes one of 8 output rows. A stage is an input row."""
+    bn: int
+    num_warps: int = 8
+    num_stages: int = 4
+
+    def __post_init__(self) -> None:
+        assert self.num_warps == 8 and self.num_stages > 1, 'a warp for each row, and a row ahead'
+
+    @classmethod
+    def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'HopperTile':
+        return cls(bn=_between(16, n, 64))
+
+    def step(self, width: int, kernel_width: int) -> Step:
+        return Step(8 * 16, hopper_blocks(width) * self.bn, 16)
+
+    def shared_memory(self, limits: Limits, element_size: int, width: int, kernel_width: int) -> int:
+        """Return the bytes of the rows in flight; the weight is in registers."""
+        _, n, k, _ = self.step(width, kernel_width)
+        return self.num_stages * n * k * element_size
+
+    def smaller(self) -> Optional['Tile']:
+        return _reduced(self, num_stages=2, bn=16)
+
+
+@dataclass(frozen=True)
+class HopperGradTile(_Program):
+    """``bn`` images of a channel in shared memory."""
+    bn: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.num_warps == 4 and self.num_stages == 1, 'the kernel has one buffer, and products of 4 warps'
+
+    @classmethod
+    def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'HopperGradTile':
+        return cls(bn=_between(16, n, 32))      # 64 spill registers with Triton 3.9
+
+    def step(self, width: int, kernel_width: int) -> Step:
+        return Step(4 * 16, 16, self.bn)
+
+    def shared_memory(self, limits: Limits, element_size: int, width: int, kernel_width: int) -> int:
+        """Return the bytes of 16 rows of both operands."""
+        return 2 * 16 * 16 * self.bn * element_size
+
+    def smaller(self) -> Optional['Tile']:
+        return _reduced(self, bn=16)
+
+
+Tile = Union[MapTile, BlockTile, BlockGradTile, HopperTile, HopperGradTile]
 TILES: Dict[str, Any] = {
     'map_forward': MapTile, 'map_weight_grad': MapGradTile,
     'block_forward': BlockTile, 'block_weight_grad': BlockGradTile,
+    'hopper_forward': HopperTile, 'hopper_map_weight_grad': HopperGradTile,
 }
 _DEFAULTS = {name: tile.default for name, tile in TILES.items()}
 
@@ -246,14 +299,48 @@ def weight_grad_form(height: int, width: int) -> str:
     return 'map_weight_grad' if fits else 'block_weight_grad'
 
 
-def _forms(step: str, height: int, width: int) -> Tuple[str, ...]:
+def hopper_blocks(width: int) -> int:
+    """Return how many blocks of 16 columns ``hopper_forward`` computes at once."""
+    return -(-width // 16)
+
+
+def fits_hopper(n: int, w: int, kernel_width: int, precision: str, capability: Optional[int], aligned: int) -> bool:
+    """Return whether ``hopper_forward`` computes a problem, with fewer products than ``block_forward``.
+
+    A step of it is 3 * J - 2 products of 16 columns and ``n`` images, for maps of J blocks. The other form has 2 * J
+    products for kernels up to 17 wide, and fills its programs with the blocks of few images.
+    """
+    return (
+        capability == 90 and precision == 'half' and aligned >= 4     # copies of 8 bytes
+        and n >= 16 and hopper_blocks(w) in (2, 4) and 17 < kernel_width <= 33)
+
+
+def fits_hopper_grad(h: int, w: int, precision: str, capability: Optional[int], aligned: int) -> bool:
+    """Return whether ``hopper_map_weight_grad`` computes a problem; it fills 16 rows and columns."""
+    return (
+        capability == 90 and precision == 'half' and aligned >= 2       # copies of 4 bytes
+        and 8 <= h <= 16 and 8 <= w <= 16)
+
+
+def alignment(width: int, *tensors: Tensor) -> int:
+    """Return the largest power of two up to 8 that divides a width and the strides of images and channels."""
+    return math.gcd(8, width, *(stride for tensor in tensors for stride in tensor.stride()[:2]))
+
+
+def _forms(
+        step: str, n: int, height: int, width: int, kernel_size: Sequence[int], precision: str,
+        capability: Optional[int], aligned: int) -> Tuple[str, ...]:
     """Return the names of the kernels for a step, 'forward' or 'weight_grad', the best one first."""
     if step == 'weight_grad':
         forms = [weight_grad_form(height, width), 'block_weight_grad']
+        if fits_hopper_grad(height, width, precision, capability, aligned):
+            forms.insert(0, 'hopper_map_weight_grad')
     else:
         forms = [forward_form(height, width), 'block_forward']
         if height * width <= _LARGEST_OTHER_FORWARD_MAP:
             forms.append('map_forward')
+        if fits_hopper(n, width, kernel_size[1], precision, capability, aligned):
+            forms.insert(0, 'hopper_forward')
     return tuple(dict.fromkeys(forms))
 
 
@@ -261,7 +348,9 @@ def _forms(step: str, height: int, width: int) -> Tuple[str, ...]:
 Candidates = Tuple[Tuple[str, Tuple[Tile, ...]], ...]
 
 
-def candidates(step: str, input: Tensor, kernel_size: Sequence[int], precision: str) -> Candidates:
+def candidates(
+        step: str, input: Tensor, kernel_size: Sequence[int], precision: str,
+        grad: Optional[Tensor] = None) -> Candidates:
     """Return the kernels that compute a step by name, the best one first, each with the tiles that fit the device.
 
     The first tile is a tuned one if there is one, otherwise the default; the others are ever smaller.
@@ -271,6 +360,7 @@ def candidates(step: str, input: Tensor, kernel_size: Sequence[int], precision: 
         input: Images (N, C, H, W), of which shape, dtype and device count.
         kernel_size: Height and width.
         precision: Precision of the products, 'half', 'tf32' or 'ieee'.
+        grad: Output gradient, of which strides and address count, if the step reads one beside the input.
 
     Raises:
         LaunchError: The device has too little for any tile.
@@ -278,12 +368,15 @@ def candidates(step: str, input: Tensor, kernel_size: Sequence[int], precision: 
     n, _, h, w = input.shape
     capability = _capability(input.device)
     limits = _limits(input.device, capability)
-    found = _candidates(step, n, h, w, tuple(kernel_size), precision, input.element_size(), capability, limits)
+    maps = (input,) if grad is None else (input, grad)
+    aligned = alignment(w, *maps) if all(tensor.data_ptr() % 16 == 0 for tensor in maps) else 1
+    found = _candidates(
+        step, n, h, w, tuple(kernel_size), precision, input.element_size(), capability, limits, aligned)
     if not found:
         size = 'x'.join(map(str, input.shape))
         needed = min(
             tile.shared_memory(limits, input.element_size(), w, kernel_size[1])
-            for form in _forms(step, h, w)
+            for form in _forms(step, n, h, w, kernel_size, precision, capability, aligned)
             for tile in _ladder(form, n, h, w, tuple(kernel_size), precision, capability))
         raise LaunchError(
             f"backend 'triton' has no kernel for {size} that fits {input.device}: shared memory needed {needed}, "
@@ -294,12 +387,12 @@ def candidates(step: str, input: Tensor, kernel_size: Sequence[int], precision: 
 @functools.lru_cache(maxsize=4096)
 def _candidates(
         step: str, n: int, h: int, w: int, kernel_size: Tuple[int, ...], precision: str, element_size: int,
-        capability: Optional[int], limits: Limits) -> Candidates:
+        capability: Optional[int], limits: Limits, aligned: int) -> Candidates:
     fitting = {
         form: tuple(
             tile for tile in _ladder(form, n, h, w, kernel_size, precision, capability)
             if tile.fits(limits, element_size, w, kernel_size[1]))
-        for form in _forms(step, h, w)
+        for form in _forms(step, n, h, w, kernel_size, precision, capability, aligned)
     }
     return tuple((form, tiles) for form, tiles in fitting.items() if tiles)
 

@@ -1,0 +1,246 @@
+"""Kernels for compute capability 9.0, in Gluon, which chooses registers and shared memory itself.
+
+launch.py imports this module at the first use. Gluon is experimental, and its names change between versions of Triton.
+
+``hopper_forward`` is the block form. It differs from ``kernels.block_forward``, whose time is that of its loads from
+the L2 cache:
+
+- A row of BN images is copied to shared memory once, as J blocks (BN, 16). The products of the three chunks read the
+  blocks of a column's neighbours; those beyond the map are left out.
+- The weight is never in shared memory. Warp r computes output row r, so its operand is one banded 16 x 16 matrix, which
+  ``kernels.expand_fragments`` stores in the order of the registers: 16 bytes a thread. All warps load the same matrix,
+  one step after the other, so that seven of eight loads hit the L1 cache.
+- The rows in the middle of the map, which take longest, are computed first.
+
+``hopper_map_weight_grad`` is the whole-map form. It differs from ``kernels.map_weight_grad``, whose time is that of its
+instructions: products of rows at the same distance are summed by the tensor cores, over the map and the batch, so that
+diagonals are summed once, of a third of the values.
+"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .kernels import SIZES
+
+_barrier = getattr(gl, 'barrier', None) or gl.thread_barrier                                        # the latter: 3.6
+_async_load = getattr(async_copy, 'async_load', None) or async_copy.async_copy_global_to_shared    # the latter: 3.6
+_RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, 'reinterpret'))                        # since 3.9
+
+
+def jit(function):
+    """Apply ``gluon.jit`` without a separate build for sizes that are 1 or divide by 16."""
+    names = function.__code__.co_varnames[:function.__code__.co_argcount]
+    return gluon.jit(function, do_not_specialize=[name for name in names if name in SIZES])
+
+
+@gluon.constexpr_function
+def _copy_layout(A, J, BN):
+    """Return the layout of a row's copy (J * BN, 16): A elements a thread, then columns, blocks and images."""
+    def bits(count):
+        return [1 << bit for bit in range(count.bit_length() - 1)]
+    registers = [[0, column] for column in bits(A)]
+    others = [[0, A * column] for column in bits(16 // A)] + [[BN * block, 0] for block in bits(J)]
+    others += [[image, 0] for image in bits(BN)]
+    others += [[0, 0]] * (8 - len(others))      # more threads than copies
+    return gl.DistributedLinearLayout(
+        reg_bases=registers + others[8:], lane_bases=others[:5], warp_bases=others[5:8], block_bases=[],
+        shape=[J * BN, 16])
+
+
+@gluon.jit
+def _load_fragment(ptrs, operand: gl.constexpr):
+    """Load (warp, lane, 8) elements as the (128, 16) operand of a product. No data moves between threads."""
+    values = gl.load(ptrs).reshape([8, 8, 4, 2, 2, 2])          # r, s % 8, t % 8 // 2, t // 8, s // 8, t % 2
+    values = values.permute([0, 4, 1, 3, 2, 5]).reshape([128, 16])
+    return gl.convert_layout(values, operand, assert_trivial=True)
+
+
+@jit
+def hopper_forward(
+        x_ptr, fragments_ptr, bias_ptr, y_ptr, N, C, H, W_A, x_stride_n_A, x_stride_c_A, A: gl.constexpr,
+        KH: gl.constexpr, HAS_BIAS: gl.constexpr, J: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+    """Compute 8 output rows of a channel and BN images per program, J blocks of 16 columns. y is contiguous."""
+    R: gl.constexpr = 8
+    S: gl.constexpr = 16
+    P: gl.constexpr = KH // 2
+    ROW: gl.constexpr = 3 * S * S               # elements of a kernel row's three matrices
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[R, 1], instr_shape=[16, BN, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
+    copy: gl.constexpr = _copy_layout(A, J, BN)
+    fragment: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32, 1], [8, 1, 1], [2, 1, 0])
+    pixels: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [2, 4], [0, 1])     # of y: 32 bytes at a time
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+
+    W = W_A * A
+    n_blocks = gl.cdiv(N, BN)
+    i_blocks = gl.cdiv(H, R)
+    program = gl.program_id(0)
+    n0 = program % n_blocks * BN
+    c = (program // n_blocks % C).to(gl.int64)
+    order = program // (n_blocks * C)           # 0, 1, 2, 3, ... is the middle, one above, one below, two above, ...
+    top = (i_blocks // 2 + (order + 1) // 2 * (order % 2 * -2 + 1)) * R
+    first = gl.maximum(P - top, 0)              # rows above and below the map are never visited
+    left = gl.minimum(KH + R - 1, H + P - top) - first
+
+    rows = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, J * BN, S], shared)
+    if _RENAMED:
+        blocks = rows.reinterpret(x_ptr.dtype.element_ty, [STAGES * J, BN, S], shared)
+    else:
+        blocks = rows._reinterpret(x_ptr.dtype.element_ty, [STAGES * J, BN, S], shared)
+
+    position = gl.arange(0, J * BN, gl.SliceLayout(1, copy))
+    n = n0 + position % BN
+    column = (position // BN * S)[:, None] + gl.arange(0, S, gl.SliceLayout(0, copy))[None, :]
+    inside = (n < N)[:, None] & (column < W)
+    x_ptrs = x_ptr + ((n.to(gl.int64) * x_stride_n_A + c * x_stride_c_A) * A)[:, None] \
+        + (top - P + first).to(gl.int64) * W + column
+    for stage in gl.static_range(STAGES - 1):
+        _async_load(rows.index(stage), x_ptrs, mask=inside & (stage < left))
+        async_copy.commit_group()
+        x_ptrs += W
+
+    warp = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, fragment)))
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, fragment)))
+    item = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, fragment)))
+    w_ptrs = fragments_ptr + c * ((KH + 2 * R - 1) * ROW) + ((first + R - 1 - warp) * ROW)[:, None, None] \
+        + (lane * 8)[None, :, None] + item[None, None, :]
+    w_left = _load_fragment(w_ptrs, operand)
+    w_middle = _load_fragment(w_ptrs + S * S, operand)
+    w_right = _load_fragment(w_ptrs + 2 * S * S, operand)
+
+    sums = ()
+    for _ in gl.static_range(J):
+        sums = sums + (gl.zeros([R * S, BN], gl.float32, accumulator),)     # type: ignore[assignment]
+    stage = 0
+    into = STAGES - 1
+    for step in range(left):
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        _barrier()      # the row has arrived, and the products with the row that the next copy replaces are done
+        started = ()
+        for j in gl.static_range(J):
+            acc = warpgroup_mma(w_middle, blocks.index(stage * J + j).permute((1, 0)), sums[j], is_async=True)
+            if j > 0:
+                acc = warpgroup_mma(w_left, blocks.index(stage * J + j - 1).permute((1, 0)), acc, is_async=True)
+            if j < J - 1:
+                acc = warpgroup_mma(w_right, blocks.index(stage * J + j + 1).permute((1, 0)), acc, is_async=True)
+            started = started + (acc,)      # type: ignore[assignment]
+        _async_load(rows.index(into), x_ptrs, mask=inside & (step + STAGES - 1 < left))
+        async_copy.commit_group()
+        x_ptrs += W
+        w_ptrs += ROW   # after the last step a row of zeros
+        next_left = _load_fragment(w_ptrs, operand)
+        next_middle = _load_fragment(w_ptrs + S * S, operand)
+        next_right = _load_fragment(w_ptrs + 2 * S * S, operand)
+        sums = warpgroup_mma_wait(0, deps=started)
+        w_left = next_left
+        w_middle = next_middle
+        w_right = next_right
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+        into = gl.where(into == STAGES - 1, 0, into + 1)
+    async_copy.wait_group(0)
+
+    rs = gl.arange(0, R * S, gl.SliceLayout(1, pixels))
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, pixels))
+    row = top + rs // S
+    y_ptrs = y_ptr + ((n.to(gl.int64) * C + c) * H)[None, :] * W + (row.to(gl.int64) * W + rs % S)[:, None]
+    for j in gl.static_range(J):
+        acc = sums[j]
+        if HAS_BIAS:
+            acc += gl.load(bias_ptr + c).to(gl.float32)
+        mask = (n < N)[None, :] & ((row < H) & (j * S + rs % S < W))[:, None]
+        acc = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), pixels)
+        gl.store(y_ptrs + j * S, acc, mask=mask)
+
+
+@gluon.constexpr_function
+def _map_operand_layout(BN):
+    """Return the registers of a left operand (64, BN) of wgmma, whose rows are split as (4, 16, BN)."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 8, 0]] + [[0, 0, 8 << bit] for bit in range(BN.bit_length() - 4)],
+        lane_bases=[[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]], warp_bases=[[1, 0, 0], [2, 0, 0]],
+        block_bases=[], shape=[4, 16, BN])
+
+
+@jit
+def hopper_map_weight_grad(
+        g_ptr, x_ptr, dw_ptr, N, g_stride_n_A, g_stride_c_A, x_stride_n_A, x_stride_c_A, A: gl.constexpr,
+        HEIGHT: gl.constexpr, WIDTH: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, BN: gl.constexpr):
+    """Compute a channel per program, for maps of at most 16 rows and columns; elements of dw that reach further stay.
+
+    A product is four input rows by an output row, ``E[(d, iw), ow] = sum over n of x[n, m + 4 d, iw] g[n, oh, ow]``.
+    Products of equal m - oh belong to the same rows of dw, m - oh + 4 d, and are summed in the same registers.
+    """
+    SUMS: gl.constexpr = HEIGHT + 3                  # values of m - oh
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
+    split_operand: gl.constexpr = _map_operand_layout(BN)
+    copy: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+    shared_rows: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=3)
+
+    c = gl.program_id(0).to(gl.int64)
+    x_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [16, BN, 16], shared)
+    g_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [HEIGHT, BN, 16], shared)
+    if _RENAMED:
+        x_rows = x_smem.reinterpret(x_ptr.dtype.element_ty, [4, 4, BN, 16], shared_rows)
+    else:
+        x_rows = x_smem._reinterpret(x_ptr.dtype.element_ty, [4, 4, BN, 16], shared_rows)
+
+    n = gl.arange(0, BN, gl.SliceLayout(1, copy))
+    column = gl.arange(0, 16, gl.SliceLayout(0, copy))
+    x_ptrs = x_ptr + (c * x_stride_c_A * A + n.to(gl.int64) * x_stride_n_A * A)[:, None] + column[None, :]
+    g_ptrs = g_ptr + (c * g_stride_c_A * A + n.to(gl.int64) * g_stride_n_A * A)[:, None] + column[None, :]
+
+    sums = ()
+    for _ in gl.static_range(SUMS):
+        sums = sums + (gl.zeros([64, 16], gl.float32, accumulator),)        # type: ignore[assignment]
+    for n0 in range(0, N, BN):
+        _barrier()      # the products with the images before are done
+        inside = (n < N - n0)[:, None] & (column < WIDTH)[None, :]
+        for i in gl.static_range(16):
+            row = i // 4 + i % 4 * 4            # m, d
+            _async_load(x_smem.index(i), x_ptrs + row * WIDTH, mask=inside & (row < HEIGHT))
+        for row in gl.static_range(HEIGHT):
+            _async_load(g_smem.index(row), g_ptrs + row * WIDTH, mask=inside)
+        async_copy.commit_group()
+        x_ptrs += x_stride_n_A.to(gl.int64) * (A * BN)
+        g_ptrs += g_stride_n_A.to(gl.int64) * (A * BN)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        _barrier()
+        for m in gl.static_range(4):
+            x = x_rows.index(m).permute((0, 2, 1)).load(split_operand).reshape([64, BN])
+            x = gl.convert_layout(x, operand, assert_trivial=True)
+            started = ()
+            for i in gl.static_range(SUMS):
+                acc = sums[i]       # type: ignore[var-annotated]
+                if m + HEIGHT - 1 - i >= 0 and m + HEIGHT - 1 - i < HEIGHT:
+                    acc = warpgroup_mma(x, g_smem.index(m + HEIGHT - 1 - i), acc, is_async=True)
+                started = started + (acc,)      # type: ignore[assignment]
+            sums = warpgroup_mma_wait(0, deps=started)
+
+    # Column ow, rotated by ow in iw and by (m - oh) // 4 in d, has the terms of an element of dw in one row.
+    row = gl.arange(0, 64, gl.SliceLayout(1, accumulator))
+    d = row // 16
+    kw = row % 16
+    ow = gl.arange(0, 16, gl.SliceLayout(0, accumulator))
+    rotated = kw[:, None] + ow[None, :]
+    for rest in gl.static_range(4):
+        below = gl.zeros([64, 16], gl.float32, accumulator)
+        above = gl.zeros([64, 16], gl.float32, accumulator)
+        for i in gl.static_range(SUMS):
+            if (i - HEIGHT + 1 - rest) % 4 == 0:
+                turned = d - (i - HEIGHT + 1 - rest) // 4        # 0 to 7
+                terms = gl.gather(sums[i], (turned % 4 * 16)[:, None] + rotated % 16, 0)
+                below += gl.where((turned < 4)[:, None], terms, 0.)
+                above += gl.where((turned < 4)[:, None], 0., terms)
+        for is_above in gl.static_range(2):
+            total = above if is_above else below
+            kh = 4 * d + rest - 16 * is_above + KH // 2
+            for is_left in gl.static_range(2):
+                value = gl.sum(gl.where((rotated >= 16) == (is_left == 1), total, 0.), 1)
+                column = kw - 16 * is_left + KW // 2
+                inside = (kh >= 0) & (kh < KH) & (column >= 0) & (column < KW)
+                gl.store(dw_ptr + c * (KH * KW) + kh * KW + column, value.to(dw_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,236 @@
+"""The kernels for compute capability 9.0: their indices in float64, when they are selected, and results on a GPU."""
+import logging
+import sys
+
+import pytest
+import torch
+from grid import Shape, assert_as_exact_as, make, plain_conv, terms
+
+pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
+import ahead_of_time
+import gluon_interpreter
+from triton.compiler.errors import CompilationError
+
+from smpconv_models.ops import _triton
+from smpconv_models.ops._triton import kernels, launch, tuning
+
+# Both numbers of blocks, with and without rows of blocks beyond the map; fewer images than a program's, and more.
+SHAPES = {
+    'three_blocks_and_a_half': Shape(19, 1, 11, 56, 31, 31),
+    'widest_kernel': Shape(3, 1, 18, 64, 9, 33),
+    'two_blocks': Shape(17, 2, 9, 28, 29, 29),
+    'low_map': Shape(16, 3, 3, 24, 51, 19),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_refused():
+    launch._refused.clear()
+    yield
+    launch._refused.clear()
+
+
+def run_on_cpu(monkeypatch, function, *args, **options):
+    """Return what a function of launch.py returns, with its kernels run in float64."""
+    results = []
+    for launched in ahead_of_time.launches(monkeypatch, lambda: results.append(function(*args, **options))):
+        gluon_interpreter.run(launched)
+    return results[0]
+
+
+def assert_equal(got, exact):
+    assert (got - exact).norm() <= 1e-13 * exact.norm()     # NaN fails the comparison too
+
+
+class TestForward:
+    @pytest.mark.parametrize('name', SHAPES)
+    @pytest.mark.parametrize('turned', [False, True])
+    def test_indices(self, monkeypatch, name, turned):
+        shape = SHAPES[name]
+        x, weight, bias, _ = make(shape, torch.float64)
+        got = run_on_cpu(
+            monkeypatch, launch.hopper_forward, x, weight, bias, tuning.HopperTile(bn=16), turned=turned)
+        assert_equal(got, plain_conv(x, weight.flip(2, 3) if turned else weight, bias, (1, 1)))
+
+    @pytest.mark.parametrize('stages', [2, 3, 6])
+    def test_slices_of_images_and_channels(self, monkeypatch, stages):
+        x, weight, _, _ = make(SHAPES['two_blocks'], torch.float64)
+        x = torch.cat([x, x], 1).repeat_interleave(2, 0)[::2, 1:3]
+        tile = tuning.HopperTile(bn=16, num_stages=stages)
+        assert_equal(run_on_cpu(monkeypatch, launch.hopper_forward, x, weight, None, tile),
+                     plain_conv(x, weight, None, (1, 1)))
+
+
+GRAD_SHAPES = {
+    'k27': Shape(19, 2, 14, 14, 27, 27),
+    'small_kernel': Shape(5, 3, 9, 12, 5, 7),
+    'beyond_the_map': Shape(17, 2, 10, 8, 51, 33),
+    'largest_map': Shape(33, 1, 16, 16, 31, 31),
+}
+
+
+class TestWeightGrad:
+    @pytest.mark.parametrize('name', GRAD_SHAPES)
+    def test_indices(self, monkeypatch, name):
+        shape = GRAD_SHAPES[name]
+        x, _, _, grad = make(shape, torch.float64)
+        size = [shape.kh, shape.kw]
+        got = run_on_cpu(monkeypatch, launch.hopper_map_weight_grad, grad, x, size, tuning.HopperGradTile(bn=16))
+        assert_equal(got, exact_weight_grad(x, grad, size))
+
+    def test_slices_of_images_and_channels(self, monkeypatch):
+        x, _, _, grad = make(GRAD_SHAPES['k27'], torch.float64)
+        x = torch.cat([x, x], 1).repeat_interleave(2, 0)[::2, 1:3]
+        grad = torch.cat([grad, grad], 1)[:, 1:3]
+        got = run_on_cpu(monkeypatch, launch.hopper_map_weight_grad, grad, x, [27, 27], tuning.HopperGradTile(bn=16))
+        assert_equal(got, exact_weight_grad(x, grad, [27, 27]))
+
+
+def exact_weight_grad(x, grad, size):
+    weight = torch.zeros(x.shape[1], 1, *size, dtype=x.dtype, requires_grad=True)
+    return torch.autograd.grad(plain_conv(x, weight, None, (1, 1)), weight, grad)[0]
+
+
+def test_the_interpreter_sees_a_copy_that_was_not_waited_for(monkeypatch):
+    monkeypatch.setattr(gluon_interpreter.Copies, 'wait_group', lambda copies, outstanding: None)
+    x, weight, _, _ = make(SHAPES['two_blocks'], torch.float64)
+    assert run_on_cpu(monkeypatch, launch.hopper_forward, x, weight, None, tuning.HopperTile(bn=16)).isnan().any()
+
+
+# --- selection ---
+
+
+def forms(x, kernel_size, precision='half'):
+    return [form for form, _ in tuning.candidates('forward', x, kernel_size, precision)]
+
+
+def meta(n, c, h, w, dtype=torch.bfloat16):
+    return torch.empty(n, c, h, w, dtype=dtype, device='meta')
+
+
+@pytest.mark.parametrize(('size', 'kernel', 'selected'), [
+    ((64, 96, 56, 56), 31, True), ((64, 192, 28, 28), 29, True), ((16, 8, 9, 64), 33, True),
+    ((64, 384, 14, 14), 27, False), ((64, 8, 56, 48), 31, False), ((64, 8, 56, 72), 31, False),     # blocks
+    ((64, 8, 56, 56), 35, False),       # a second neighbour
+    ((64, 8, 56, 56), 17, False),       # two chunks in the other form
+    ((8, 96, 56, 56), 31, False),       # images
+    ((64, 8, 56, 58), 31, False),       # copies of 4 bytes
+], ids=str)
+def test_selected_by_shape(monkeypatch, size, kernel, selected):
+    """Before the form of the other devices, which stays."""
+    monkeypatch.setattr(tuning, '_capability', lambda device: 90)
+    found = forms(meta(*size), [kernel, kernel])
+    assert found[0] == ('hopper_forward' if selected else 'block_forward')
+    assert 'block_forward' in found
+
+
+@pytest.mark.parametrize('capability', [None, 80, 89, 100, 120])
+def test_other_devices(monkeypatch, capability):
+    monkeypatch.setattr(tuning, '_capability', lambda device: capability)
+    assert forms(meta(64, 96, 56, 56), [31, 31]) == ['block_forward']
+
+
+@pytest.mark.parametrize(('height', 'width', 'selected'), [
+    (14, 14, True), (16, 16, True), (8, 10, True), (7, 7, False), (14, 13, False), (14, 18, False)])
+def test_weight_grad_by_shape(monkeypatch, height, width, selected):
+    monkeypatch.setattr(tuning, '_capability', lambda device: 90)
+    x = meta(64, 8, height, width)
+    found = [form for form, _ in tuning.candidates('weight_grad', x, [27, 27], 'half', x)]
+    assert found[:-1].count('hopper_map_weight_grad') == selected
+    odd = meta(64, 9, 14, 14).as_strided(x.shape, (9 * 14 * 14 + 1, height * width, width, 1))
+    assert 'hopper' not in str(tuning.candidates('weight_grad', x, [27, 27], 'half', odd))
+
+
+def test_other_types_and_unaligned_memory(monkeypatch):
+    monkeypatch.setattr(tuning, '_capability', lambda device: 90)
+    assert forms(meta(64, 96, 56, 56, torch.float32), [31, 31], 'tf32') == ['block_forward']
+    memory = torch.empty(16 * 28 * 28 + 1, dtype=torch.bfloat16)
+    assert forms(memory[:-1].view(16, 1, 28, 28), [29, 29])[0] == 'hopper_forward'
+    assert forms(memory[1:].view(16, 1, 28, 28), [29, 29])[0] == 'block_forward'
+
+
+def selected_launches(monkeypatch, x):
+    """Return the names of the kernels that a forward pass launches, without a replacement of the Hopper kernels."""
+    recorded = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, '_capability', lambda device: 90)
+        patch.setattr(launch, 'kernels', ahead_of_time.Recorder(kernels, recorded))
+        launch.forward(x, meta(x.shape[1], 1, 31, 31), None)
+    return [launched.kernel.fn.__name__ for launched in recorded if 'expand' not in launched.kernel.fn.__name__]
+
+
+def test_without_gluon(monkeypatch, caplog):
+    """The other form runs, for a reason that is logged once."""
+    monkeypatch.setitem(sys.modules, 'triton.experimental.gluon', None)
+    monkeypatch.delitem(sys.modules, f'{_triton.__name__}.hopper')
+    monkeypatch.delattr(_triton, 'hopper')
+    with caplog.at_level(logging.DEBUG, logger='smpconv_models'):
+        for _ in range(3):
+            assert selected_launches(monkeypatch, meta(64, 96, 56, 56)) == ['block_forward']
+    record, = caplog.records
+    assert record.levelname == 'DEBUG' and 'hopper_forward' in record.message
+    assert 'cannot import Gluon: ' in record.message
+
+
+@pytest.mark.parametrize('error', [
+    CompilationError('', None, 'module has no attribute'), RuntimeError('PassManager::run failed')], ids=repr)
+def test_that_does_not_build(monkeypatch, caplog, error):
+    """It is not tried again for the same problem."""
+    tried = []
+
+    class Broken:
+        def __getitem__(self, grid):
+            def launched(*args, **kwargs):
+                tried.append(grid)
+                raise error
+            return launched
+    from smpconv_models.ops._triton import hopper
+    monkeypatch.setattr(hopper, 'hopper_forward', Broken())
+    with caplog.at_level(logging.DEBUG, logger='smpconv_models'):
+        for _ in range(3):
+            assert selected_launches(monkeypatch, meta(64, 96, 56, 56)) == ['block_forward']
+    assert len(tried) == len(caplog.records) == 1
+    assert str(error).strip() in caplog.text
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason='compute capability 9.0')
+class TestOnDevice:
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize('name', SHAPES)
+    @pytest.mark.parametrize('turned', [False, True])
+    def test_forward(self, name, dtype, turned):
+        shape = SHAPES[name]
+        x, weight, bias, _ = make(shape, dtype, device='cuda')
+        kernel = weight.flip(2, 3) if turned else weight
+        exact = plain_conv(*(tensor.cpu().double() for tensor in (x, kernel, bias)), (1, 1))
+        plain = plain_conv(x, kernel, bias, (1, 1))
+        got = [launch.hopper_forward(x, weight, bias, tuning.HopperTile(bn=bn), turned=turned) for bn in (16, 64, 64)]
+        for each in got:
+            assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['y'])
+        assert torch.equal(got[1], got[2])
+
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize('name', GRAD_SHAPES)
+    def test_weight_grad(self, name, dtype):
+        shape = GRAD_SHAPES[name]
+        x, _, _, grad = make(shape, dtype, device='cuda')
+        size = [shape.kh, shape.kw]
+        exact = exact_weight_grad(x.cpu().double(), grad.cpu().double(), size)
+        plain = exact_weight_grad(x, grad, size)
+        got = [launch.hopper_map_weight_grad(grad, x, size, tuning.HopperGradTile(bn=bn)) for bn in (16, 64, 64)]
+        for each in got:
+            assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['dw'])
+        assert torch.equal(got[1], got[2])
+
+    def test_nan_stays_in_its_map(self):
+        x, weight, bias, _ = make(SHAPES['two_blocks'], torch.float16, device='cuda')
+        x[1, 1, 4, 4] = float('nan')
+        y = launch.hopper_forward(x, weight, bias, tuning.HopperTile(bn=16))
+        assert y[1, 1].isnan().any()
+        y[1, 1] = 0
+        assert y.isfinite().all()
