@@ -1,6 +1,7 @@
 """The kernels for compute capability 9.0: their indices in float64, when they are selected, and results on a GPU."""
 import logging
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import ahead_of_time
 import gluon_interpreter
 from triton.compiler.errors import CompilationError
 
-from smpconv_models.ops import _triton
+from smpconv_models.ops import _backends, _triton
 from smpconv_models.ops._triton import kernels, launch, tuning
 
 # Both numbers of blocks, with and without rows of blocks beyond the map; fewer images than a program's, and more.
@@ -44,13 +45,13 @@ def assert_equal(got, exact):
 
 class TestForward:
     @pytest.mark.parametrize('name', SHAPES)
-    @pytest.mark.parametrize('turned', [False, True])
-    def test_indices(self, monkeypatch, name, turned):
+    @pytest.mark.parametrize('flipped', [False, True])
+    def test_indices(self, monkeypatch, name, flipped):
         shape = SHAPES[name]
         x, weight, bias, _ = make(shape, torch.float64)
         got = run_on_cpu(
-            monkeypatch, launch.hopper_forward, x, weight, bias, tuning.HopperTile(bn=16), turned=turned)
-        assert_equal(got, plain_conv(x, weight.flip(2, 3) if turned else weight, bias, (1, 1)))
+            monkeypatch, launch.hopper_forward, x, weight, bias, tuning.HopperTile(bn=16), flipped=flipped)
+        assert_equal(got, plain_conv(x, weight.flip(2, 3) if flipped else weight, bias, (1, 1)))
 
     @pytest.mark.parametrize('stages', [2, 3, 6])
     def test_slices_of_images_and_channels(self, monkeypatch, stages):
@@ -193,6 +194,24 @@ def test_that_does_not_build(monkeypatch, caplog, error):
     assert str(error).strip() in caplog.text
 
 
+@pytest.mark.parametrize('form', launch._EXPERIMENTAL)
+@pytest.mark.parametrize('wrong', [1., 1.1, float('nan')])
+def test_a_form_that_computes_something_else_is_passed_over(monkeypatch, form, wrong):
+    """The kernels themselves need a GPU: here both forms are plain convolutions, and one is wrong."""
+    monkeypatch.setattr(launch, '_checked', {})
+
+    def stand_in(factor):
+        if form.endswith('forward'):
+            return lambda x, weight, bias, tile: factor * plain_conv(x, weight, bias, (1, 1))
+        return lambda grad, x, size, tile: factor * exact_weight_grad(x, grad, size)
+
+    monkeypatch.setitem(launch._FORMS, form, stand_in(wrong))
+    monkeypatch.setitem(launch._FORMS, launch._EXPERIMENTAL[form], stand_in(1.))
+    for _ in range(2):
+        with nullcontext() if wrong == 1. else pytest.raises(_backends.LaunchError, match='computes something else'):
+            launch._check_experimental(form, torch.device('cpu'), torch.float16)
+
+
 # --- on a GPU ---
 
 
@@ -202,14 +221,14 @@ def test_that_does_not_build(monkeypatch, caplog, error):
 class TestOnDevice:
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize('name', SHAPES)
-    @pytest.mark.parametrize('turned', [False, True])
-    def test_forward(self, name, dtype, turned):
+    @pytest.mark.parametrize('flipped', [False, True])
+    def test_forward(self, name, dtype, flipped):
         shape = SHAPES[name]
         x, weight, bias, _ = make(shape, dtype, device='cuda')
-        kernel = weight.flip(2, 3) if turned else weight
+        kernel = weight.flip(2, 3) if flipped else weight
         exact = plain_conv(*(tensor.cpu().double() for tensor in (x, kernel, bias)), (1, 1))
         plain = plain_conv(x, kernel, bias, (1, 1))
-        got = [launch.hopper_forward(x, weight, bias, tuning.HopperTile(bn=bn), turned=turned) for bn in (16, 64, 64)]
+        got = [launch.hopper_forward(x, weight, bias, tuning.HopperTile(bn=bn), flipped=flipped) for bn in (16, 64, 64)]
         for each in got:
             assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['y'])
         assert torch.equal(got[1], got[2])

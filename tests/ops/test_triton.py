@@ -3,6 +3,7 @@
 The interpreter is chosen when Triton is imported, so test_triton_interpreted.py runs this file again in a separate
 process; on a machine with a CUDA device, ``pytest -m gpu`` runs it there.
 """
+import ast
 import json
 import logging
 import mmap
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -222,15 +224,24 @@ class TestKernels:
             torch.testing.assert_close(got, plain_conv(x, weight, bias, (1, 1)), **CLOSE)
             assert refused.launches == 1
 
-    @pytest.mark.parametrize(('error', 'capturing'), [(RuntimeError('out of memory'), False), (TOO_LARGE, True)])
-    def test_what_may_pass_is_tried_again(self, monkeypatch, error, capturing):
+    @pytest.mark.parametrize(('error', 'capturing'), [
+        (RuntimeError('Triton Error [CUDA]: out of memory'), False), (TOO_LARGE, True)], ids=['driver', 'capturing'])
+    @pytest.mark.parametrize('backend', ['triton', 'auto'])
+    def test_what_may_pass_is_tried_again(
+            self, monkeypatch, auto_takes_triton, exact_products, backend, error, capturing):
         """The driver's errors, and any while a CUDA graph is captured."""
-        monkeypatch.setattr(launch, 'is_capturing', lambda: capturing)
-        refuse(monkeypatch, FORWARD, *[error] * 20)
+        for module in (launch, _backends):
+            monkeypatch.setattr(module, 'is_capturing', lambda: capturing)
+        refused = refuse(monkeypatch, FORWARD, *[error] * 20)
         x, weight, bias, _ = make(Shape(2, 1, 12, 12, 9, 9), torch.float32, device=DEVICE)
-        with pytest.raises(_backends.LaunchError):
-            launch.forward(x, weight, bias)
-        assert not launch._refused
+        with pytest.raises(_backends.LaunchError) if backend == 'triton' else nullcontext():
+            depthwise_conv2d(x, weight, bias, backend=backend)
+        before = sum(each.launches for each in refused)
+        for each in refused:
+            each.errors.clear()
+        got = depthwise_conv2d(x, weight, bias, backend=backend)
+        assert sum(each.launches for each in refused) == before + 1
+        torch.testing.assert_close(got, plain_conv(x, weight, bias, (1, 1)), **CLOSE)
 
     @pytest.mark.parametrize('backend', ['triton', 'auto'])
     def test_out_of_memory_is_pytorchs_own_error(self, monkeypatch, auto_takes_triton, exact_products, backend):
@@ -250,13 +261,13 @@ class TestKernels:
             check_form(form, shape, torch.float32, tile)
 
     @pytest.mark.parametrize('form', ['map_forward', 'block_forward'])
-    def test_turned(self, form):
-        """To the bit what the turned weight results in."""
+    def test_flipped(self, form):
+        """To the bit what the flipped weight results in."""
         shape = Shape(2, 2, 9, 20, 5, 7)
         x, weight, bias, _ = make(shape, torch.float32, device=DEVICE)
         tile = default_tile(form, shape, 'tf32')
-        turned = launch._FORMS[form](x, weight, bias, tile, turned=True)
-        assert torch.equal(turned, launch._FORMS[form](x, weight.flip(2, 3), bias, tile))
+        flipped = launch._FORMS[form](x, weight, bias, tile, flipped=True)
+        assert torch.equal(flipped, launch._FORMS[form](x, weight.flip(2, 3), bias, tile))
 
     @pytest.mark.parametrize(
         'size', [(2, 3, 5, 7), (1, 70, 9, 8), (3, 64, 1, 130), (2, 16, 130, 1), (2, 1, 4, 4)], ids=str)
@@ -404,10 +415,10 @@ def test_tiles_that_would_be_wrong_are_refused():
 
 @pytest.fixture
 def no_cached_tiles():
-    for cached in (tuning._entries, tuning._tuned):
+    for cached in (tuning._entries, tuning._tuned, tuning._candidates):
         cached.cache_clear()
     yield
-    for cached in (tuning._entries, tuning._tuned):
+    for cached in (tuning._entries, tuning._tuned, tuning._candidates):
         cached.cache_clear()
 
 
@@ -466,8 +477,16 @@ def test_tiles_for_less_and_less_memory(monkeypatch, step, size):
 
 
 def test_a_grid_beyond_the_device():
-    with pytest.raises(_backends.LaunchError, match='needs 2147483648 programs, available 2147483647'):
+    """No smaller tile is tried, which would need more programs."""
+    with pytest.raises(_backends.LaunchError, match='needs 2147483648 programs, available 2147483647') as error:
         launch._grid(2 ** 31)
+    assert error.value.needed is None
+
+
+def test_a_compilers_error_is_the_line_with_the_reason():
+    error = CompilationError('def kernel():\n    x = tl.nothing()', ast.parse('x').body[0], 'module has no nothing')
+    assert len(str(error).splitlines()) > 1 and launch.reason_line(error) == 'module has no nothing'
+    assert launch.reason_line(RuntimeError('out of memory\nand more')) == 'out of memory'
 
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter runs on the CPU')

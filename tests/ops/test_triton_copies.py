@@ -17,10 +17,10 @@ def copies(monkeypatch, function):
     """Return the copies that a function makes: tiled transposes of ours, and PyTorch's."""
     with torch.profiler.profile() as profile:
         launched = ahead_of_time.launches(monkeypatch, function)
-    turned = sum(launch.kernel.fn.__name__ == 'turn_maps' for launch in launched)
+    transposed = sum(launch.kernel.fn.__name__ == 'transpose_maps' for launch in launched)
     names = Counter(event.name for event in profile.events())
     assert launched
-    return turned, sum(names[f'aten::{name}'] for name in ('copy_', 'flip', 'cat'))
+    return transposed, sum(names[f'aten::{name}'] for name in ('copy_', 'flip', 'cat'))
 
 
 @pytest.fixture

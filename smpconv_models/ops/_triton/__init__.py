@@ -43,7 +43,7 @@ def backward(
     dx = dw = None
     maps = launch.contiguous_maps(grad)
     if wanted[0]:
-        dx = launch.forward(maps, weight.contiguous(), None, turned=True) if grad.numel() else torch.empty_like(grad)
+        dx = launch.forward(maps, weight.contiguous(), None, flipped=True) if grad.numel() else torch.empty_like(grad)
         dx = launch.laid_out_like(dx, grad)
     if wanted[1]:
         dw = launch.weight_grad(maps, launch.contiguous_maps(input), weight.shape[2:])
@@ -113,5 +113,5 @@ def _failed_probe(device: torch.device) -> Optional[str]:
     except torch.OutOfMemoryError:
         raise       # memory may become free
     except (*launch.TOOLCHAIN_ERRORS, AttributeError, TypeError, ValueError) as error:
-        return f'Triton could not run a kernel: {str(error).strip() or type(error).__name__}'
+        return f'Triton could not run a kernel: {launch.reason_line(error)}'
     return None

@@ -9,7 +9,7 @@ kh // 2 above the block, t input columns from LEFT before it, in CHUNKS of TC; `
 a banded matrix, ``w[row, t - LEFT + kw // 2 - s]``, the same for every block (:func:`expand_rows`). A step of the loop
 takes UNROLL chunks, a divisor of CHUNKS: all of a row for small kernels; fewer compile faster and take less memory.
 
-The input's gradient is the forward pass of the output's gradient with the kernel TURNED by 180 degrees.
+The input's gradient is the forward pass of the output's gradient with the kernel FLIPPED, rotated by 180 degrees.
 
 The weight gradient is the transposed product of either form, then a sum along diagonals: each row of the product is
 rotated until the terms of one kernel element are in one column. Terms that wrapped around the end belong to another
@@ -43,7 +43,7 @@ def noop_kernel():
 
 
 @jit
-def turn_maps(
+def transpose_maps(
         x_ptr, y_ptr, P_B, Q_A, x_stride_n_A, x_stride_p_A, A: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
         BQ: tl.constexpr):
     """Copy x (N, P, Q) to y (N, Q, P), a tile per program: pixels and channels change places. y is contiguous."""
@@ -63,7 +63,7 @@ def turn_maps(
 @jit
 def map_forward(
         x_ptr, w_ptr, bias_ptr, y_ptr, N, C, W, HW_A, x_stride_n_A, x_stride_c_A, A: tl.constexpr, KH: tl.constexpr,
-        KW: tl.constexpr, TURNED: tl.constexpr, COVERS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+        KW: tl.constexpr, FLIPPED: tl.constexpr, COVERS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
         BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):
     """Compute BN images and BO output pixels of a channel per program. y is contiguous."""
     HW = HW_A * A
@@ -83,7 +83,7 @@ def map_forward(
         i = tl.minimum(i, HW - 1)
         ih, iw = i // W, i % W
         w_offsets = (ih * KW + iw)[:, None] - (oh * KW + ow)[None, :]
-        w_offsets = (KH // 2 * KW + KW // 2) + (-w_offsets if TURNED else w_offsets)
+        w_offsets = (KH // 2 * KW + KW // 2) + (-w_offsets if FLIPPED else w_offsets)
         if COVERS:                                  # every pixel sees every pixel
             weight = tl.load(w_ptrs + w_offsets)
         else:
@@ -147,7 +147,7 @@ def map_weight_grad(
 
 @jit
 def expand_rows(
-        w_ptr, rows_ptr, total, KH: tl.constexpr, KW: tl.constexpr, TURNED: tl.constexpr, R: tl.constexpr,
+        w_ptr, rows_ptr, total, KH: tl.constexpr, KW: tl.constexpr, FLIPPED: tl.constexpr, R: tl.constexpr,
         S: tl.constexpr, LEFT: tl.constexpr, CHUNKS: tl.constexpr, TC: tl.constexpr, BLOCK: tl.constexpr):
     """Expand w (C, KH, KW) to banded rows (C, KH + 2 (R - 1), CHUNKS, S, TC), with R - 1 rows of zeros on each side."""
     ROWS: tl.constexpr = KH + 2 * (R - 1)
@@ -160,7 +160,7 @@ def expand_rows(
     column = chunk * TC + t - LEFT + KW // 2 - s
     inside = (index < total) & (row >= 0) & (row < KH) & (column >= 0) & (column < KW)
     element = row * KW + column
-    if TURNED:
+    if FLIPPED:
         element = KH * KW - 1 - element
     value = tl.load(w_ptr + c * (KH * KW) + element, mask=inside, other=0.)
     tl.store(rows_ptr + index, value, mask=index < total)
@@ -168,7 +168,7 @@ def expand_rows(
 
 @jit
 def expand_fragments(
-        w_ptr, fragments_ptr, total, KH: tl.constexpr, KW: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr):
+        w_ptr, fragments_ptr, total, KH: tl.constexpr, KW: tl.constexpr, FLIPPED: tl.constexpr, BLOCK: tl.constexpr):
     """Expand w (C, KH, KW) to banded matrices (C, KH + 15, 3, 32, 8), with 7 rows of zeros before and 8 behind.
 
     Row s of a matrix is an output column, and its column t an input column, of the block to the left, the same and the
@@ -185,7 +185,7 @@ def expand_fragments(
     column = (index // 256 % 3 - 1) * 16 + t + KW // 2 - s
     inside = (index < total) & (row >= 0) & (row < KH) & (column >= 0) & (column < KW)
     element = row * KW + column
-    if TURNED:
+    if FLIPPED:
         element = KH * KW - 1 - element
     value = tl.load(w_ptr + c * (KH * KW) + element, mask=inside, other=0.)
     tl.store(fragments_ptr + index, value, mask=index < total)

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
@@ -20,27 +21,45 @@ from .tuning import BlockGradTile, BlockTile, HopperGradTile, HopperTile, MapGra
 _logger = logging.getLogger(__name__)
 
 _ELEMENTS_PER_PROGRAM = 1024    # of the kernels that only expand and add
-_TURNED_PER_PROGRAM = 64        # pixels and channels
+_TRANSPOSED_PER_PROGRAM = 64        # pixels and channels
 _MOST_PROGRAMS = 2 ** 31 - 1
 
 # A compiler's pass and the driver raise RuntimeError; the programs that Triton calls, the last two.
 TOOLCHAIN_ERRORS = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 
 
-def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], turned: bool = False) -> Tensor:
+def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], flipped: bool = False) -> Tensor:
     """Run the forward kernel that fits the map and the device, on :func:`contiguous_maps` and a contiguous weight.
 
     Args:
         input: Images (N, C, H, W).
         weight: Kernels (C, 1, kh, kw).
         bias: Biases (C,) or None.
-        turned: Whether to rotate the kernels by 180 degrees, which makes it the input's gradient.
+        flipped: Whether to rotate the kernels by 180 degrees, which makes it the input's gradient.
+
+    Returns:
+        Images (N, C, H, W).
+
+    Raises:
+        LaunchError: No kernel fits the device, or none could be built.
     """
-    return _run_first_that_launches('forward', input, weight.shape[2:], input, weight, bias, turned=turned)
+    return _run_first_that_launches('forward', input, weight.shape[2:], input, weight, bias, flipped=flipped)
 
 
 def weight_grad(grad: Tensor, input: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """Run the weight gradient's kernel that fits the map and the device."""
+    """Run the weight gradient's kernel that fits the map and the device.
+
+    Args:
+        grad: Gradient of the output (N, C, H, W), in :func:`contiguous_maps` as the input.
+        input: Images (N, C, H, W).
+        kernel_size: Height and width of the kernels.
+
+    Returns:
+        Gradient of the kernels (C, 1, kh, kw).
+
+    Raises:
+        LaunchError: No kernel fits the device, or none could be built.
+    """
     return _run_first_that_launches('weight_grad', input, kernel_size, grad, input, list(kernel_size))
 
 
@@ -60,10 +79,12 @@ def _run_first_that_launches(
             error = _refused.get(key)
             if error is None:
                 try:
+                    if form in _EXPERIMENTAL and input.is_cuda:
+                        _check_experimental(form, input.device, input.dtype)
                     return _FORMS[form](*args, tile=tile, **options)
                 except LaunchError as failure:
                     error = copy.copy(failure)      # without its traceback, which would keep the tensors
-                    if (form in _EXPERIMENTAL or isinstance(failure.__cause__, TritonError)) and not is_capturing():
+                    if error.is_permanent and not is_capturing():
                         _refused[key] = error
                         _logger.debug('%s with %s is passed over: %s', form, tile, error)
             if error.needed is None:
@@ -73,7 +94,7 @@ def _run_first_that_launches(
 
 
 def map_forward(
-        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: MapTile, turned: bool = False) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: MapTile, flipped: bool = False) -> Tensor:
     """Compute the forward pass in the whole-map form."""
     n, c, h, w = input.shape
     kh, kw = weight.shape[2:]
@@ -82,7 +103,7 @@ def map_forward(
     with _launching(input):
         kernels.map_forward[_grid(triton.cdiv(h * w, tile.bo) * triton.cdiv(n, tile.bn) * c)](
             input, weight, bias, output, n, c, w, h * w // a, *_strides(input, a),
-            A=a, KH=kh, KW=kw, TURNED=turned, COVERS=kh >= 2 * h - 1 and kw >= 2 * w - 1,
+            A=a, KH=kh, KW=kw, FLIPPED=flipped, COVERS=kh >= 2 * h - 1 and kw >= 2 * w - 1,
             HAS_BIAS=bias is not None, PRECISION=_input_precision(input.dtype),
             BN=tile.bn, BI=tile.bi, BO=tile.bo, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )
@@ -106,7 +127,7 @@ def map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile: M
 
 
 def block_forward(
-        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: BlockTile, turned: bool = False) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: BlockTile, flipped: bool = False) -> Tensor:
     """Compute the forward pass in the block form."""
     n, c, h, w = input.shape
     kh, kw = weight.shape[2:]
@@ -117,7 +138,7 @@ def block_forward(
     blocks = triton.cdiv(n * triton.cdiv(w, tile.s), tile.bp)
     with _launching(input):
         kernels.expand_rows[_grid(triton.cdiv(rows.numel(), _ELEMENTS_PER_PROGRAM))](
-            weight, rows, rows.numel(), KH=kh, KW=kw, TURNED=turned, R=tile.r, S=tile.s,
+            weight, rows, rows.numel(), KH=kh, KW=kw, FLIPPED=flipped, R=tile.r, S=tile.s,
             LEFT=left, CHUNKS=chunks, TC=tile.tc, BLOCK=_ELEMENTS_PER_PROGRAM,
         )
         kernels.block_forward[_grid(blocks * triton.cdiv(h, tile.r) * c)](
@@ -154,7 +175,7 @@ def block_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], tile:
 
 
 def hopper_forward(
-        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: HopperTile, turned: bool = False) -> Tensor:
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], tile: HopperTile, flipped: bool = False) -> Tensor:
     """Compute the forward pass in the block form of compute capability 9.0, where :func:`tuning.fits_hopper`."""
     n, c, h, w = input.shape
     kh, kw = weight.shape[2:]
@@ -165,7 +186,7 @@ def hopper_forward(
     hopper = _import_hopper()
     with _launching(input):
         kernels.expand_fragments[_grid(triton.cdiv(fragments.numel(), _ELEMENTS_PER_PROGRAM))](
-            weight, fragments, fragments.numel(), KH=kh, KW=kw, TURNED=turned, BLOCK=_ELEMENTS_PER_PROGRAM,
+            weight, fragments, fragments.numel(), KH=kh, KW=kw, FLIPPED=flipped, BLOCK=_ELEMENTS_PER_PROGRAM,
         )
         hopper.hopper_forward[_grid(triton.cdiv(n, tile.bn) * triton.cdiv(h, 8) * c)](
             input, fragments, bias, output, n, c, h, w // a, *_strides(input, a),
@@ -208,8 +229,40 @@ _FORMS: Dict[str, Callable[..., Tensor]] = {
     'block_forward': block_forward, 'block_weight_grad': block_weight_grad,
     'hopper_forward': hopper_forward, 'hopper_map_weight_grad': hopper_map_weight_grad,
 }
-# In Gluon, which is experimental: any of their errors may be that of a version of Triton.
-_EXPERIMENTAL = ('hopper_forward', 'hopper_map_weight_grad')
+# In Gluon, which is experimental, with the forms that compute the same.
+_EXPERIMENTAL = {'hopper_forward': 'block_forward', 'hopper_map_weight_grad': 'block_weight_grad'}
+_MAX_EXPERIMENTAL_ERROR = 2 ** -7       # relative: two roundings of bfloat16
+_checked: Dict[Tuple[str, torch.device, torch.dtype], Optional[LaunchError]] = {}
+
+
+def _check_experimental(form: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare an experimental form with the other one on a small problem, once for each device and dtype.
+
+    A version of Triton may build it and still compute something else.
+
+    Raises:
+        LaunchError: The results differ, or a CUDA graph is captured, during which nothing can be compared.
+    """
+    key = (form, device, dtype)
+    if key not in _checked:
+        if is_capturing():
+            raise LaunchError(f'{form} is not checked while a CUDA graph is captured', is_permanent=False)
+        is_forward = form.endswith('forward')
+        generator = torch.Generator().manual_seed(0)
+        n, c, h, w, k = (17, 2, 19, 56, 31) if is_forward else (33, 2, 14, 14, 27)
+        x, grad, weight = (
+            torch.randn(size, generator=generator).to(device, dtype)
+            for size in ((n, c, h, w), (n, c, h, w), (c, 1, k, k)))
+        args = (x, weight, None) if is_forward else (grad, x, [k, k])
+        got, expected = (
+            _FORMS[name](*args, tile=tuning.TILES[name].default(n, h, w, [k, k], 'half')).float()
+            for name in (form, _EXPERIMENTAL[form]))
+        error = ((got - expected).norm() / expected.norm()).item()
+        _checked[key] = None if error <= _MAX_EXPERIMENTAL_ERROR else LaunchError(
+            f'{form} computes something else with Triton {triton.__version__}: relative error {error:.1e}')
+    failure = _checked[key]
+    if failure is not None:
+        raise copy.copy(failure)
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
@@ -229,7 +282,7 @@ def probe(device: torch.device) -> None:
 def contiguous_maps(tensor: Tensor) -> Tensor:
     """Return a tensor whose maps are contiguous, as the kernels read them.
 
-    A slice of images or channels stays as it is, and the channels of channels_last are turned behind the pixels.
+    A slice of images or channels stays as it is, and the channels of channels_last are transposed behind the pixels.
     """
     n, c, h, w = tensor.shape
     _, c_stride, h_stride, w_stride = tensor.stride()
@@ -237,7 +290,7 @@ def contiguous_maps(tensor: Tensor) -> Tensor:
         return tensor
     pixel_stride = h_stride if w == 1 else w_stride
     if tensor.numel() and c_stride == 1 and (h == 1 or h_stride == w * pixel_stride):
-        return _turned(tensor.new_empty(n, c, h, w), tensor, h * w, c, pixel_stride)
+        return _transposed(tensor.new_empty(n, c, h, w), tensor, h * w, c, pixel_stride)
     return tensor.contiguous()
 
 
@@ -247,18 +300,18 @@ def laid_out_like(maps: Tensor, other: Tensor) -> Tensor:
     if memory_format == torch.contiguous_format or maps.numel() == 0:
         return maps.contiguous(memory_format=memory_format)
     _, c, h, w = maps.shape
-    return _turned(torch.empty_like(maps, memory_format=memory_format), maps, c, h * w, h * w)
+    return _transposed(torch.empty_like(maps, memory_format=memory_format), maps, c, h * w, h * w)
 
 
-def _turned(output: Tensor, input: Tensor, rows: int, columns: int, row_stride: int) -> Tensor:
+def _transposed(output: Tensor, input: Tensor, rows: int, columns: int, row_stride: int) -> Tensor:
     """Write every image of ``input``, a matrix of contiguous columns, transposed to ``output``."""
     a = math.gcd(8, columns, row_stride, input.stride(0))
     b = math.gcd(8, rows)
-    tiles = triton.cdiv(rows, _TURNED_PER_PROGRAM) * triton.cdiv(columns, _TURNED_PER_PROGRAM)
+    tiles = triton.cdiv(rows, _TRANSPOSED_PER_PROGRAM) * triton.cdiv(columns, _TRANSPOSED_PER_PROGRAM)
     with _launching(input):
-        kernels.turn_maps[_grid(len(input) * tiles)](
+        kernels.transpose_maps[_grid(len(input) * tiles)](
             input, output, rows // b, columns // a, input.stride(0) // a, row_stride // a,
-            A=a, B=b, BP=_TURNED_PER_PROGRAM, BQ=_TURNED_PER_PROGRAM,
+            A=a, B=b, BP=_TRANSPOSED_PER_PROGRAM, BQ=_TRANSPOSED_PER_PROGRAM,
         )
     return output
 
@@ -273,9 +326,8 @@ def _strides(tensor: Tensor, alignment: int) -> List[int]:
 
 
 def _grid(programs: int) -> Tuple[int]:
-    if programs > _MOST_PROGRAMS:
-        raise LaunchError(
-            f"backend 'triton' needs {programs} programs, available {_MOST_PROGRAMS}", programs, _MOST_PROGRAMS)
+    if programs > _MOST_PROGRAMS:   # a smaller tile needs more
+        raise LaunchError(f"backend 'triton' needs {programs} programs, available {_MOST_PROGRAMS}")
     return (programs,)
 
 
@@ -293,5 +345,13 @@ def _launching(input: Tensor) -> Iterator[None]:
             f"backend 'triton' has no kernel for {size} that fits {input.device}: {error.name} needed "
             f'{error.required}, available {error.limit}', error.required, error.limit) from error
     except TOOLCHAIN_ERRORS as error:
-        reason = str(error).strip() or type(error).__name__
-        raise LaunchError(f"backend 'triton' could not run its kernel on {input.device}: {reason}") from error
+        is_permanent = not str(error).startswith('Triton Error [')      # else the driver's, such as a lack of memory
+        raise LaunchError(
+            f"backend 'triton' could not run its kernel on {input.device}: {reason_line(error)}",
+            is_permanent=is_permanent) from error
+
+
+def reason_line(error: Exception) -> str:
+    """Return the line of an error's message that has the reason: a compiler's follows the source."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, CompilationError) else 0]

@@ -53,7 +53,7 @@ _LEAST_LIMITS = Limits(101376, tensor_memory=512, reads_shared=True)
 
 
 class Step(NamedTuple):
-    """Turn of a loop: a number of products of M x K by K x N."""
+    """Iteration of a loop: a number of products of M x K by K x N."""
     m: int
     n: int
     k: int
@@ -67,7 +67,7 @@ class _Program(ABC):
 
     @abstractmethod
     def step(self, width: int, kernel_width: int) -> Step:
-        """Return the products of one turn of the loop."""
+        """Return the products of one iteration of the loop."""
 
     @abstractmethod
     def smaller(self) -> Optional['Tile']:
