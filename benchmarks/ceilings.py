@@ -26,14 +26,19 @@ def measured(device: torch.device, is_dry: bool = False) -> Ceilings:
 
 
 def clock(device: torch.device) -> Dict[str, Optional[Union[int, str]]]:
-    """Return the clock, temperature and power of a GPU as nvidia-smi reports them, empty without it.
+    """Return the clock, temperature and power of a GPU as nvidia-smi reports them, empty without its answer.
 
-    Nothing is set: the GPU is measured as it is found.
+    Nothing is set: the GPU is measured as it is found. It is named by its UUID, because nvidia-smi's numbers ignore
+    CUDA_VISIBLE_DEVICES.
     """
     tool = shutil.which('nvidia-smi')
     if device.type != 'cuda' or tool is None:
         return {}
     names = ('clocks.sm', 'clocks.mem', 'temperature.gpu', 'power.draw')
-    command = [tool, f'--id={device.index or 0}', f'--query-gpu={",".join(names)}', '--format=csv,noheader']
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    return dict(zip(names, (value.strip() for value in answer.stdout.split(',')))) if answer.returncode == 0 else {}
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = [tool, f'--id=GPU-{uuid}', f'--query-gpu={",".join(names)}', '--format=csv,noheader']
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, (value.strip() for value in answer.stdout.split(','))))

@@ -24,7 +24,7 @@ Exit codes: 0 done, 1 a result is wrong, 2 wrong arguments, 3 out of memory, 130
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import check
 import layer
@@ -94,19 +94,30 @@ def _complete(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f'--{option} cannot be written: {error}')
 
 
-def measure_layer(case: Case, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
+def measure_layer(
+        case: Case, dtype: str, batch_size: int, device: torch.device, backends: Sequence[str], rounds: int,
+        seconds: float) -> Dict[str, Any]:
     """Measure a layer and return a row with the errors and seconds of every path.
+
+    Args:
+        case: Layer.
+        dtype: Name of the dtype, one of ``DTYPES``.
+        batch_size: Number of images, unless the case has its own.
+        device: Device to measure.
+        backends: Names of the backends to measure besides 'auto'.
+        rounds: Maximum number of timed calls of each function.
+        seconds: Total time of the calls after which a function drops out.
 
     Raises:
         WrongResultError: If a result is wrong; then nothing is timed.
     """
-    batch = case.batch or args.batch_size
-    inputs = layer.make_inputs(case, batch, DTYPES[dtype], torch.device(args.device))
-    paths = layer.paths(args.backends, *inputs)
+    batch = case.batch or batch_size
+    inputs = layer.make_inputs(case, batch, DTYPES[dtype], device)
+    paths = layer.paths(backends, *inputs)
     errors = check.check(paths, *inputs)
     medians = {
         result: measure.interleaved(
-            {path: functions[result] for path, functions in paths.items()}, args.rounds, args.seconds, args.device)
+            {path: functions[result] for path, functions in paths.items()}, rounds, seconds, device)
         for result in report.RESULTS
     }
     return {
@@ -119,6 +130,7 @@ def measure_layer(case: Case, dtype: str, args: argparse.Namespace) -> Dict[str,
 
 def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
+    device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.conv.fp32_precision = 'ieee'
     names = args.cases or [*CASES, TRAINING_STEP]
@@ -126,15 +138,16 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for name, dtype in tqdm(layers, desc='layers', disable=None):
         try:
-            row = measure_layer(CASES[name], dtype, args)
+            row = measure_layer(
+                CASES[name], dtype, args.batch_size, device, args.backends, args.rounds, args.seconds)
         except check.WrongResultError as error:
             raise check.WrongResultError(f'{name}, {dtype}: {error}') from error
-        rows.append(measure.append(args.results / 'depthwise.jsonl', row, args.device))
+        rows.append(measure.append(args.results / 'depthwise.jsonl', row, device))
         tqdm.write(report.times(rows[-1:]))
     summarize(rows, args)
     if TRAINING_STEP in names:
-        row = training_step.run(args.batch_size, torch.device(args.device), args.rounds, 10 * args.seconds)
-        print(training_step.text(measure.append(args.results / 'training_step.jsonl', row, args.device)))
+        row = training_step.run(args.batch_size, device, args.rounds, 10 * args.seconds)
+        print(training_step.text(measure.append(args.results / 'training_step.jsonl', row, device)))
 
 
 def summarize(rows: List[Dict[str, Any]], args: argparse.Namespace) -> None:

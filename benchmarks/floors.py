@@ -1,4 +1,4 @@
-"""Roofline: minimum time of a depthwise convolution in half precision, on an H200 or a measured GPU.
+"""Roofline: minimum time of a depthwise convolution in half precision, on a measured GPU or an assumed H200.
 
 This is the time to move every byte once, or to compute all products of the block-Toeplitz form on the tensor cores,
 whichever is longer. In that form, an 8x8 block of outputs is one matrix product with the pixels that contribute to it.
@@ -15,7 +15,9 @@ class Ceilings:
     operations_per_second: float
 
 
-H200 = Ceilings(4.3e12, 790e12)  # measured, as ceilings.py measures them
+# Rates assumed for an H200, from the project's first design: it reports them as measured, but no row of results/ holds
+# the measurement.
+H200 = Ceilings(4.3e12, 790e12)
 _ELEMENT_BYTES = 2
 _BLOCK = 8
 

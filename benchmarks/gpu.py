@@ -13,15 +13,15 @@ The phases, in this order:
              eager and compiled, and of its kernels by category
     tune     the fastest tiles of the Triton kernels, written to --configs
 
-The checkout need not be installed. It needs PyTorch, Triton, timm, NumPy and tqdm; pytest for its tests; matplotlib for
-the plot. Each phase is a process of its own that ends within its share of the minutes, and appends rows to --results as
+The checkout need not be installed. It needs PyTorch, Triton, timm and tqdm; pytest for its tests; matplotlib for the
+plot. Each phase is a process of its own that ends within its share of the minutes, and appends rows to --results as
 it goes: gpu_check.jsonl, depthwise.jsonl, gpu_steps.jsonl, gpu_tiles.jsonl, and the plot gpu_layers.png.
 
-Times are medians on the device, after a warm-up and with a cold L2 cache. Clocks are read, never set. For --prediction,
-see predictions.py: write predictions down before the measurement.
+The minutes include the search for a GPU. Times are medians on the device, after a warm-up and with a cold L2 cache.
+Clocks are read, never set. For --prediction, see predictions.py: write predictions down before the measurement.
 
-Exit codes: 0 all results are right, 1 a result is wrong or missing or there is no GPU, 2 wrong arguments, 130
-interrupted.
+Exit codes: 0 all results are right; 1 a result is wrong, or left out for lack of time, or there is no GPU; 2 wrong
+arguments; 130 interrupted; 143 terminated.
 """
 import argparse
 import functools
@@ -29,20 +29,18 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Set
 
 import limits
 from arguments import Parser, positive
+from checkout import ROOT
 from predictions import Predictions
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # a checkout that is not installed
-    sys.path.append(str(ROOT))
 
 # Modules by phase, and their shares of the time.
 PHASES = {'check': 'gpu_check', 'layers': 'gpu_layers', 'steps': 'gpu_steps', 'tune': 'gpu_tiles'}
 SHARES = {'check': 7, 'layers': 5, 'steps': 7, 'tune': 6}
 ALL_MINUTES, PHASE_MINUTES = 25., 9.
+_SEARCH = 120  # seconds that the search for a GPU may take
 _GRACE = 15  # seconds at the end of a phase that only the part in progress may use
 
 
@@ -62,8 +60,10 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--prediction', type=Path, metavar='FILE', help='predicted times to compare with')
     args = parser.parse_args(argv)
     args.device = args.device or ('cpu' if args.dry_run else 'cuda')
-    if (args.device == 'cpu') != args.dry_run:
-        parser.error(f'--device {args.device}: a CPU takes --dry-run, and a GPU does not')
+    if args.device == 'cpu' and not args.dry_run:
+        parser.error('--device cpu needs --dry-run')
+    if args.device == 'cuda' and args.dry_run:
+        parser.error('--dry-run runs on the CPU: remove --device cuda')
     _complete(parser, args)
     return args
 
@@ -91,6 +91,7 @@ def missing() -> Optional[str]:
         import torch
 
         import smpconv_models
+        from smpconv_models.utils.errors import first_line
     except ImportError as error:
         return f'this package cannot be imported here: {error}'
     if torch.version.cuda is None:
@@ -101,13 +102,28 @@ def missing() -> Optional[str]:
     try:
         smpconv_models.depthwise_conv2d(x, weight, backend='triton')
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     print(f'{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}')
     return None
 
 
-def run_phase(name: str, args: argparse.Namespace, seconds: float) -> Tuple[List[str], List[str]]:
-    """Run a phase and return its faults, and what it left out for lack of time."""
+class Found(NamedTuple):
+    """Result of a phase: faults, parts that it left out for lack of time, and predictions that it compared."""
+    faults: List[str]
+    left_out: List[str]
+    compared: Set[int]
+
+    def __str__(self) -> str:
+        parts = []
+        if self.faults:
+            parts.append(f'{len(self.faults)} faults: {"; ".join(self.faults)}')
+        if self.left_out:
+            parts.append(f'left out for lack of time: {", ".join(self.left_out)}')
+        return '; '.join(parts) or 'right'
+
+
+def run_phase(name: str, args: argparse.Namespace, seconds: float) -> Found:
+    """Run a phase within ``seconds``."""
     import importlib
 
     import torch
@@ -120,34 +136,33 @@ def run_phase(name: str, args: argparse.Namespace, seconds: float) -> Tuple[List
         torch.device(args.device), args.dry_run, args.results, args.configs, args.predictions,
         Deadline(seconds - _GRACE))
     report = importlib.import_module(PHASES[name]).run(settings)
-    return report.faults, report.left_out
+    return Found(report.faults, report.left_out, args.predictions.compared)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the phases and return the exit code."""
+    end = limits.Deadline(60 * args.minutes)
     if args.dry_run:
         import smpconv_models  # noqa: F401 (once for all phases; before a fork, a GPU allows no use of CUDA)
     else:
-        reason, fault = limits.call(missing, 120)
+        reason, fault = limits.call(missing, min(_SEARCH, end.left()))
         if fault:
             reason = f'the search for a GPU {fault}'
         if reason:
             print(f'gpu.py: error: {reason}', file=sys.stderr)
             return 1
-    end = limits.Deadline(60 * args.minutes)
-    faults: Dict[str, List[str]] = {}
-    left_out: Dict[str, List[str]] = {}
+    found: Dict[str, Found] = {}
     for position, name in enumerate(args.phase):
         seconds = end.left() * SHARES[name] / sum(SHARES[other] for other in args.phase[position:])
         print(f'\n--- {name}: at most {seconds / 60:.1f} minutes', flush=True)
-        found, fault = limits.call(functools.partial(run_phase, name, args, seconds), seconds)
-        faults[name], left_out[name] = ([fault], []) if fault else found
+        value, fault = limits.call(functools.partial(run_phase, name, args, seconds), seconds)
+        found[name] = Found([fault], [], set()) if fault else value
     print()
-    for name in args.phase:
-        state = f'{len(faults[name])} faults: {"; ".join(faults[name])}' if faults[name] else 'right'
-        more = f'; left out for lack of time: {", ".join(left_out[name])}' if left_out[name] else ''
-        print(f'{name:8} {state}{more}')
-    return 1 if any(faults.values()) else 0
+    for line in args.predictions.lines_except(set().union(*(each.compared for each in found.values()))):
+        print(line)
+    for name, each in found.items():
+        print(f'{name:8} {each}')
+    return 1 if any(each.faults or each.left_out for each in found.values()) else 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:

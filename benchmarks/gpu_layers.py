@@ -1,5 +1,4 @@
 """Time the layers beside both layouts of F.conv2d and the minimum of floors.py. Rows go to depthwise.jsonl."""
-import argparse
 import dataclasses
 import importlib.util
 from typing import Any, Dict, List
@@ -14,9 +13,10 @@ from check import WrongResultError
 from gpu_run import Report, Settings, say
 from tqdm import tqdm
 
+BATCH = 64
 _DTYPES = ('bfloat16', 'float16', 'float32')
 _DRY = Case('tiny_2x2', 2, 2, 2, 3, batch=1)
-_FIRST = 30  # seconds that the first case may take; later ones, half as much again as the longest
+_FIRST = 30  # seconds that the first case may take
 
 
 def run(settings: Settings) -> Report:
@@ -26,24 +26,20 @@ def run(settings: Settings) -> Report:
     rows: List[Dict[str, Any]] = []
     rates = ceilings.measured(settings.device, settings.is_dry)
     say(f'{rates.bytes_per_second / 1e12:.2f} TB/s, {rates.operations_per_second / 1e12:.0f} TFLOP/s in bfloat16')
-    args = argparse.Namespace(
-        batch_size=64, device=str(settings.device), backends=['triton'],
-        rounds=1 if settings.is_dry else 31, seconds=0.01 if settings.is_dry else 0.15)
-    longest = 0.
+    rounds, seconds = (1, 0.01) if settings.is_dry else (31, 0.15)
     for case, dtype in tqdm(_plan(settings.is_dry), desc='layers', disable=None):
-        before = settings.deadline.left()
-        if not settings.is_dry and before < (longest or _FIRST):
+        if not settings.is_dry and not settings.deadline.allows('layer', _FIRST):
             report.left_out.append(f'{case.name}, {dtype}')
             continue
         try:
-            row = depthwise.measure_layer(case, dtype, args)
+            with settings.deadline.timed('layer'):
+                row = depthwise.measure_layer(case, dtype, BATCH, settings.device, ['triton'], rounds, seconds)
         except (RuntimeError, WrongResultError) as error:
             report.add_fault(f'{case.name}, {dtype}: {gpu_run.error_line(error)}')
             continue
         row.update(ceilings=dataclasses.asdict(rates), clock=ceilings.clock(settings.device))
         rows.append(gpu_run.store(settings, 'depthwise', row))
         say(text.times(rows[-1:]), *_beside_predictions(row, settings))
-        longest = max(longest, 1.5 * (before - settings.deadline.left()))
     _summarize(rows, settings)
     return report
 

@@ -39,6 +39,7 @@ class Report:
     left_out: List[str] = field(default_factory=list)
 
     def add_fault(self, fault: str) -> None:
+        """Add and print a fault: a line that names the part and what is wrong or missing."""
         self.faults.append(fault)
         say(f'WRONG: {fault}')
 

@@ -3,7 +3,7 @@
 bfloat16 autocast and channels_last, eager and compiled. Idle is the step without the kernels: time in which the device
 waits for Python. The step is timed twice; differences between networks below that of the two times are noise.
 """
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import ceilings
 import gpu_run
@@ -25,8 +25,13 @@ class Case(NamedTuple):
     is_plain: bool = False  # with F.conv2d in place of depthwise_conv2d
 
     @property
-    def name(self) -> str:
+    def variant(self) -> str:
+        """Network and its convolution."""
         return f'{self.network}{", F.conv2d" * self.is_plain}'
+
+    @property
+    def name(self) -> str:
+        return f'{self.variant}{", compiled" * self.compiled}'
 
 
 NETWORKS = ('smpconv_t', 'convnext_tiny', 'inception_next_tiny', 'smpconv_b')
@@ -36,8 +41,7 @@ CASES = (
 )
 DRY_CASES = (Case('smpconv_nano'), Case('test_resnet', compiled=True))
 BATCH = 64
-# Seconds that the first case may take, eager and compiled; later ones, half as much again as the longest.
-_FIRST = {False: 30., True: 120.}
+_FIRST = {'eager': 30., 'compiled': 120.}  # seconds that the first case of its kind may take
 _NOTHING_BUILT = 'eager'  # backend of torch.compile in a dry run
 
 
@@ -49,20 +53,19 @@ def run(settings: Settings) -> Report:
             training_step.check_gradients(training_step.make_networks(settings.device), settings.device)
         except (RuntimeError, WrongResultError) as error:
             report.add_fault(gpu_run.error_line(error))
-    longest = {False: 0., True: 0.}
     for case in DRY_CASES if settings.is_dry else CASES:
-        before = settings.deadline.left()
-        if not settings.is_dry and before < (longest[case.compiled] or _FIRST[case.compiled]):
-            report.left_out.append(f'{case.name}{", compiled" * case.compiled}')
+        kind = 'compiled' if case.compiled else 'eager'
+        if not settings.is_dry and not settings.deadline.allows(kind, _FIRST[kind]):
+            report.left_out.append(case.name)
             continue
         try:
-            row = _measure(case, settings)
+            with settings.deadline.timed(kind):
+                row = _measure(case, settings)
         except RuntimeError as error:  # of PyTorch, Triton's launch and torch.compile
-            report.add_fault(f'{case.name}{", compiled" * case.compiled}: {gpu_run.error_line(error)}')
+            report.add_fault(f'{case.name}: {gpu_run.error_line(error)}')
             continue
         gpu_run.store(settings, 'gpu_steps', row)
-        say(*_lines(row), *_beside_predictions(row, settings))
-        longest[case.compiled] = max(longest[case.compiled], 1.5 * (before - settings.deadline.left()))
+        say(*_lines(case, row), *_beside_predictions(row, settings))
     return report
 
 
@@ -84,18 +87,22 @@ def _measure(case: Case, settings: Settings) -> Dict[str, Any]:
     first = before - settings.deadline.left()
     for _ in range(0 if is_dry else 5):  # cuDNN's choice of algorithms, and the allocator
         step()
+    peak = _peak_bytes(device)  # before the timing, whose stopwatch holds memory of its own
     rounds, seconds = (1, 0.1) if is_dry else (31, 4.)
     once, again = (measure.interleaved({'step': step}, rounds, seconds, device)['step'] for _ in range(2))
     clock = ceilings.clock(device)
     kernels = kernel_times.measured(step, network, device, case.compiled, steps=1 if is_dry else 2)
     busy = sum(kernels['kernel_seconds'].values())
     return {
-        'network': case.name, 'compiled': case.compiled, 'batch': batch, 'img_size': size, 'layout': 'channels_last',
+        'network': case.variant, 'compiled': case.compiled, 'batch': batch, 'img_size': size, 'layout': 'channels_last',
         'dtype': 'bfloat16 autocast' if device.type == 'cuda' else 'float32', 'optimizer': 'adamw',
         'seconds': once, 'seconds_again': again, 'first_seconds': first, 'idle_seconds': max(once - busy, 0.),
-        **kernels, 'clock': clock,
-        'peak_bytes': torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else None,
+        **kernels, 'clock': clock, 'peak_bytes': peak,
     }
+
+
+def _peak_bytes(device: torch.device) -> Optional[int]:
+    return torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else None
 
 
 def _make_network(case: Case, device: torch.device) -> nn.Module:
@@ -106,10 +113,10 @@ def _make_network(case: Case, device: torch.device) -> nn.Module:
     return network.train().to(memory_format=torch.channels_last)
 
 
-def _lines(row: Dict[str, Any]) -> List[str]:
+def _lines(case: Case, row: Dict[str, Any]) -> List[str]:
     seconds, again = row['seconds'], row['seconds_again']
     lines = [
-        f'{row["network"]}{", compiled" * row["compiled"]}: {seconds * 1e3:.2f} ms, again {again * 1e3:.2f} ms, '
+        f'{case.name}: {seconds * 1e3:.2f} ms, again {again * 1e3:.2f} ms, '
         f'{row["batch"] / seconds:.0f} images/s, first step {row["first_seconds"]:.0f} s']
     for category, value in sorted(row['kernel_seconds'].items(), key=lambda item: -item[1]):
         lines.append(f'    {category:40} {value * 1e3:8.3f} ms {row["launches"][category]:7.0f} launches')
@@ -117,7 +124,8 @@ def _lines(row: Dict[str, Any]) -> List[str]:
 
 
 def _beside_predictions(row: Dict[str, Any], settings: Settings) -> List[str]:
-    named = {'network': row['network'], 'compiled': row['compiled']}
+    dtype = row['dtype'].partition(' ')[0]  # without autocast
+    named = {'network': row['network'], 'compiled': row['compiled'], 'dtype': dtype}
     times = {**row['kernel_seconds'], 'idle': row['idle_seconds']}
     lines = settings.predictions.lines(row['seconds'], **named)
     for category, seconds in times.items():

@@ -1,21 +1,23 @@
 """Tune the tiles of the Triton kernels: from the default on, step by step to the fastest neighbor.
 
 All neighbors of a round are built at the same time, one process per core, and checked there on one image. They are then
-timed in turn. A tile is accepted if its results are right at the full size and it is faster than the default by
-`MARGIN`. Accepted tiles are written after every round, in the format that smpconv_models/ops/_triton/tuning.py reads.
+checked at the full size, and the right ones are timed in turn. A tile is accepted if it is faster than the default by
+`MARGIN`, or the default is wrong. Accepted tiles are written after every round. Tiles that do not fit the device are
+left out, as the package does not launch them.
 """
 import dataclasses
-import json
+import functools
 import os
 from datetime import date
 from multiprocessing import TimeoutError, get_context
 from multiprocessing.pool import Pool
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import check
 import gpu_run
 import measure
+import tile_configs
 import torch
 from cases import CASES
 from gpu_run import Report, Settings, say
@@ -24,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smpconv_models.ops._triton import launch, tuning
-from smpconv_models.utils import atomic_io
 
 MODE = 'half'
 MARGIN = 1.03  # smaller gains are noise
@@ -65,6 +66,11 @@ class Job(NamedTuple):
         return x, weight, grad
 
     def run(self, operands: Operands, tile: Any) -> Tensor:
+        """Return y (N, C, H, W), or the gradient of the weight (C, 1, kernel, kernel), in the dtype of the operands.
+
+        Raises:
+            RuntimeError: If the tile cannot be built or launched on the device; Triton's errors beside it.
+        """
         x, weight, grad = operands
         function = launch._FORMS[self.form]
         if self.result == 'y':
@@ -78,10 +84,20 @@ class Job(NamedTuple):
         limit = check.limits_beside({}, x, weight)[self.result]
         return check.Comparison(self.form, self.result, exact.error(self.result, self.run(operands, tile)), limit)
 
-    def default(self) -> Any:
-        return tuning._DEFAULTS[self.form](self.batch, self.height, self.width, [self.kernel, self.kernel], MODE)
+    def fits(self, tile: Any, device: torch.device) -> bool:
+        """Return whether a device has the resources for a tile: without them, the package takes another."""
+        limits = tuning._limits(device, tuning._capability(device))
+        return tile.fits(limits, _TYPES[device.type].itemsize, self.width, self.kernel)
 
-    def key(self) -> Tuple[Any, ...]:
+    def default(self, device: torch.device) -> Any:
+        """Return the tile that the package takes on a device without a tuned one, None if no tile fits."""
+        tile = tuning._DEFAULTS[self.form](self.batch, self.height, self.width, [self.kernel, self.kernel], MODE)
+        while tile is not None and not self.fits(tile, device):
+            tile = tile.smaller()
+        return tile
+
+    def key(self) -> tile_configs.Key:
+        """Return what identifies the job in a file of tuned tiles: all but the number of channels."""
         return self.form, MODE, self.batch, self.height, self.width, (self.kernel, self.kernel)
 
 
@@ -91,12 +107,17 @@ class Search:
 
     Attributes:
         job: What is tuned.
+        device: Device of the search.
+        default: Tile that the package takes without a tuned one.
         frontier: Tiles to build and time in the next round; the search has ended if there are none.
-        seconds: Times of the tiles that were timed.
         best: Fastest tile that is right at the full size; the default at first.
+        seconds: Times of the tiles that are right at the full size.
+        seen: Tiles that were in a frontier.
         failed: Number of tiles that cannot be built or are wrong.
     """
     job: Job
+    device: torch.device
+    default: Any
     frontier: List[Any]
     best: Any
     seconds: Dict[Any, float] = dataclasses.field(default_factory=dict)
@@ -104,14 +125,36 @@ class Search:
     failed: int = 0
 
     @classmethod
-    def start(cls, job: Job, configured: List[Any]) -> 'Search':
-        default = job.default()
-        return cls(job, list(dict.fromkeys([default, *configured, *neighbors(default)])), default)
+    def start(cls, job: Job, configured: List[Any], device: torch.device) -> Optional['Search']:
+        """Return a search from the default and the configured tiles on, None if no tile fits the device."""
+        default = job.default(device)
+        if default is None:
+            return None
+        search = cls(job, device, default, [], default)
+        search.look_at([default, *configured, *neighbors(default)])
+        return search
+
+    def look_at(self, tiles: Iterable[Any]) -> None:
+        """Set the frontier to those of the tiles that are new and fit the device."""
+        self.frontier = [
+            tile for tile in dict.fromkeys(tiles) if tile not in self.seen and self.job.fits(tile, self.device)]
+        self.seen.update(self.frontier)
 
     def is_better(self) -> bool:
         """Return whether the best tile is faster than the default by ``MARGIN``, or the default failed."""
-        default = self.seconds.get(self.job.default())
+        default = self.seconds.get(self.default)
         return self.best in self.seconds and (default is None or default > MARGIN * self.seconds[self.best])
+
+    def entry(self) -> tile_configs.Entry:
+        """Return the best tile as an entry of a file of tuned tiles."""
+        job, default, device = self.job, self.seconds.get(self.default), self.device
+        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'a dry run'
+        against = 'the default fails' if default is None else f'{default * 1e6:.0f} by default'
+        return {
+            'kernel': job.form, 'mode': MODE, 'batch': job.batch, 'height': job.height, 'width': job.width,
+            'kernel_size': [job.kernel, job.kernel], 'tile': dataclasses.asdict(self.best),
+            'source': f'measured on {name}, {date.today():%B %Y}: {self.seconds[self.best] * 1e6:.0f} us for '
+                      f'{job.channels} channels; {against}'}
 
 
 def jobs(is_dry: bool, device: torch.device) -> List[Job]:
@@ -125,12 +168,6 @@ def jobs(is_dry: bool, device: torch.device) -> List[Job]:
                 job = Job(form, BATCH, case.channels, case.height, case.width, case.kernel)
                 found.setdefault(job.key(), job)
     return list(found.values())
-
-
-def forms_of(batch: int, height: int, width: int, kernel: int, device: torch.device) -> List[str]:
-    """Return the forms that fit a map, the selected ones first."""
-    selected = _selected_forms(batch, height, width, kernel, device)
-    return list(dict.fromkeys([*selected, 'block_forward', 'block_weight_grad']))
 
 
 def _selected_forms(batch: int, height: int, width: int, kernel: int, device: torch.device) -> List[str]:
@@ -165,8 +202,12 @@ def neighbors(tile: Any) -> Iterator[Any]:
 def run(settings: Settings) -> Report:
     report = Report()
     device = settings.device
-    active = [Search.start(job, configured(settings.configs, job, device)) for job in jobs(settings.is_dry, device)]
-    searches = list(active)
+    path = tile_configs.path_of(settings.configs, device)
+    started = {
+        job: Search.start(job, tile_configs.tiles(path, job.key()), device) for job in jobs(settings.is_dry, device)}
+    say(*(f'{job}: no tile fits the device' for job, search in started.items() if search is None))
+    searches = [search for search in started.values() if search is not None]
+    active = list(searches)
     if settings.is_dry:
         for search in active:
             search.frontier = search.frontier[:2]
@@ -182,19 +223,26 @@ def run(settings: Settings) -> Report:
                     _advance(search, built[search.job], settings, report)
                     if not search.frontier:
                         _finish(search, settings)
-            write(settings.configs, searches, settings.device)
+            write(path, searches)
             active = [search for search in active if search.frontier]
-    for search in active:
-        report.left_out.append(f'more tiles of {search.job}')
+    for search in active:  # ended by the time, each with the best tile so far
+        if not search.seconds:
+            report.left_out.append(str(search.job))
         _finish(search, settings)
     return report
+
+
+def write(path: Path, searches: List[Search]) -> None:
+    """Replace the entries of the searches in a file of tuned tiles; a job whose default is as fast has none."""
+    measured = [search for search in searches if search.seconds]
+    tile_configs.replace(
+        path, {search.job.key() for search in measured}, [search.entry() for search in measured if search.is_better()])
 
 
 def _build(active: List[Search], pool: Pool, settings: Settings, report: Report) -> Dict[Job, List[Any]]:
     """Build and check the tiles of all frontiers; return those that are right, by job."""
     pending = []
     for search in active:
-        search.seen.update(search.frontier)
         pending += [
             (search, tile, pool.apply_async(_try, (search.job, tile, settings.device))) for tile in search.frontier]
     right: Dict[Job, List[Any]] = {search.job: [] for search in active}
@@ -208,32 +256,44 @@ def _build(active: List[Search], pool: Pool, settings: Settings, report: Report)
             right[search.job].append(tile)
             continue
         search.failed += 1
-        if tile == search.job.default():
+        if tile == search.default:
             report.add_fault(f'{search.job}, default {tile}: {reason}')
     return right
 
 
 def _try(job: Job, tile: Any, device: torch.device) -> Optional[str]:
     """Build a tile into Triton's cache and run it; return why it is of no use."""
+    def compare() -> check.Comparison:
+        operands = job.operands(device, is_small=True)
+        return job.comparison(operands, check.Exact(*operands), tile)
+    return _reason_against(compare)
+
+
+def _reason_against(compare: Callable[[], check.Comparison]) -> Optional[str]:
+    """Return why a comparison fails or its result is wrong, None if the result is right."""
     from triton.errors import TritonError
     try:
-        operands = job.operands(device, is_small=True)
-        comparison = job.comparison(operands, check.Exact(*operands), tile)
+        comparison = compare()
     except (AssertionError, RuntimeError, ValueError, TritonError) as error:  # too large, or not a kernel's tile
         return gpu_run.error_line(error)
     return None if comparison.is_right else str(comparison)
 
 
 def _advance(search: Search, tiles: List[Any], settings: Settings, report: Report) -> None:
-    """Time tiles beside the best one, and move to the fastest that is right at the full size."""
+    """Check tiles at the full size, time the right ones beside the best one, and move to the fastest."""
     search.frontier = []
     job = search.job
     operands = job.operands(settings.device)
     exact = check.Exact(*operands)
-    timed = list(dict.fromkeys([*([search.best] if search.best in search.seconds else []), *tiles]))
-    if not timed:
-        return
-    functions: Dict[Any, Callable[[], Tensor]] = {tile: lambda tile=tile: job.run(operands, tile) for tile in timed}
+    functions: Dict[Any, Callable[[], Tensor]] = {}
+    for tile in dict.fromkeys([*([search.best] if search.best in search.seconds else []), *tiles]):
+        reason = _reason_against(functools.partial(job.comparison, operands, exact, tile))
+        if reason is None:
+            functions[tile] = lambda tile=tile: job.run(operands, tile)
+        else:
+            search.failed += 1
+            search.seconds.pop(tile, None)
+            report.add_fault(f'{job}, {tile}: {reason}')
     rounds, seconds = (1, 0.01) if settings.is_dry else (21, 0.1)
     try:
         found = measure.interleaved(functions, rounds, seconds, settings.device)
@@ -241,27 +301,21 @@ def _advance(search: Search, tiles: List[Any], settings: Settings, report: Repor
         report.add_fault(f'{job}: {gpu_run.error_line(error)}')
         return
     search.seconds.update(found)
-    for tile in sorted(found, key=found.__getitem__):
-        comparison = job.comparison(operands, exact, tile)
-        if comparison.is_right:
-            break
-        search.failed += 1
-        del search.seconds[tile]
-        report.add_fault(f'{job}, {tile}: {comparison}')
-    else:
+    if not found:
         return
-    if search.best not in found or found[search.best] > 1.01 * found[tile]:
-        search.best = tile
-        search.frontier = [other for other in neighbors(tile) if other not in search.seen]
+    fastest = min(found, key=found.__getitem__)
+    if search.best not in found or found[search.best] > 1.01 * found[fastest]:
+        search.best = fastest
+        search.look_at(neighbors(fastest))
 
 
 def _finish(search: Search, settings: Settings) -> None:
     """Store and print the result of a search."""
     job, seconds = search.job, search.seconds.get(search.best)
     if seconds is None:
-        say(f'{job}: no tile could be timed')
+        say(f'{job}: no tile was built and found right')
         return
-    default = search.seconds.get(job.default())
+    default = search.seconds.get(search.default)
     gpu_run.store(settings, 'gpu_tiles', {
         'form': job.form, 'mode': MODE, 'batch': job.batch, 'channels': job.channels, 'height': job.height,
         'width': job.width, 'kernel': job.kernel, 'tile': dataclasses.asdict(search.best), 'seconds': seconds,
@@ -269,57 +323,6 @@ def _finish(search: Search, settings: Settings) -> None:
     })
     against = 'the default fails' if default is None else f'{default / seconds:.2f} x the default'
     say(f'{job}: {seconds * 1e6:.1f} us, {against}, {len(search.seconds)} timed, {search.failed} failed: {search.best}')
-    say(*settings.predictions.lines(seconds, form=job.form, height=job.height, width=job.width, kernel=job.kernel))
-
-
-# --- the file ---
-
-
-def path_of(configs: Path, device: torch.device) -> Path:
-    return configs / f'sm_{tuning._capability(device)}.json'
-
-
-def _entries(path: Path) -> List[Dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def _key(entry: Dict[str, Any]) -> Tuple[Any, ...]:
-    size = tuple(entry['kernel_size'])
-    return entry['kernel'], entry['mode'], entry['batch'], entry['height'], entry['width'], size
-
-
-def configured(configs: Path, job: Job, device: torch.device) -> List[Any]:
-    """Return the tile that a file of configs has for a job, if any."""
-    return [
-        tuning.TILES[job.form](**entry['tile'])
-        for entry in _entries(path_of(configs, device)) if _key(entry) == job.key()]
-
-
-def write(configs: Path, searches: List[Search], device: torch.device) -> None:
-    """Replace the entries of the searches; a job whose default is as fast has none."""
-    path = path_of(configs, device)
-    measured = {search.job.key(): search for search in searches if search.seconds}
-    entries = [entry for entry in _entries(path) if _key(entry) not in measured]
-    entries += [_entry(search, device) for search in measured.values() if search.is_better()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_io.atomic_write(path) as temporary:
-        temporary.write_text('[\n' + ',\n'.join(map(_text, entries)) + '\n]\n' if entries else '[]\n')
-
-
-def _entry(search: Search, device: torch.device) -> Dict[str, Any]:
-    job, default = search.job, search.seconds.get(search.job.default())
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'a dry run'
-    source = f'measured on {name}, {date.today():%B %Y}: {search.seconds[search.best] * 1e6:.0f} us for ' \
-        f'{job.channels} channels; ' + ('the default fails' if default is None else f'{default * 1e6:.0f} by default')
-    return {
-        'kernel': job.form, 'mode': MODE, 'batch': job.batch, 'height': job.height, 'width': job.width,
-        'kernel_size': [job.kernel, job.kernel], 'tile': dataclasses.asdict(search.best), 'source': source}
-
-
-def _text(entry: Dict[str, Any]) -> str:
-    """Return an entry on three lines: what it is for, the tile, the source."""
-    problem = {key: value for key, value in entry.items() if key not in ('tile', 'source')}
-    return (
-        f'  {json.dumps(problem)[:-1]},\n'
-        f'   "tile": {json.dumps(entry["tile"])},\n'
-        f'   "source": {json.dumps(entry["source"])}}}')
+    say(*settings.predictions.lines(
+        seconds, form=job.form, height=job.height, width=job.width, kernel=job.kernel,
+        dtype=str(_TYPES[search.device.type]).removeprefix('torch.')))

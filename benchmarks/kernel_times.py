@@ -144,4 +144,4 @@ def _category(callers: List[Any], kernel: str, sampled: Set[Tuple[int, int]]) ->
 
 
 def _is_depthwise_kernel(shape: Any) -> bool:
-    return len(shape) == 4 and shape[1] == 1 and shape[2] > 1
+    return len(shape) == 4 and shape[1] == 1 and shape[2] * shape[3] > 1

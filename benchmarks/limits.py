@@ -5,9 +5,9 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
 
 
 class Deadline:
@@ -15,9 +15,28 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
+        self._longest: Dict[str, float] = {}
 
     def left(self) -> float:
+        """Return the seconds until the end, negative after it."""
         return self._end - time.monotonic()
+
+    def allows(self, kind: str, first: float) -> bool:
+        """Return whether a part of a measurement fits into the time left.
+
+        Args:
+            kind: Kind of the part; parts of one kind take about the same time.
+            first: Seconds that the first part of its kind may take. Later ones may take half as much again as the
+                longest that was timed.
+        """
+        return self.left() >= (1.5 * self._longest[kind] if kind in self._longest else first)
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Note the time of a part for :meth:`allows`, unless the part raises an error."""
+        before = self.left()
+        yield
+        self._longest[kind] = max(self._longest.get(kind, 0.), before - self.left())
 
 
 class Outcome(NamedTuple):

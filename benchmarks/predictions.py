@@ -8,11 +8,12 @@ A file of predictions has one JSON object per line: milliseconds, and what they 
     {"form": "block_forward", "height": 56, "width": 56, "kernel": 31, "ms": 0.087}
 
 A prediction is compared with each measurement that has all of its values. One of a network without a category is of the
-whole step.
+whole step; its dtype is that of autocast. Predictions that no measurement has are printed at the end.
 """
 import json
+import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List, Set
 
 # Keys of a measurement, and the types of their values.
 KEYS = {
@@ -22,10 +23,15 @@ KEYS = {
 
 
 class Predictions:
-    """Predictions of a file; none by default."""
+    """Predictions of a file.
+
+    Attributes:
+        compared: Positions of the predictions that a measurement has had.
+    """
 
     def __init__(self, rows: List[Dict[str, Any]]) -> None:
         self._rows = rows
+        self.compared: Set[int] = set()
 
     @classmethod
     def read(cls, path: Path) -> 'Predictions':
@@ -42,10 +48,12 @@ class Predictions:
 
     def seconds(self, **measurement: Any) -> List[float]:
         """Return the predictions for a measurement, described by values of ``KEYS``."""
-        return [
-            row['ms'] / 1e3 for row in self._rows
+        matching = [
+            position for position, row in enumerate(self._rows)
             if row.get('category') == measurement.get('category')
             and all(measurement.get(key) == value for key, value in row.items() if key != 'ms')]
+        self.compared.update(matching)
+        return [self._rows[position]['ms'] / 1e3 for position in matching]
 
     def lines(self, seconds: float, **measurement: Any) -> List[str]:
         """Return a line for each prediction of a measurement."""
@@ -53,6 +61,12 @@ class Predictions:
         return [
             f'{name}: predicted {predicted * 1e3:.4g} ms, measured {seconds * 1e3:.4g} ms, {seconds / predicted:.2f} x'
             for predicted in self.seconds(**measurement)]
+
+    def lines_except(self, compared: Iterable[int]) -> List[str]:
+        """Return a line for each prediction that was not compared."""
+        return [
+            f'no measurement for the prediction {json.dumps(row)}'
+            for position, row in enumerate(self._rows) if position not in compared]
 
 
 def _parse(line: str, where: str) -> Dict[str, Any]:
@@ -63,8 +77,8 @@ def _parse(line: str, where: str) -> Dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected a JSON object, got {line!r:.80}')
     ms = row.get('ms')
-    if type(ms) not in (int, float) or not ms > 0:
-        raise ValueError(f'{where}: ms must be a number above 0, got {ms!r}')
+    if type(ms) not in (int, float) or not 0 < ms <= sys.float_info.max:
+        raise ValueError(f'{where}: ms must be a finite number above 0, got {ms!r:.80}')
     for key, value in row.items():
         if key != 'ms' and type(value) is not KEYS.get(key):
             raise ValueError(f'{where}: expected the keys {", ".join(KEYS)} and ms, got {key}={value!r}')

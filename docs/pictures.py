@@ -28,6 +28,7 @@ from smpconv_models import figures
 from smpconv_models.layers import smp_layers
 from smpconv_models.prediction.inputs import ModelSource, Preparation
 from smpconv_models.training import Digits
+from smpconv_models.utils.errors import unreadable_file
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / 'benchmarks' / 'results' / 'depthwise.jsonl'
@@ -137,11 +138,15 @@ def _speed_up(rows: List[Dict[str, Any]], network: str, layout: str) -> float:
 
 
 def draw_fields(runs: List[str]) -> None:
-    """Draw the receptive fields of the networks of several runs on the digits, with one scale for all."""
+    """Draw the receptive fields of the networks of some runs on the digits, with one scale for all.
+
+    Raises:
+        ValueError: If a folder has no summary or no network that can be read.
+    """
     figure = Figure(figsize=(12, 4.5), layout='compressed')
-    grid = figure.subplots(1, len(runs))
+    grid = figure.subplots(1, len(runs), squeeze=False)[0]
     for axes, run in zip(grid, runs):
-        summary = json.loads((Path(run) / 'summary.json').read_text())
+        summary = _summary(Path(run) / 'summary.json')
         name, parameters, top1 = (summary[key] for key in ('model', 'parameters', 'best_top1'))
         loaded, = ModelSource(checkpoints=[run]).load()
         preparation, digits = Preparation.of(loaded, 128), Digits('validation', 'L')
@@ -160,6 +165,13 @@ def draw_fields(runs: List[str]) -> None:
     bar.set_label('contribution over the largest', fontsize=13)
     bar.ax.tick_params(labelsize=12)
     save(figure, 'fields')
+
+
+def _summary(path: Path) -> Dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise unreadable_file(path, error) from error
 
 
 def _smallest_square(field: np.ndarray, share: float) -> Tuple[int, int, int]:
@@ -262,12 +274,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     for name in ('speed', 'block', 'layers'):
         commands.add_parser(name)
     args = parser.parse_args(argv)
-    if args.command == 'hero':
-        draw_hero(args.checkpoint)
-    elif args.command == 'fields':
-        draw_fields(args.runs)
-    else:
-        {'speed': draw_speed, 'block': draw_block, 'layers': draw_layers}[args.command]()
+    try:
+        if args.command == 'hero':
+            draw_hero(args.checkpoint)
+        elif args.command == 'fields':
+            draw_fields(args.runs)
+        else:
+            {'speed': draw_speed, 'block': draw_block, 'layers': draw_layers}[args.command]()
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

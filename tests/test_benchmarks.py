@@ -248,8 +248,8 @@ def test_a_run_of_one_case_stores_its_row(tmp_path):
     ('depthwise', ['--picture', f'{__file__}/picture.png'], '--picture'),
     ('depthwise', ['--picture', 'picture.nothing'], '--picture'),
     ('gpu', ['--phase', 'nothing'], "invalid choice: 'nothing' (choose from 'check', "),
-    ('gpu', ['--device', 'cpu'], 'a CPU takes --dry-run'),
-    ('gpu', ['--device', 'cuda', '--dry-run'], 'and a GPU does not'),
+    ('gpu', ['--device', 'cpu'], '--device cpu needs --dry-run'),
+    ('gpu', ['--device', 'cuda', '--dry-run'], '--dry-run runs on the CPU: remove --device cuda'),
     ('gpu', ['--minutes', '0'], 'must be above 0, got 0'),
     ('gpu', ['--results', __file__], '--results cannot be written'),
     ('gpu', ['--prediction', 'nothing.jsonl'], 'nothing.jsonl cannot be read'),
@@ -341,18 +341,24 @@ def test_the_latency_of_a_wrong_network_is_not_measured(latency, tmp_path, monke
 
 
 def test_every_phase_of_the_gpu_command_runs_dry(tmp_path):
-    """Run the command from another folder; the checkout need not be installed."""
+    """Run the command from another folder, where the checkout is not installed and other packages are hidden."""
     prediction = tmp_path / 'prediction.jsonl'
     prediction.write_text('{"case": "tiny_2x2", "path": "triton/nchw", "result": "y", "ms": 2}\n\n'
-                          '{"network": "smpconv_nano", "compiled": false, "category": "norms", "ms": 0.5}\n')
+                          '{"network": "smpconv_nano", "compiled": false, "category": "norms", "ms": 0.5}\n'
+                          '{"network": "smpconv_nano", "dtype": "float32", "ms": 3.5}\n'
+                          '{"form": "block_forward", "dtype": "float16", "ms": 4.5}\n'
+                          '{"case": "tiny2x2", "ms": 5.5}\n')
+    hidden = ('pytest_timeout', 'scipy', 'sklearn', 'xdist')
+    (tmp_path / 'sitecustomize.py').write_text(f'import sys\nsys.modules.update(dict.fromkeys({hidden}))\n')
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path), 'PYTEST_DISABLE_PLUGIN_AUTOLOAD': '1'}
     command = [sys.executable, BENCHMARKS / 'gpu.py', '--dry-run', '--device', 'cpu', '--results', tmp_path,
                '--prediction', prediction]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split() for line in lines[-4:-1]] == [[phase, 'right'] for phase in ('check', 'layers', 'steps')]
-    assert lines[-1].startswith('tune     right')
-    assert sum('predicted 2 ms' in line or 'predicted 0.5 ms' in line for line in lines) == 2
+    assert [line.split() for line in lines[-4:]] == [[phase, 'right'] for phase in ('check', 'layers', 'steps', 'tune')]
+    assert [sum(f'predicted {ms} ms' in line for line in lines) for ms in (2, 0.5, 3.5, 4.5, 5.5)] == [1, 1, 1, 1, 0]
+    assert lines[-5] == 'no measurement for the prediction {"case": "tiny2x2", "ms": 5.5}'
     checks, layers, steps, tiles = (
         [json.loads(line) for line in (tmp_path / f'{name}.jsonl').read_text().splitlines()]
         for name in ('gpu_check', 'depthwise', 'gpu_steps', 'gpu_tiles'))
@@ -363,7 +369,9 @@ def test_every_phase_of_the_gpu_command_runs_dry(tmp_path):
     assert layers[0]['ceilings'].keys() == {'bytes_per_second', 'operations_per_second'}
     assert steps[0]['kernel_seconds']['sampling of kernels'] > 0 and steps[1]['compiled']
     assert all(row['tile'] and row['seconds'] > 0 for row in tiles)
-    assert json.loads((tmp_path / 'sm_None.json').read_text()) is not None
+    tuning = importlib.import_module('smpconv_models.ops._triton.tuning')
+    for entry in json.loads((tmp_path / 'sm_None.json').read_text()):
+        assert tuning.TILES[entry['kernel']](**entry['tile'])
     assert (tmp_path / 'gpu_layers.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -376,6 +384,107 @@ def test_a_machine_without_a_gpu_is_one_line(load, monkeypatch, tmp_path, capfd)
     assert output.err == (
         f'gpu.py: error: PyTorch {torch.__version__} finds no CUDA device: an NVIDIA GPU and its driver are needed\n')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def gpu(load, monkeypatch):
+    """The command, with a clock that the test advances and phases that it replaces."""
+    gpu, limits, clock = load('gpu'), load('limits'), [0.]
+    monkeypatch.setenv('TRITON_INTERPRET', '1')  # and restore what a dry run sets
+    monkeypatch.setattr(limits, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def with_phases(answer):
+        monkeypatch.setattr(gpu.limits, 'call', lambda function, seconds: answer(clock, function, seconds))
+        return gpu
+    return with_phases
+
+
+def test_parts_that_are_left_out_are_no_success(gpu, tmp_path, capfd):
+    command = gpu(lambda clock, function, seconds: command.limits.Outcome(command.Found([], ['t_56, float16'], set())))
+    assert command.main(['--dry-run', '--phase', 'layers', '--results', str(tmp_path)]) == 1
+    assert capfd.readouterr().out.splitlines()[-1] == 'layers   left out for lack of time: t_56, float16'
+
+
+def test_the_minutes_include_the_search_for_a_gpu(gpu, tmp_path, capfd):
+    given = []
+
+    def answer(clock, function, seconds):
+        given.append(seconds)
+        clock[0] += 40
+        return command.limits.Outcome(None if len(given) == 1 else command.Found([], [], set()))
+
+    command = gpu(answer)
+    folder = str(tmp_path)
+    assert command.main(['--phase', 'check', '--minutes', '1', '--results', folder, '--configs', folder]) == 0
+    assert given == [60, 20]
+
+
+def test_a_part_starts_only_if_it_fits_the_time_left(load, monkeypatch):
+    limits, clock = load('limits'), [0.]
+    monkeypatch.setattr(limits, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+    deadline = limits.Deadline(100)
+    assert deadline.allows('eager', 100) and not deadline.allows('eager', 101)
+    for seconds in (40, 2):
+        with deadline.timed('eager'):
+            clock[0] += seconds
+    with pytest.raises(RuntimeError), deadline.timed('compiled'):
+        raise RuntimeError
+    assert not deadline.allows('eager', 0)  # 58 left, but 60 needed
+    assert deadline.allows('compiled', 58)
+
+
+def test_without_pytest_no_tests_run(load, monkeypatch, tmp_path, capsys):
+    pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
+    gpu_check = load('gpu_check')
+    monkeypatch.setitem(sys.modules, 'pytest', None)
+    with gpu_check._tests_beside(types.SimpleNamespace(is_dry=False), tmp_path) as tests:
+        assert tests is None
+    assert capsys.readouterr().out == 'no tests: pytest is not installed\n'
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='the program is a script of sh')
+@pytest.mark.parametrize(('script', 'clock'), [
+    ('echo $1, 2, 3, 4', {'clocks.sm': '--id=GPU-12-34', 'clocks.mem': '2', 'temperature.gpu': '3', 'power.draw': '4'}),
+    ('echo no such GPU; exit 6', {}),
+    ('exec sleep 60', {}),
+])
+def test_the_clock_is_that_of_the_measured_gpu(load, monkeypatch, tmp_path, script, clock):
+    ceilings = load('ceilings')
+    tool, run = tmp_path / 'nvidia-smi', subprocess.run
+    tool.write_text(f'#!/bin/sh\n{script}\n')
+    tool.chmod(0o700)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: types.SimpleNamespace(uuid='12-34'))
+    monkeypatch.setattr(ceilings.subprocess, 'run', lambda *args, **options: run(*args, **{**options, 'timeout': 2}))
+    assert ceilings.clock(torch.device('cuda')) == clock
+
+
+def test_a_program_that_cannot_start_reports_no_clock(load, monkeypatch, tmp_path):
+    ceilings = load('ceilings')
+    monkeypatch.setattr(ceilings.shutil, 'which', lambda name: str(tmp_path / name))
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: types.SimpleNamespace(uuid='12-34'))
+    assert ceilings.clock(torch.device('cuda')) == {}
+
+
+def small_step(load, monkeypatch, device):
+    """Return the row of a training step of two small images."""
+    gpu_steps = load('gpu_steps')
+    monkeypatch.setattr(gpu_steps.kernel_times, 'measured', lambda *args, **options: {'kernel_seconds': {}})
+    settings = types.SimpleNamespace(device=torch.device(device), is_dry=True, deadline=load('limits').Deadline(60))
+    return gpu_steps._measure(gpu_steps.Case('smpconv_nano'), settings)
+
+
+def test_the_peak_is_read_before_the_timing(load, monkeypatch):
+    gpu_steps, calls = load('gpu_steps'), []
+    monkeypatch.setattr(gpu_steps, '_peak_bytes', lambda device: calls.append('peak') or 7)
+    monkeypatch.setattr(gpu_steps.measure, 'interleaved', lambda *args: calls.append('timing') or {'step': 1.})
+    assert small_step(load, monkeypatch, 'cpu')['peak_bytes'] == 7
+    assert calls == ['peak', 'timing', 'timing']
+
+
+@pytest.mark.gpu
+def test_the_peak_is_without_the_memory_of_the_stopwatch(load, monkeypatch):
+    assert 0 < small_step(load, monkeypatch, 'cuda')['peak_bytes'] < 2 ** 28
 
 
 @pytest.mark.parametrize(('function', 'seconds', 'value', 'fault'), [
@@ -408,11 +517,16 @@ def test_predictions_are_compared_with_what_they_name(load, tmp_path):
     assert predictions.seconds(network='smpconv_t', compiled=True, category='norms') == []
     line, = predictions.lines(0.045, network='smpconv_t', compiled=True)
     assert line == 'smpconv_t, True: predicted 30 ms, measured 45 ms, 1.50 x'
+    assert predictions.compared == {0, 1, 2}
+    assert predictions.lines_except({0, 2}) == [
+        'no measurement for the prediction {"case": "t_56", "result": "dw", "ms": 0.2}']
 
 
 @pytest.mark.parametrize(('text', 'message'), [
     ('{"ms": 1}', 'line 1: ms describes nothing'),
-    ('\n{"case": "t_56", "ms": 0}', 'line 2: ms must be a number above 0, got 0'),
+    ('\n{"case": "t_56", "ms": 0}', 'line 2: ms must be a finite number above 0, got 0'),
+    ('{"case": "t_56", "ms": Infinity}', 'ms must be a finite number above 0, got inf'),
+    ('{"case": "t_56", "ms": 1' + 400 * '0' + '}', 'ms must be a finite number above 0, got 1000'),
     ('{"case": 3, "ms": 1}', 'got case=3'),
     ('{"layer": "t_56", "ms": 1}', "got layer='t_56'"),
     ('t_56 1', "expected a JSON object, got 't_56 1'"),
@@ -456,6 +570,12 @@ def test_kernel_time_by_category(load, monkeypatch):
     assert 'kernel' not in vars(network[1])  # the layer is as before
     names = {row['name']: row['category'] for row in found['kernels']}
     assert names['smpconv_models::depthwise_conv2d'] == kernel_times.DEPTHWISE
+
+
+@pytest.mark.parametrize(('shape', 'is_depthwise'), [
+    ((8, 1, 11, 11), True), ((8, 1, 1, 11), True), ((8, 1, 11, 1), True), ((8, 1, 1, 1), False), ((8, 8, 3, 3), False)])
+def test_weights_of_depthwise_convolutions(load, shape, is_depthwise):
+    assert load('kernel_times')._is_depthwise_kernel(shape) == is_depthwise
 
 
 def test_the_backward_pass_of_sampling_is_sampling(load):
@@ -523,7 +643,7 @@ def test_jobs_of_one_device_alone(tiles, monkeypatch):
 
 
 def test_neighbors_differ_in_one_field(tiles):
-    default = tiles.jobs(False, torch.device('cpu'))[1].default()
+    default = tiles.jobs(False, torch.device('cpu'))[1].default(torch.device('cpu'))
     found = list(tiles.neighbors(default))
     assert len(set(found)) == len(found) > 8
     for tile in found:
@@ -536,7 +656,7 @@ def search(tiles, monkeypatch, tmp_path):
     """A search whose tiles take given seconds, and of which some are wrong; returns it after a round."""
     def advance(seconds, wrong=()):
         job = tiles.Job('map_forward', 2, 2, 4, 4, 7)
-        default = job.default()
+        default = job.default(torch.device('cpu'))
         tile = {'default': default, 'fast': dataclasses.replace(default, bo=64), 'slow': dataclasses.replace(
             default, bo=128)}
         wrong = [tile[name] for name in wrong]
@@ -547,7 +667,7 @@ def search(tiles, monkeypatch, tmp_path):
             name: by_tile[name] for name in functions})
         settings = types.SimpleNamespace(device=torch.device('cpu'), is_dry=True)
         report = tiles.Report()
-        found = tiles.Search.start(job, [])
+        found = tiles.Search.start(job, [], settings.device)
         tiles._advance(found, list(tile.values()), settings, report)
         return found, report.faults, tile
     return advance
@@ -562,26 +682,81 @@ def test_the_search_moves_to_the_fastest_right_tile(search):
     assert 'y of map_forward is wrong: relative error 1.0e-01' in fault
 
 
+@pytest.mark.parametrize('default', [0.5, 1.02, 3.])
+def test_a_right_tile_is_better_than_a_wrong_default(search, default):
+    found, faults, tile = search({'default': default, 'fast': 1., 'slow': 4.}, wrong=['default'])
+    assert found.best == tile['fast'] and found.frontier and found.is_better() and len(faults) == 1
+    assert found.entry()['tile'] == vars(tile['fast']) and 'the default fails' in found.entry()['source']
+
+
+def test_a_search_without_a_right_tile_is_better_by_none(search):
+    found, faults, _ = search({'default': 1., 'fast': 2., 'slow': 3.}, wrong=['default', 'fast', 'slow'])
+    assert not found.is_better() and not found.frontier and len(faults) == found.failed == 3
+
+
+@pytest.fixture
+def on_b200(tiles, monkeypatch):
+    """Device with the limits of a B200."""
+    monkeypatch.setattr(tiles.tuning, '_limits', lambda device, capability: tiles.tuning._LIMITS[100])
+    return torch.device('cpu')
+
+
+def test_only_tiles_that_fit_are_tuned(tiles, on_b200):
+    """The package would not launch a tuned tile that does not fit."""
+    job = next(job for job in tiles.jobs(False, on_b200) if job.form == 'block_forward' and job.kernel == 51)
+    wanted = tiles.tuning.BlockTile.default(64, 56, 56, [51, 51], 'half')
+    assert not job.fits(wanted, on_b200)
+    found = tiles.Search.start(job, [wanted], on_b200)
+    assert found.default == found.best == job.default(on_b200) and found.default in found.frontier
+    assert wanted not in found.frontier and all(job.fits(tile, on_b200) for tile in found.frontier)
+    others = list(tiles.neighbors(dataclasses.replace(found.default, bp=256)))
+    found.look_at(others)
+    assert found.frontier and all(job.fits(tile, on_b200) for tile in found.frontier)
+    assert not all(job.fits(tile, on_b200) for tile in others)
+
+
+def test_no_search_starts_without_a_tile_that_fits(tiles, monkeypatch):
+    monkeypatch.setattr(tiles.tuning, '_limits', lambda device, capability: tiles.tuning.Limits(0))
+    assert tiles.Search.start(tiles.jobs(True, torch.device('cpu'))[0], [], torch.device('cpu')) is None
+
+
+def test_the_tiles_that_the_package_launches_are_checked(load, tiles, on_b200, monkeypatch):
+    gpu_check, checked = load('gpu_check'), {}
+
+    def comparison(job, operands, exact, tile):
+        checked[job.form] = tile
+        assert job.fits(tile, on_b200)
+        return load('check').Comparison(job.form, job.result, 0., 1.)
+
+    monkeypatch.setattr(tiles.Job, 'comparison', comparison)
+    monkeypatch.setattr(gpu_check.layer, 'paths', lambda *args: {})
+    monkeypatch.setattr(gpu_check.check, 'compare', lambda *args: [])
+    monkeypatch.setattr(gpu_check.check, 'Exact', lambda *args: None)
+    case = load('cases').Case('mobile51_56', 1, 56, 56, 51, batch=64)
+    row = gpu_check._layer_row(case, 'float16', 'ieee', on_b200)
+    assert row['errors'].keys() == checked.keys() == {'block_forward', 'block_weight_grad'}
+
+
 def test_a_search_ends_where_no_neighbor_is_faster(search):
     found, _, tile = search({'default': 1., 'fast': 1.5, 'slow': 2.})
     assert found.best == tile['default'] and not found.frontier and not found.is_better()
 
 
-def test_tuned_tiles_replace_those_of_the_same_problem(tiles, search, tmp_path):
+def test_tuned_tiles_replace_those_of_the_same_problem(load, tiles, search, tmp_path):
+    tile_configs = load('tile_configs')
     found, _, tile = search({'default': 3., 'fast': 1., 'slow': 4.})
-    device = torch.device('cpu')
-    path = tiles.path_of(tmp_path, device)
+    path = tile_configs.path_of(tmp_path, torch.device('cpu'))
     other = dict(kernel='map_forward', mode='half', batch=64, height=4, width=4, kernel_size=[7, 7],
                  tile=vars(tile['slow']), source='another batch')
     same = {**other, 'batch': 2, 'source': 'predicted'}
     path.write_text(json.dumps([same, other]))
-    assert tiles.configured(tmp_path, found.job, device) == [tile['slow']]
-    tiles.write(tmp_path, [found], device)
+    assert tile_configs.tiles(path, found.job.key()) == [tile['slow']]
+    tiles.write(path, [found])
     kept, written = json.loads(path.read_text())
     assert kept == other and written['tile'] == vars(tile['fast']) and written['source'].startswith('measured on ')
-    assert tiles.configured(tmp_path, found.job, device) == [tile['fast']]
+    assert tile_configs.tiles(path, found.job.key()) == [tile['fast']]
     found.best = tile['default']
-    tiles.write(tmp_path, [found], device)
+    tiles.write(path, [found])
     assert json.loads(path.read_text()) == [other]
 
 

@@ -119,7 +119,8 @@ MAY_IMPORT = {
     'benchmarks': (
         'torch', 'timm', 'huggingface_hub', 'safetensors', 'tqdm', 'torchvision', 'matplotlib',
         'smpconv_models', LAYERS, CHECKPOINT, DETECTION, UTILS, *PUBLIC_TRAINING, *BENCHMARKS),
-    'benchmarks/gpu_tiles.py': ('torch', 'triton', 'tqdm', f'{OPS}._triton', UTILS, *BENCHMARKS),
+    **{f'benchmarks/{name}.py': ('torch', 'triton', 'tqdm', 'smpconv_models', f'{OPS}._triton', UTILS, *BENCHMARKS)
+       for name in ('gpu_check', 'gpu_tiles', 'tile_configs')},
 }
 
 

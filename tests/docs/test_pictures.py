@@ -26,6 +26,24 @@ def test_pictures_are_drawn_as_they_are_in_the_repository(name, folder, monkeypa
             assert is_transparent == (name in ('hero', 'speed'))
 
 
+def test_fields_of_one_run(folder, monkeypatch):
+    monkeypatch.setattr(pictures, 'FOLDER', folder)
+    monkeypatch.setattr(pictures.figures, 'effective_receptive_field', lambda model, images: np.eye(16) + 0.1)
+    assert programs.run(pictures.main, 'fields', '--runs', 'output/digits') == 0
+    assert (folder / 'fields.png').exists()
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['fields', '--runs', 'output'], 'error: output/summary.json cannot be read: '),
+    (['hero', '--checkpoint', 'output/nothing'], 'output/nothing'),
+])
+def test_a_missing_run_is_one_line(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        pictures.main(arguments)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and message in line
+
+
 def test_the_smallest_square_lies_where_the_contributions_are():
     field = np.zeros((16, 16))
     field[8:12, 3:7] = 1

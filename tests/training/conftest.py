@@ -7,7 +7,6 @@ from pathlib import Path
 import made
 import pytest
 
-from smpconv_models import figures
 from smpconv_models.training.datasets import SeededDataset
 
 
@@ -50,6 +49,7 @@ def signal_at(monkeypatch, heard_signals):
 @pytest.fixture(scope='module')
 def no_pictures():
     """Runs write empty pictures: to draw them takes a third of a short run. test_run.py has real ones."""
+    from smpconv_models import figures  # on use, as it needs matplotlib
     with pytest.MonkeyPatch.context() as patch:
         for name in ('save_curves', 'save_run'):
             patch.setattr(figures, name, lambda path, *_: Path(path).write_bytes(b''))

@@ -5,6 +5,8 @@ import pytest
 import torch
 from launch import TINY
 
+pytest.importorskip('matplotlib', reason='the picture of a run is drawn with it')
+pytest.importorskip('sklearn', reason='it has the digits')
 import train
 import validate
 
