@@ -14,7 +14,8 @@ printed, then all figures as one line of JSON; for several models, each accuracy
 and a list. All files are checked before the first evaluation; an evaluation that fails is reported, and the others
 continue.
 
-Exit codes: 0 finished, 2 wrong arguments, checkpoint or data (of a single model: nothing is written), 130 interrupted.
+Exit codes: 0 finished, 1 the results cannot be printed, 2 wrong arguments, checkpoint or data (of a single model:
+nothing is written), 130 interrupted.
 """
 import argparse
 import importlib.util
@@ -165,6 +166,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = create_parser()
     args = parser.parse_args(argv)
     checkpoints, models, args.model = args.checkpoint, args.model, None
+    if not checkpoints and not models:
+        parser.error('--checkpoint or --model is needed, e.g. --checkpoint output/digits')
     options = EvalOptions(
         cli.read_options(args, DataOptions), cli.read_options(args, ModelOptions),
         cli.read_options(args, DeviceOptions),
@@ -184,6 +187,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f'\n{table(results)}\n')
     if results:
         print(json.dumps(results if len(each) > 1 else results[0]))
+    lost = streams.output_error()
+    if lost is not None:
+        parser.exit(1, f'{PROG}: error: standard output cannot be written: {lost.strerror}\n')
     return 0 if len(results) == len(each) else 2
 
 

@@ -61,8 +61,10 @@ def check_file(path: Union[str, Path]) -> None:
     """
     try:
         if not os.path.isfile(path):
+            inside = os.path.join(path, 'model_best.pth.tar')
+            hint = f"; the run's best weights are in {inside}" if os.path.isfile(inside) else ''
             found = 'a folder' if os.path.isdir(path) else 'nothing'
-            raise ValueError(f'expected a checkpoint file, found {found} at {path}')
+            raise ValueError(f'expected a checkpoint file, found {found} at {path}{hint}')
         with open(path, 'rb') as file:
             start = file.read(512)
         found = _looks_like(start)

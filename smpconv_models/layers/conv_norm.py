@@ -85,8 +85,7 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
 
     Same arguments, same parameters, same state dict, same function. The operation takes one group for each channel,
     as many outputs as inputs, stride 1, an odd kernel and "same" zero padding. With ``backend='auto'`` ``conv2d``
-    computes other convolutions, so that libraries can create layers of this class, as LoRA does. Inputs of the
-    operation have a batch dimension.
+    computes other convolutions, so that libraries can create layers of this class, as LoRA does.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: As

@@ -76,13 +76,24 @@ def resolve_weights(
     if path is None:  # weights in memory, or none, which timm reports
         return ResolvedWeights(overlay, {}, None, verify)
     try:  # timm's errors about a bad file are long and of many types
-        weights, _ = checkpoint.select_state_dict(checkpoint.load_file(path, lazy=True))
+        loaded = checkpoint.load_file(path, lazy=True)
+        weights, _ = checkpoint.select_state_dict(loaded)
+        _check_timms_entry(loaded, path)
     except ValueError:
         verify()  # a wrong checksum explains more
         raise
     # the config's own `state_dict` would take precedence over the file
     overlay.update(source=None, state_dict=None, file=str(path), custom_load=False)
     return ResolvedWeights(overlay, weights, path, verify)
+
+
+def _check_timms_entry(loaded: Any, path: Path) -> None:
+    """Raise ValueError unless the entry that timm takes from a checkpoint is a dictionary; timm does not check it."""
+    present = [key for key in ('state_dict_ema', 'model_ema') if loaded.get(key) is not None]
+    present += [key for key in ('state_dict', 'model') if key in loaded]
+    if present and not isinstance(loaded[present[0]], dict):
+        raise ValueError(
+            f'{path}: {present[0]} must be a dictionary of tensors, got {checkpoint.shown(loaded[present[0]])}')
 
 
 def _in_background(check: Callable[[], Any]) -> Check:

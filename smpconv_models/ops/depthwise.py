@@ -30,7 +30,8 @@ def depthwise_conv2d(
     not PyTorch's own.
 
     Args:
-        input: ``(N, C, H, W)``, floating point, any layout; N may be 0, and the map smaller than the kernel.
+        input: ``(N, C, H, W)`` or ``(C, H, W)``, floating point, any layout; N may be 0, and the map smaller than the
+            kernel.
         weight: ``(C, 1, kh, kw)``, odd kernel height and width.
         bias: ``(C,)`` or None.
         dilation: Spacing between kernel elements in pixels, one number or (height, width).
@@ -71,6 +72,8 @@ def _depthwise_conv2d(
         return handle_torch_function(_depthwise_conv2d, tensors, input, weight, bias, dilation, backend)
     if torch.jit.is_tracing():  # before the check, whose conditions would raise warnings
         return _reference.forward(input, weight, bias, dilation_list)
+    if isinstance(input, Tensor) and input.ndim == 3:
+        return _depthwise_conv2d(input[None], weight, bias, dilation, backend)[0]
     _check(input, weight, bias)
     # PyTorch's custom operators do not support torch.func's transforms and forward-mode differentiation
     is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -112,7 +115,7 @@ def _check(input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
         if not isinstance(tensor, Tensor) and not (name == 'bias' and tensor is None):
             raise ValueError(f'{name} must be a tensor, got {type(tensor).__name__}')
     if input.ndim != 4:
-        raise ValueError(f'input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}')
+        raise ValueError(f'input must have dimensions (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}')
     channels = input.shape[1]
     if weight.ndim != 4 or weight.shape[0] != channels or weight.shape[1] != 1:
         raise ValueError(

@@ -188,8 +188,9 @@ def find_images(paths: Iterable[str], option: str = 'images') -> List[Path]:
     """
     files: List[Path] = []
     extensions = _extensions()
-    for path in map(Path, paths):
-        if path.is_dir():
+    for name in paths:
+        path = Path(name)
+        if path.is_dir() and str(name):     # Path('') is the current folder
             inside = sorted(
                 file for file in path.rglob('*')
                 if file.suffix.lower() in extensions and file.is_file()
@@ -197,10 +198,10 @@ def find_images(paths: Iterable[str], option: str = 'images') -> List[Path]:
             if not inside:
                 raise ValueError(f'{option}: no file in {path} has the extension of an image')
             files += inside
-        elif path.exists():
+        elif str(name) and path.exists():
             files.append(path)
         else:
-            raise ValueError(f'{option}: no such file or folder: {path}')
+            raise ValueError(f'{option}: no such file or folder: {str(name) or repr("")}')
     return files
 
 

@@ -133,8 +133,8 @@ class Predictor:
         """
         for image in images:
             _check_type(image)
-        if topk < 1:
-            raise ValueError(f'topk must be at least 1, got {topk}')
+        if not isinstance(topk, int) or topk < 1:
+            raise ValueError(f'topk must be an integer of at least 1, got {topk!r}')
         world = DistributedContext()
         loader = world.bounded_loader(DataLoader(
             _Images(images, self.preparation), self.options.batch_size, num_workers=self.options.workers,
@@ -258,6 +258,12 @@ def predict(
         ImportError: If heat maps are asked for, and the grad-cam package is not installed.
         ValueError: If there is no such file or model, or if the model cannot take the images.
     """
+    if not isinstance(checkpoint, (str, Path)):
+        raise ValueError(
+            f'checkpoint must be a path or hf-hub:OWNER/NAME, got {type(checkpoint).__name__}; a model in memory is '
+            'taken by Predictor(LoadedModel(...))')
+    if not isinstance(images, (*_IMAGE_TYPES, Iterable)):
+        _check_type(images)
     source = ModelSource(ModelOptions(model=model), [str(checkpoint)], use_ema=use_ema, img_size=img_size)
     predictor = Predictor(
         source.load()[0], PredictOptions(batch_size, workers, img_size, exif_orientation), DeviceOptions(device=device))

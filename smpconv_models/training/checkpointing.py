@@ -190,8 +190,9 @@ def _check_optimizer(optimizer: Any) -> None:
             optimizer.get('param_groups'), list):
         raise ValueError('optimizer must be a dictionary of state and param_groups')
     for group in optimizer['param_groups']:
-        if not isinstance(group, dict) or not isinstance(group.get('params'), list):
-            raise ValueError('optimizer.param_groups must be dictionaries with a list of params')
+        params = group.get('params') if isinstance(group, dict) else None
+        if not isinstance(params, list) or not all(type(index) is int for index in params):
+            raise ValueError('optimizer.param_groups must be dictionaries with a list of params, which are numbers')
         _check_values('optimizer.param_groups', group)
     for index, state in optimizer['state'].items():
         if not isinstance(index, int) or not isinstance(state, dict):

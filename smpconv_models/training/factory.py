@@ -258,7 +258,7 @@ def model_arguments(
             raise ValueError(f'--img-size {img_size} contradicts --input-size {input_size}')
     counts = {'num_classes': model.num_classes, 'in_chans': in_chans}
     check_no_conflict(model.model_kwargs, {name: value for name, value in counts.items() if value is not None})
-    cfg = _pretrained_cfg(model.model) if model.model else None
+    cfg = find_pretrained_cfg(model.model) if model.model else None
     fixed_img_size = None
     if cfg is not None and cfg.fixed_input_size:  # a ViT
         fixed_img_size = tuple(input_size[1:]) if input_size else None if img_size is None else (img_size, img_size)
@@ -337,12 +337,16 @@ def _has_weights(name: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: 
     """Return whether weights of a registered model are published, or given by timm's arguments."""
     if pretrained_cfg or pretrained_cfg_overlay:
         return True
-    cfg = _pretrained_cfg(name)
+    cfg = find_pretrained_cfg(name)
     return cfg is not None and bool(cfg.has_weights)
 
 
-def _pretrained_cfg(name: str) -> Optional[PretrainedCfg]:
-    """Return what timm knows of a registered model's weights, None of other models."""
+def find_pretrained_cfg(name: str) -> Optional[PretrainedCfg]:
+    """Return what timm knows of a registered model's weights, None of other models.
+
+    Raises:
+        ValueError: If the name has a tag of no weights.
+    """
     if not timm.is_model(name):
         return None
     try:

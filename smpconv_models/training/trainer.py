@@ -628,8 +628,8 @@ def build_trainer(options: TrainOptions, world: Optional[DistributedContext] = N
     # among the ranks of the process group
     val_set = task.create_dataset(options.run.val_split, in_chans, is_training=False)
     world.init(device, options.device.dist_timeout)
-    options = _resolve_grad_accum(options, world, run_dir)
     train_set = task.create_dataset(options.run.train_split, in_chans, is_training=True)
+    options = _resolve_grad_accum(options, world, run_dir, train_set.classes)
     _check_same_data(world, device, train_set, val_set)
     classes = train_set.classes
     check_classes(classes, val_set.classes)
@@ -719,24 +719,31 @@ def _fit_img_size(options: TrainOptions, dataset: Any) -> TrainOptions:
         return options
     if data.img_size is not None or data.input_size is not None:
         raise ValueError('--fit-img-size and --img-size or --input-size contradict each other')
-    cfg = timm.get_pretrained_cfg(options.model.model, allow_unregistered=True) if options.model.model else None
+    cfg = factory.find_pretrained_cfg(options.model.model) if options.model.model else None
     largest = min((cfg.input_size if cfg else _DEFAULT_INPUT_SIZE)[1:])
     return options.with_values('data', img_size=fit_img_size(dataset, largest))
 
 
-def _stored_global_batch_size(options: TrainOptions, run_dir: RunDir) -> Optional[int]:
+def _stored_global_batch_size(
+        options: TrainOptions, run_dir: RunDir, classes: Optional[List[str]]) -> Optional[int]:
     """Return the images of a step of the run that is about to be resumed; None if there is none."""
     paths: List[Any] = [path for path in (run_dir.last, run_dir.previous) if path.exists()]
     for path in paths or filter(None, [options.checkpointing.resume]):
         try:
-            stored = checkpoint.get_train_args(checkpoint.load_file(path, lazy=True)).get('global_batch_size')
+            loaded = checkpoint.load_file(path, lazy=True)
+            arguments = checkpoint.get_train_args(loaded)
+            if arguments.get('dataset') != options.data.dataset or loaded.get('classes') != classes:
+                return None     # of another run, which is reported when the checkpoint is loaded
+            stored = arguments.get('global_batch_size')
             return description.check_number('global_batch_size', stored, 1, 10 ** 9, whole=True)
         except ValueError as error:  # reported when the checkpoint is loaded
             _logger.debug('%s is not a run to resume: %s', path, error)
     return None
 
 
-def _resolve_grad_accum(options: TrainOptions, world: DistributedContext, run_dir: RunDir) -> TrainOptions:
+def _resolve_grad_accum(
+        options: TrainOptions, world: DistributedContext, run_dir: RunDir,
+        classes: Optional[List[str]]) -> TrainOptions:
     """Return the options with both --grad-accum-steps and --global-batch-size.
 
     If neither is given, a run that is resumed keeps the size of its step, with another number of ranks as well.
@@ -744,7 +751,8 @@ def _resolve_grad_accum(options: TrainOptions, world: DistributedContext, run_di
     batch_size, global_batch_size = options.data.batch_size, options.run.global_batch_size
     grad_accum_steps = options.run.grad_accum_steps
     if global_batch_size is None and grad_accum_steps is None:
-        stored = world.broadcast_object(world.run_on_primary(lambda: _stored_global_batch_size(options, run_dir)))
+        stored = world.broadcast_object(world.run_on_primary(
+            lambda: _stored_global_batch_size(options, run_dir, classes)))
         if stored is not None and stored % (batch_size * world.size) == 0:
             global_batch_size = stored
     if global_batch_size is None:

@@ -3,7 +3,7 @@ import io
 import os
 import select
 import sys
-from typing import Any
+from typing import Any, Optional
 
 
 class _File(io.FileIO):
@@ -12,17 +12,17 @@ class _File(io.FileIO):
     A write to a full non-blocking pipe or terminal waits until there is room, as a write to a blocking one does.
     """
 
-    is_lost = False
+    error: Optional[OSError] = None
 
     def write(self, content: Any) -> Any:
-        while not self.is_lost:
+        while self.error is None:
             try:
                 written = super().write(content)
                 if written is not None:
                     return written
                 _wait_for_room(self)
-            except OSError:  # a full disk, a pipe without a reader, a closed terminal
-                self.is_lost = True
+            except OSError as error:  # a full disk, a pipe without a reader, a closed terminal
+                self.error = error
         return memoryview(content).nbytes
 
 
@@ -40,6 +40,13 @@ def keep_writable() -> None:
     """
     for name, number in (('stdout', 1), ('stderr', 2)):
         setattr(sys, name, _writable(getattr(sys, name), number))
+
+
+def output_error() -> Optional[OSError]:
+    """Return why output was discarded since :func:`keep_writable`; None if it was not, or if its reader has left."""
+    sys.stdout.flush()
+    error = getattr(getattr(getattr(sys.stdout, 'buffer', None), 'raw', None), 'error', None)
+    return None if isinstance(error, BrokenPipeError) else error
 
 
 def _writable(stream: Any, number: int) -> Any:

@@ -573,6 +573,14 @@ def test_the_weights_of_another_variant_are_named(tmp_path):
     assert message.endswith('the weights fit smpconv_mobile31 with 5 classes and 3 input channels')
 
 
+@pytest.mark.parametrize('key', ['state_dict_ema', 'model_ema'])
+def test_an_entry_that_timm_takes_is_a_dictionary(model, tmp_path, key):
+    """Also where this package takes the other one, as the run says that it is better."""
+    path = tmp_path / 'model.pth'
+    torch.save({'state_dict': model.state_dict(), 'best_weights': 'state_dict', key: 'a text'}, path)
+    assert fails(create_from_file, path, **TINY) == f"{path}: {key} must be a dictionary of tensors, got 'a text'"
+
+
 @pytest.mark.parametrize('dtype', [torch.int32, torch.complex64])
 def test_weights_that_are_no_real_numbers(model, tmp_path, dtype):
     path = tmp_path / 'model.pth'

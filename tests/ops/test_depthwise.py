@@ -66,6 +66,16 @@ def test_compiled_over_several_sizes():
         torch.testing.assert_close(*(torch.autograd.grad(out, x, torch.ones_like(out))[0] for out in (y, expected)))
 
 
+@pytest.mark.parametrize('backend', ('auto', *available_backends()))
+def test_an_image_without_a_batch(backend):
+    """As conv2d takes it, with gradients of its shape."""
+    x, weight = torch.randn(3, 6, 5, requires_grad=True), torch.randn(3, 1, 5, 5, requires_grad=True)
+    got, expected = depthwise_conv2d(x, weight, backend=backend), nn.functional.conv2d(x, weight, padding=2, groups=3)
+    torch.testing.assert_close(got, expected)
+    for each in zip(*(torch.autograd.grad(y.square().sum(), (x, weight)) for y in (got, expected))):
+        torch.testing.assert_close(*each)
+
+
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('convert', [torch.jit.script, lambda module: torch.jit.trace(module, torch.randn(1, 3, 8, 8))])
 def test_torchscript_of_a_caller(convert, bias):
@@ -212,7 +222,8 @@ def good(**changes):
 
 
 BAD = {
-    'input_3d': (dict(input=torch.ones(3, 5, 7)), 'input must have 4 dimensions (N, C, H, W), got shape (3, 5, 7)'),
+    'input_2d': (
+        dict(input=torch.ones(5, 7)), 'input must have dimensions (N, C, H, W) or (C, H, W), got shape (5, 7)'),
     'weight_of_other_channels': (
         dict(weight=torch.ones(4, 1, 3, 3)),
         'weight must have shape (3, 1, kh, kw) for an input of 3 channels, got (4, 1, 3, 3)'),

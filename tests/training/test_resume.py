@@ -360,6 +360,7 @@ WRONG = [
     ('state_dict', lambda state: state['state_dict'].update({'norm.weight': [1.]})),
     ('not finite: norm.weight', lambda state: state['state_dict']['norm.weight'].fill_(math.nan)),
     ('optimizer', lambda state: state.update(optimizer=[1])),
+    ('optimizer.param_groups', lambda state: state['optimizer']['param_groups'][0].update(params=[torch.ones(2)])),
     ('optimizer.state', lambda state: state['optimizer'].update(state={'a': 1})),
     ('optimizer.param_groups', lambda state: state['optimizer'].update(param_groups=[1])),
     ('amp_scaler', lambda state: state.update(amp_scaler={'scale': 'x'})),
