@@ -412,7 +412,7 @@ def test_the_original_file_does_not_replace_a_failing_hub(hub, drive, tmp_path):
     hub.fail('*', status=503, times=None)
     message = fails(tmp_path / 'none', lambda _: create())
     assert REPO in message and 'status 503' in message and not drive.asked
-    assert 'is taken by pretrained_cfg_overlay=dict(file=...)' in message
+    assert 'pass pretrained_cfg_overlay=dict(file=...)' in message
 
 
 def test_neither_repository_nor_file(hub, drive, tmp_path):
