@@ -60,11 +60,12 @@ def finish(processes, timeout=120):
 
 
 def wait_for_step(process, epoch, step):
-    """Until the run tells of this step."""
-    told = f'epoch {epoch}  step {step}/'
+    """Wait until the run prints this step; return what it printed before."""
+    told, printed = f'epoch {epoch}  step {step}/', ''
     for line in process.stdout:
         if line.startswith(told):
-            return
+            return printed
+        printed += line
     raise AssertionError(f'the run ended without {told}: {process.stderr.read()}')
 
 
