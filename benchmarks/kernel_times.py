@@ -133,7 +133,7 @@ def _category(callers: List[Any], kernel: str, sampled: Set[Tuple[int, int]]) ->
         return DEPTHWISE_COPIES if innermost in _COPYING else DEPTHWISE
     if any('conv' in name.lower() for name in names if not name.startswith('triton_')):  # of torch.compile
         shapes = [shape for caller in callers for shape in caller.input_shapes or ()]
-        return PLAIN_DEPTHWISE if any(map(_is_depthwise_kernel, shapes)) else PRODUCTS
+        return PLAIN_DEPTHWISE if any(map(is_depthwise_kernel, shapes)) else PRODUCTS
     if not _MULTIPLYING.isdisjoint(names):
         return PRODUCTS
     if any('norm' in name.lower() for name in [*names, kernel]):
@@ -143,5 +143,6 @@ def _category(callers: List[Any], kernel: str, sampled: Set[Tuple[int, int]]) ->
     return ELEMENTWISE
 
 
-def _is_depthwise_kernel(shape: Any) -> bool:
+def is_depthwise_kernel(shape: Any) -> bool:
+    """Return whether a shape is that of a depthwise convolution's weight (C, 1, kh, kw), larger than 1x1."""
     return len(shape) == 4 and shape[1] == 1 and shape[2] * shape[3] > 1

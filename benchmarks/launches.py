@@ -32,7 +32,7 @@ import torch._functorch.config
 import torch._inductor.config
 import training_step
 from arguments import Parser, positive
-from kernel_times import COPIES, DEPTHWISE, ELEMENTWISE, NORMS, PLAIN_DEPTHWISE, PRODUCTS, SAMPLING
+from kernel_times import COPIES, DEPTHWISE, ELEMENTWISE, NORMS, PLAIN_DEPTHWISE, PRODUCTS, SAMPLING, is_depthwise_kernel
 from torch import Tensor, nn
 from torch._dynamo import device_interface
 from torch._dynamo.backends.common import aot_autograd
@@ -129,7 +129,7 @@ def category(node: Node) -> str:
         return SAMPLING
     if name.startswith('convolution'):
         weight = node.args[1 if name == 'convolution' else 2].meta['val']  # type: ignore[union-attr]
-        return PLAIN_DEPTHWISE if weight.shape[1] == 1 else PRODUCTS
+        return PLAIN_DEPTHWISE if is_depthwise_kernel(weight.shape) else PRODUCTS
     if name in ('mm', 'addmm', 'bmm'):
         return PRODUCTS
     if 'batch_norm' in name or (isinstance(module, type) and issubclass(module, nn.modules.batchnorm._BatchNorm)):
@@ -156,7 +156,7 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 class _H100(device_interface.CudaInterface):
-    """What inductor asks of a GPU before it generates code."""
+    """Properties of a GPU that inductor reads before it generates code."""
 
     properties = SimpleNamespace(
         name='NVIDIA H100', major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536,

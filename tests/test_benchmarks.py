@@ -575,7 +575,7 @@ def test_kernel_time_by_category(load, monkeypatch):
 @pytest.mark.parametrize(('shape', 'is_depthwise'), [
     ((8, 1, 11, 11), True), ((8, 1, 1, 11), True), ((8, 1, 11, 1), True), ((8, 1, 1, 1), False), ((8, 8, 3, 3), False)])
 def test_weights_of_depthwise_convolutions(load, shape, is_depthwise):
-    assert load('kernel_times')._is_depthwise_kernel(shape) == is_depthwise
+    assert load('kernel_times').is_depthwise_kernel(shape) == is_depthwise
 
 
 def test_the_backward_pass_of_sampling_is_sampling(load):

@@ -72,12 +72,14 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: Lis
 def backward(
         grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
     if input.dtype == _SLOW_DTYPE:
-        dx, weight = torch.zeros_like(grad), weight.float()
+        dx, weight = torch.empty_like(grad), weight.float()
         dw = torch.zeros_like(weight)
         for grads, images, results in _by_groups(grad, input, dx):
-            for total, part in zip((results, dw), backward(grads.float(), images.float(), weight, dilation, wanted)):
-                if part is not None:
-                    total += part
+            some_dx, some_dw = backward(grads.float(), images.float(), weight, dilation, wanted)
+            if some_dx is not None:
+                results.copy_(some_dx)
+            if some_dw is not None:
+                dw += some_dw
         return dx if wanted[0] else None, dw.to(_SLOW_DTYPE) if wanted[1] else None
     return (
         input_grad(grad, weight, dilation) if wanted[0] else None,

@@ -1,4 +1,5 @@
 """Models, and images in the form that they take, for predictions and figures."""
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional
@@ -190,7 +191,7 @@ def find_images(paths: Iterable[str], option: str = 'images') -> List[Path]:
     extensions = _extensions()
     for name in paths:
         path = Path(name)
-        if path.is_dir() and str(name):     # Path('') is the current folder
+        if os.path.isdir(name):     # not of Path, for which '' is the current folder
             inside = sorted(
                 file for file in path.rglob('*')
                 if file.suffix.lower() in extensions and file.is_file()
@@ -198,10 +199,10 @@ def find_images(paths: Iterable[str], option: str = 'images') -> List[Path]:
             if not inside:
                 raise ValueError(f'{option}: no file in {path} has the extension of an image')
             files += inside
-        elif str(name) and path.exists():
+        elif os.path.exists(name):
             files.append(path)
         else:
-            raise ValueError(f'{option}: no such file or folder: {str(name) or repr("")}')
+            raise ValueError(f'{option}: no such file or folder: {name or "an empty path"}')
     return files
 
 

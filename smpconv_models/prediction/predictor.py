@@ -260,8 +260,8 @@ def predict(
     """
     if not isinstance(checkpoint, (str, Path)):
         raise ValueError(
-            f'checkpoint must be a path or hf-hub:OWNER/NAME, got {type(checkpoint).__name__}; a model in memory is '
-            'taken by Predictor(LoadedModel(...))')
+            f'checkpoint must be a path or hf-hub:OWNER/NAME, got {type(checkpoint).__name__}; for a model in '
+            'memory, use Predictor')
     if not isinstance(images, (*_IMAGE_TYPES, Iterable)):
         _check_type(images)
     source = ModelSource(ModelOptions(model=model), [str(checkpoint)], use_ema=use_ema, img_size=img_size)

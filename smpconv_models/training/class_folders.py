@@ -224,7 +224,7 @@ class ClassFolders:
                 'move their folders away')
         validation: Set[str] = set()
         for samples in members:
-            samples.sort(key=lambda sample: rng.derive_seed(seed, Path(sample[0]).relative_to(self.root).as_posix()))
+            samples.sort(key=lambda sample: rng.derive_seed(seed, self._name_below_root(sample[0])))
             count = min(max(round(fraction * len(samples)), 1), len(samples) - 1)
             validation.update(path for path, _ in samples[:count])
         parts = copy.copy(self), copy.copy(self)
@@ -245,8 +245,11 @@ class ClassFolders:
 
     def digest(self) -> str:
         """Return a hash of the paths below the root, which tells whether images were added, removed or renamed."""
-        names = sorted(Path(path).relative_to(self.root).as_posix() for path, _ in self.samples)
+        names = sorted(self._name_below_root(path) for path, _ in self.samples)
         return hashlib.sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest()
+
+    def _name_below_root(self, path: str) -> str:
+        return Path(path).relative_to(self.root).as_posix()
 
 
 # --- tar files ---

@@ -1,4 +1,5 @@
 """Training run: set-up, the loop over steps and epochs, resuming, and the files of the run's folder."""
+import functools
 import itertools
 import logging
 import math
@@ -352,13 +353,14 @@ class Trainer:
             **{key: model.state_dict() for key, model in self.models.items()},
         }
         if self.options.data.val_split_fraction is not None:
-            content['split'] = self._split_digests()
+            content['split'] = self._split_digests
         if self.state.rows:
             content['best_weights'] = _score_and_key(self.state.rows[-1])[1]
         return content
 
+    @functools.cached_property
     def _split_digests(self) -> Dict[str, str]:
-        """Return a hash of the names of each part's images."""
+        """Hash of the names of each part's images."""
         return {
             part: loader.dataset.source.digest()
             for part, loader in (('training', self.train_loader), ('validation', self.val_loader))}
@@ -535,7 +537,7 @@ class Trainer:
         if loaded['images'] != self.train_loader.num_images:
             refused.append(f'training images {loaded["images"]} -> {self.train_loader.num_images}')
         if 'split' in loaded and self.options.data.val_split_fraction is not None:
-            found = self._split_digests()
+            found = self._split_digests
             others = [part for part, digest in loaded['split'].items() if found[part] != digest]
             if others:
                 refused.append(f'images were added, removed or renamed, in the {" and ".join(others)} part')

@@ -54,7 +54,7 @@ def ceil(a, b):
 
 @dataclass
 class Work:
-    """What a launch does, over all programs.
+    """Counts of a launch, over all programs.
 
     Attributes:
         turns: Runs of the innermost loop with products.

@@ -68,7 +68,7 @@ def test_compiled_over_several_sizes():
 
 @pytest.mark.parametrize('backend', ('auto', *available_backends()))
 def test_an_image_without_a_batch(backend):
-    """As conv2d takes it, with gradients of its shape."""
+    """Equal to conv2d of an image (C, H, W), in value and gradients."""
     x, weight = torch.randn(3, 6, 5, requires_grad=True), torch.randn(3, 1, 5, 5, requires_grad=True)
     got, expected = depthwise_conv2d(x, weight, backend=backend), nn.functional.conv2d(x, weight, padding=2, groups=3)
     torch.testing.assert_close(got, expected)

@@ -16,22 +16,21 @@ the L2 cache:
 instructions: products of rows at the same distance are summed by the tensor cores, over the map and the batch, so that
 diagonals are summed once, of a third of the values.
 """
+import functools
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .kernels import SIZES
+from . import kernels
 
 _barrier = getattr(gl, 'barrier', None) or gl.thread_barrier                                        # the latter: 3.6
 _async_load = getattr(async_copy, 'async_load', None) or async_copy.async_copy_global_to_shared    # the latter: 3.6
 _RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, 'reinterpret'))                        # since 3.9
 
 
-def jit(function):
-    """Apply ``gluon.jit`` without a separate build for sizes that are 1 or divide by 16."""
-    names = function.__code__.co_varnames[:function.__code__.co_argcount]
-    return gluon.jit(function, do_not_specialize=[name for name in names if name in SIZES])
+jit = functools.partial(kernels.jit, compiler=gluon.jit)
 
 
 @gluon.constexpr_function

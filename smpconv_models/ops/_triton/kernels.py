@@ -30,10 +30,10 @@ SIZES = (
 )
 
 
-def jit(function):
-    """Apply ``triton.jit`` without a separate build for sizes that are 1 or divide by 16."""
+def jit(function, compiler=triton.jit):
+    """Apply a compiler's ``jit`` without a separate build for sizes that are 1 or divide by 16."""
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in names if name in SIZES])
+    return compiler(function, do_not_specialize=[name for name in names if name in SIZES])
 
 
 @triton.jit
@@ -145,6 +145,17 @@ def map_weight_grad(
         tl.store(dw_ptr + c * (KH * KW) + q, value.to(dw_ptr.dtype.element_ty), mask=q < KH * KW)
 
 
+@triton.jit
+def _load_elements(
+        w_ptr, c, row, column, real, KH: tl.constexpr, KW: tl.constexpr, FLIPPED: tl.constexpr):
+    """Load elements of w (C, KH, KW), zeros outside of the kernel."""
+    inside = real & (row >= 0) & (row < KH) & (column >= 0) & (column < KW)
+    element = row * KW + column
+    if FLIPPED:
+        element = KH * KW - 1 - element
+    return tl.load(w_ptr + c * (KH * KW) + element, mask=inside, other=0.)
+
+
 @jit
 def expand_rows(
         w_ptr, rows_ptr, total, KH: tl.constexpr, KW: tl.constexpr, FLIPPED: tl.constexpr, R: tl.constexpr,
@@ -158,11 +169,7 @@ def expand_rows(
     row = index // (TC * S * CHUNKS) % ROWS - (R - 1)
     c = index // (TC * S * CHUNKS * ROWS)
     column = chunk * TC + t - LEFT + KW // 2 - s
-    inside = (index < total) & (row >= 0) & (row < KH) & (column >= 0) & (column < KW)
-    element = row * KW + column
-    if FLIPPED:
-        element = KH * KW - 1 - element
-    value = tl.load(w_ptr + c * (KH * KW) + element, mask=inside, other=0.)
+    value = _load_elements(w_ptr, c, row, column, index < total, KH, KW, FLIPPED)
     tl.store(rows_ptr + index, value, mask=index < total)
 
 
@@ -183,11 +190,7 @@ def expand_fragments(
     row = index // 768 % ROWS - 7
     c = index // (768 * ROWS)
     column = (index // 256 % 3 - 1) * 16 + t + KW // 2 - s
-    inside = (index < total) & (row >= 0) & (row < KH) & (column >= 0) & (column < KW)
-    element = row * KW + column
-    if FLIPPED:
-        element = KH * KW - 1 - element
-    value = tl.load(w_ptr + c * (KH * KW) + element, mask=inside, other=0.)
+    value = _load_elements(w_ptr, c, row, column, index < total, KH, KW, FLIPPED)
     tl.store(fragments_ptr + index, value, mask=index < total)
 
 
