@@ -261,6 +261,7 @@ def test_a_reader_that_leaves_ends_the_program(run_folder, photos, tmp_path):
     (['PHOTOS'], 'the following arguments are required: --checkpoint'),
     (['PHOTOS', '--checkpoint', 'GONE'], 'GONE'),
     (['GONE', '--checkpoint', 'RUN'], 'images: no such file or folder: GONE'),
+    (['', '--checkpoint', 'RUN'], 'images: no such file or folder: an empty path'),
     (['EMPTY', '--checkpoint', 'RUN'], 'has the extension of an image'),
     (['-', '-', '--checkpoint', 'RUN'], '- is given twice'),
     (['PHOTOS', '--checkpoint', 'hf-hub:OWNER/NAME', '--num-classes', '7'], 'leave out --num-classes'),
