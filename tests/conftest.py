@@ -20,6 +20,24 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def _keep_builtin_functions():
+    """Keep PyTorch's built-in functions alive.
+
+    TorchScript recognizes them by their address, which a list gets after ``torch.compile`` has freed one: then a
+    module with that list cannot be scripted ("builtin cannot be used as a value"; torch 2.10 to 2.15).
+    """
+    register = torch.jit._builtins._register_builtin
+
+    def register_and_keep(function, name):
+        kept.append(function)
+        register(function, name)
+    kept = []
+    torch.jit._builtins._register_builtin = register_and_keep
+
+
+_keep_builtin_functions()
+
+
 @pytest.fixture(scope='session')
 def golden():
     """Reads a file of tests/golden by name: outputs of the original release's code and what they came from."""
