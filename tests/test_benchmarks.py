@@ -639,7 +639,9 @@ def test_jobs_are_the_kernels_that_the_networks_take(tiles):
 def test_jobs_of_one_device_alone(tiles, monkeypatch):
     monkeypatch.setattr(tiles.tuning, '_capability', lambda device: 90)
     found = [(job.form, job.width) for job in tiles.jobs(False, torch.device('cpu')) if job.form.startswith('hopper')]
-    assert found[:3] == [('hopper_forward', 56), ('hopper_forward', 28), ('hopper_map_weight_grad', 14)]
+    assert found[:5] == [
+        ('hopper_forward', 56), ('hopper_block_weight_grad', 56), ('hopper_forward', 28),
+        ('hopper_block_weight_grad', 28), ('hopper_map_weight_grad', 14)]
 
 
 def test_neighbors_differ_in_one_field(tiles):

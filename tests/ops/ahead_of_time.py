@@ -19,6 +19,7 @@ from smpconv_models.ops._triton import hopper, kernels, launch
 TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 TYPES = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32'}
 PRODUCT = re.compile(r'(@\S+ )?(HMMA|HGMMA|UTC\w*MMA)\b')    # mma.sync, wgmma, tcgen05
+COPY = re.compile(r'(@\S+ )?LDGSTS\b')
 OPTIONS = ('num_warps', 'num_stages')
 
 
@@ -40,6 +41,7 @@ class Build:
     ptx: str
     total: int             # machine instructions
     loop: list             # machine instructions of the innermost loop with matrix products
+    copying: list          # machine instructions of the innermost loop without them that copies to shared memory
 
 
 class Recorder:
@@ -90,8 +92,11 @@ def build(launched, capability):
     registers, stack, lines = _read(compiled.asm['cubin'])
     total = sum('*/' in line and ';' in line for line in lines)
     tensor_memory = getattr(compiled.metadata, 'tmem_size', None) or 0
+    loops = _loops(lines)
     return Build(
-        registers, stack, compiled.metadata.shared, tensor_memory, compiled.asm['ptx'], total, _product_loop(lines))
+        registers, stack, compiled.metadata.shared, tensor_memory, compiled.asm['ptx'], total,
+        min((loop for loop in loops if _has(loop, PRODUCT)), key=len, default=[]),
+        min((loop for loop in loops if _has(loop, COPY) and not _has(loop, PRODUCT)), key=len, default=[]))
 
 
 def _read(cubin):
@@ -108,15 +113,17 @@ def _run(tool, *args):
     return subprocess.run([TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout
 
 
-def _product_loop(lines):
-    """Return the shortest loop, from a label to a branch back to it, that has matrix products."""
+def _has(loop, kind):
+    return any(kind.match(instruction) for instruction in loop)
+
+
+def _loops(lines):
+    """Return the instructions of every loop, from a label to a branch back to it."""
     labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r'\s*(\.L_x_\d+):', line))}
     loops = []
     for number, line in enumerate(lines):
         branch = re.search(r'BRA\S*\s+.*`\((\.L_x_\d+)\)', line)
         if branch and labels.get(branch[1], number) < number:
-            body = [match[1] for part in lines[labels[branch[1]]:number] if (match := re.search(
-                r'/\*[0-9a-f]{4,}\*/\s+(.*?);', part))]
-            if any(PRODUCT.match(instruction) for instruction in body):
-                loops.append(body)
-    return min(loops, key=len, default=[])
+            loops.append([match[1] for part in lines[labels[branch[1]]:number] if (match := re.search(
+                r'/\*[0-9a-f]{4,}\*/\s+(.*?);', part))])
+    return loops

@@ -2,7 +2,7 @@
 
 The kernel's own code runs, on tensors in place of Gluon's; layouts, which decide only where a value is, are ignored.
 Reads and writes are checked to be inside of their tensors. Shared memory is NaN until a copy was waited for, and
-asynchronous products read it when they are waited for, as late as a GPU may.
+asynchronous products read it when they start and when they are waited for, as early and as late as a GPU may.
 """
 import math
 import types
@@ -58,15 +58,43 @@ class Shared:
         return Shared(self.values.permute(order))
 
     def reinterpret(self, dtype, shape, layout):
-        return Shared(self.values.view(shape))
+        if shape[-1] == self.values.shape[-1]:
+            return Shared(self.values.view(shape))
+        width = self.values.shape[-1]
+        return Tiles(self.values.view(*shape[:-2], shape[-1] // width, shape[-2], width))
 
     _reinterpret = reinterpret
+
+    @property
+    def dtype(self):
+        return self.values.dtype
 
     def load(self, layout=None):
         return self.values.clone()
 
     def store(self, values):
         self.values.copy_(values)
+
+
+@dataclass
+class Tiles(Shared):
+    """Matrices wider than the swizzled rows of their layout, in memory one block of columns after the other."""
+    is_transposed: bool = False
+
+    def index(self, i):
+        return Tiles(self.values[int(i)])
+
+    def slice(self, start, length, dim):
+        assert dim == 0 and not self.is_transposed
+        return Tiles(self.values[:, start:start + length])
+
+    def permute(self, order):
+        assert order == (1, 0)
+        return Tiles(self.values, not self.is_transposed)
+
+    def load(self, layout=None):
+        matrix = self.values.movedim(0, 1).flatten(1)
+        return matrix.T if self.is_transposed else matrix
 
 
 @dataclass
@@ -87,16 +115,35 @@ class Copies:
             shared.values.copy_(pointer.load(mask))
 
 
-@dataclass
 class Product:
-    """Asynchronous product, added to a sum that may be another one."""
-    a: object
-    b: Shared
-    acc: object
+    """Asynchronous product, added to a sum that may be another one. NaN where an operand changes before its end."""
 
-    def value(self):
-        a, acc = (each.value() if isinstance(each, Product) else each for each in (self.a, self.acc))
-        return acc + (a.values if isinstance(a, Shared) else a) @ self.b.values
+    def __init__(self, a, b, acc):
+        self.operands, self.acc, self.result = (a, b), acc, None
+        self.at_start = self._read()
+
+    def _read(self):
+        return [each.load().clone() if isinstance(each, Shared) else each for each in self.operands]
+
+    def compute(self):
+        a, b = (torch.where(old == new, new, math.nan) for old, new in zip(self.at_start, self._read()))
+        self.result = (self.acc.result if isinstance(self.acc, Product) else self.acc) + a @ b
+        self.operands = self.at_start = self.acc = None
+
+
+@dataclass
+class Products:
+    """Asynchronous products in the order of their start."""
+    started: list = field(default_factory=list)
+
+    def start(self, a, b, acc, is_async):
+        self.started.append(Product(a, b, acc))
+        return self.started[-1]
+
+    def wait(self, outstanding, deps):
+        while len(self.started) > outstanding:
+            self.started.pop(0).compute()
+        return tuple(each.result if getattr(each, 'result', None) is not None else each for each in deps)
 
 
 def _language(program, dtype):
@@ -122,11 +169,6 @@ def _language(program, dtype):
     )
 
 
-def _wait(outstanding, deps):
-    assert outstanding == 0
-    return tuple(each.value() if isinstance(each, Product) else each for each in deps)
-
-
 def run(launched):
     """Run a recorded launch, whose tensors are on the CPU and of float64."""
     kernel = launched.kernel
@@ -135,13 +177,13 @@ def run(launched):
         and not param.is_constexpr else value
         for param in kernel.params for name, value in [(param.name, launched.arguments[param.name])]}
     for program in range(math.prod(launched.grid)):
-        copies = Copies()
+        copies, products = Copies(), Products()
         names = dict(kernel.fn.__globals__)
         language = _language(program, torch.float64)
         names.update(
             gl=language, tl=language, async_copy=copies, _async_load=copies.async_load,
             _barrier=lambda: None, fence_async_shared=lambda: None,
-            warpgroup_mma=lambda a, b, acc, is_async: Product(a, b, acc), warpgroup_mma_wait=_wait,
+            warpgroup_mma=products.start, warpgroup_mma_wait=products.wait,
             _copy_layout=lambda *args: None, _map_operand_layout=lambda *args: None)
         for name, value in kernel.fn.__globals__.items():
             if isinstance(value, JITFunction):

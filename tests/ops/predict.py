@@ -45,7 +45,7 @@ GOALS = {'y': 1.6, 'dw': 2.}     # times of the floor
 REGISTERS, SHARED, THREADS = 65536, 233472, 2048        # of a multiprocessor
 # Copies of the H100 are assumed to take 3.0 TB/s; its products are those of the H200.
 DEVICES = {'H200': floors.H200, 'H100': floors.Ceilings(3e12, floors.H200.operations_per_second)}
-ADDING = ('expand_rows', 'expand_fragments', 'add_parts')       # without products
+ADDING = ('expand_rows', 'expand_fragments', 'add_parts', 'add_splits')       # without products
 
 
 def ceil(a, b):
@@ -62,12 +62,14 @@ class Work:
         shared: Bytes to and from shared memory.
         loaded: Bytes from the L2 cache.
         programs: Relative durations in the order of the launch.
+        fills: Runs of the loop that copies only, before the first product.
     """
     turns: float
     products: float
     shared: float
     loaded: float
     programs: list
+    fills: float = 0.
 
     @classmethod
     def of_steps(cls, count, m, n, k, programs, unrolled=1):
@@ -108,6 +110,11 @@ def work(name, a, grid):
         # a row written once, and a block read by every product of either half of the output rows
         return Work(turns, turns * products * 128 * a['BN'] * 16, turns * row * (a['J'] + 2 * products),
                     turns * (2 * a['BN'] * w + 2 * 3 * 256), [count for count in counts for _ in range(each)])
+    if name == 'hopper_block_weight_grad':
+        turns, row, products = programs * (h + 3), 2 * 16 * a['BN'], 2 * (3 * a['J'] - 2)
+        # four rows of each map written, and four of each read by every product; a row is loaded for four of them
+        return Work(turns, turns * products * 64 * 64 * a['BN'], turns * row * (8 * a['J'] + 8 * products),
+                    programs * 8 * h * 2 * a['BN'] * w, [1] * programs, programs * (16 + a['AHEAD']))
     if name == 'block_forward':
         counts = [count for count in rows(a, h) for _ in range(ceil(n * ceil(w, a['S']), a['BP']))] * a['C']
         return Work.of_steps(sum(counts) * a['CHUNKS'], a['R'] * a['S'], a['BP'], a['TC'], counts, a['UNROLL'])
@@ -140,12 +147,13 @@ def predict(launched, built, ceilings):
     done, warps, programs = work(name, a, launched.grid), launched.options['num_warps'], math.prod(launched.grid)
     held = min(REGISTERS // (built.registers * 32 * warps), SHARED // (built.shared + 1024), THREADS // (32 * warps))
     outside = programs * (built.total - len(built.loop))
-    instructions = done.turns * len(built.loop) + (outside if held > 1 else 0)
+    filling = done.fills * len(built.copying)
+    instructions = done.turns * len(built.loop) + (outside + filling if held > 1 else 0)
     clocks = {'products': done.products / 2048, 'issue': instructions * warps / 4, 'shared': done.shared / 128}
     times = {key: value / MULTIPROCESSORS / CLOCK * 1e6 for key, value in clocks.items()}
     tail = waves(done.programs, MULTIPROCESSORS * held)
     times = {'memory': memory, **times, 'L2': done.loaded / L2 * 1e6}
-    alone = (outside * warps / 4 / CLOCK * 1e6 + programs * LATENCY) / MULTIPROCESSORS if held == 1 else 0.
+    alone = ((outside + filling) * warps / 4 / CLOCK * 1e6 + programs * LATENCY) / MULTIPROCESSORS if held == 1 else 0.
     return {key: value * tail for key, value in times.items()}, alone
 
 

@@ -87,6 +87,34 @@ class TestWeightGrad:
         assert_equal(got, exact_weight_grad(x, grad, [27, 27]))
 
 
+BLOCK_GRAD_SHAPES = {
+    'three_blocks_and_a_half': Shape(19, 1, 43, 56, 31, 31),
+    'two_blocks': Shape(17, 2, 28, 28, 29, 29),
+    'low_map': Shape(3, 2, 3, 24, 31, 19),
+    'small_kernel': Shape(5, 1, 20, 64, 5, 21),
+}
+
+
+class TestBlockWeightGrad:
+    @pytest.mark.parametrize('name', BLOCK_GRAD_SHAPES)
+    def test_indices(self, monkeypatch, name):
+        shape = BLOCK_GRAD_SHAPES[name]
+        x, _, _, grad = make(shape, torch.float64)
+        size = [shape.kh, shape.kw]
+        got = run_on_cpu(
+            monkeypatch, launch.hopper_block_weight_grad, grad, x, size, tuning.HopperBlockGradTile(bn=16))
+        assert_equal(got, exact_weight_grad(x, grad, size))
+
+    @pytest.mark.parametrize('stages', [1, 2, 4])
+    def test_slices_of_images_and_channels(self, monkeypatch, stages):
+        x, _, _, grad = make(Shape(16, 2, 25, 28, 29, 29), torch.float64)
+        x = torch.cat([x, x], 1).repeat_interleave(2, 0)[::2, 1:3]
+        grad = torch.cat([grad, grad], 1)[:, 1:3]
+        tile = tuning.HopperBlockGradTile(bn=16, num_stages=stages)
+        got = run_on_cpu(monkeypatch, launch.hopper_block_weight_grad, grad, x, [29, 29], tile)
+        assert_equal(got, exact_weight_grad(x, grad, [29, 29]))
+
+
 def exact_weight_grad(x, grad, size):
     weight = torch.zeros(x.shape[1], 1, *size, dtype=x.dtype, requires_grad=True)
     return torch.autograd.grad(plain_conv(x, weight, None, (1, 1)), weight, grad)[0]
@@ -140,6 +168,23 @@ def test_weight_grad_by_shape(monkeypatch, height, width, selected):
     assert found[:-1].count('hopper_map_weight_grad') == selected
     odd = meta(64, 9, 14, 14).as_strided(x.shape, (9 * 14 * 14 + 1, height * width, width, 1))
     assert 'hopper' not in str(tuning.candidates('weight_grad', x, [27, 27], 'half', odd))
+
+
+@pytest.mark.parametrize(('size', 'kernel', 'selected'), [
+    ((64, 96, 56, 56), [31, 31], True), ((64, 192, 28, 28), [29, 29], True), ((16, 8, 9, 64), [13, 31], True),
+    ((64, 384, 14, 14), [27, 27], False), ((64, 8, 56, 48), [31, 31], False),       # blocks
+    ((64, 8, 56, 56), [31, 33], False), ((64, 8, 56, 56), [33, 31], False), ((64, 8, 56, 56), [11, 31], False),
+    ((8, 96, 56, 56), [31, 31], False),     # images
+    ((64, 8, 56, 58), [31, 31], False),     # copies of 4 bytes
+], ids=str)
+def test_block_weight_grad_by_shape(monkeypatch, size, kernel, selected):
+    monkeypatch.setattr(tuning, '_capability', lambda device: 90)
+    x = meta(*size)
+    found = [form for form, _ in tuning.candidates('weight_grad', x, kernel, 'half', x)]
+    assert found[:-1].count('hopper_block_weight_grad') == selected
+    assert found[-1] == 'block_weight_grad'
+    monkeypatch.setattr(tuning, '_capability', lambda device: 100)
+    assert 'hopper' not in str(tuning.candidates('weight_grad', x, kernel, 'half', x))
 
 
 def test_other_types_and_unaligned_memory(monkeypatch):
@@ -242,6 +287,21 @@ class TestOnDevice:
         exact = exact_weight_grad(x.cpu().double(), grad.cpu().double(), size)
         plain = exact_weight_grad(x, grad, size)
         got = [launch.hopper_map_weight_grad(grad, x, size, tuning.HopperGradTile(bn=bn)) for bn in (16, 64, 64)]
+        for each in got:
+            assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['dw'])
+        assert torch.equal(got[1], got[2])
+
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize('name', BLOCK_GRAD_SHAPES)
+    def test_block_weight_grad(self, name, dtype):
+        shape = BLOCK_GRAD_SHAPES[name]
+        x, _, _, grad = make(shape, dtype, device='cuda')
+        size = [shape.kh, shape.kw]
+        exact = exact_weight_grad(x.cpu().double(), grad.cpu().double(), size)
+        plain = exact_weight_grad(x, grad, size)
+        got = [
+            launch.hopper_block_weight_grad(grad, x, size, tuning.HopperBlockGradTile(bn=16, num_stages=stages))
+            for stages in (1, 3, 3)]
         for each in got:
             assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['dw'])
         assert torch.equal(got[1], got[2])

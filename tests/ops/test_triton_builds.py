@@ -14,7 +14,7 @@ INSTRUCTION = {80: 'mma.sync', 86: 'mma.sync', 90: 'wgmma.mma_async', 100: 'tcge
 LARGEST_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 LARGEST_TENSOR_MEMORY, MOST_REGISTERS, MOST_PROGRAMS = 512, 65536, 2 ** 31 - 1
 MAIN = (80, 90, 100)
-EXPANDING = ('expand_rows', 'expand_fragments', 'add_parts')    # without products
+EXPANDING = ('expand_rows', 'expand_fragments', 'add_parts', 'add_splits')    # without products
 NETWORK = {
     '56': (64, 96, 56, 56, 31), '28': (64, 192, 28, 28, 29), '14': (64, 384, 14, 14, 27), '7': (64, 768, 7, 7, 13),
 }

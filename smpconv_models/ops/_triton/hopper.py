@@ -15,6 +15,9 @@ the L2 cache:
 ``hopper_map_weight_grad`` is the whole-map form. It differs from ``kernels.map_weight_grad``, whose time is that of its
 instructions: products of rows at the same distance are summed by the tensor cores, over the map and the batch, so that
 diagonals are summed once, of a third of the values.
+
+``hopper_block_weight_grad`` is the block form. It differs from ``kernels.block_weight_grad``, whose time is that of its
+loads too: a program has all sums of a channel in registers, and loads x and g of its images alone, each four times.
 """
 import functools
 
@@ -34,17 +37,18 @@ jit = functools.partial(kernels.jit, compiler=gluon.jit)
 
 
 @gluon.constexpr_function
-def _copy_layout(A, J, BN):
-    """Return the layout of a row's copy (J * BN, 16): A elements a thread, then columns, blocks and images."""
+def _copy_layout(A, J, BN, WARPS, ROWS=1):
+    """Return the layout of a copy (ROWS * J * BN, 16): A elements a thread, then columns, blocks, images and rows."""
     def bits(count):
         return [1 << bit for bit in range(count.bit_length() - 1)]
     registers = [[0, column] for column in bits(A)]
     others = [[0, A * column] for column in bits(16 // A)] + [[BN * block, 0] for block in bits(J)]
-    others += [[image, 0] for image in bits(BN)]
-    others += [[0, 0]] * (8 - len(others))      # more threads than copies
+    others += [[image, 0] for image in bits(BN)] + [[J * BN * row, 0] for row in bits(ROWS)]
+    threads = 4 + WARPS.bit_length()
+    others += [[0, 0]] * (threads - len(others))        # more threads than copies
     return gl.DistributedLinearLayout(
-        reg_bases=registers + others[8:], lane_bases=others[:5], warp_bases=others[5:8], block_bases=[],
-        shape=[J * BN, 16])
+        reg_bases=registers + others[threads:], lane_bases=others[:5], warp_bases=others[5:threads], block_bases=[],
+        shape=[ROWS * J * BN, 16])
 
 
 @gluon.jit
@@ -66,7 +70,7 @@ def hopper_forward(
     ROW: gl.constexpr = 3 * S * S               # elements of a kernel row's three matrices
     accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[R, 1], instr_shape=[16, BN, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
-    copy: gl.constexpr = _copy_layout(A, J, BN)
+    copy: gl.constexpr = _copy_layout(A, J, BN, R)
     fragment: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32, 1], [8, 1, 1], [2, 1, 0])
     pixels: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [2, 4], [0, 1])     # of y: 32 bytes at a time
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
@@ -243,3 +247,106 @@ def hopper_map_weight_grad(
                 column = kw - 16 * is_left + KW // 2
                 inside = (kh >= 0) & (kh < KH) & (column >= 0) & (column < KW)
                 gl.store(dw_ptr + c * (KH * KW) + kh * KW + column, value.to(dw_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def hopper_block_weight_grad(
+        g_ptr, x_ptr, parts_ptr, N, C, H, W_A, g_stride_n_A, g_stride_c_A, x_stride_n_A, x_stride_c_A, A: gl.constexpr,
+        KH: gl.constexpr, KW: gl.constexpr, J: gl.constexpr, BN: gl.constexpr, AHEAD: gl.constexpr):
+    """Sum dw of a channel over BN images per program, to parts (splits, C, KH, KW), for J blocks of 16 columns.
+
+    A step multiplies the input rows step - 3 + d by two tiles of output rows, step - 16 + 16 half + 4 e, with d and e
+    from 0 to 3: ``E[half, chunk][(d, t), (e, s)] = sum over n of x[n, d, t] g[n, e, s]``. Their distances d + 13 -
+    16 half - 4 e, from -15 to 16, are those of every step, and a pair of rows meets in one step. Chunks are the same
+    block of columns, the one to the left and the one to the right. A tile of g is read twice, 16 steps apart.
+    """
+    K: gl.constexpr = J * BN                    # blocks and images, which the products sum
+    X_RING: gl.constexpr = AHEAD + 2            # one more than are read or copied: some warps are a step behind
+    G_RING: gl.constexpr = AHEAD + 18
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    copy: gl.constexpr = _copy_layout(A, J, BN, 4, 4)
+    stored: gl.constexpr = gl.BlockedLayout([2, 1], [32, 1], [1, 4], [0, 1])
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+
+    W = W_A * A
+    n_blocks = gl.cdiv(N, BN)
+    program = gl.program_id(0)
+    n0 = program % n_blocks * BN
+    c = (program // n_blocks).to(gl.int64)
+    # Four rows (K, 16), one after the other, are a matrix (K, 64) whose blocks of 16 columns are rows.
+    x_rows = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [X_RING, 4 * K, 16], shared)
+    g_rows = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [G_RING, 4 * K, 16], shared)
+    if _RENAMED:
+        x_tiles = x_rows.reinterpret(x_ptr.dtype.element_ty, [X_RING, K, 64], shared)
+        g_tiles = g_rows.reinterpret(x_ptr.dtype.element_ty, [G_RING, K, 64], shared)
+    else:
+        x_tiles = x_rows._reinterpret(x_ptr.dtype.element_ty, [X_RING, K, 64], shared)
+        g_tiles = g_rows._reinterpret(x_ptr.dtype.element_ty, [G_RING, K, 64], shared)
+
+    position = gl.arange(0, 4 * K, gl.SliceLayout(1, copy))
+    n = (n0 + position % BN).to(gl.int64)
+    column = (position // BN % J * 16)[:, None] + gl.arange(0, 16, gl.SliceLayout(0, copy))[None, :]
+    inside = (n < N)[:, None] & (column < W)
+    x_row = position // K - 3
+    g_row = position // K * 4 - 16
+    x_ptrs = x_ptr + ((n * x_stride_n_A + c * x_stride_c_A) * A + x_row * W)[:, None] + column
+    g_ptrs = g_ptr + ((n * g_stride_n_A + c * g_stride_c_A) * A + g_row * W)[:, None] + column
+    for ahead in range(16 + AHEAD):
+        _async_load(g_rows.index(ahead), g_ptrs, mask=inside & ((g_row >= 0) & (g_row < H))[:, None])
+        g_row += 1
+        g_ptrs += W
+        if ahead >= 16:
+            _async_load(x_rows.index(ahead - 16), x_ptrs, mask=inside & ((x_row >= 0) & (x_row < H))[:, None])
+            x_row += 1
+            x_ptrs += W
+            async_copy.commit_group()
+
+    sums = ()
+    for _ in gl.static_range(6):
+        sums = sums + (gl.zeros([64, 64], gl.float32, accumulator),)        # type: ignore[assignment]
+    for step in range(H + 3):
+        async_copy.wait_group(AHEAD - 1)
+        fence_async_shared()
+        _barrier()
+        x = x_tiles.index(step % X_RING)
+        started = ()
+        for half in gl.static_range(2):
+            g = g_tiles.index((step + 16 * half) % G_RING)
+            right = sums[3 * half]      # type: ignore[var-annotated]
+            middle = warpgroup_mma(x.permute((1, 0)), g, sums[3 * half + 1], is_async=True)
+            left = sums[3 * half + 2]       # type: ignore[var-annotated]
+            for j in gl.static_range(J - 1):
+                left = warpgroup_mma(
+                    x.slice(j * BN, BN, 0).permute((1, 0)), g.slice((j + 1) * BN, BN, 0), left, is_async=True)
+                right = warpgroup_mma(
+                    x.slice((j + 1) * BN, BN, 0).permute((1, 0)), g.slice(j * BN, BN, 0), right, is_async=True)
+            started = started + (right, middle, left)      # type: ignore[assignment]
+        sums = warpgroup_mma_wait(4 * J - 2, deps=started)
+        _async_load(g_rows.index((step + 16 + AHEAD) % G_RING), g_ptrs, mask=inside & (g_row < H)[:, None])
+        _async_load(x_rows.index((step + AHEAD) % X_RING), x_ptrs, mask=inside & ((x_row >= 0) & (x_row < H))[:, None])
+        async_copy.commit_group()
+        g_row += 1
+        x_row += 1
+        g_ptrs += W
+        x_ptrs += W
+    async_copy.wait_group(0)
+    sums = warpgroup_mma_wait(0, deps=sums)
+
+    # From a column of g, column kw of dw is kw - KW // 2 to the right: t - s, in chunks 16 to the left or right of it.
+    # Each row (d, t), rotated by s in t, has the terms of two columns: t, and t - 16 of another chunk.
+    row = gl.arange(0, 64, gl.SliceLayout(1, accumulator))
+    t = (row % 16)[:, None]
+    s = (gl.arange(0, 64, gl.SliceLayout(0, accumulator)) % 16)[None, :]
+    turned = (row // 16 * 16)[:, None] + (t + s) % 16
+    row = gl.arange(0, 64, gl.SliceLayout(1, stored))
+    e = gl.arange(0, 4, gl.SliceLayout(0, stored))
+    parts_ptr += (program % n_blocks * C + c) * (KH * KW)
+    for half in gl.static_range(2):
+        kh = (row // 16 + 13 - 16 * half + KH // 2)[:, None] - (4 * e)[None, :]
+        for is_left in gl.static_range(2):
+            terms = gl.where(t < s, sums[3 * half + is_left], sums[3 * half + is_left + 1])
+            terms = gl.gather(terms, turned, 0).reshape([64, 4, 16])
+            total = gl.convert_layout(gl.sum(terms, 2), stored)
+            kw = (row % 16 - 16 * is_left + KW // 2)[:, None]
+            inside = (kh >= 0) & (kh < KH) & (kw >= 0) & (kw < KW)
+            gl.store(parts_ptr + kh * KW + kw, total, mask=inside)

@@ -334,3 +334,13 @@ def add_parts(
                 offset = (part * 4 + below * 2 + beyond) * (D * TC) + kh % D * TC + column % TC
                 total += tl.load(parts_ptr + offset, mask=inside, other=0.)
     tl.store(dw_ptr + index, total.to(dw_ptr.dtype.element_ty), mask=c < C)
+
+
+@jit
+def add_splits(parts_ptr, dw_ptr, total, splits, BLOCK: tl.constexpr):
+    """Sum the parts (splits, total) of :func:`hopper.hopper_block_weight_grad` to dw."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in range(0, splits):
+        value += tl.load(parts_ptr + split * total.to(tl.int64) + index, mask=index < total, other=0.)
+    tl.store(dw_ptr + index, value.to(dw_ptr.dtype.element_ty), mask=index < total)

@@ -16,7 +16,16 @@ from triton.runtime.errors import OutOfResources
 
 from .._backends import LaunchError, is_capturing, memory_format_of
 from . import kernels, tuning
-from .tuning import BlockGradTile, BlockTile, HopperGradTile, HopperTile, MapGradTile, MapTile, alignment
+from .tuning import (
+    BlockGradTile,
+    BlockTile,
+    HopperBlockGradTile,
+    HopperGradTile,
+    HopperTile,
+    MapGradTile,
+    MapTile,
+    alignment,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -216,6 +225,32 @@ def hopper_map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], 
     return weight_grad
 
 
+def hopper_block_weight_grad(
+        grad: Tensor, input: Tensor, kernel_size: List[int], tile: HopperBlockGradTile) -> Tensor:
+    """Compute the weight gradient in the block form of compute capability 9.0, where it fits the problem.
+
+    See :func:`tuning.fits_hopper_block_grad`.
+    """
+    n, c, h, w = input.shape
+    kh, kw = kernel_size
+    a = alignment(w, grad, input)
+    assert a >= 4 and kh <= 31 and kw <= 31, 'copies of 8 bytes, and the sums of 32 rows and columns'
+    weight_grad = input.new_empty((c, 1, kh, kw))
+    splits = triton.cdiv(n, tile.bn)
+    parts = input.new_empty((splits, c, kh, kw), dtype=torch.promote_types(torch.float32, input.dtype))
+    hopper = _import_hopper()
+    with _launching(input):
+        hopper.hopper_block_weight_grad[_grid(splits * c)](
+            grad, input, parts, n, c, h, w // a, *_strides(grad, a), *_strides(input, a),
+            A=a, KH=kh, KW=kw, J=tuning.hopper_blocks(w), BN=tile.bn, AHEAD=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )
+        kernels.add_splits[_grid(triton.cdiv(weight_grad.numel(), _ELEMENTS_PER_PROGRAM))](
+            parts, weight_grad, weight_grad.numel(), splits, BLOCK=_ELEMENTS_PER_PROGRAM,
+        )
+    return weight_grad
+
+
 def _import_hopper() -> ModuleType:
     try:
         from . import hopper
@@ -228,9 +263,18 @@ _FORMS: Dict[str, Callable[..., Tensor]] = {
     'map_forward': map_forward, 'map_weight_grad': map_weight_grad,
     'block_forward': block_forward, 'block_weight_grad': block_weight_grad,
     'hopper_forward': hopper_forward, 'hopper_map_weight_grad': hopper_map_weight_grad,
+    'hopper_block_weight_grad': hopper_block_weight_grad,
 }
 # In Gluon, which is experimental, with the forms that compute the same.
-_EXPERIMENTAL = {'hopper_forward': 'block_forward', 'hopper_map_weight_grad': 'block_weight_grad'}
+_EXPERIMENTAL = {
+    'hopper_forward': 'block_forward', 'hopper_map_weight_grad': 'block_weight_grad',
+    'hopper_block_weight_grad': 'block_weight_grad',
+}
+# Images (N, C, H, W) and the size of the kernel with which both are compared.
+_COMPARED_SIZES = {
+    'hopper_forward': (17, 2, 19, 56, 31), 'hopper_map_weight_grad': (33, 2, 14, 14, 27),
+    'hopper_block_weight_grad': (17, 2, 19, 56, 31),
+}
 _MAX_EXPERIMENTAL_ERROR = 2 ** -7       # relative: two roundings of bfloat16
 _checked: Dict[Tuple[str, torch.device, torch.dtype], Optional[LaunchError]] = {}
 
@@ -249,7 +293,7 @@ def _check_experimental(form: str, device: torch.device, dtype: torch.dtype) -> 
             raise LaunchError(f'{form} is not checked while a CUDA graph is captured', is_permanent=False)
         is_forward = form.endswith('forward')
         generator = torch.Generator().manual_seed(0)
-        n, c, h, w, k = (17, 2, 19, 56, 31) if is_forward else (33, 2, 14, 14, 27)
+        n, c, h, w, k = _COMPARED_SIZES[form]
         x, grad, weight = (
             torch.randn(size, generator=generator).to(device, dtype)
             for size in ((n, c, h, w), (n, c, h, w), (c, 1, k, k)))
