@@ -178,6 +178,8 @@ def _selected_forms(batch: int, height: int, width: int, kernel: int, device: to
         forms.insert(0, 'hopper_map_weight_grad')
     if tuning.fits_hopper_block_grad(batch, width, [kernel, kernel], MODE, capability, aligned):
         forms.insert(0, 'hopper_block_weight_grad')
+    if tuning.fits_hopper_map(batch, height, width, [kernel, kernel], MODE, capability, aligned):
+        forms.insert(0, 'hopper_map_forward')
     if tuning.fits_hopper(batch, width, kernel, MODE, capability, aligned):
         forms.insert(0, 'hopper_forward')
     return forms

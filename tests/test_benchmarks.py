@@ -641,7 +641,7 @@ def test_jobs_of_one_device_alone(tiles, monkeypatch):
     found = [(job.form, job.width) for job in tiles.jobs(False, torch.device('cpu')) if job.form.startswith('hopper')]
     assert found[:5] == [
         ('hopper_forward', 56), ('hopper_block_weight_grad', 56), ('hopper_forward', 28),
-        ('hopper_block_weight_grad', 28), ('hopper_map_weight_grad', 14)]
+        ('hopper_block_weight_grad', 28), ('hopper_map_forward', 14)]
 
 
 def test_neighbors_differ_in_one_field(tiles):

@@ -143,7 +143,8 @@ class Products:
     def wait(self, outstanding, deps):
         while len(self.started) > outstanding:
             self.started.pop(0).compute()
-        return tuple(each.result if getattr(each, 'result', None) is not None else each for each in deps)
+        found = tuple(each.result if getattr(each, 'result', None) is not None else each for each in deps)
+        return found if len(found) > 1 else found[0]
 
 
 def _language(program, dtype):
@@ -187,5 +188,5 @@ def run(launched):
             _copy_layout=lambda *args: None, _map_operand_layout=lambda *args: None)
         for name, value in kernel.fn.__globals__.items():
             if isinstance(value, JITFunction):
-                names[name] = types.FunctionType(value.fn.__code__, names)
+                names[name] = types.FunctionType(value.fn.__code__, names, None, value.fn.__defaults__)
         types.FunctionType(kernel.fn.__code__, names)(**arguments)

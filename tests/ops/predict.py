@@ -95,6 +95,13 @@ def work(name, a, grid):
         found = Work.of_steps(blocks * h, a['BI'], a['BO'], a['BN'], [1] * programs)
         found.loaded = blocks * 2 * a['BN'] * (a['BI'] + h * a['BO'])      # x is in the L1 cache after the first row
         return found
+    if name == 'hopper_map_forward':
+        row, strips = 2 * 16 * a['BN'], tuning.strips(a['HEIGHT'], a['WIDTH'])
+        # strips written, read by every 4 warps' products, and the result turned; w is in the L1 cache after a strip
+        shared = row * (strips + strips * a['R'] // 4 + 2 * a['R'])
+        loaded = 2 * a['BN'] * a['HEIGHT'] * a['WIDTH'] + 2 * a['KH'] * a['KW']
+        return Work(0, programs * strips * 16 * a['R'] * a['BN'] * 16, programs * shared, programs * loaded,
+                    [1] * programs)
     if name == 'hopper_map_weight_grad':
         h, blocks = a['HEIGHT'], programs * ceil(n, a['BN'])
         row = 2 * 16 * a['BN']

@@ -62,6 +62,37 @@ class TestForward:
                      plain_conv(x, weight, None, (1, 1)))
 
 
+MAP_SHAPES = {
+    'k27': Shape(19, 2, 14, 14, 27, 27),
+    'k13': Shape(17, 3, 7, 7, 13, 13),
+    'small_kernel': Shape(5, 3, 9, 12, 5, 7),
+    'odd_rows': Shape(16, 2, 12, 11, 9, 21),
+    'largest_kernel': Shape(17, 2, 10, 8, 51, 33),
+    'largest_map': Shape(33, 1, 16, 16, 31, 31),
+}
+
+
+class TestMapForward:
+    @pytest.mark.parametrize('name', MAP_SHAPES)
+    @pytest.mark.parametrize('flipped', [False, True])
+    def test_indices(self, monkeypatch, name, flipped):
+        shape = MAP_SHAPES[name]
+        x, weight, bias, _ = make(shape, torch.float64)
+        for num_warps in (4, 8):
+            tile = tuning.HopperMapTile(bn=16, num_warps=num_warps)
+            got = run_on_cpu(monkeypatch, launch.hopper_map_forward, x, weight, bias, tile, flipped=flipped)
+            assert_equal(got, plain_conv(x, weight.flip(2, 3) if flipped else weight, bias, (1, 1)))
+
+    @pytest.mark.parametrize('name', ['k27', 'k13'])
+    def test_slices_of_images_and_channels(self, monkeypatch, name):
+        x, weight, _, _ = make(MAP_SHAPES[name], torch.float64)
+        c = x.shape[1]
+        x = torch.cat([x, x], 1).repeat_interleave(2, 0)[::2, 1:1 + c]
+        tile = tuning.HopperMapTile(bn=16, num_warps=4)
+        assert_equal(run_on_cpu(monkeypatch, launch.hopper_map_forward, x, weight, None, tile),
+                     plain_conv(x, weight, None, (1, 1)))
+
+
 GRAD_SHAPES = {
     'k27': Shape(19, 2, 14, 14, 27, 27),
     'small_kernel': Shape(5, 3, 9, 12, 5, 7),
@@ -149,7 +180,7 @@ def test_selected_by_shape(monkeypatch, size, kernel, selected):
     """Before the form of the other devices, which stays."""
     monkeypatch.setattr(tuning, '_capability', lambda device: 90)
     found = forms(meta(*size), [kernel, kernel])
-    assert found[0] == ('hopper_forward' if selected else 'block_forward')
+    assert (found[0] == 'hopper_forward') == selected
     assert 'block_forward' in found
 
 
@@ -157,6 +188,22 @@ def test_selected_by_shape(monkeypatch, size, kernel, selected):
 def test_other_devices(monkeypatch, capability):
     monkeypatch.setattr(tuning, '_capability', lambda device: capability)
     assert forms(meta(64, 96, 56, 56), [31, 31]) == ['block_forward']
+
+
+@pytest.mark.parametrize(('size', 'kernel', 'selected'), [
+    ((64, 384, 14, 14), 27, True), ((64, 768, 7, 7), 13, True), ((16, 8, 16, 16), 7, True),
+    ((64, 8, 14, 13), 27, True),
+    ((64, 8, 14, 14), 5, False), ((8, 8, 14, 14), 27, False), ((64, 8, 17, 14), 27, False),
+    ((64, 8, 14, 17), 27, False),
+], ids=str)
+def test_map_forward_by_shape(monkeypatch, size, kernel, selected):
+    monkeypatch.setattr(tuning, '_capability', lambda device: 90)
+    found = forms(meta(*size), [kernel, kernel])
+    assert (found[0] == 'hopper_map_forward') == selected
+    assert 'hopper' not in found[-1]
+    memory = torch.empty(size[0] * size[1] * size[2] * size[3] + 1, dtype=torch.bfloat16)
+    found = forms(memory[1:].view(size), [kernel, kernel])
+    assert (found[0] == 'hopper_map_forward') == (selected and size[3] % 2 == 1)
 
 
 @pytest.mark.parametrize(('height', 'width', 'selected'), [
@@ -274,6 +321,22 @@ class TestOnDevice:
         exact = plain_conv(*(tensor.cpu().double() for tensor in (x, kernel, bias)), (1, 1))
         plain = plain_conv(x, kernel, bias, (1, 1))
         got = [launch.hopper_forward(x, weight, bias, tuning.HopperTile(bn=bn), flipped=flipped) for bn in (16, 64, 64)]
+        for each in got:
+            assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['y'])
+        assert torch.equal(got[1], got[2])
+
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize('name', MAP_SHAPES)
+    @pytest.mark.parametrize('flipped', [False, True])
+    def test_map_forward(self, name, dtype, flipped):
+        shape = MAP_SHAPES[name]
+        x, weight, bias, _ = make(shape, dtype, device='cuda')
+        kernel = weight.flip(2, 3) if flipped else weight
+        exact = plain_conv(*(tensor.cpu().double() for tensor in (x, kernel, bias)), (1, 1))
+        plain = plain_conv(x, kernel, bias, (1, 1))
+        got = [
+            launch.hopper_map_forward(x, weight, bias, tuning.HopperMapTile(bn=bn, num_warps=warps), flipped=flipped)
+            for bn, warps in ((16, 4), (64, 8), (64, 8))]
         for each in got:
             assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['y'])
         assert torch.equal(got[1], got[2])

@@ -58,7 +58,8 @@ def check(monkeypatch, capability, layer, dtype):
         assert_launches(one, built, capability)
         if name not in EXPANDING and launch.matmul_precision(dtype) != 'ieee':
             assert INSTRUCTION[capability] in built.ptx, name
-            assert any(ahead_of_time.PRODUCT.match(instruction) for instruction in built.loop), name
+            is_unrolled = name == 'hopper_map_forward'
+            assert is_unrolled or any(ahead_of_time.PRODUCT.match(instruction) for instruction in built.loop), name
             products += 1
     assert products == (0 if launch.matmul_precision(dtype) == 'ieee' else 2)
 

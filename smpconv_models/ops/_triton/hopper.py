@@ -12,6 +12,10 @@ the L2 cache:
   one step after the other, so that seven of eight loads hit the L1 cache.
 - The rows in the middle of the map, which take longest, are computed first.
 
+``hopper_map_forward`` is for small maps. It differs from ``kernels.map_forward`` and ``kernels.block_forward``, whose
+times are those of their instructions and of two launches: the map is copied once, and each warp loads the elements of
+its rows of the kernel from the L1 cache straight into registers.
+
 ``hopper_map_weight_grad`` is the whole-map form. It differs from ``kernels.map_weight_grad``, whose time is that of its
 instructions: products of rows at the same distance are summed by the tensor cores, over the map and the batch, so that
 diagonals are summed once, of a third of the values.
@@ -52,10 +56,15 @@ def _copy_layout(A, J, BN, WARPS, ROWS=1):
 
 
 @gluon.jit
-def _load_fragment(ptrs, operand: gl.constexpr):
-    """Load (warp, lane, 8) elements as the (128, 16) operand of a product. No data moves between threads."""
-    values = gl.load(ptrs).reshape([8, 8, 4, 2, 2, 2])          # r, s % 8, t % 8 // 2, t // 8, s // 8, t % 2
-    values = values.permute([0, 4, 1, 3, 2, 5]).reshape([128, 16])
+def _load_fragment(ptrs, operand: gl.constexpr, mask=None):
+    """Load (warp, lane, 8) elements as the (16 warps, 16) operand of a product. No data moves between threads."""
+    if mask is None:
+        values = gl.load(ptrs)
+    else:
+        values = gl.load(ptrs, mask=mask, other=0.)
+    R: gl.constexpr = values.shape[0]
+    values = values.reshape([R, 8, 4, 2, 2, 2])                 # r, s % 8, t % 8 // 2, t // 8, s // 8, t % 2
+    values = values.permute([0, 4, 1, 3, 2, 5]).reshape([R * 16, 16])
     return gl.convert_layout(values, operand, assert_trivial=True)
 
 
@@ -155,6 +164,79 @@ def hopper_forward(
         mask = (n < N)[None, :] & ((row < H) & (j * S + rs % S < W))[:, None]
         acc = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), pixels)
         gl.store(y_ptrs + j * S, acc, mask=mask)
+
+
+@jit
+def hopper_map_forward(
+        x_ptr, w_ptr, bias_ptr, y_ptr, N, C, x_stride_n_A, x_stride_c_A, A: gl.constexpr, HEIGHT: gl.constexpr,
+        WIDTH: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, FLIPPED: gl.constexpr, HAS_BIAS: gl.constexpr,
+        R: gl.constexpr, BN: gl.constexpr):
+    """Compute R strips of the output, a warp each, of a channel and BN images per program. y is contiguous.
+
+    A strip is a row of up to 16 pixels, or two rows of up to 8.
+    """
+    S: gl.constexpr = 8 if WIDTH <= 8 else 16                       # columns of a strip
+    ROWS: gl.constexpr = 16 // S
+    STRIPS: gl.constexpr = (HEIGHT + ROWS - 1) // ROWS
+    PROGRAMS: gl.constexpr = (STRIPS + R - 1) // R                  # of a channel and BN images
+    V: gl.constexpr = 2 if A == 1 else A
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[R, 1], instr_shape=[16, BN, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
+    copy: gl.constexpr = gl.BlockedLayout([1, V], [2 * V, 16 // V], [R, 1], [1, 0])
+    fragment: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32, 1], [R, 1, 1], [2, 1, 0])
+    pixels: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, R], [0, 1])        # of y
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+
+    n_blocks = gl.cdiv(N, BN)
+    program = gl.program_id(0)
+    top = program % PROGRAMS * R
+    n0 = program // PROGRAMS % n_blocks * BN
+    c = (program // (PROGRAMS * n_blocks)).to(gl.int64)
+    strips = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STRIPS, BN, 16], shared)
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, copy))
+    pixel = gl.arange(0, 16, gl.SliceLayout(0, copy))
+    x_ptrs = x_ptr + ((n.to(gl.int64) * x_stride_n_A + c * x_stride_c_A) * A)[:, None] \
+        + (pixel // S * WIDTH + pixel % S)[None, :]
+    for i in gl.static_range(STRIPS):
+        inside = (n < N)[:, None] & ((pixel % S < WIDTH) & (i * ROWS + pixel // S < HEIGHT))[None, :]
+        if A > 1:
+            _async_load(strips.index(i), x_ptrs + i * (ROWS * WIDTH), mask=inside)
+        else:                                   # no copies of 2 bytes
+            strips.index(i).store(gl.load(x_ptrs + i * (ROWS * WIDTH), mask=inside, other=0.))
+    async_copy.commit_group()
+
+    # A warp's operand for a strip of x is the matrix (s, t) of w between their pixels. Strips beyond y repeat the last.
+    warp = gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(2, fragment)))[:, None, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, fragment)))[None, :, None]
+    item = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, fragment)))[None, None, :]
+    s = lane // 4 + item // 2 % 2 * 8
+    t = lane % 4 * 2 + item // 4 * 8 + item % 2
+    kh = KH // 2 + t // S - s // S - gl.minimum(top + warp, STRIPS - 1) * ROWS
+    kw = KW // 2 + t % S - s % S
+    w_ptrs = w_ptr + c * (KH * KW) + (KH * KW - 1 - kh * KW - kw if FLIPPED else kh * KW + kw)
+    weights = ()
+    for i in gl.static_range(STRIPS):
+        real = (kw >= 0) & (kw < KW)
+        if KH < 2 * STRIPS * ROWS - 1:          # otherwise every row sees every row
+            real = real & (kh + i * ROWS >= 0) & (kh + i * ROWS < KH)
+        offset = -i * (ROWS * KW) if FLIPPED else i * (ROWS * KW)
+        weights = weights + (_load_fragment(w_ptrs + offset, operand, real),)       # type: ignore[assignment]
+
+    async_copy.wait_group(0)
+    fence_async_shared()
+    _barrier()
+    acc = gl.zeros([R * 16, BN], gl.float32, accumulator)
+    for i in gl.static_range(STRIPS):
+        acc = warpgroup_mma(weights[i], strips.index(i).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    if HAS_BIAS:
+        acc += gl.load(bias_ptr + c).to(gl.float32)
+    rs = gl.arange(0, R * 16, gl.SliceLayout(1, pixels))
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, pixels))
+    row = top * ROWS + rs // S
+    y_ptrs = y_ptr + ((n.to(gl.int64) * C + c) * (HEIGHT * WIDTH))[None, :] + (row * WIDTH + rs % S)[:, None]
+    acc = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), pixels)
+    gl.store(y_ptrs, acc, mask=(n < N)[None, :] & ((row < HEIGHT) & (rs % S < WIDTH))[:, None])
 
 
 @gluon.constexpr_function

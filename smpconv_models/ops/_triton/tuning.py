@@ -260,6 +260,31 @@ class HopperGradTile(_Program):
 
 
 @dataclass(frozen=True)
+class HopperMapTile(_Program):
+    """``bn`` images, and a warp for each strip of the output."""
+    bn: int
+    num_warps: int
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.num_warps in (4, 8) and self.num_stages == 1, 'products of 4 or 8 warps, and one buffer'
+
+    @classmethod
+    def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'HopperMapTile':
+        return cls(bn=_between(16, n, 64), num_warps=4 if strips(h, w) <= 4 else 8)
+
+    def step(self, width: int, kernel_width: int) -> Step:
+        return Step(self.num_warps * 16, self.bn, 16)
+
+    def shared_memory(self, limits: Limits, element_size: int, width: int, kernel_width: int) -> int:
+        """Return the bytes of 16 strips."""
+        return 16 * 16 * self.bn * element_size
+
+    def smaller(self) -> Optional['Tile']:
+        return _reduced(self, bn=16)
+
+
+@dataclass(frozen=True)
 class HopperBlockGradTile(_Program):
     """``bn`` images of a channel. ``num_stages`` rows are copied ahead."""
     bn: int
@@ -285,12 +310,13 @@ class HopperBlockGradTile(_Program):
         return _reduced(self, num_stages=1)
 
 
-Tile = Union[MapTile, BlockTile, BlockGradTile, HopperTile, HopperGradTile, HopperBlockGradTile]
+Tile = Union[
+    MapTile, BlockTile, BlockGradTile, HopperTile, HopperMapTile, HopperGradTile, HopperBlockGradTile]
 TILES: Dict[str, Any] = {
     'map_forward': MapTile, 'map_weight_grad': MapGradTile,
     'block_forward': BlockTile, 'block_weight_grad': BlockGradTile,
     'hopper_forward': HopperTile, 'hopper_map_weight_grad': HopperGradTile,
-    'hopper_block_weight_grad': HopperBlockGradTile,
+    'hopper_map_forward': HopperMapTile, 'hopper_block_weight_grad': HopperBlockGradTile,
 }
 _DEFAULTS = {name: tile.default for name, tile in TILES.items()}
 
@@ -342,6 +368,23 @@ def fits_hopper(n: int, w: int, kernel_width: int, precision: str, capability: O
         and n >= 16 and hopper_blocks(w) in (2, 4) and 17 < kernel_width <= 33)
 
 
+def strips(h: int, w: int) -> int:
+    """Return how many strips of 16 pixels ``hopper_map_forward`` cuts a map into: rows, or pairs of them."""
+    return h if w > 8 else -(-h // 2)
+
+
+def fits_hopper_map(
+        n: int, h: int, w: int, kernel_size: Sequence[int], precision: str, capability: Optional[int],
+        aligned: int) -> bool:
+    """Return whether ``hopper_map_forward`` computes a problem, faster than the other forms.
+
+    Its products are those of all rows for smaller kernels too, and of 16 images for fewer.
+    """
+    return (
+        capability == 90 and precision == 'half' and n >= 16 and 4 <= h <= 16 and 4 <= w <= 16
+        and min(kernel_size) >= 7 and (aligned >= 2 or w % 2 == 1))     # without copies of 4 bytes, only of odd rows
+
+
 def fits_hopper_grad(h: int, w: int, precision: str, capability: Optional[int], aligned: int) -> bool:
     """Return whether ``hopper_map_weight_grad`` computes a problem; it fills 16 rows and columns."""
     return (
@@ -381,6 +424,8 @@ def _forms(
             forms.append('map_forward')
         if fits_hopper(n, width, kernel_size[1], precision, capability, aligned):
             forms.insert(0, 'hopper_forward')
+        if fits_hopper_map(n, height, width, kernel_size, precision, capability, aligned):
+            forms.insert(0, 'hopper_map_forward')
     return tuple(dict.fromkeys(forms))
 
 
