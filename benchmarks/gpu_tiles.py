@@ -176,6 +176,8 @@ def _selected_forms(batch: int, height: int, width: int, kernel: int, device: to
     forms = [tuning.forward_form(height, width), tuning.weight_grad_form(height, width)]
     if tuning.fits_hopper_grad(height, width, MODE, capability, aligned):
         forms.insert(0, 'hopper_map_weight_grad')
+    if tuning.fits_hopper_small_grad(height, width, MODE, capability):
+        forms.insert(0, 'hopper_small_map_weight_grad')
     if tuning.fits_hopper_block_grad(batch, width, [kernel, kernel], MODE, capability, aligned):
         forms.insert(0, 'hopper_block_weight_grad')
     if tuning.fits_hopper_map(batch, height, width, [kernel, kernel], MODE, capability, aligned):

@@ -95,6 +95,11 @@ def work(name, a, grid):
         found = Work.of_steps(blocks * h, a['BI'], a['BO'], a['BN'], [1] * programs)
         found.loaded = blocks * 2 * a['BN'] * (a['BI'] + h * a['BO'])      # x is in the L1 cache after the first row
         return found
+    if name == 'hopper_small_map_weight_grad':
+        blocks, pixels = programs * ceil(n, a['BN']), a['HEIGHT'] * a['WIDTH']
+        # both operands written and read, once for every 64 rows; the sums are gathered once
+        shared = blocks * 2 * 2 * 2 * 64 * a['BN'] + programs * 2 * 4 * 64 * 64
+        return Work(blocks, blocks * 64 * 64 * a['BN'], shared, blocks * 2 * 2 * pixels * a['BN'], [1] * programs)
     if name == 'hopper_map_forward':
         row, strips = 2 * 16 * a['BN'], tuning.strips(a['HEIGHT'], a['WIDTH'])
         # strips written, read by every 4 warps' products, and the result turned; w is in the L1 cache after a strip

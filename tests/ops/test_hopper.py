@@ -118,6 +118,33 @@ class TestWeightGrad:
         assert_equal(got, exact_weight_grad(x, grad, [27, 27]))
 
 
+SMALL_GRAD_SHAPES = {
+    'k13': Shape(37, 2, 7, 7, 13, 13),
+    'small_kernel': Shape(5, 3, 4, 6, 5, 3),
+    'beyond_the_map': Shape(16, 2, 5, 8, 17, 33),
+    'largest_map': Shape(33, 1, 8, 8, 15, 15),
+}
+
+
+class TestSmallWeightGrad:
+    @pytest.mark.parametrize('name', SMALL_GRAD_SHAPES)
+    def test_indices(self, monkeypatch, name):
+        shape = SMALL_GRAD_SHAPES[name]
+        x, _, _, grad = make(shape, torch.float64)
+        size = [shape.kh, shape.kw]
+        got = run_on_cpu(
+            monkeypatch, launch.hopper_small_map_weight_grad, grad, x, size, tuning.HopperGradTile(bn=16))
+        assert_equal(got, exact_weight_grad(x, grad, size))
+
+    def test_slices_of_images_and_channels(self, monkeypatch):
+        x, _, _, grad = make(SMALL_GRAD_SHAPES['k13'], torch.float64)
+        x = torch.cat([x, x], 1).repeat_interleave(2, 0)[::2, 1:3]
+        grad = torch.cat([grad, grad], 1)[:, 1:3]
+        tile = tuning.HopperGradTile(bn=32)
+        got = run_on_cpu(monkeypatch, launch.hopper_small_map_weight_grad, grad, x, [13, 13], tile)
+        assert_equal(got, exact_weight_grad(x, grad, [13, 13]))
+
+
 BLOCK_GRAD_SHAPES = {
     'three_blocks_and_a_half': Shape(19, 1, 43, 56, 31, 31),
     'two_blocks': Shape(17, 2, 28, 28, 29, 29),
@@ -214,7 +241,17 @@ def test_weight_grad_by_shape(monkeypatch, height, width, selected):
     found = [form for form, _ in tuning.candidates('weight_grad', x, [27, 27], 'half', x)]
     assert found[:-1].count('hopper_map_weight_grad') == selected
     odd = meta(64, 9, 14, 14).as_strided(x.shape, (9 * 14 * 14 + 1, height * width, width, 1))
-    assert 'hopper' not in str(tuning.candidates('weight_grad', x, [27, 27], 'half', odd))
+    assert 'hopper_map_weight_grad' not in dict(tuning.candidates('weight_grad', x, [27, 27], 'half', odd))
+
+
+@pytest.mark.parametrize(('height', 'width', 'selected'), [
+    (7, 7, True), (8, 8, True), (4, 5, True), (3, 7, False), (9, 7, False), (7, 9, False)])
+def test_small_weight_grad_by_shape(monkeypatch, height, width, selected):
+    monkeypatch.setattr(tuning, '_capability', lambda device: 90)
+    x = meta(64, 8, height, width)
+    found = [form for form, _ in tuning.candidates('weight_grad', x, [13, 13], 'half', x)]
+    assert (found[0] == 'hopper_small_map_weight_grad') == selected
+    assert found[-1] == 'block_weight_grad'
 
 
 @pytest.mark.parametrize(('size', 'kernel', 'selected'), [
@@ -342,14 +379,16 @@ class TestOnDevice:
         assert torch.equal(got[1], got[2])
 
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize('name', GRAD_SHAPES)
-    def test_weight_grad(self, name, dtype):
-        shape = GRAD_SHAPES[name]
+    @pytest.mark.parametrize(('form', 'shape'), [
+        *(pytest.param('hopper_map_weight_grad', shape, id=name) for name, shape in GRAD_SHAPES.items()),
+        *(pytest.param('hopper_small_map_weight_grad', shape, id=f'small_{name}')
+          for name, shape in SMALL_GRAD_SHAPES.items())])
+    def test_weight_grad(self, form, shape, dtype):
         x, _, _, grad = make(shape, dtype, device='cuda')
         size = [shape.kh, shape.kw]
         exact = exact_weight_grad(x.cpu().double(), grad.cpu().double(), size)
         plain = exact_weight_grad(x, grad, size)
-        got = [launch.hopper_map_weight_grad(grad, x, size, tuning.HopperGradTile(bn=bn)) for bn in (16, 64, 64)]
+        got = [launch._FORMS[form](grad, x, size, tuning.HopperGradTile(bn=bn)) for bn in (16, 64, 64)]
         for each in got:
             assert_as_exact_as(each.cpu(), plain.cpu(), exact, terms(shape)['dw'])
         assert torch.equal(got[1], got[2])

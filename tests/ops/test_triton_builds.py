@@ -117,7 +117,7 @@ def test_smaller_tiles_build(monkeypatch, capability, form):
     """Every third one, down to the smallest."""
     if form in launch._EXPERIMENTAL and capability != 90:
         pytest.skip('for 90 alone')
-    size, kernel = 14 if 'map' in form else 56, 31 if form in launch._EXPERIMENTAL else 51
+    size, kernel = 7 if 'small' in form else 14 if 'map' in form else 56, 31 if form in launch._EXPERIMENTAL else 51
     x = torch.empty(64, 8, size, size, dtype=torch.bfloat16, device='meta')
     weight = torch.empty(8, 1, kernel, kernel, dtype=torch.bfloat16, device='meta')
     args = (x, weight, None) if form.endswith('forward') else (x, x, [kernel, kernel])

@@ -20,6 +20,8 @@ its rows of the kernel from the L1 cache straight into registers.
 instructions: products of rows at the same distance are summed by the tensor cores, over the map and the batch, so that
 diagonals are summed once, of a third of the values.
 
+``hopper_small_map_weight_grad`` is the same for maps of at most 8 rows and columns, in one product of all pixels.
+
 ``hopper_block_weight_grad`` is the block form. It differs from ``kernels.block_weight_grad``, whose time is that of its
 loads too: a program has all sums of a channel in registers, and loads x and g of its images alone, each four times.
 """
@@ -432,3 +434,59 @@ def hopper_block_weight_grad(
             kw = (row % 16 - 16 * is_left + KW // 2)[:, None]
             inside = (kh >= 0) & (kh < KH) & (kw >= 0) & (kw < KW)
             gl.store(parts_ptr + kh * KW + kw, total, mask=inside)
+
+
+@jit
+def hopper_small_map_weight_grad(
+        g_ptr, x_ptr, dw_ptr, N, g_stride_n_A, g_stride_c_A, x_stride_n_A, x_stride_c_A, A: gl.constexpr,
+        HEIGHT: gl.constexpr, WIDTH: gl.constexpr, KH: gl.constexpr, KW: gl.constexpr, BN: gl.constexpr):
+    """Compute a channel per program, for maps of at most 8 rows and columns; elements of dw that reach further stay.
+
+    One product has all pixels of x and g, ``E[(ih, iw), (oh, ow)] = sum over n of x[n, ih, iw] g[n, oh, ow]``.
+    """
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])       # a row a thread
+    summed: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [4, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+    c = gl.program_id(0).to(gl.int64)
+    x_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [BN, 64], shared)
+    g_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [BN, 64], shared)
+    n = gl.arange(0, BN, gl.SliceLayout(1, copy))
+    pixel = gl.arange(0, 64, gl.SliceLayout(0, copy))
+    real = (pixel // 8 < HEIGHT) & (pixel % 8 < WIDTH)
+    offset = (pixel // 8 * WIDTH + pixel % 8)[None, :]
+    x_ptrs = x_ptr + ((c * x_stride_c_A + n.to(gl.int64) * x_stride_n_A) * A)[:, None] + offset
+    g_ptrs = g_ptr + ((c * g_stride_c_A + n.to(gl.int64) * g_stride_n_A) * A)[:, None] + offset
+    acc = gl.zeros([64, 64], gl.float32, accumulator)
+    for n0 in range(0, N, BN):
+        inside = (n < N - n0)[:, None] & real[None, :]
+        x = gl.load(x_ptrs, mask=inside, other=0.)
+        g = gl.load(g_ptrs, mask=inside, other=0.)
+        _barrier()      # the product of the images before is done
+        x_smem.store(x)
+        g_smem.store(g)
+        fence_async_shared()
+        _barrier()
+        acc = warpgroup_mma(x_smem.permute((1, 0)), g_smem, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        x_ptrs += x_stride_n_A.to(gl.int64) * (A * BN)
+        g_ptrs += g_stride_n_A.to(gl.int64) * (A * BN)
+
+    # Column (oh, ow), rotated by oh in ih and by ow in iw, has the terms of an element of dw in one row.
+    row = gl.arange(0, 64, gl.SliceLayout(1, accumulator))
+    column = gl.arange(0, 64, gl.SliceLayout(0, accumulator))[None, :]
+    ih = (row // 8)[:, None] + column // 8
+    iw = (row % 8)[:, None] + column % 8
+    acc = gl.gather(acc, ih % 8 * 8 + iw % 8, 0)
+    row = gl.arange(0, 64, gl.SliceLayout(1, summed))
+    iw = (row % 8)[:, None] + gl.arange(0, 8, gl.SliceLayout(0, summed))[None, :]
+    for is_above in gl.static_range(2):
+        terms = gl.where((ih >= 8) == (is_above == 1), acc, 0.).reshape([64, 8, 8])
+        terms = gl.convert_layout(gl.sum(terms, 1), summed)
+        kh = row // 8 - 8 * is_above + KH // 2
+        for is_left in gl.static_range(2):
+            value = gl.sum(gl.where((iw >= 8) == (is_left == 1), terms, 0.), 1)
+            kw = row % 8 - 8 * is_left + KW // 2
+            inside = (kh >= 0) & (kh < KH) & (kw >= 0) & (kw < KW)
+            gl.store(dw_ptr + c * (KH * KW) + kh * KW + kw, value.to(dw_ptr.dtype.element_ty), mask=inside)

@@ -245,6 +245,27 @@ def hopper_map_weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], 
     return weight_grad
 
 
+def hopper_small_map_weight_grad(
+        grad: Tensor, input: Tensor, kernel_size: List[int], tile: HopperGradTile) -> Tensor:
+    """Compute the weight gradient of small maps for compute capability 9.0.
+
+    See :func:`tuning.fits_hopper_small_grad`.
+    """
+    c, h, w = input.shape[1:]
+    kh, kw = kernel_size
+    a = alignment(w, grad, input)
+    assert h <= 8 and w <= 8, 'one product of 64 pixels'
+    reached = kh <= 15 and kw <= 15
+    weight_grad = (input.new_empty if reached else input.new_zeros)((c, 1, kh, kw))
+    hopper = _import_hopper()
+    with _launching(input):
+        hopper.hopper_small_map_weight_grad[_grid(c)](
+            grad, input, weight_grad, len(input), *_strides(grad, a), *_strides(input, a),
+            A=a, HEIGHT=h, WIDTH=w, KH=kh, KW=kw, BN=tile.bn, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )
+    return weight_grad
+
+
 def hopper_block_weight_grad(
         grad: Tensor, input: Tensor, kernel_size: List[int], tile: HopperBlockGradTile) -> Tensor:
     """Compute the weight gradient in the block form of compute capability 9.0, where it fits the problem.
@@ -284,16 +305,19 @@ _FORMS: Dict[str, Callable[..., Tensor]] = {
     'block_forward': block_forward, 'block_weight_grad': block_weight_grad,
     'hopper_forward': hopper_forward, 'hopper_map_weight_grad': hopper_map_weight_grad,
     'hopper_map_forward': hopper_map_forward, 'hopper_block_weight_grad': hopper_block_weight_grad,
+    'hopper_small_map_weight_grad': hopper_small_map_weight_grad,
 }
 # In Gluon, which is experimental, with the forms that compute the same.
 _EXPERIMENTAL = {
     'hopper_forward': 'block_forward', 'hopper_map_weight_grad': 'block_weight_grad',
     'hopper_map_forward': 'block_forward', 'hopper_block_weight_grad': 'block_weight_grad',
+    'hopper_small_map_weight_grad': 'block_weight_grad',
 }
 # Images (N, C, H, W) and the sizes of kernels with which both are compared.
 _COMPARED_SIZES = {
     'hopper_forward': [(17, 2, 19, 56, 31)], 'hopper_map_weight_grad': [(33, 2, 14, 14, 27)],
     'hopper_map_forward': [(33, 2, 14, 14, 27), (33, 2, 7, 7, 13)], 'hopper_block_weight_grad': [(17, 2, 19, 56, 31)],
+    'hopper_small_map_weight_grad': [(33, 2, 7, 7, 13)],
 }
 _MAX_EXPERIMENTAL_ERROR = 2 ** -7       # relative: two roundings of bfloat16
 _checked: Dict[Tuple[str, torch.device, torch.dtype], Optional[LaunchError]] = {}

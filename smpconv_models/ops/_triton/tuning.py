@@ -317,6 +317,7 @@ TILES: Dict[str, Any] = {
     'block_forward': BlockTile, 'block_weight_grad': BlockGradTile,
     'hopper_forward': HopperTile, 'hopper_map_weight_grad': HopperGradTile,
     'hopper_map_forward': HopperMapTile, 'hopper_block_weight_grad': HopperBlockGradTile,
+    'hopper_small_map_weight_grad': HopperGradTile,
 }
 _DEFAULTS = {name: tile.default for name, tile in TILES.items()}
 
@@ -392,6 +393,11 @@ def fits_hopper_grad(h: int, w: int, precision: str, capability: Optional[int], 
         and 8 <= h <= 16 and 8 <= w <= 16)
 
 
+def fits_hopper_small_grad(h: int, w: int, precision: str, capability: Optional[int]) -> bool:
+    """Return whether ``hopper_small_map_weight_grad`` computes a problem; it fills 8 rows and columns."""
+    return capability == 90 and precision == 'half' and 4 <= h <= 8 and 4 <= w <= 8
+
+
 def fits_hopper_block_grad(
         n: int, w: int, kernel_size: Sequence[int], precision: str, capability: Optional[int], aligned: int) -> bool:
     """Return whether ``hopper_block_weight_grad`` computes a problem, faster than ``block_weight_grad``.
@@ -416,6 +422,8 @@ def _forms(
         forms = [weight_grad_form(height, width), 'block_weight_grad']
         if fits_hopper_grad(height, width, precision, capability, aligned):
             forms.insert(0, 'hopper_map_weight_grad')
+        if fits_hopper_small_grad(height, width, precision, capability):
+            forms.insert(0, 'hopper_small_map_weight_grad')
         if fits_hopper_block_grad(n, width, kernel_size, precision, capability, aligned):
             forms.insert(0, 'hopper_block_weight_grad')
     else:
