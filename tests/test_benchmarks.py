@@ -699,7 +699,8 @@ def test_a_search_without_a_right_tile_is_better_by_none(search):
 @pytest.fixture
 def on_b200(tiles, monkeypatch):
     """Device with the limits of a B200."""
-    monkeypatch.setattr(tiles.tuning, '_limits', lambda device, capability: tiles.tuning._LIMITS[100])
+    from smpconv_models.ops._triton.limits import _LIMITS
+    monkeypatch.setattr(tiles.tuning, '_limits', lambda device, capability: _LIMITS[100])
     return torch.device('cpu')
 
 

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
 import ahead_of_time
 
-from smpconv_models.ops._triton import launch, tuning
+from smpconv_models.ops._triton import launch, limits, tuning
 
 INSTRUCTION = {80: 'mma.sync', 86: 'mma.sync', 90: 'wgmma.mma_async', 100: 'tcgen05.mma', 120: 'mma.sync'}
 # What a program may have: bytes of shared memory, columns of tensor memory, registers.
@@ -127,8 +127,8 @@ def test_smaller_tiles_build(monkeypatch, capability, form):
             built = ahead_of_time.build(one, capability)
             assert_launches(one, built, capability)
             if one.kernel.fn.__name__ == form:
-                limits = tuning._LIMITS[capability]
-                assert built.shared <= tile.shared_memory(limits, 2, size, kernel)
+                available = limits._LIMITS[capability]
+                assert built.shared <= tile.shared_memory(available, 2, size, kernel)
 
 
 @pytest.mark.slow    # half an hour of compiling
