@@ -14,9 +14,11 @@ instructions, and `LATENCY` until the first operands have arrived. Several progr
 The waves are those of the programs in the order of their launch, each on the first free place. A multiprocessor has
 places for as many programs as its registers, shared memory and threads hold.
 
-Not counted: other latencies, conflicts of shared memory's banks, and sectors that are written in parts. A program of
-hopper_map_weight_grad copies, multiplies and adds one after the other, and a multiprocessor holds two of them: it may
-take half as much again.
+Not counted: other latencies, conflicts of shared memory's banks, and sectors that are written in parts. Programs of
+hopper_map_weight_grad, hopper_small_map_weight_grad and hopper_map_forward copy, multiply and add one after the other:
+where a multiprocessor holds two of them, they may take half as much again. Nor is counted that the programs of a last
+wave, which have fewer neighbours, may run faster.
+The goal for y of smpconv_t's 7x7 maps on an H200 is less than the time to move its bytes and to launch a kernel.
 NCHW tensors: channels_last ones are copied first, and so is the result, 10 to 12 microseconds more for each of 25 MB.
 Of a loop step's instructions, `copies` are asynchronous (global to shared memory), `loads` the others.
 """

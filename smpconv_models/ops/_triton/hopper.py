@@ -12,9 +12,9 @@ the L2 cache:
   one step after the other, so that seven of eight loads hit the L1 cache.
 - The rows in the middle of the map, which take longest, are computed first.
 
-``hopper_map_forward`` is for small maps. It differs from ``kernels.map_forward`` and ``kernels.block_forward``, whose
-times are those of their instructions and of two launches: the map is copied once, and each warp loads the elements of
-its rows of the kernel from the L1 cache straight into registers.
+``hopper_map_forward`` is for small maps. It differs from ``kernels.map_forward``, whose time is that of its instructions,
+and from ``kernels.block_forward``, which loads rows again and launches another kernel before: the map is copied once,
+and each warp loads the elements of its rows of the kernel straight into registers, all but the first time from L1.
 
 ``hopper_map_weight_grad`` is the whole-map form. It differs from ``kernels.map_weight_grad``, whose time is that of its
 instructions: products of rows at the same distance are summed by the tensor cores, over the map and the batch, so that
