@@ -12,7 +12,7 @@ the L2 cache:
   one step after the other, so that seven of eight loads hit the L1 cache.
 - The rows in the middle of the map, which take longest, are computed first.
 
-``hopper_map_forward`` is for small maps. It differs from ``kernels.map_forward``, whose time is that of its instructions,
+``hopper_map_forward`` is for small maps. It differs from ``kernels.map_forward``, whose time is that of instructions,
 and from ``kernels.block_forward``, which loads rows again and launches another kernel before: the map is copied once,
 and each warp loads the elements of its rows of the kernel straight into registers, all but the first time from L1.
 
