@@ -184,6 +184,15 @@ def test_the_interpreter_sees_a_copy_that_was_not_waited_for(monkeypatch):
     assert run_on_cpu(monkeypatch, launch.hopper_forward, x, weight, None, tuning.HopperTile(bn=16)).isnan().any()
 
 
+def test_the_interpreter_sees_an_operand_that_was_overwritten(monkeypatch):
+    wait = gluon_interpreter.Products.wait
+    monkeypatch.setattr(
+        gluon_interpreter.Products, 'wait', lambda products, outstanding, deps: wait(products, 30 * outstanding, deps))
+    x, _, _, grad = make(BLOCK_GRAD_SHAPES['two_blocks'], torch.float64)
+    tile = tuning.HopperBlockGradTile(bn=16)
+    assert run_on_cpu(monkeypatch, launch.hopper_block_weight_grad, grad, x, [29, 29], tile).isnan().any()
+
+
 # --- selection ---
 
 
