@@ -16,6 +16,7 @@ Exit codes: 0 success, 2 wrong arguments, files or images (no picture is written
 import argparse
 import inspect
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import smpconv_models  # noqa: F401 (registers the models with timm)
 from smpconv_models import figures
-from smpconv_models.prediction.inputs import ModelSource
+from smpconv_models.prediction.inputs import ModelSource, find_images
 from smpconv_models.training import ModelOptions, cli
 from smpconv_models.training.batch_norm import recalibrate_bn_
 from smpconv_models.utils import streams
@@ -194,6 +195,13 @@ def draw_animation(
     figures.save_animation(path, snapshots, columns, fps, kind, filter)
 
 
+def check_no_input(output: str, images: List[str]) -> None:
+    """Raise ValueError if a figure would replace one of the images that it shows."""
+    paths = [name for name in images if os.path.exists(name)]       # other names are 'digits', or refused later
+    if Path(output).resolve() in {path.resolve() for path in find_images(paths, '--images')}:
+        raise ValueError(f'--output {output} is one of --images: name another file')
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     parser = create_parser()
@@ -203,6 +211,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         args.use_ema, args.reparam, args.seed, getattr(args, 'img_size', None))
     own = {name: value for name, value in vars(args).items() if name in inspect.signature(args.draw).parameters}
     try:
+        check_no_input(args.output, own.get('images') or [])
         with atomic_write(check_writable(args.output, '--output', _extensions(args.command))) as temporary:
             args.draw(temporary, source, **own)
     except (torch.OutOfMemoryError, MemoryError) as error:

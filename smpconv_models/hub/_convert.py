@@ -173,6 +173,7 @@ def _save(
         network: Any, folder: Path, kwargs: Dict[str, Any], classes: Optional[List[str]], source: str,
         license: str) -> str:
     """Save a folder as timm does, with source, license and checksum in its configuration; return the checksum."""
+    network.to(memory_format=torch.contiguous_format)   # safetensors has no other layout, and runs store channels_last
     network.pretrained_cfg.update(license=license)
     if source != RELEASE_URL:  # these fields describe the release's weights
         network.pretrained_cfg.update(tag=None, origin_url=None)

@@ -77,6 +77,13 @@ def list_images(paths: List[str]) -> List[ImageLike]:
     return images
 
 
+def check_no_input(heat_map: str, paths: List[str]) -> None:
+    """Raise ValueError if heat maps were written among the images, for which another run would take them."""
+    for path in paths:
+        if os.path.isdir(path) and Path(heat_map).resolve().is_relative_to(Path(path).resolve()):
+            raise ValueError(f'--heat-map {heat_map} is in the folder of images {path}: name a folder outside of it')
+
+
 class Results:
     """Files of the predictions, which are written at the end."""
 
@@ -171,6 +178,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     saved = ''
     try:
         images = list_images(args.images)
+        if args.heat_map is not None:
+            check_no_input(args.heat_map, args.images)
         results = Results(args.output, args.features, args.heat_map)
         source = ModelSource(
             cli.read_options(args, ModelOptions), [args.checkpoint], use_ema=args.use_ema, reparam=args.reparam,

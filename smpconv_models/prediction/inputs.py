@@ -2,7 +2,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional
 
 import torch
 from PIL import Image
@@ -185,17 +185,14 @@ def find_images(paths: Iterable[str], option: str = 'images') -> List[Path]:
         option: Name of the argument, for errors.
 
     Raises:
-        ValueError: If there is no such file or folder, or no image in a folder.
+        ValueError: If there is no such file or folder, a folder cannot be read, or there is no image in it.
     """
     files: List[Path] = []
     extensions = _extensions()
     for name in paths:
         path = Path(name)
         if os.path.isdir(name):     # not of Path, for which '' is the current folder
-            inside = sorted(
-                file for file in path.rglob('*')
-                if file.suffix.lower() in extensions and file.is_file()
-                and not any(part.startswith('.') for part in file.relative_to(path).parts))
+            inside = sorted(file for file in _files(path, option) if file.suffix.lower() in extensions)
             if not inside:
                 raise ValueError(f'{option}: no file in {path} has the extension of an image')
             files += inside
@@ -204,6 +201,17 @@ def find_images(paths: Iterable[str], option: str = 'images') -> List[Path]:
         else:
             raise ValueError(f'{option}: no such file or folder: {name or "an empty path"}')
     return files
+
+
+def _files(folder: Path, option: str) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders; raise ValueError for one that cannot be read."""
+    def fail(error: OSError) -> NoReturn:
+        raise ValueError(f'{option}: {error.filename} cannot be read: {error.strerror}')
+    for path, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        for file in (Path(path, name) for name in names if not name.startswith('.')):
+            if file.is_file():
+                yield file
 
 
 def _extensions() -> List[str]:

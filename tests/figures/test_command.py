@@ -110,6 +110,17 @@ def test_heat_maps_of_files(run, folder, tmp_path):
     assert [title.split(' (')[0] for title in titles] == ['red: class-7', 'in: class-7']
 
 
+@pytest.mark.parametrize('given', ['in.png', 'in'])
+def test_an_image_is_not_replaced_by_its_figure(folder, tmp_path, capsys, given):
+    (tmp_path / 'in').mkdir()
+    path = tmp_path / ('in/a.png' if given == 'in' else given)
+    Image.new('RGB', (30, 20), 'red').save(path)
+    before = path.read_bytes()
+    argv = ('heat-map', '--checkpoint', folder, '--images', tmp_path / given, '--output', path)
+    assert 'is one of --images' in programs.refused(main, capsys, *argv)
+    assert path.read_bytes() == before
+
+
 def test_animation_of_a_run_is_sorted_by_epoch(run, folder):
     (call,), path = run('animation', '--checkpoint', folder, '--fps', 10, '--max-layers', 1, name='out.gif')
     assert [title for title, _ in call[1]] == ['epoch 0', 'epoch 9', 'epoch 10']

@@ -135,6 +135,13 @@ def test_our_own_checkpoint_keeps_its_data_and_classes(tmp_path):
     assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog']
 
 
+def test_weights_of_a_run_in_channels_last(tmp_path):
+    model = randomize_(timm.create_model('smpconv_nano', num_classes=2)).to(memory_format=torch.channels_last)
+    assert not model.state_dict()['stem.0.conv.weight'].is_contiguous(), 'which safetensors cannot store'
+    _, loaded = convert_saved(tmp_path, {'state_dict': model.state_dict(), 'args': {'model': 'smpconv_nano'}})
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize('name', ['smpconv_t', 'smpconv_nano'])
 def test_own_weights_are_not_the_original_authors(tmp_path, name):
     kwargs = dict(TINY, num_classes=2)

@@ -1,5 +1,6 @@
 """`smpconv_models.predict`, and the program of this name."""
 import csv
+import errno
 import io
 import json
 import os
@@ -205,6 +206,22 @@ def test_text_of_a_terminal_is_escaped(run_folder, photos, tmp_path, capsys, mon
     assert '\x1b' not in out and len(out.splitlines()) == 5
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='folders have no such permissions')
+def test_a_folder_that_cannot_be_read_is_named(monkeypatch, run_folder, photos, tmp_path, capsys):
+    """As root may read every folder, the refusal of the system is put in its place."""
+    (tmp_path / 'photos/closed').mkdir(parents=True)
+    (tmp_path / 'photos/a.png').write_bytes((photos / 'a.png').read_bytes())
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == 'closed':
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    line = programs.refused(main, capsys, tmp_path / 'photos', '--checkpoint', run_folder)
+    assert f'{tmp_path}/photos/closed cannot be read: Permission denied' in line
+
+
 def test_an_image_on_standard_input(run_folder, photos):
     command = [sys.executable, '-m', 'smpconv_models.predict', '-', '--checkpoint', run_folder]
     with open(photos / 'b.webp', 'rb') as file:
@@ -266,6 +283,7 @@ def test_a_reader_that_leaves_ends_the_program(run_folder, photos, tmp_path):
     (['-', '-', '--checkpoint', 'RUN'], '- is given twice'),
     (['PHOTOS', '--checkpoint', 'hf-hub:OWNER/NAME', '--num-classes', '7'], 'leave out --num-classes'),
     (['PHOTOS', '--checkpoint', 'RUN', '--heat-map', 'PHOTOS'], 'is not a folder'),
+    (['FOLDER', '--checkpoint', 'RUN', '--heat-map', 'FOLDER/heat'], 'is in the folder of images'),
     (['PHOTOS', '--checkpoint', 'RUN', '--output', 'results.txt'], '--output takes the name of a .csv or .json file'),
     (['PHOTOS', '--checkpoint', 'RUN', '--features', 'EMPTY/no/f.npy'], 'cannot be written'),
     (['PHOTOS', '--checkpoint', 'RUN', '--topk', '0'], 'must be at least 1'),
@@ -274,7 +292,8 @@ def test_a_reader_that_leaves_ends_the_program(run_folder, photos, tmp_path):
 ])
 def test_errors_are_one_line(run_folder, photos, tmp_path, capsys, argv, message):
     (tmp_path / 'empty').mkdir()
-    places = {'PHOTOS': photos / 'a.png', 'RUN': run_folder, 'EMPTY': tmp_path / 'empty'}
+    places = {'PHOTOS': photos / 'a.png', 'RUN': run_folder, 'EMPTY': tmp_path / 'empty', 'FOLDER': photos}
     argv = [str(places.get(item, item)).replace('EMPTY', str(tmp_path / 'empty')) for item in argv]
+    argv = [item.replace('FOLDER', str(photos)) for item in argv]
     assert message in programs.refused(main, capsys, *argv)
     assert [path.name for path in tmp_path.iterdir()] == ['empty']
