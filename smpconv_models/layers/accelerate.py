@@ -68,7 +68,7 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
             'replaced in place; give nn.Sequential(conv)')
     if type(min_kernel_size) is not int or min_kernel_size < 1:
         raise ValueError(f'min_kernel_size must be a whole number of at least 1, got {min_kernel_size!r}')
-    validate_options(1, backend)
+    validate_options(backend=backend)
     replaced: Dict[str, nn.Conv2d] = {}
     skipped: Dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):

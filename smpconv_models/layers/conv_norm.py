@@ -104,7 +104,7 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
             padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros', device: Any = None,
             dtype: Any = None, backend: str = 'auto') -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
-        validate_options(dilation, backend)
+        validate_options(dilation=dilation, backend=backend)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype)

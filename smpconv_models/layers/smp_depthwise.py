@@ -164,7 +164,7 @@ class SMPDepthwiseConv2d(SMPLayer):
             radius_range: Tuple[float, float] = (1e-3, 1.), backend: str = 'auto', device: Any = None,
             dtype: Any = None) -> None:
         check_kernel_size(kernel_size, ndim=2)
-        validate_options(dilation, backend)
+        validate_options(dilation=dilation, backend=backend)
         check_counts(num_points=num_points)
         super().__init__(
             kernel_size, (channels, num_points), (num_points, 2), False, coords_std, None, radius_range, device, dtype)

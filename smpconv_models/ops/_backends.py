@@ -2,9 +2,9 @@
 
 A backend is a module of this package, imported at its first use, with two steps and two checks:
 
-- ``forward(input, weight, bias, dilation)`` returns ``(N, C, H, W)`` for an input of that shape, in any layout.
-- ``backward(grad, input, weight, dilation, wanted)`` returns the gradients of input and weight, of their shapes and in
-  any layout; None for one that is not ``wanted``. Both steps may raise :class:`LaunchError`.
+- ``forward(input, weight, bias, axes)`` returns the output of an input ``(N, C, H, W)``, in any layout.
+- ``backward(grad, input, weight, axes, wanted)`` returns the gradients of input and weight, of their shapes and in any
+  layout; None for one that is not ``wanted``. Both steps may raise :class:`LaunchError`.
 - ``unsupported_reason(device, dtype)`` returns why the backend cannot run, or None.
 - ``skip_reason(problem)``, which only ``auto`` asks, returns why plain ``conv2d`` is faster, or None.
 """
@@ -12,29 +12,17 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Optional, Set, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ._problem import Axes, ConvProblem
 
 _logger = logging.getLogger(__name__)
 
 # Fastest first; the last one runs everywhere.
 AUTO_ORDER: Tuple[str, ...] = ('cpu', 'triton', 'reference')
-
-
-class ConvProblem(NamedTuple):
-    """A convolution of an input of ``size`` (N, C, H, W), as far as the choice of a backend depends on it."""
-    size: Sequence[int]
-    dtype: torch.dtype
-    kernel_size: Sequence[int]
-    dilation: Sequence[int]
-    needs_weight_grad: bool
-
-
-# Gradients of input and weight, None for one that is not wanted.
-Gradients = Tuple[Optional[Tensor], Optional[Tensor]]
 
 
 class LaunchError(RuntimeError):
@@ -60,15 +48,13 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f'{__package__}._{name}')
 
 
-def select(
-        backend: str, input: Tensor, kernel_size: Sequence[int], dilation: Sequence[int],
-        needs_weight_grad: bool = True) -> str:
+def select(backend: str, input: Tensor, axes: Axes, needs_weight_grad: bool = True) -> str:
     """Return the name of the backend for ``input``: the given one, or for 'auto' the first that can and is not slower.
 
     A named backend never falls back: raise RuntimeError if it cannot run there.
     """
     if backend == 'auto':
-        problem = ConvProblem(input.shape, input.dtype, kernel_size, dilation, needs_weight_grad)
+        problem = ConvProblem(input.shape[0], input.shape[1], axes, input.dtype, needs_weight_grad)
         return next(name for name in _runnable(input.device, input.dtype) if load(name).skip_reason(problem) is None)
     reason = load(backend).unsupported_reason(input.device, input.dtype)
     if reason is not None:
@@ -135,35 +121,3 @@ def _warn_once(message: str) -> None:
 def is_capturing() -> bool:
     """Return whether a CUDA graph is being captured, during which some calls fail that work otherwise."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def memory_format_of(tensor: Tensor) -> torch.memory_format:
-    """Return the layout of results: channels_last if the tensor is, and not contiguous as well."""
-    channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-# --- a dilated convolution as plain ones: every dh-th row and dw-th column becomes an image ---
-
-
-def space_to_batch(input: Tensor, dilation: List[int]) -> Tensor:
-    """Return ``(N, C, H, W)`` as ``(N * dh * dw, C, ceil(H / dh), ceil(W / dw))``, padded with zeros at the end."""
-    n, c, h, w = input.shape
-    dh, dw = _within_map(dilation, h, w)
-    rows, columns = -(-h // dh), -(-w // dw)
-    padded = F.pad(input, (0, columns * dw - w, 0, rows * dh - h))
-    return padded.reshape(n, c, rows, dh, columns, dw).permute(0, 3, 5, 1, 2, 4).reshape(n * dh * dw, c, rows, columns)
-
-
-def batch_to_space(phases: Tensor, dilation: List[int], size: Sequence[int]) -> Tensor:
-    """Invert :func:`space_to_batch` for a map of ``size`` (N, C, H, W)."""
-    n, c, h, w = size
-    dh, dw = _within_map(dilation, h, w)
-    rows, columns = phases.shape[2:]
-    merged = phases.reshape(n, dh, dw, c, rows, columns).permute(0, 3, 4, 1, 5, 2)
-    return merged.reshape(n, c, rows * dh, columns * dw)[:, :, :h, :w]
-
-
-def _within_map(dilation: List[int], height: int, width: int) -> List[int]:
-    """Limit the dilation to the map's size: elements outside of the map may as well lie just outside."""
-    return [min(dilation[0], max(height, 1)), min(dilation[1], max(width, 1))]

@@ -11,14 +11,16 @@ With AVX2 alone (EPYC 7001, one core, batch 4, torch 2.14) the NCHW kernel is sl
 than a forward pass through channels_last: 56x56, 96 channels, batch 2: 31x31 49 and 76 ms.
 """
 import functools
-from typing import Iterator, List, Optional, Sequence, Tuple
+import math
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._backends import ConvProblem, Gradients, batch_to_space, memory_format_of, space_to_batch
+from ._problem import Axes, ConvProblem, Gradients, empty_maps, memory_format_of, padded
+from ._transforms import dilated_backward, dilated_forward, strided_backward, trim
 
 _AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == 'AVX2'
 _LARGEST_FAST_NCHW_KERNEL = 9 if _AVX2_ALONE else 13
@@ -54,81 +56,82 @@ _GROUP_BYTES = 2 ** 23      # of float32 images at a time
 _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 
 
-def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
+def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
     if input.dtype == _SLOW_DTYPE:
-        output = torch.empty_like(input)
+        output = empty_maps(input, axes[0].output, axes[1].output)
         weight, bias = weight.float(), None if bias is None else bias.float()
         for images, results in _by_groups(input, output):
-            results.copy_(forward(images.float(), weight, bias, dilation))
+            results.copy_(forward(images.float(), weight, bias, axes))
         return output
-    kh, kw = weight.shape[2:]
-    if max(dilation) > 1 and max(kh, kw) > _LARGEST_FAST_DILATED_KERNEL:
-        output = _depthwise(space_to_batch(input, dilation), weight, bias, [kh // 2, kw // 2])
-        return batch_to_space(output, dilation, input.shape)
-    padding = [dilation[0] * (kh // 2), dilation[1] * (kw // 2)]
-    return _depthwise(input, weight, bias, padding, dilation)
+    if _is_slow_dilated(axes):
+        return dilated_forward(_depthwise, input, weight, bias, axes)
+    return _depthwise(input, weight, bias, axes)
 
 
 def backward(
-        grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
+        grad: Tensor, input: Tensor, weight: Tensor, axes: Axes, wanted: Sequence[bool]) -> Gradients:
     if input.dtype == _SLOW_DTYPE:
-        dx, weight = torch.empty_like(grad), weight.float()
+        dx, weight = empty_maps(grad, *input.shape[2:]), weight.float()
         dw = torch.zeros_like(weight)
         for grads, images, results in _by_groups(grad, input, dx):
-            some_dx, some_dw = backward(grads.float(), images.float(), weight, dilation, wanted)
+            some_dx, some_dw = backward(grads.float(), images.float(), weight, axes, wanted)
             if some_dx is not None:
                 results.copy_(some_dx)
             if some_dw is not None:
                 dw += some_dw
         return dx if wanted[0] else None, dw.to(_SLOW_DTYPE) if wanted[1] else None
+    if max(axis.stride for axis in axes) > 1:
+        return strided_backward(backward, grad, input, weight, axes, wanted)
+    if _is_slow_dilated(axes):
+        return dilated_backward(backward, grad, input, weight, axes, wanted)
     return (
-        input_grad(grad, weight, dilation) if wanted[0] else None,
-        weight_grad(grad, input, list(weight.shape[2:]), dilation) if wanted[1] else None,
-    )
+        _input_grad(grad, weight, axes) if wanted[0] else None,
+        _weight_grad(grad, input, weight, axes) if wanted[1] else None)
 
 
-def input_grad(grad: Tensor, weight: Tensor, dilation: List[int]) -> Tensor:
-    """Convolve the output's gradient by the rotated kernel."""
-    kh, kw = weight.shape[2:]
-    is_slow_in_nchw = max(kh, kw) > _LARGEST_FAST_NCHW_KERNEL and memory_format_of(grad) == torch.contiguous_format
-    if _AVX2_ALONE and is_slow_in_nchw and grad.dtype == torch.float32 and max(dilation) == 1:
+def _is_slow_dilated(axes: Axes) -> bool:
+    return (
+        max(axis.stride for axis in axes) == 1 and max(axis.dilation for axis in axes) > 1
+        and max(axis.kernel for axis in axes) > _LARGEST_FAST_DILATED_KERNEL)
+
+
+def _input_grad(grad: Tensor, weight: Tensor, axes: Axes) -> Tensor:
+    """Convolve the output's gradient by the flipped kernel."""
+    is_slow_in_nchw = (
+        max(weight.shape[2:]) > _LARGEST_FAST_NCHW_KERNEL and memory_format_of(grad) == torch.contiguous_format)
+    if _AVX2_ALONE and is_slow_in_nchw and grad.dtype == torch.float32 and all(axis.is_same for axis in axes):
+        padding = (axes[0].left, axes[1].left)
         parts = [
-            conv_grad.conv2d_input(grads.shape, weight, grads, padding=(kh // 2, kw // 2), groups=len(weight))
+            conv_grad.conv2d_input(grads.shape, weight, grads, padding=padding, groups=len(weight))
             for grads, in _by_groups(grad)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-    return forward(grad, weight.flip(2, 3), None, dilation)
+    return _depthwise(grad, weight.flip(2, 3), None, (axes[0].of_input_grad(), axes[1].of_input_grad()))
 
 
-def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
-    """Compute ``dw[c, i, j] = sum over n, h, w of grad[n, c, h, w] * input[n, c, h + i - p, w + j - p]``.
+def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
+    """Compute ``dw[c, i, j] = sum over n, h, w of grad[n, c, h, w] * input[n, c, h + i - top, w + j - left]``.
 
     For each image and channel the sum is a convolution of the input by the gradient, so the batch folds into the
     channels: one forward convolution with N * C kernels as large as the map.
     """
-    channels = input.shape[1]
-    kh, kw = kernel_size
-    if max(kh, kw) <= _LARGEST_FAST_WEIGHT_GRAD_KERNEL:
+    if max(weight.shape[2:]) <= _LARGEST_FAST_WEIGHT_GRAD_KERNEL:
         return conv_grad.conv2d_weight(
-            input, (channels, 1, kh, kw), grad,
-            padding=(dilation[0] * (kh // 2), dilation[1] * (kw // 2)),
-            dilation=(dilation[0], dilation[1]),
-            groups=channels,
-        )
-    if max(dilation) > 1:
-        grad, input = space_to_batch(grad, dilation), space_to_batch(input, dilation)
+            padded(input, axes[0].uneven_padding, axes[1].uneven_padding), weight.shape, grad,
+            padding=(axes[0].even_padding, axes[1].even_padding), dilation=(axes[0].dilation, axes[1].dilation),
+            groups=len(weight))
+    if max(axis.dilation for axis in axes) > 1:
+        return dilated_backward(backward, grad, input, weight, axes, [False, True])[1]
     if input.numel() == 0:
-        return input.new_zeros(channels, 1, kh, kw)
-    # no two pixels are farther apart than the map is wide
-    reached = [min(k, 2 * size - 1) for k, size in zip(kernel_size, input.shape[2:])]
-    beyond_h, beyond_w = (kh - reached[0]) // 2, (kw - reached[1]) // 2
-    map_bytes = input[0, 0].numel() * input.itemsize
-    at_once = _balanced_chunk(channels, _CACHED_BYTES // map_bytes, _CHANNELS_A_VECTOR)
-    images = _balanced_chunk(len(input), _CACHED_BYTES // (map_bytes * channels), 1)
-    weight_grad = torch.cat([
-        _weight_grad_as_conv(some_grad, some_input, reached, images)
+        return torch.zeros_like(weight)
+    trimmed = trim(axes)
+    axes = trimmed.axes[0].of_weight_grad(), trimmed.axes[1].of_weight_grad()
+    map_bytes = max(math.prod(input.shape[2:]), math.prod(grad.shape[2:])) * input.itemsize
+    at_once = _balanced_chunk(len(weight), _CACHED_BYTES // map_bytes, _CHANNELS_A_VECTOR)
+    images = _balanced_chunk(len(input), _CACHED_BYTES // (map_bytes * len(weight)), 1)
+    return trimmed.weight_grad(torch.cat([
+        _weight_grad_as_conv(some_grad, some_input, axes, images)
         for some_grad, some_input in zip(grad.split(at_once, 1), input.split(at_once, 1))
-    ])
-    return F.pad(weight_grad, (beyond_w, beyond_w, beyond_h, beyond_h))
+    ]))
 
 
 def _by_groups(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
@@ -143,46 +146,59 @@ def _balanced_chunk(total: int, most: int, multiple: int) -> int:
     return -(-total // (parts * multiple)) * multiple
 
 
-def _weight_grad_as_conv(grad: Tensor, input: Tensor, kernel_size: List[int], images: int) -> Tensor:
-    """Compute the weight gradient, with ``images`` at a time folded into the channels."""
-    h, w = input.shape[2:]
-    kh, kw = kernel_size
+def _weight_grad_as_conv(grad: Tensor, input: Tensor, axes: Axes, images: int) -> Tensor:
+    """Convolve the input by the gradient, with ``images`` at a time folded into the channels."""
     # the NCHW kernel is slow if padding exceeds half its size: 27x27 on 12x12 45 ms, channels_last 7 ms
-    in_nchw = max(h, w) <= _LARGEST_FAST_NCHW_KERNEL and kh <= h and kw <= w
+    in_nchw = all(
+        axis.kernel <= _LARGEST_FAST_NCHW_KERNEL and 2 * max(axis.left, axis.right) < axis.kernel for axis in axes)
     folded = _weight_grad_as_conv_nchw if in_nchw else _weight_grad_as_conv_channels_last
-    parts = (folded(*some, kernel_size) for some in zip(grad.split(images), input.split(images)))
+    parts = (folded(*some, axes) for some in zip(grad.split(images), input.split(images)))
     return functools.reduce(Tensor.add_, parts).to(input.dtype)[:, None]
 
 
-def _weight_grad_as_conv_nchw(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
+def _weight_grad_as_conv_nchw(grad: Tensor, input: Tensor, axes: Axes) -> Tensor:
     """Return the sum over all images, ``(C, kh, kw)`` in float32 at least: half precision would lose its low bits."""
     n, c, h, w = input.shape
-    kh, kw = kernel_size
-    output = _depthwise(input.reshape(1, n * c, h, w), grad.reshape(n * c, 1, h, w), None, [kh // 2, kw // 2])
-    return output.view(n, -1).sum(0, dtype=torch.promote_types(input.dtype, torch.float32)).view(c, kh, kw)
+    output = _depthwise(
+        input.reshape(1, n * c, h, w), grad.reshape(n * c, 1, *grad.shape[2:]), None, axes)
+    total = output.view(n, -1).sum(0, dtype=torch.promote_types(input.dtype, torch.float32))
+    return total.view(c, *output.shape[2:])
 
 
-def _weight_grad_as_conv_channels_last(grad: Tensor, input: Tensor, kernel_size: List[int]) -> Tensor:
+def _weight_grad_as_conv_channels_last(grad: Tensor, input: Tensor, axes: Axes) -> Tensor:
     """Compute the same as :func:`_weight_grad_as_conv_nchw` by oneDNN's channels_last kernel."""
-    n, c, h, w = input.shape
-    kh, kw = kernel_size
-    halo_h = kh // 2 if _PLAN_BYTES * kh * kw * h * w > _MOST_PLAN_BYTES else 0
-    halo_w = kw // 2 if _PLAN_BYTES * kw * h * w > _MOST_PLAN_BYTES_WITH_HALO else 0
-    folded = input.new_zeros(h + 2 * halo_h, w + 2 * halo_w, n, c)
-    folded[halo_h:halo_h + h, halo_w:halo_w + w] = input.permute(2, 3, 0, 1)
-    folded = folded.flatten(2).permute(2, 0, 1)[None]
-    # with a halo on every side, any block of the map is a convolution by itself
-    block_h, block_w = (_balanced_chunk(size, _LARGEST_BLOCK, 1) if halo_w else size for size in (h, w))
+    n, c = input.shape[:2]
+    height, width = axes
+    plan_bytes = _PLAN_BYTES * width.output * height.kernel * width.kernel
+    has_halo = (plan_bytes * height.output > _MOST_PLAN_BYTES, plan_bytes > _MOST_PLAN_BYTES_WITH_HALO)
+    halos = [(axis.left, axis.right) if full else axis.uneven_padding for axis, full in zip(axes, has_halo)]
+    within_h, within_w = (
+        axis._replace(left=axis.left - halo[0], right=axis.right - halo[1]) for axis, halo in zip(axes, halos))
+    folded = _folded(input, *halos)
+    # between halos, any block of the map is a convolution by itself
+    block_h, block_w = (
+        _balanced_chunk(axis.kernel, _LARGEST_BLOCK, 1) if all(has_halo) else axis.kernel for axis in axes)
     total = torch.zeros((), dtype=torch.promote_types(input.dtype, torch.float32))
-    for top in range(0, h, block_h):
-        for left in range(0, w, block_w):
+    for top in range(0, height.kernel, block_h):
+        for left in range(0, width.kernel, block_w):
             kernel = grad[:, :, top:top + block_h, left:left + block_w]
-            bottom, right = top + kernel.shape[2] + 2 * halo_h, left + kernel.shape[3] + 2 * halo_w
+            bottom, right = top + kernel.shape[2] + height.output - 1, left + kernel.shape[3] + width.output - 1
             output = _depthwise(
-                _channels_last(folded[:, :, top:bottom, left:right]),
-                kernel.reshape(n * c, 1, *kernel.shape[2:]), None, [kh // 2 - halo_h, kw // 2 - halo_w])
-            total = total + output.permute(0, 2, 3, 1).reshape(kh, kw, n, c).sum(2, dtype=total.dtype)
+                _channels_last(folded[:, :, top:bottom, left:right]), kernel.reshape(n * c, 1, *kernel.shape[2:]),
+                None, (within_h, within_w))
+            output = output.permute(0, 2, 3, 1).reshape(height.output, width.output, n, c)
+            total = total + output.sum(2, dtype=total.dtype)
     return total.permute(2, 0, 1)
+
+
+def _folded(input: Tensor, height: Tuple[int, int], width: Tuple[int, int]) -> Tensor:
+    """Return padded images (N, C, H, W) as one channels_last image of N * C channels."""
+    (top, bottom), (left, right) = ((max(before, 0), max(after, 0)) for before, after in (height, width))
+    input = padded(input, *((min(before, 0), min(after, 0)) for before, after in (height, width)))
+    n, c, h, w = input.shape
+    folded = input.new_zeros(top + h + bottom, left + w + right, n, c)
+    folded[top:top + h, left:left + w] = input.permute(2, 3, 0, 1)
+    return folded.flatten(2).permute(2, 0, 1)[None]
 
 
 def _channels_last(input: Tensor) -> Tensor:
@@ -198,24 +214,28 @@ def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None
 
 def skip_reason(problem: ConvProblem) -> Optional[str]:
     """Skip what would call conv2d's kernels anyway: a direct call saves the operator's overhead."""
-    largest = max(problem.kernel_size)
-    if problem.dtype == _SLOW_DTYPE:
-        return None
-    if max(problem.dilation) > 1 and largest > _LARGEST_FAST_DILATED_KERNEL:
+    largest = max(axis.kernel for axis in problem.axes)
+    if problem.dtype == _SLOW_DTYPE or _is_slow_dilated(problem.axes):
         return None
     if largest <= (_LARGEST_FAST_WEIGHT_GRAD_KERNEL if problem.needs_weight_grad else _LARGEST_FAST_NCHW_KERNEL):
         return "it calls conv2d's own kernels for so small a kernel"
     return None
 
 
-def _depthwise(
-        input: Tensor, weight: Tensor, bias: Optional[Tensor], padding: List[int],
-        dilation: Sequence[int] = (1, 1)) -> Tensor:
-    channels = weight.shape[0]
+def _depthwise(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
+    """Convolve by PyTorch, in the layout that has the faster kernel."""
+    input = padded(input, axes[0].uneven_padding, axes[1].uneven_padding)
     if max(weight.shape[2:]) > _LARGEST_FAST_NCHW_KERNEL:
         input = _channels_last(input)
-        if input.dtype == torch.bfloat16 and channels <= _MOST_UNSAFE_BFLOAT16_CHANNELS:
+        if input.dtype == torch.bfloat16 and len(weight) <= _MOST_UNSAFE_BFLOAT16_CHANNELS:
             bias = None if bias is None else bias.float()
-            output = _depthwise(input.float(), weight.float(), bias, padding, dilation)
-            return output.to(torch.bfloat16)
-    return F.conv2d(input, weight, bias, padding=tuple(padding), dilation=tuple(dilation), groups=channels)
+            return _conv(input.float(), weight.float(), bias, axes).to(torch.bfloat16)
+    return _conv(input, weight, bias, axes)
+
+
+def _conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
+    height, width = axes
+    return F.conv2d(
+        input, weight, bias, stride=(height.stride, width.stride),
+        padding=(height.even_padding, width.even_padding), dilation=(height.dilation, width.dilation),
+        groups=len(weight))

@@ -7,36 +7,50 @@ from typing import List, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import grad as conv_grad
 
-from ._backends import ConvProblem, Gradients
-
-
-def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
-    return F.conv2d(
-        input, weight, bias,
-        padding=(dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)),
-        dilation=(dilation[0], dilation[1]),  # FLOP counters that replace conv2d take no lists
-        groups=weight.shape[0],
-    )
+from ._problem import Axes, ConvProblem, Gradients, padded
 
 
-def backward(
-        grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
-    return (
-        forward(grad, weight.flip(2, 3), None, dilation) if wanted[0] else None,
-        weight_grad(grad, input, list(weight.shape[2:]), dilation) if wanted[1] else None,
-    )
+def conv2d(
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], stride: List[int], padding: List[int],
+        dilation: List[int]) -> Tensor:
+    """Compute ``F.conv2d`` with padding (top, bottom, left, right), of which only the uneven part is a copy."""
+    top, bottom, left, right = padding
+    even_h, even_w = min(top, bottom), min(left, right)
+    if top != bottom or left != right:
+        input = F.pad(input, [left - even_w, right - even_w, top - even_h, bottom - even_h])
+    return F.conv2d(    # FLOP counters that replace it take no lists
+        input, weight, bias, stride=(stride[0], stride[1]), padding=(even_h, even_w),
+        dilation=(dilation[0], dilation[1]), groups=weight.shape[0])
 
 
-def weight_grad(grad: Tensor, input: Tensor, kernel_size: List[int], dilation: List[int]) -> Tensor:
-    channels = input.shape[1]
-    return conv_grad.conv2d_weight(
-        input, (channels, 1, kernel_size[0], kernel_size[1]), grad,
-        padding=(dilation[0] * (kernel_size[0] // 2), dilation[1] * (kernel_size[1] // 2)),
-        dilation=(dilation[0], dilation[1]),
-        groups=channels,
-    )
+def conv1d(
+        input: Tensor, weight: Tensor, bias: Optional[Tensor], stride: List[int], padding: List[int],
+        dilation: List[int]) -> Tensor:
+    """Compute ``F.conv1d`` with padding (left, right), of which only the uneven part is a copy."""
+    left, right = padding
+    even = min(left, right)
+    if left != right:
+        input = F.pad(input, [left - even, right - even])
+    return F.conv1d(
+        input, weight, bias, stride=(stride[0],), padding=(even,), dilation=(dilation[0],), groups=weight.shape[0])
+
+
+def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
+    h, w = axes
+    return conv2d(
+        input, weight, bias, [h.stride, w.stride], [h.left, h.right, w.left, w.right], [h.dilation, w.dilation])
+
+
+def backward(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes, wanted: Sequence[bool]) -> Gradients:
+    height, width = axes
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        grad, padded(input, height.uneven_padding, width.uneven_padding), weight, None, [height.stride, width.stride],
+        [height.even_padding, width.even_padding], [height.dilation, width.dilation], False, [0, 0], len(weight),
+        [*wanted, False])
+    if dx is not None:
+        dx = padded(dx, *((-before, -after) for before, after in (height.uneven_padding, width.uneven_padding)))
+    return dx, dw
 
 
 def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:

@@ -1,4 +1,5 @@
 """The named cases over which backends are compared, and the tolerances."""
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,23 @@ class Shape:
     kh: int
     kw: int
     dilation: tuple = (1, 1)
+    stride: tuple = (1, 1)
+    padding: object = 'same'
+
+    @property
+    def options(self):
+        return dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
+
+    @property
+    def is_same(self):
+        """Whether an odd kernel is centred on each pixel."""
+        return self.options == dict(stride=(1, 1), padding='same', dilation=(1, 1)) and self.kh * self.kw % 2 == 1
+
+    @property
+    def outputs(self):
+        """Height and width of the output."""
+        return plain_conv(torch.empty(1, 1, self.h, self.w, device='meta'), torch.empty(
+            1, 1, self.kh, self.kw, device='meta'), None, **self.options).shape[2:]
 
 
 # Large kernels have 17 channels: with 2 to 16, plain bfloat16 channels_last conv2d, which the errors are measured
@@ -31,6 +49,13 @@ SHAPES = {
     'dilated': Shape(2, 3, 16, 19, 7, 5, (2, 3)),
     'dilated_large': Shape(2, 3, 13, 18, 15, 15, (2, 2)),
     'one_pixel': Shape(2, 3, 1, 1, 5, 5),
+    'even': Shape(2, 3, 9, 12, 4, 6),
+    'strided': Shape(2, 3, 11, 14, 7, 7, stride=(2, 2), padding=3),
+    'strided_even': Shape(2, 3, 12, 9, 4, 15, stride=(2, 3), padding=(1, 5)),
+    'strided_dilated': Shape(2, 3, 17, 13, 7, 3, (2, 1), (3, 2), 4),
+    'valid': Shape(2, 3, 19, 17, 15, 7, padding='valid'),
+    'wide_padding': Shape(2, 3, 5, 6, 5, 7, padding=(8, 4)),
+    'sequence': Shape(2, 5, 1, 40, 1, 31),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ('nchw', 'channels_last', 'slice')
@@ -44,7 +69,7 @@ def make(shape, dtype, layout='nchw', device='cpu'):
         lay_out(randn(shape.n, shape.c, shape.h, shape.w), layout),
         randn(shape.c, 1, shape.kh, shape.kw),
         randn(shape.c),
-        lay_out(randn(shape.n, shape.c, shape.h, shape.w), layout),
+        lay_out(randn(shape.n, shape.c, *shape.outputs), layout),
     )
 
 
@@ -59,9 +84,9 @@ def lay_out(tensor, layout):
     return tensor
 
 
-def plain_conv(x, weight, bias, dilation):
+def plain_conv(x, weight, bias, dilation=1, stride=1, padding='same'):
     """Compute the operation by its definition."""
-    return F.conv2d(x, weight, bias, padding='same', dilation=dilation, groups=x.shape[1])
+    return F.conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=x.shape[1])
 
 
 def with_gradients(function, x, weight, bias, grad):
@@ -73,7 +98,7 @@ def with_gradients(function, x, weight, bias, grad):
 
 def terms(shape):
     """Return how many products at most are summed in one element of each result."""
-    kernel, pixels = shape.kh * shape.kw, shape.n * shape.h * shape.w
+    kernel, pixels = shape.kh * shape.kw, shape.n * math.prod(shape.outputs)
     return {'y': kernel + 1, 'dx': kernel, 'dw': pixels, 'db': pixels}
 
 

@@ -9,12 +9,19 @@ import torch
 from grid import DTYPES, LAYOUTS, SHAPES, assert_as_exact_as, make, plain_conv, terms, with_gradients
 
 from smpconv_models.ops import _backends, _triton, available_backends, depthwise_conv2d
+from smpconv_models.ops._problem import make_axes, memory_format_of
 
 BACKENDS = ('auto', *available_backends())      # under Triton's interpreter, Triton too: see test_triton_interpreted.py
 IN_FLOAT64 = tuple(name for name in BACKENDS if name != 'triton')
 EVERYWHERE = [(dtype, layout, name) for dtype in DTYPES for layout in LAYOUTS for name in SHAPES]
 # compiling costs 50 times the call: every shape once, and every dtype and layout of one shape
 COMPILED = [case for case in EVERYWHERE if case[:2] == (torch.float32, 'nchw') or case[2] == 'k15']
+
+
+def axes_of(kernel_size, dilation=1):
+    """Return the axes of a "same" convolution of a map of 2x2."""
+    padding = dilation * (kernel_size // 2)
+    return make_axes([2, 2], [kernel_size] * 2, [1, 1], [padding] * 4, [dilation] * 2)
 
 
 def _id(value):
@@ -25,11 +32,11 @@ def check(function, dtype, layout, name):
     shape = SHAPES[name]
     x, weight, bias, grad = make(shape, dtype, layout)
     got = with_gradients(
-        lambda *args: function(*args, dilation=shape.dilation), x, weight, bias, grad)
+        lambda *args: function(*args, **shape.options), x, weight, bias, grad)
     plain = with_gradients(
-        lambda *args: plain_conv(*args, shape.dilation), x, weight, bias, grad)
+        lambda *args: plain_conv(*args, **shape.options), x, weight, bias, grad)
     exact = with_gradients(
-        lambda *args: depthwise_conv2d(*args, dilation=shape.dilation, backend='reference'),
+        lambda *args: depthwise_conv2d(*args, **shape.options, backend='reference'),
         x.double(), weight.double(), bias.double(), grad.double(),
     )
     for key, num_terms in terms(shape).items():
@@ -114,14 +121,15 @@ def test_any_subset_of_gradients(wanted, backend):
 
 
 @pytest.mark.parametrize('backend', IN_FLOAT64)
-@pytest.mark.parametrize('dilation', [1, (2, 1)])
-def test_gradcheck(dilation, backend):
-    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 1, 3, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize('options', [
+    {}, dict(dilation=(2, 1)), dict(stride=(1, 2), padding=(2, 1)), dict(padding='valid')], ids=str)
+def test_gradcheck(options, backend):
+    x = torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
 
     def function(x, weight, bias):
-        return depthwise_conv2d(x, weight, bias, dilation=dilation, backend=backend)
+        return depthwise_conv2d(x, weight, bias, **options, backend=backend)
     assert torch.autograd.gradcheck(function, (x, weight, bias))
     assert torch.autograd.gradgradcheck(function, (x, weight, bias))
 
@@ -135,23 +143,23 @@ def test_gradgradcheck_of_the_backward_pass(wanted, backend):
 
     def function(*args):
         gradients = torch.ops.smpconv_models.depthwise_conv2d_backward(
-            *args, [0 in wanted, 1 in wanted], [1, 1], backend, '')
+            *args, [0 in wanted, 1 in wanted], [1, 1], [1] * 4, [1, 1], backend, '')
         return tuple(gradients[index] for index in wanted)
     assert torch.autograd.gradcheck(function, (grad, x, weight))
     assert torch.autograd.gradgradcheck(function, (grad, x, weight))
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('name', ['k5_odd_map', 'k15', 'dilated_large'])
-def test_the_backward_operator_is_two_convolutions(name, layout):
-    """dx is the convolution by the rotated weight, in the layout of the output's gradient."""
-    shape, cpu = SHAPES[name], _backends.load('cpu')
+@pytest.mark.parametrize('name', ['k5_odd_map', 'k15', 'dilated_large', 'strided'])
+def test_the_gradients_of_the_backward_operator_keep_their_layouts(name, layout):
+    """dx has the layout of the output's gradient, and dw is contiguous."""
+    shape = SHAPES[name]
     x, weight, _, grad = make(shape, torch.float32, layout)
-    dilation = list(shape.dilation)
-    dx, dw = torch.ops.smpconv_models.depthwise_conv2d_backward(grad, x, weight, [True, True], dilation, 'cpu', '')
-    torch.testing.assert_close(dx, cpu.forward(grad, weight.flip(2, 3), None, dilation))
-    assert torch.equal(dw, cpu.weight_grad(grad, x, [shape.kh, shape.kw], dilation))
-    assert dx.is_contiguous(memory_format=_backends.memory_format_of(grad)) and dw.is_contiguous()
+    padding = [3] * 4 if name == 'strided' else [d * (k // 2) for d, k in zip(
+        shape.dilation, (shape.kh, shape.kw)) for _ in range(2)]
+    dx, dw = torch.ops.smpconv_models.depthwise_conv2d_backward(
+        grad, x, weight, [True, True], list(shape.stride), padding, list(shape.dilation), 'cpu', '')
+    assert dx.is_contiguous(memory_format=memory_format_of(grad)) and dw.is_contiguous()
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -160,13 +168,13 @@ def test_float16_is_float32_rounded_once(monkeypatch, group_bytes, layout):
     """PyTorch's own convolutions of this dtype take up to 240 times as long on a CPU."""
     monkeypatch.setattr(_backends.load('cpu'), '_GROUP_BYTES', group_bytes)
     half = make(SHAPES['k5_odd_map'], torch.float16, layout)
-    assert _backends.select('auto', half[0], [3, 3], [1, 1]) == 'cpu'
+    assert _backends.select('auto', half[0], axes_of(3)) == 'cpu'
     got = with_gradients(depthwise_conv2d, *half)
     wide = with_gradients(depthwise_conv2d, *(tensor.float() for tensor in half))
     for key, tensor in got.items():
         assert tensor.dtype == torch.float16
         torch.testing.assert_close(tensor, wide[key].half())
-    assert _backends.memory_format_of(got['y']) == _backends.memory_format_of(half[0])
+    assert memory_format_of(got['y']) == memory_format_of(half[0])
 
 
 def test_deterministic():
@@ -187,8 +195,8 @@ def test_available_backends():
 ])
 def test_auto_leaves_small_kernels_to_conv2d(kernel_size, dilation, needs_weight_grad, expected):
     """The CPU backend would call the same kernels."""
-    chosen = _backends.select('auto', torch.ones(1, 1, 2, 2), [kernel_size] * 2, [dilation] * 2, needs_weight_grad)
-    assert chosen == expected
+    axes = axes_of(kernel_size, dilation)
+    assert _backends.select('auto', torch.ones(1, 1, 2, 2), axes, needs_weight_grad) == expected
 
 
 def test_auto_skips_and_logs_why(monkeypatch, caplog):
@@ -216,7 +224,9 @@ def test_a_named_backend_never_falls_back():
     dict(_MOST_PLAN_BYTES=0, _MOST_PLAN_BYTES_WITH_HALO=0, _CACHED_BYTES=5000),
     dict(_MOST_PLAN_BYTES=0, _MOST_PLAN_BYTES_WITH_HALO=0, _LARGEST_BLOCK=4),
 ], ids=str)
-@pytest.mark.parametrize('name', ['k5_odd_map', 'k13_map_below_kernel', 'k31', 'rectangular', 'dilated', 'one_pixel'])
+@pytest.mark.parametrize('name', [
+    'k5_odd_map', 'k13_map_below_kernel', 'k31', 'rectangular', 'dilated', 'one_pixel', 'even', 'strided_even', 'valid',
+    'wide_padding', 'sequence'])
 def test_cpu_weight_gradient_in_parts_and_with_halos(monkeypatch, name, limits):
     """The code path of large maps and batches."""
     cpu = _backends.load('cpu')

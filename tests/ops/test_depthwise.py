@@ -44,14 +44,18 @@ SAMPLES = {
 def test_opcheck(sample, backend):
     """Schemas, fake kernels, autograd registration and AOT dispatch of both operators."""
     size, layout, kernel_size, has_bias = SAMPLES[sample]
-    x, grad = (lay_out(torch.randn(size), layout).requires_grad_() for _ in range(2))
+    x = lay_out(torch.randn(size), layout).requires_grad_()
     weight = torch.randn(size[1], 1, *kernel_size, requires_grad=True)
     bias = torch.randn(size[1], requires_grad=True) if has_bias else None
     operators = torch.ops.smpconv_models
-    torch.library.opcheck(operators.depthwise_conv2d, (x, weight, bias, [1, 1], backend, ''))
-    for wanted in ([True, True], [True, False], [False, True]):
-        torch.library.opcheck(
-            operators.depthwise_conv2d_backward, (grad, x, weight, wanted, [1, 1], backend, ''))
+    padding = [size // 2 for size in kernel_size for _ in range(2)]
+    for options in (([1, 1], padding, [1, 1]), ([2, 1], [7, 3, 14, 11], [1, 2])):
+        torch.library.opcheck(operators.depthwise_conv2d, (x, weight, bias, *options, backend, ''))
+        grad = lay_out(torch.randn_like(operators.depthwise_conv2d(x, weight, bias, *options, backend, '')), layout)
+        for wanted in ([True, True], [True, False], [False, True]):
+            torch.library.opcheck(
+                operators.depthwise_conv2d_backward,
+                (grad.requires_grad_(), x, weight, wanted, *options, backend, ''))
 
 
 def test_compiled_over_several_sizes():
@@ -92,11 +96,12 @@ def test_torchscript_of_the_function():
         scripted(x, weight, bias, dilation=(2, 1), backend='reference'), plain_conv(x, weight, bias, (2, 1)))
 
 
-def test_dilation_and_backend_are_keyword_only():
+def test_options_are_keyword_only():
     """The signature for scripting must not be visible."""
     kinds = {name: parameter.kind for name, parameter in inspect.signature(depthwise_conv2d).parameters.items()}
-    assert list(kinds) == ['input', 'weight', 'bias', 'dilation', 'backend']
-    assert kinds['dilation'] is kinds['backend'] is inspect.Parameter.KEYWORD_ONLY
+    *tensors, stride, padding, dilation, backend = kinds
+    assert tensors == ['input', 'weight', 'bias']
+    assert {kinds[name] for name in (stride, padding, dilation, backend)} == {inspect.Parameter.KEYWORD_ONLY}
     with pytest.raises(TypeError):
         depthwise_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1), None, 1)
 
@@ -235,13 +240,32 @@ BAD = {
         'weight must have shape (3, 1, kh, kw) for an input of 3 channels, got (3, 3, 3)'),
     'no_input': (dict(input=None), 'input must be a tensor, got NoneType'),
     'bias_of_bool': (dict(bias=True), 'bias must be a tensor, got bool'),
-    'even_kernel': (dict(weight=torch.ones(3, 1, 3, 4)), 'kernel height and width must be odd, got (3, 4)'),
-    'empty_kernel': (dict(weight=torch.ones(3, 1, 0, 3)), 'kernel height and width must be odd, got (0, 3)'),
+    'empty_kernel': (
+        dict(weight=torch.ones(3, 1, 0, 3)), 'input and kernel must have at least one element, got height 5 and 0'),
+    'empty_map': (
+        dict(input=torch.ones(2, 3, 5, 0)), 'input and kernel must have at least one element, got width 0 and 3'),
+    'kernel_beyond_the_padding': (
+        dict(weight=torch.ones(3, 1, 3, 5), padding=(1, 0), dilation=(1, 2)),
+        'kernel width 5 with dilation 2 needs a padded input of at least 9, got 7: 7 with padding 0 and 0'),
+    'no_padding_of_this_name': (
+        dict(padding='full'), "padding must be a number, two, or one of ('same', 'valid'), got 'full'"),
+    'same_with_a_stride': (
+        dict(stride=(1, 2)), "padding 'same' takes stride 1, got stride (1, 2)"),
+    'negative_padding': (
+        dict(padding=(0, -1)), 'padding must be at least 0 and at most 9223372036854775807, got (0, -1)'),
+    'no_stride': (
+        dict(stride=0, padding=1), 'stride must be at least 1 and at most 9223372036854775807, got 0'),
+    'too_large_an_output': (
+        dict(padding=2 ** 62),
+        f'output must have at most 9223372036854775807 elements, got (2, 3, {2 ** 63 + 3}, {2 ** 63 + 5})'),
+    'too_large_a_stride': (
+        dict(stride=2 ** 64, padding=1),
+        f'stride must be at least 1 and at most 9223372036854775807, got {2 ** 64}'),
     'no_channels': (
         dict(input=torch.ones(2, 0, 5, 7), weight=torch.ones(0, 1, 3, 3), bias=None),
         'input must have at least one channel, got shape (2, 0, 5, 7)'),
     'bias_of_other_channels': (dict(bias=torch.ones(2)), 'bias must have shape (3,), got (2,)'),
-    'no_dilation': (dict(dilation=(1, 0)), 'dilation must be at least 1, got (1, 0)'),
+    'no_dilation': (dict(dilation=(1, 0)), 'dilation must be at least 1 and at most 9223372036854775807, got (1, 0)'),
     'unknown_backend': (
         dict(backend='cuda'), "backend must be 'auto' or one of ('cpu', 'triton', 'reference'), got 'cuda'"),
     'integer_input': (
@@ -271,7 +295,8 @@ def test_errors_name_what_was_expected_and_given(case):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize('dilation', [(1, 2, 3), (1,), (), 1., None, '22', True, (1.5, 2)])
-def test_dilation_is_one_number_or_two(dilation):
-    with pytest.raises(ValueError, match='dilation'):
-        depthwise_conv2d(**good(dilation=dilation))
+@pytest.mark.parametrize('option', ['stride', 'padding', 'dilation'])
+@pytest.mark.parametrize('value', [(1, 2, 3), (1,), (), 1., None, '22', True, (1.5, 2)])
+def test_options_are_one_number_or_two(option, value):
+    with pytest.raises(ValueError, match=option):
+        depthwise_conv2d(**good(**{option: value}))

@@ -19,6 +19,7 @@ import torch
 from grid import LAYOUTS, SHAPES, Shape, assert_as_exact_as, make, plain_conv, terms, with_gradients
 
 from smpconv_models.ops import _backends, _triton, available_backends, depthwise_conv2d
+from smpconv_models.ops._problem import ConvProblem, make_axes, memory_format_of
 
 pytest.importorskip('triton', reason='PyTorch brings Triton on Linux only')
 from triton.compiler.errors import CompilationError
@@ -47,7 +48,7 @@ WIDE = {
     'k63': Shape(1, 1, 17, 33, 63, 63),
     'many_images': Shape(70, 1, 5, 18, 5, 5),
 }
-ALL = {**{name: replace(shape, c=2) for name, shape in SHAPES.items() if shape.dilation == (1, 1)}, **WIDE}
+ALL = {**{name: replace(shape, c=2) for name, shape in SHAPES.items() if shape.is_same}, **WIDE}
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def mode(request, fp32_precision):
 def expected(shape, x, weight, bias, grad):
     """Return the results of a plain convolution of the same dtype, and those in float64."""
     def function(*args):
-        return plain_conv(*args, shape.dilation)
+        return plain_conv(*args, **shape.options)
     plain = with_gradients(function, x, weight, bias, grad)
     return plain, with_gradients(function, *(tensor.cpu().double() for tensor in (x, weight, bias, grad)))
 
@@ -281,7 +282,7 @@ class TestKernels:
             assert maps.is_contiguous() or size[1] == 1
         got = launch.laid_out_like(x, last)
         assert torch.equal(got, x)
-        assert got.stride() == torch.empty_like(x, memory_format=_backends.memory_format_of(last)).stride()
+        assert got.stride() == torch.empty_like(x, memory_format=memory_format_of(last)).stride()
 
     @pytest.mark.parametrize('path', sorted(tuning._CONFIGS.glob('*.json')), ids=lambda path: path.stem)
     def test_tuned_tiles(self, path):
@@ -602,5 +603,7 @@ def test_no_device(broken, monkeypatch):
 ])
 def test_where_auto_skips_triton(fp32_precision, size, kernel_size, dtype, reason):
     fp32_precision('ieee')
-    found = _triton.skip_reason(_backends.ConvProblem(size, dtype, kernel_size, (1, 1), needs_weight_grad=True))
+    padding = [size // 2 for size in kernel_size for _ in range(2)]
+    axes = make_axes(size[2:], kernel_size, [1, 1], padding, [1, 1])
+    found = _triton.skip_reason(ConvProblem(size[0], size[1], axes, dtype, needs_weight_grad=True))
     assert (found is None) if reason is None else (reason in found)

@@ -4,12 +4,21 @@ import importlib.util
 import logging
 import math
 import os
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from .._backends import ConvProblem, Gradients, batch_to_space, is_capturing, space_to_batch
+from .._backends import is_capturing
+from .._problem import Axes, ConvProblem, Gradients, empty_maps
+from .._transforms import (
+    centred_backward,
+    centred_forward,
+    dilated_backward,
+    dilated_forward,
+    strided_backward,
+    strided_forward,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -21,24 +30,28 @@ _MIN_KERNEL = 7
 _MIN_PRODUCTS = 2 ** 26
 
 
-def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: List[int]) -> Tensor:
-    if max(dilation) > 1:
-        phases = forward(space_to_batch(input, dilation), weight, bias, [1, 1])
-        return batch_to_space(phases, dilation, input.shape)
+def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
+    if max(axis.stride for axis in axes) > 1:
+        return strided_forward(forward, input, weight, bias, axes)
+    if max(axis.dilation for axis in axes) > 1:
+        return dilated_forward(forward, input, weight, bias, axes)
     if input.numel() == 0:
-        return torch.empty_like(input)
+        return empty_maps(input, axes[0].output, axes[1].output)
+    if not all(axis.is_same for axis in axes):
+        return centred_forward(forward, input, weight, bias, axes)
     from . import launch
     output = launch.forward(
         launch.contiguous_maps(input), weight.contiguous(), None if bias is None else bias.contiguous())
     return launch.laid_out_like(output, input)
 
 
-def backward(
-        grad: Tensor, input: Tensor, weight: Tensor, dilation: List[int], wanted: Sequence[bool]) -> Gradients:
-    if max(dilation) > 1:
-        input = space_to_batch(input, dilation) if wanted[1] else input
-        dx, dw = backward(space_to_batch(grad, dilation), input, weight, [1, 1], wanted)
-        return None if dx is None else batch_to_space(dx, dilation, grad.shape), dw
+def backward(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes, wanted: Sequence[bool]) -> Gradients:
+    if max(axis.stride for axis in axes) > 1:
+        return strided_backward(backward, grad, input, weight, axes, wanted)
+    if max(axis.dilation for axis in axes) > 1:
+        return dilated_backward(backward, grad, input, weight, axes, wanted)
+    if not all(axis.is_same for axis in axes):
+        return centred_backward(backward, grad, input, weight, axes, wanted)
     from . import launch
     dx = dw = None
     maps = launch.contiguous_maps(grad)
@@ -66,9 +79,10 @@ def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None
 
 
 def skip_reason(problem: ConvProblem) -> Optional[str]:
-    if max(problem.kernel_size) < _MIN_KERNEL:
+    if max(axis.kernel for axis in problem.axes) < _MIN_KERNEL:
         return f'the kernel is smaller than {_MIN_KERNEL}'
-    if math.prod(problem.size) * math.prod(problem.kernel_size) < _MIN_PRODUCTS:
+    products = math.prod(axis.output * axis.kernel for axis in problem.axes)
+    if problem.batch * problem.channels * products < _MIN_PRODUCTS:
         return 'there is too little to compute'
     if _is_interpreted():
         return 'it is interpreted'

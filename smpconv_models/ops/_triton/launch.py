@@ -14,7 +14,8 @@ from triton.compiler.errors import CompilationError
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from .._backends import LaunchError, is_capturing, memory_format_of
+from .._backends import LaunchError, is_capturing
+from .._problem import memory_format_of
 from . import kernels, tuning
 from .tuning import (
     BlockGradTile,
