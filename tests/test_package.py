@@ -34,17 +34,17 @@ def test_no_test_is_skipped_for_a_package_of_the_test_extra():
 
 def test_public_names_are_frozen():
     assert smpconv_models.__all__ == [
-        'DepthwiseConv2d', 'SMPConv1d', 'SMPConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d', 'SMPResNet', 'SMPSequenceNet',
-        '__version__', 'accelerate_depthwise', 'available_backends', 'clip_radius_', 'create_sequence_model',
-        'depthwise_conv2d', 'list_sequence_models', 'predict',
+        'DepthwiseConv1d', 'DepthwiseConv2d', 'SMPConv1d', 'SMPConv2d', 'SMPConvNet', 'SMPDepthwiseConv2d',
+        'SMPResNet', 'SMPSequenceNet', '__version__', 'accelerate_depthwise', 'available_backends', 'clip_radius_',
+        'create_sequence_model', 'depthwise_conv1d', 'depthwise_conv2d', 'list_sequence_models', 'predict',
     ]
     assert ops.__all__ == [
-        'available_backends', 'depthwise_conv2d', 'has_autocast', 'is_counted', 'is_exporting',
+        'available_backends', 'depthwise_conv1d', 'depthwise_conv2d', 'has_autocast', 'is_counted', 'is_exporting',
         'validate_options',
     ]
     assert layers.__all__ == [
-        'CausalConv1d', 'ConvFFN', 'ConvNormActBlock', 'DepthwiseConv2d', 'FFTConv2d', 'LargeKernelBlock',
-        'ReparamConv', 'ReparamLargeKernelConv', 'ResidualBlock', 'SMPConv1d', 'SMPConv2d',
+        'CausalConv1d', 'ConvFFN', 'ConvNormActBlock', 'DepthwiseConv1d', 'DepthwiseConv2d', 'FFTConv2d',
+        'LargeKernelBlock', 'ReparamConv', 'ReparamLargeKernelConv', 'ResidualBlock', 'SMPConv1d', 'SMPConv2d',
         'SMPDepthwiseConv2d', 'SMPLayer', 'accelerate_depthwise', 'causal_conv1d', 'clip_radius',
         'clip_radius_', 'evaluate_points', 'fft_conv2d', 'sample_kernel', 'sampling_grid', 'smp_layers',
         'tent_basis',
@@ -79,7 +79,8 @@ EXAMPLES = tuple(path.stem for path in (PACKAGE.parent / 'examples').glob('*.py'
 EXPERIMENTS = tuple(path.stem for path in (PACKAGE.parent / 'experiments').glob('*.py'))
 MAY_IMPORT = {
     'smpconv_models/ops': ('torch',),
-    'smpconv_models/ops/_triton': ('torch', 'triton', f'{OPS}._backends'),
+    'smpconv_models/ops/_triton': (
+        'torch', 'triton', f'{OPS}._backends', f'{OPS}._problem', f'{OPS}._transforms'),
     'smpconv_models/layers': ('torch', 'timm.layers', *PUBLIC_OPS),
     'smpconv_models/models': ('torch', 'timm', LAYERS, CHECKPOINT, UTILS),
     'smpconv_models/checkpoint': ('torch', 'safetensors', UTILS),

@@ -1,14 +1,13 @@
 """Replacement of any network's depthwise convolutions by layers that use this package's operation."""
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Tuple, TypeGuard
+from typing import Any, Dict, Iterator, List, Tuple, TypeGuard, Union
 
 import torch
-from timm.layers import to_2tuple
 from torch import nn
 
 from smpconv_models.ops import validate_options
 
-from .conv_norm import DepthwiseConv2d, times, unsupported_arguments
+from .conv_norm import DepthwiseConv1d, DepthwiseConv2d, times, unsupported_arguments
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,25 @@ class DepthwiseReport:
         for outcome, group in names.items():
             shown = group if len(group) <= 2 else [group[0], '...', group[-1]]
             rows.append(f'{len(group):>5}  {outcome:<{width}}  {", ".join(shown)}')
-        return '\n'.join(rows) or 'no depthwise nn.Conv2d'
+        return '\n'.join(rows) or 'no depthwise nn.Conv1d or nn.Conv2d'
+
+
+_Conv = Union[nn.Conv1d, nn.Conv2d]
+_REPLACEMENTS: Dict[type, type] = {nn.Conv1d: DepthwiseConv1d, nn.Conv2d: DepthwiseConv2d}
 
 
 def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend: str = 'auto') -> DepthwiseReport:
-    """Replace every depthwise ``nn.Conv2d`` that the operation supports by :class:`DepthwiseConv2d`, in place.
+    """Replace a network's depthwise ``nn.Conv1d`` and ``nn.Conv2d`` by this package's layers, in place.
 
     The parameters stay the same objects, so optimizers, EMA weights and tied weights stay valid. So do the training
     flag, the state dict's keys, device, dtype and memory layout. A module that occurs under several names is replaced
-    by one object. A :class:`DepthwiseConv2d` is not touched, so a second call changes nothing.
+    by one object. :class:`DepthwiseConv1d` and :class:`DepthwiseConv2d` are not touched, so a second call changes
+    nothing.
 
     Depthwise means one group for each of at least two channels; a convolution of one channel is an ordinary one. It is
-    replaced if it has stride 1, an odd kernel, "same" zero padding (as a number or by name), as many outputs as inputs,
-    and nothing that a replacement would lose: hooks, a method or state of its own, a weight that is no plain floating
-    ``nn.Parameter``, a subclass's behaviour. So parametrized and lazy convolutions stay; run a lazy model once first.
+    replaced if it has zero padding, as many outputs as inputs, and nothing that a replacement would lose: hooks, a
+    method or state of its own, a weight that is no plain floating ``nn.Parameter``, a subclass's behaviour. So
+    parametrized and lazy convolutions stay; run a lazy model once first.
     ScriptModules cannot be changed from within: accelerate before scripting. References to a replaced module other than
     as a submodule keep the old module, which still works with the same parameters.
 
@@ -57,8 +61,7 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
             number, or ``backend`` is unknown. The model is unchanged then.
 
     Numerics:
-        The operation's: ``conv2d`` up to the order of summation. Inputs must be ``(N, C, H, W)``; an unbatched
-        ``(C, H, W)``, which ``nn.Conv2d`` takes, raises ValueError.
+        The operation's: ``conv2d`` up to the order of summation.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f'model must be a torch.nn.Module, got {type(model).__name__}')
@@ -69,7 +72,7 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
     if type(min_kernel_size) is not int or min_kernel_size < 1:
         raise ValueError(f'min_kernel_size must be a whole number of at least 1, got {min_kernel_size!r}')
     validate_options(backend=backend)
-    replaced: Dict[str, nn.Conv2d] = {}
+    replaced: Dict[str, _Conv] = {}
     skipped: Dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
@@ -86,17 +89,18 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
     return DepthwiseReport(tuple(replaced), skipped)
 
 
-def _is_depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    if not isinstance(module, nn.Conv2d) or isinstance(module, DepthwiseConv2d):
+def _is_depthwise(module: nn.Module) -> TypeGuard[_Conv]:
+    if not isinstance(module, tuple(_REPLACEMENTS)) or isinstance(module, tuple(_REPLACEMENTS.values())):
         return False
     channels = module.in_channels or module.out_channels  # a lazy convolution does not know its input yet
     return module.groups == channels > 1
 
 
-def _blockers(conv: nn.Conv2d, min_kernel_size: int) -> Iterator[str]:
+def _blockers(conv: _Conv, min_kernel_size: int) -> Iterator[str]:
     """Yield all reasons against replacing a depthwise convolution, and what a new module would lose."""
-    if type(conv) is not nn.Conv2d:
-        yield f'{type(conv).__name__}, not nn.Conv2d itself'
+    if type(conv) not in _REPLACEMENTS:
+        plain = next(kind for kind in _REPLACEMENTS if isinstance(conv, kind))
+        yield f'{type(conv).__name__}, not nn.{plain.__name__} itself'
         return
     yield from unsupported_arguments(conv)
     if max(conv.kernel_size) < min_kernel_size:
@@ -104,7 +108,7 @@ def _blockers(conv: nn.Conv2d, min_kernel_size: int) -> Iterator[str]:
     for name, value in vars(conv).items():
         if name.endswith('_hooks') and value:
             yield name.strip('_').replace('_', ' ')
-        elif hasattr(nn.Conv2d, name):  # forward replaced by assignment, or compiled separately
+        elif hasattr(type(conv), name):  # forward replaced by assignment, or compiled separately
             yield f'{name} of its own'
     if {*conv._parameters, *conv._buffers, *conv._modules} != {'weight', 'bias'}:
         yield 'state other than weight and bias'
@@ -115,13 +119,13 @@ def _blockers(conv: nn.Conv2d, min_kernel_size: int) -> Iterator[str]:
             yield f'parameter of dtype {parameter.dtype}'
 
 
-def _replacement(conv: nn.Conv2d, backend: str) -> DepthwiseConv2d:
-    layer = DepthwiseConv2d(
-        conv.in_channels, conv.out_channels, to_2tuple(conv.kernel_size), padding='same',
-        dilation=to_2tuple(conv.dilation), groups=conv.groups, bias=conv.bias is not None, device='meta',
+def _replacement(conv: _Conv, backend: str) -> nn.Module:
+    layer: Any = _REPLACEMENTS[type(conv)](
+        conv.in_channels, conv.out_channels, 1, groups=conv.groups, bias=conv.bias is not None, device='meta',
         backend=backend)
     layer.weight, layer.bias = conv.weight, conv.bias
-    layer.padding = conv.padding  # code that fuses convolutions may do arithmetic with it
-    # attributes that others set, such as a mark that the weights are initialized
-    vars(layer).update({name: value for name, value in vars(conv).items() if name not in vars(layer)})
-    return layer.train(conv.training)
+    # arguments, which may have been set since, and what others set, such as a mark that the weights are initialized
+    vars(layer).update({
+        name: value for name, value in vars(conv).items()
+        if name not in vars(layer) or not isinstance(value, (dict, set))})
+    return layer

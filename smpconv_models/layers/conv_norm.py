@@ -16,7 +16,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from smpconv_models.ops import depthwise_conv2d, validate_options
+from smpconv_models.ops import depthwise_conv1d, depthwise_conv2d, validate_options
 
 from .checks import check_counts
 
@@ -80,12 +80,29 @@ _COUNTER_TABLES = {
 }
 
 
-class DepthwiseConv2d(nn.Conv2d, CountedConv):
+class _DepthwiseConvNd(CountedConv):
+    """What the depthwise layers share: when they use the operation."""
+
+    @torch.jit.unused
+    def _takes_operation(self: Any) -> bool:
+        """Return whether the operation computes this convolution; called each time, as attributes may change."""
+        reasons = unsupported_arguments(self)
+        if reasons and self.backend != 'auto':
+            raise ValueError(
+                f'backend {self.backend!r} computes depthwise convolutions with zero padding, got '
+                f"{', '.join(reasons)}; only backend 'auto' leaves such a convolution to PyTorch's")
+        return not reasons
+
+    def extra_repr(self: Any) -> str:
+        return f'{super().extra_repr()}, backend={self.backend!r}'
+
+
+class DepthwiseConv2d(_DepthwiseConvNd, nn.Conv2d):
     """``nn.Conv2d`` that computes depthwise convolutions by :func:`smpconv_models.depthwise_conv2d`.
 
     Same arguments, same parameters, same state dict, same function. The operation takes one group for each channel,
-    as many outputs as inputs, stride 1, an odd kernel and "same" zero padding. With ``backend='auto'`` ``conv2d``
-    computes other convolutions, so that libraries can create layers of this class, as LoRA does.
+    as many outputs as inputs, and zero padding. With ``backend='auto'`` ``conv2d`` computes other convolutions, so that
+    libraries can create layers of this class, as LoRA does.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: As
@@ -104,33 +121,59 @@ class DepthwiseConv2d(nn.Conv2d, CountedConv):
             padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros', device: Any = None,
             dtype: Any = None, backend: str = 'auto') -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
-        validate_options(dilation=dilation, backend=backend)
+        validate_options(stride=stride, padding=padding, dilation=dilation, backend=backend)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype)
         self.backend = backend
         self._takes_operation()
 
-    @torch.jit.unused
-    def _takes_operation(self) -> bool:
-        """Return whether the operation computes this convolution; called each time, as attributes may change."""
-        reasons = unsupported_arguments(self)
-        if reasons and self.backend != 'auto':
-            raise ValueError(
-                f'backend {self.backend!r} computes depthwise convolutions of stride 1 with odd kernels and "same" '
-                f"zero padding, got {', '.join(reasons)}; only backend 'auto' leaves such a convolution to conv2d")
-        return not reasons
-
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or not self._takes_operation():  # scripted, the operation is conv2d too
             return self._conv_forward(input, self.weight, self.bias)
-        return depthwise_conv2d(input, self.weight, self.bias, dilation=to_2tuple(self.dilation), backend=self.backend)
+        padding = self.padding if isinstance(self.padding, str) else to_2tuple(self.padding)
+        return depthwise_conv2d(
+            input, self.weight, self.bias, stride=to_2tuple(self.stride), padding=padding,
+            dilation=to_2tuple(self.dilation), backend=self.backend)
 
-    def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, backend={self.backend!r}'
+
+class DepthwiseConv1d(_DepthwiseConvNd, nn.Conv1d):
+    """``nn.Conv1d`` that computes depthwise convolutions by :func:`smpconv_models.depthwise_conv1d`.
+
+    As :class:`DepthwiseConv2d`, for sequences.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: As
+            in ``nn.Conv1d``.
+        backend: Name of a backend, see :func:`smpconv_models.depthwise_conv2d`.
+
+    Raises:
+        ValueError: As for :class:`DepthwiseConv2d`.
+    """
+
+    def __init__(
+            self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
+            padding: Union[str, int] = 0, dilation: int = 1, groups: int = 1, bias: bool = True,
+            padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros', device: Any = None,
+            dtype: Any = None, backend: str = 'auto') -> None:
+        check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
+        validate_options(backend=backend)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype)
+        self.backend = backend
+        self._takes_operation()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or not self._takes_operation():
+            return self._conv_forward(input, self.weight, self.bias)
+        padding = self.padding if isinstance(self.padding, str) else to_2tuple(self.padding)[0]
+        return depthwise_conv1d(
+            input, self.weight, self.bias, stride=to_2tuple(self.stride)[0], padding=padding,
+            dilation=to_2tuple(self.dilation)[0], backend=self.backend)
 
 
-def unsupported_arguments(conv: nn.Conv2d) -> List[str]:
+def unsupported_arguments(conv: Union[nn.Conv1d, nn.Conv2d]) -> List[str]:
     """Return all arguments of a convolution that the operation does not support; none if it can compute it."""
     reasons = []
     if conv.groups != conv.in_channels:
@@ -139,17 +182,6 @@ def unsupported_arguments(conv: nn.Conv2d) -> List[str]:
         reasons.append(
             f'channel multiplier {conv.out_channels // conv.in_channels}' if conv.groups == conv.in_channels else
             f'{conv.out_channels} output channels')
-    stride = to_2tuple(conv.stride)
-    if tuple(stride) != (1, 1):
-        reasons.append(f'stride {times(stride)}')
-    dilation = to_2tuple(conv.dilation)
-    same = (dilation[0] * (conv.kernel_size[0] // 2), dilation[1] * (conv.kernel_size[1] // 2))
-    if conv.kernel_size[0] % 2 == 0 or conv.kernel_size[1] % 2 == 0:
-        reasons.append(f'even kernel {times(conv.kernel_size)}')
-    elif conv.padding != 'same':
-        padding = (0, 0) if conv.padding == 'valid' else tuple(to_2tuple(conv.padding))
-        if padding != same:
-            reasons.append(f'padding {times(padding)} instead of {times(same)}')
     if conv.padding_mode != 'zeros':
         reasons.append(f'padding_mode {conv.padding_mode!r}')
     return reasons

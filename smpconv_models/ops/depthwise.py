@@ -219,8 +219,10 @@ def _validate_numbers(name: str, given: Any, least: int, count: int) -> None:
     is_sequence = isinstance(numbers, Sequence) and (type(given) is int or count > 1)
     if not is_sequence or len(numbers) != count or not all(type(number) is int for number in numbers):
         raise ValueError(f"{name} must be one integer{' or two' if count > 1 else ''}, got {given!r}")
-    if not least <= min(numbers) <= max(numbers) <= _LARGEST_SIZE:
-        raise ValueError(f'{name} must be at least {least} and at most {_LARGEST_SIZE}, got {given!r}')
+    if min(numbers) < least:
+        raise ValueError(f'{name} must be at least {least}, got {given!r}')
+    if max(numbers) > _LARGEST_SIZE:
+        raise ValueError(f'{name} must be at most {_LARGEST_SIZE}, got {given!r}')
 
 
 def available_backends(device: Union[str, torch.device] = 'cpu') -> Tuple[str, ...]:

@@ -11,7 +11,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from smpconv_models import DepthwiseConv2d, SMPDepthwiseConv2d, accelerate_depthwise
+from smpconv_models import DepthwiseConv1d, DepthwiseConv2d, SMPDepthwiseConv2d, accelerate_depthwise
 from smpconv_models.layers.accelerate import DepthwiseReport
 
 # of float64: sums of at most 31 * 31 terms in another order, through tens of layers
@@ -102,14 +102,17 @@ def test_the_layers_compute_through_the_operation():
     """Otherwise equal outputs would prove nothing."""
     model = nn.Sequential(conv())
     accelerate_depthwise(model)
-    assert 'smpconv_models_depthwise_conv2d' in model(torch.randn(1, 4, 8, 8)).grad_fn.name()
+    assert '_ConvFunction' in model(torch.randn(1, 4, 8, 8)).grad_fn.name()
 
 
 @pytest.mark.parametrize('changes', [
     {}, dict(bias=False), dict(padding='same'), dict(kernel_size=(1, 11), padding=(0, 5)),
     dict(kernel_size=(11, 1), padding=(5, 0)), dict(kernel_size=(7, 5), padding=(6, 2), dilation=(2, 1)),
-    dict(kernel_size=1, padding='valid'),
+    dict(kernel_size=1, padding='valid'), dict(stride=2), dict(stride=(1, 2)), dict(kernel_size=8, padding='same'),
+    dict(kernel_size=(7, 8)), dict(padding=0), dict(padding='valid'), dict(padding=(3, 4)), dict(dilation=(1, 2)),
+    dict(kernel_size=4, stride=4, padding=0),
 ], ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_what_is_replaced(changes):
     model = nn.Sequential(conv(**changes, dtype=torch.float64))
     x = torch.randn(2, 4, 9, 14, dtype=torch.float64)
@@ -120,10 +123,25 @@ def test_what_is_replaced(changes):
     torch.testing.assert_close(fast(x), model(x), rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize('changes', [
+    dict(padding=15), dict(padding='same', dilation=2), dict(padding=0, stride=3), dict(kernel_size=8, bias=False)],
+    ids=str)
+def test_sequences(changes):
+    arguments = dict(in_channels=4, out_channels=4, kernel_size=31, groups=4, dtype=torch.float64)
+    layer = nn.Conv1d(**dict(arguments, **changes))
+    x = torch.randn(2, 4, 70, dtype=torch.float64)
+    fast = replaced(nn.Sequential(layer))
+    assert type(fast[0]) is DepthwiseConv1d and 'smpconv_models' in type(fast[0]).__module__
+    for got, expected in zip(output_and_gradients(fast, x), output_and_gradients(layer, x)):
+        assert relative_error(got, expected) < EXACT
+    for convert in (torch.jit.script, torch.fx.symbolic_trace, lambda model: torch.export.export(model, (x,)).module()):
+        assert relative_error(convert(fast)(x), layer(x)) < EXACT
+
+
 def test_numbers_set_afterwards():
     """``F.conv2d`` takes numbers and lists where the constructor made pairs."""
     layer = conv(kernel_size=5, padding=0, dtype=torch.float64)
-    layer.stride, layer.padding, layer.dilation = [1, 1], 4, 2
+    layer.stride, layer.padding, layer.dilation = [1, 2], 4, 2
     x = torch.randn(2, 4, 9, 14, dtype=torch.float64)
     torch.testing.assert_close(replaced(nn.Sequential(layer), min_kernel_size=5)(x), layer(x), rtol=0, atol=EXACT)
 
@@ -210,19 +228,13 @@ class Sharded(nn.Parameter):
 SAME = dict(in_channels=4, out_channels=4, groups=4, kernel_size=7)
 
 SKIPPED = [
-    (lambda: conv(stride=2), 'stride 2x2'),
-    (lambda: conv(stride=(1, 2)), 'stride 1x2'),
-    (lambda: conv(kernel_size=8, padding='same'), 'even kernel 8x8'),
-    (lambda: conv(kernel_size=(7, 8)), 'even kernel 7x8'),
-    (lambda: conv(padding=0), 'padding 0x0 instead of 3x3'),
-    (lambda: conv(padding='valid'), 'padding 0x0 instead of 3x3'),
-    (lambda: conv(padding=(3, 4)), 'padding 3x4 instead of 3x3'),
-    (lambda: conv(dilation=(1, 2)), 'padding 3x3 instead of 3x6'),
     (lambda: conv(padding_mode='circular'), "padding_mode 'circular'"),
     (lambda: conv(out_channels=12), 'channel multiplier 3'),
     (lambda: conv(kernel_size=5, padding=2), 'kernel 5x5 below 7'),
     (lambda: conv(kernel_size=(1, 5), padding=(0, 2)), 'kernel 1x5 below 7'),
-    (lambda: conv(kernel_size=4, stride=4, padding=0), 'stride 4x4, even kernel 4x4, kernel 4x4 below 7'),
+    (lambda: conv(kernel_size=4, stride=4, padding_mode='reflect'), "padding_mode 'reflect', kernel 4x4 below 7"),
+    (lambda: nn.Conv1d(4, 4, 5, padding=2, groups=4), 'kernel 5 below 7'),
+    (lambda: nn.LazyConv1d(4, 7, padding=3, groups=4), 'LazyConv1d, not nn.Conv1d itself'),
     (lambda: Conv2dSame(**SAME), 'Conv2dSame, not nn.Conv2d itself'),
     (lambda: parametrizations.weight_norm(conv()), 'ParametrizedConv2d, not nn.Conv2d itself'),
     (lambda: nn.LazyConv2d(4, 7, padding=3, groups=4), 'LazyConv2d, not nn.Conv2d itself'),
@@ -262,8 +274,8 @@ def test_the_larger_side_counts():
 def test_other_layers_are_no_part_of_the_report():
     layers = [
         nn.Conv2d(4, 4, 7, padding=3), nn.Conv2d(4, 4, 7, padding=3, groups=2), nn.Conv2d(1, 1, 7, padding=3),
-        nn.Conv2d(1, 8, 7, padding=3), nn.Conv1d(4, 4, 7, padding=3, groups=4),
-        DepthwiseConv2d(4, 4, 7, padding='same', groups=4),
+        nn.Conv2d(1, 8, 7, padding=3), nn.Conv1d(4, 4, 7, padding=3), nn.Conv3d(4, 4, 7, padding=3, groups=4),
+        DepthwiseConv2d(4, 4, 7, padding='same', groups=4), DepthwiseConv1d(4, 4, 7, padding='same', groups=4),
         nn.ConvTranspose2d(4, 4, 7, padding=3, groups=4), SMPDepthwiseConv2d(4, 7, 5), nn.Sequential(),
     ]
     model = nn.Sequential(*layers)
@@ -280,13 +292,13 @@ def test_a_lazy_model_after_its_first_run():
 
 def test_the_report_is_a_table():
     model = nn.Sequential(
-        *(conv() for _ in range(4)), conv(stride=2), conv(kernel_size=3, padding=1), conv(stride=2))
+        *(conv() for _ in range(4)), conv(out_channels=8), conv(kernel_size=3, padding=1), conv(out_channels=8))
     assert str(accelerate_depthwise(model)) == '\n'.join([
-        '    4  replaced                     0, ..., 3',
-        '    2  skipped: stride 2x2          4, 6',
-        '    1  skipped: kernel 3x3 below 7  5',
+        '    4  replaced                       0, ..., 3',
+        '    2  skipped: channel multiplier 2  4, 6',
+        '    1  skipped: kernel 3x3 below 7    5',
     ])
-    assert str(accelerate_depthwise(nn.Sequential())) == 'no depthwise nn.Conv2d'
+    assert str(accelerate_depthwise(nn.Sequential())) == 'no depthwise nn.Conv1d or nn.Conv2d'
     scripted = torch.jit.script(nn.Sequential(conv()))
     assert str(accelerate_depthwise(scripted)) == '    1  skipped: a ScriptModule  (the model)'
 

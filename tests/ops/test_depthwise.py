@@ -252,20 +252,20 @@ BAD = {
     'same_with_a_stride': (
         dict(stride=(1, 2)), "padding 'same' takes stride 1, got stride (1, 2)"),
     'negative_padding': (
-        dict(padding=(0, -1)), 'padding must be at least 0 and at most 9223372036854775807, got (0, -1)'),
+        dict(padding=(0, -1)), 'padding must be at least 0, got (0, -1)'),
     'no_stride': (
-        dict(stride=0, padding=1), 'stride must be at least 1 and at most 9223372036854775807, got 0'),
+        dict(stride=0, padding=1), 'stride must be at least 1, got 0'),
     'too_large_an_output': (
         dict(padding=2 ** 62),
         f'output must have at most 9223372036854775807 elements, got (2, 3, {2 ** 63 + 3}, {2 ** 63 + 5})'),
     'too_large_a_stride': (
         dict(stride=2 ** 64, padding=1),
-        f'stride must be at least 1 and at most 9223372036854775807, got {2 ** 64}'),
+        f'stride must be at most 9223372036854775807, got {2 ** 64}'),
     'no_channels': (
         dict(input=torch.ones(2, 0, 5, 7), weight=torch.ones(0, 1, 3, 3), bias=None),
         'input must have at least one channel, got shape (2, 0, 5, 7)'),
     'bias_of_other_channels': (dict(bias=torch.ones(2)), 'bias must have shape (3,), got (2,)'),
-    'no_dilation': (dict(dilation=(1, 0)), 'dilation must be at least 1 and at most 9223372036854775807, got (1, 0)'),
+    'no_dilation': (dict(dilation=(1, 0)), 'dilation must be at least 1, got (1, 0)'),
     'unknown_backend': (
         dict(backend='cuda'), "backend must be 'auto' or one of ('cpu', 'triton', 'reference'), got 'cuda'"),
     'integer_input': (
