@@ -90,7 +90,7 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
 
 
 def _is_depthwise(module: nn.Module) -> TypeGuard[_Conv]:
-    if not isinstance(module, tuple(_REPLACEMENTS)) or isinstance(module, tuple(_REPLACEMENTS.values())):
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)) or isinstance(module, tuple(_REPLACEMENTS.values())):
         return False
     channels = module.in_channels or module.out_channels  # a lazy convolution does not know its input yet
     return module.groups == channels > 1

@@ -6,9 +6,9 @@ NCHW depthwise kernels of more than 13 elements a side run in a slow loop (28x28
 of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
 convolution it takes 13 ms.
 
-With AVX2 alone (EPYC 7001, one core, batch 4, torch 2.14) the NCHW kernel is slow from 11x11 on: 28x28, 192 channels:
-9x9 5 ms, and 9 ms through channels_last; 11x11 82 and 18 ms. There PyTorch's gradient of the input in NCHW is faster
-than a forward pass through channels_last: 56x56, 96 channels, batch 2: 31x31 49 and 76 ms.
+With AVX2 alone (EPYC, Zen 3, one core, torch 2.14, November 2026) the NCHW kernel is slow from 11x11 on, but PyTorch's
+gradient of the input is not, and is a convolution by the flipped kernel as well. Batch 4: 56x56, 96 channels, 11x11:
+6.5 ms, and 12 through channels_last; 8 sequences of 1000, 256 channels, 31 elements: 3.6 and 7.3 ms.
 """
 import functools
 import math
@@ -25,14 +25,24 @@ from ._transforms import dilated_backward, dilated_forward, strided_backward, tr
 _AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == 'AVX2'
 _LARGEST_FAST_NCHW_KERNEL = 9 if _AVX2_ALONE else 13
 
-# PyTorch's weight gradient of 3x3 kernels is fast: 28x28, 192 channels, channels_last: 0.7 ms, folded 3.5 ms, and 5x5
-# 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms.
-_LARGEST_FAST_WEIGHT_GRAD_KERNEL = 3
+# PyTorch's weight gradient of kernels at most 3 wide is fast: 28x28, 192 channels, channels_last: 3x3 0.7 ms, folded
+# 3.5 ms, and 5x5 4.1 and 3.5 ms; in NCHW 1.1 and 1.9 ms, and 5x5 113 and 1.8 ms. With AVX2, 4 sequences of 400, 512
+# channels, channels_last, kernels of 7: 3.3 ms along the width, 0.6 ms along the height; of 31: 64 and 2.4 ms.
+_NARROW = 3
+_TALLEST_FAST_NARROW_KERNEL = 31
 
-# Images and channels folded at a time should stay in the cache: 31x31 on 56x56 costs 18 us a folded channel with 32 of
-# them, 29 with 192, 34 with 768; 29x29 on 28x28 3.9 us with 192, 5.8 with 768. The kernels take 16 channels a vector.
-_CACHED_BYTES = 2 ** 20
+# The largest kernel, or output if that is smaller, for which the gradient of the input is the faster way.
+_LARGEST_FAST_INPUT_GRAD = 200      # elements: 31x31 on 56x56 takes 63 ms, and 38 in channels_last
+_LARGEST_FAST_INPUT_GRAD_KERNEL = 4096      # as weight gradient, 5x5: 56x56 0.7 and 1.2 ms, 80x80 4.5 and 1.8 ms
+
+# oneDNN's channels_last kernels are fastest if the rows under a kernel stay in a core's cache, so with as few channels
+# as fill a vector. With AVX2, 31x31 on 56x56, batch 4, 96 channels, 32 and 16 at a time: 82, 56, 38 ms, and the weight
+# gradient 111, 81, 55 ms. As a call takes time too, it should have enough products for every thread: 27x27 on 14x14
+# 7.2, 6.4, 7.3 ms.
+_CACHED_ROWS_BYTES = 2 ** 19
+_PRODUCTS_A_CALL = 2 ** 24
 _CHANNELS_A_VECTOR = 16
+_CACHED_BYTES = 2 ** 20     # of the weight gradient's input
 
 # For each way in which padding cuts off a kernel, oneDNN keeps a plan of 48 bytes an element: if kernels are as large
 # as the map, each of the kh * kw outputs has its own. A map of 200x304 took 2.9 GB, 56x56 149 MB. A halo of zeros
@@ -52,7 +62,7 @@ _SLOW_DTYPE = torch.float16
 _GROUP_BYTES = 2 ** 23      # of float32 images at a time
 
 # oneDNN's channels_last kernel for bfloat16 never returns for 2 to 16 channels, from 15x15 on maps of about 30 pixels a
-# side (torch 2.15 with AVX512-BF16); so few channels cost little in float32.
+# side (torch 2.15 with AVX512-BF16); so few channels are computed in float32, and no more are split into so few.
 _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 
 
@@ -97,14 +107,6 @@ def _is_slow_dilated(axes: Axes) -> bool:
 
 def _input_grad(grad: Tensor, weight: Tensor, axes: Axes) -> Tensor:
     """Convolve the output's gradient by the flipped kernel."""
-    is_slow_in_nchw = (
-        max(weight.shape[2:]) > _LARGEST_FAST_NCHW_KERNEL and memory_format_of(grad) == torch.contiguous_format)
-    if _AVX2_ALONE and is_slow_in_nchw and grad.dtype == torch.float32 and all(axis.is_same for axis in axes):
-        padding = (axes[0].left, axes[1].left)
-        parts = [
-            conv_grad.conv2d_input(grads.shape, weight, grads, padding=padding, groups=len(weight))
-            for grads, in _by_groups(grad)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
     return _depthwise(grad, weight.flip(2, 3), None, (axes[0].of_input_grad(), axes[1].of_input_grad()))
 
 
@@ -114,24 +116,52 @@ def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Ten
     For each image and channel the sum is a convolution of the input by the gradient, so the batch folds into the
     channels: one forward convolution with N * C kernels as large as the map.
     """
-    if max(weight.shape[2:]) <= _LARGEST_FAST_WEIGHT_GRAD_KERNEL:
-        return conv_grad.conv2d_weight(
-            padded(input, axes[0].uneven_padding, axes[1].uneven_padding), weight.shape, grad,
-            padding=(axes[0].even_padding, axes[1].even_padding), dilation=(axes[0].dilation, axes[1].dilation),
-            groups=len(weight))
+    is_nchw = memory_format_of(input) == memory_format_of(grad) == torch.contiguous_format
+    is_sequence = input.shape[2] == 1 and is_nchw
+    if _is_narrow(axes):
+        return _narrow_weight_grad(grad, input, weight, axes)
+    as_conv = axes[0].of_weight_grad(), axes[1].of_weight_grad()
+    if _is_narrow(axes[::-1]) and not (is_sequence and _is_fast_as_input_grad(as_conv, input.dtype)):
+        grad, input, weight = (tensor.transpose(2, 3) for tensor in (grad, input, weight))
+        if not is_nchw or is_sequence:
+            grad, input = _channels_last(grad), _channels_last(input)
+        return _narrow_weight_grad(grad, input, weight, axes[::-1]).transpose(2, 3)
     if max(axis.dilation for axis in axes) > 1:
-        return dilated_backward(backward, grad, input, weight, axes, [False, True])[1]
+        _, weight_grad = dilated_backward(backward, grad, input, weight, axes, [False, True])
+        assert weight_grad is not None, 'it is wanted'
+        return weight_grad
     if input.numel() == 0:
         return torch.zeros_like(weight)
     trimmed = trim(axes)
     axes = trimmed.axes[0].of_weight_grad(), trimmed.axes[1].of_weight_grad()
     map_bytes = max(math.prod(input.shape[2:]), math.prod(grad.shape[2:])) * input.itemsize
-    at_once = _balanced_chunk(len(weight), _CACHED_BYTES // map_bytes, _CHANNELS_A_VECTOR)
-    images = _balanced_chunk(len(input), _CACHED_BYTES // (map_bytes * len(weight)), 1)
+    folded = min(_CACHED_BYTES // map_bytes, _channels_a_call(axes))
+    at_once = _balanced_chunk(len(weight), folded, _CHANNELS_A_VECTOR)
+    images = _balanced_chunk(len(input), folded // len(weight), 1)
     return trimmed.weight_grad(torch.cat([
         _weight_grad_as_conv(some_grad, some_input, axes, images)
         for some_grad, some_input in zip(grad.split(at_once, 1), input.split(at_once, 1))
     ]))
+
+
+def _narrow_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
+    input = padded(input, axes[0].uneven_padding, axes[1].uneven_padding)
+    return conv_grad.conv2d_weight(
+        input, weight.shape, grad, padding=(axes[0].even_padding, axes[1].even_padding),
+        dilation=(axes[0].dilation, axes[1].dilation), groups=len(weight))
+
+
+def _is_narrow(axes: Axes) -> bool:
+    """Return whether PyTorch's own kernels are fast in every layout."""
+    height, width = axes
+    return (
+        width.kernel <= _NARROW and height.kernel <= min(_TALLEST_FAST_NARROW_KERNEL, max(height.size, _NARROW))
+        and _is_half_padded(axes))
+
+
+def _is_half_padded(axes: Axes) -> bool:
+    # padding by more than half of the kernel is slow: 27x27 on 12x12 in NCHW 45 ms, channels_last 7 ms
+    return all(2 * max(axis.left, axis.right) <= axis.dilation * axis.kernel for axis in axes)
 
 
 def _by_groups(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
@@ -148,9 +178,8 @@ def _balanced_chunk(total: int, most: int, multiple: int) -> int:
 
 def _weight_grad_as_conv(grad: Tensor, input: Tensor, axes: Axes, images: int) -> Tensor:
     """Convolve the input by the gradient, with ``images`` at a time folded into the channels."""
-    # the NCHW kernel is slow if padding exceeds half its size: 27x27 on 12x12 45 ms, channels_last 7 ms
-    in_nchw = all(
-        axis.kernel <= _LARGEST_FAST_NCHW_KERNEL and 2 * max(axis.left, axis.right) < axis.kernel for axis in axes)
+    is_nchw = memory_format_of(input) == memory_format_of(grad) == torch.contiguous_format
+    in_nchw = _is_fast_in_nchw(axes) or (is_nchw and _is_fast_as_input_grad(axes, input.dtype))
     folded = _weight_grad_as_conv_nchw if in_nchw else _weight_grad_as_conv_channels_last
     parts = (folded(*some, axes) for some in zip(grad.split(images), input.split(images)))
     return functools.reduce(Tensor.add_, parts).to(input.dtype)[:, None]
@@ -161,7 +190,7 @@ def _weight_grad_as_conv_nchw(grad: Tensor, input: Tensor, axes: Axes) -> Tensor
     n, c, h, w = input.shape
     output = _depthwise(
         input.reshape(1, n * c, h, w), grad.reshape(n * c, 1, *grad.shape[2:]), None, axes)
-    total = output.view(n, -1).sum(0, dtype=torch.promote_types(input.dtype, torch.float32))
+    total = output.reshape(n, -1).sum(0, dtype=torch.promote_types(input.dtype, torch.float32))
     return total.view(c, *output.shape[2:])
 
 
@@ -183,9 +212,9 @@ def _weight_grad_as_conv_channels_last(grad: Tensor, input: Tensor, axes: Axes) 
         for left in range(0, width.kernel, block_w):
             kernel = grad[:, :, top:top + block_h, left:left + block_w]
             bottom, right = top + kernel.shape[2] + height.output - 1, left + kernel.shape[3] + width.output - 1
-            output = _depthwise(
-                _channels_last(folded[:, :, top:bottom, left:right]), kernel.reshape(n * c, 1, *kernel.shape[2:]),
-                None, (within_h, within_w))
+            output = _conv_in_channels_last(
+                folded[:, :, top:bottom, left:right], kernel.reshape(n * c, 1, *kernel.shape[2:]), None,
+                (within_h, within_w))
             output = output.permute(0, 2, 3, 1).reshape(height.output, width.output, n, c)
             total = total + output.sum(2, dtype=total.dtype)
     return total.permute(2, 0, 1)
@@ -214,23 +243,76 @@ def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None
 
 def skip_reason(problem: ConvProblem) -> Optional[str]:
     """Skip what would call conv2d's kernels anyway: a direct call saves the operator's overhead."""
-    largest = max(axis.kernel for axis in problem.axes)
     if problem.dtype == _SLOW_DTYPE or _is_slow_dilated(problem.axes):
         return None
-    if largest <= (_LARGEST_FAST_WEIGHT_GRAD_KERNEL if problem.needs_weight_grad else _LARGEST_FAST_NCHW_KERNEL):
-        return "it calls conv2d's own kernels for so small a kernel"
+    if (_is_narrow if problem.needs_weight_grad else _is_fast_in_nchw)(problem.axes):
+        return "it calls conv2d's own kernels for such a kernel"
     return None
 
 
 def _depthwise(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
-    """Convolve by PyTorch, in the layout that has the faster kernel."""
+    """Convolve by PyTorch, in the layout and by the operation that has the fastest kernel."""
     input = padded(input, axes[0].uneven_padding, axes[1].uneven_padding)
-    if max(weight.shape[2:]) > _LARGEST_FAST_NCHW_KERNEL:
-        input = _channels_last(input)
-        if input.dtype == torch.bfloat16 and len(weight) <= _MOST_UNSAFE_BFLOAT16_CHANNELS:
-            bias = None if bias is None else bias.float()
-            return _conv(input.float(), weight.float(), bias, axes).to(torch.bfloat16)
+    axes = axes[0].evenly_padded(), axes[1].evenly_padded()
+    in_nchw = _is_fast_in_nchw(axes)
+    is_nchw = memory_format_of(input) == torch.contiguous_format
+    if _is_fast_as_input_grad(axes, input.dtype) and not (in_nchw and is_nchw):
+        return _conv_as_input_grad(input, weight, bias, axes)
+    return (_conv if in_nchw else _conv_by_channels)(input, weight, bias, axes)
+
+
+def _is_fast_in_nchw(axes: Axes) -> bool:
+    return _is_narrow(axes) or (
+        max(axis.kernel for axis in axes) <= _LARGEST_FAST_NCHW_KERNEL and _is_half_padded(axes))
+
+
+def _is_fast_as_input_grad(axes: Axes, dtype: torch.dtype) -> bool:
+    kernel, output = (math.prod(sizes) for sizes in zip(*((axis.kernel, axis.output) for axis in axes)))
+    return (
+        _AVX2_ALONE and dtype == torch.float32 and kernel <= _LARGEST_FAST_INPUT_GRAD_KERNEL
+        and min(kernel, output) <= _LARGEST_FAST_INPUT_GRAD
+        and all(axis.is_plain and axis.left == axis.right < axis.kernel for axis in axes))
+
+
+def _conv_as_input_grad(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
+    """Convolve as PyTorch computes the gradient of the input of a convolution by the flipped kernel."""
+    n, c, h, w = input.shape
+    size = [axis.output for axis in axes]
+    shape_giver = input if size == [h, w] else input.new_empty(n, c, *size)    # an expanded one is slow
+    output, _, _ = torch.ops.aten.convolution_backward(
+        input, shape_giver, weight.flip(2, 3), None, [1, 1], [axis.kernel - 1 - axis.left for axis in axes], [1, 1],
+        False, [0, 0], c, [True, False, False])
+    return output if bias is None else output.add_(bias[:, None, None])
+
+
+def _conv_by_channels(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
+    """Convolve in channels_last, a few channels at a time if the rows under the kernels exceed the cache."""
+    height, width = axes
+    seen = height.kernel * width.size if height.kernel > 1 else width.kernel    # pixels under the kernels of a row
+    vector = _CHANNELS_A_VECTOR if input.dtype != torch.bfloat16 else 2 * _MOST_UNSAFE_BFLOAT16_CHANNELS
+    at_once = _balanced_chunk(len(weight), _channels_a_call(axes) // max(len(input), 1), vector)
+    if seen * len(weight) * input.itemsize <= _CACHED_ROWS_BYTES or at_once >= len(weight):
+        return _conv_in_channels_last(input, weight, bias, axes)
+    output = empty_maps(input, height.output, width.output)
+    for start in range(0, len(weight), at_once):
+        part = slice(start, start + at_once)
+        output[:, part] = _conv_in_channels_last(
+            input[:, part], weight[part], None if bias is None else bias[part], axes)
+    return output
+
+
+def _conv_in_channels_last(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
+    input = _channels_last(input)
+    if input.dtype == torch.bfloat16 and len(weight) <= _MOST_UNSAFE_BFLOAT16_CHANNELS:
+        bias = None if bias is None else bias.float()
+        return _conv(input.float(), weight.float(), bias, axes).to(torch.bfloat16)
     return _conv(input, weight, bias, axes)
+
+
+def _channels_a_call(axes: Axes) -> int:
+    """Return how many maps, of any image, have enough products for a call."""
+    products = math.prod(axis.kernel * axis.output for axis in axes)
+    return _PRODUCTS_A_CALL * torch.get_num_threads() // products
 
 
 def _conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:

@@ -42,6 +42,11 @@ class Axis(NamedTuple):
         """Zeros before and after the input beyond :attr:`even_padding`."""
         return self.left - self.even_padding, self.right - self.even_padding
 
+    def evenly_padded(self) -> 'Axis':
+        """Return the axis of an input to which :attr:`uneven_padding` is added."""
+        size = self.size + sum(self.uneven_padding)
+        return self._replace(size=size, left=self.even_padding, right=self.even_padding)
+
     def with_output(self, output: int) -> 'Axis':
         """Return the axis with as much padding after the input as a number of outputs takes."""
         read = (output - 1) * self.stride + self.dilation * (self.kernel - 1) + 1

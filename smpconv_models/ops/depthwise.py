@@ -152,7 +152,7 @@ def _kernel_size(weight: Tensor) -> List[int]:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', torch.jit.TracerWarning)
             return [int(size) for size in weight.shape[2:]]
-    return weight.shape[2:]
+    return list(weight.shape[2:])
 
 
 def _paddings(padding: Union[str, int, Tuple[int, int]], kernel_size: List[int], dilation: List[int]) -> List[int]:
@@ -180,7 +180,7 @@ def _dispatch(
     _check_tensors(dims, input, weight, bias)
     if input.ndim == dims + 1:
         return _dispatch(input[None], weight, bias, stride, padding, dilation, backend)[0]
-    paddings = _paddings(padding, weight.shape[2:], dilation)
+    paddings = _paddings(padding, list(weight.shape[2:]), dilation)
     _check_sizes(input, weight, stride, paddings, dilation)
     is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if is_transformed or _custom_op.is_exporting() or torch.onnx.is_in_onnx_export():
