@@ -12,14 +12,23 @@ gradient of the input is not, and is a convolution by the flipped kernel as well
 """
 import functools
 import math
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from ._problem import Axes, ConvProblem, Gradients, empty_maps, memory_format_of, padded
+from ._problem import (
+    Axes,
+    ConvProblem,
+    Gradients,
+    empty_maps,
+    input_grad_axes,
+    memory_format_of,
+    padded,
+    weight_grad_axes,
+)
 from ._transforms import dilated_backward, dilated_forward, strided_backward, trim
 
 _AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == 'AVX2'
@@ -99,6 +108,7 @@ def backward(
         _weight_grad(grad, input, weight, axes) if wanted[1] else None)
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_slow_dilated(axes: Axes) -> bool:
     return (
         max(axis.stride for axis in axes) == 1 and max(axis.dilation for axis in axes) > 1
@@ -107,7 +117,7 @@ def _is_slow_dilated(axes: Axes) -> bool:
 
 def _input_grad(grad: Tensor, weight: Tensor, axes: Axes) -> Tensor:
     """Convolve the output's gradient by the flipped kernel."""
-    return _depthwise(grad, weight.flip(2, 3), None, (axes[0].of_input_grad(), axes[1].of_input_grad()))
+    return _depthwise(grad, weight.flip(2, 3), None, input_grad_axes(axes))
 
 
 def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
@@ -120,7 +130,7 @@ def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Ten
     is_sequence = input.shape[2] == 1 and is_nchw
     if _is_narrow(axes):
         return _narrow_weight_grad(grad, input, weight, axes)
-    as_conv = axes[0].of_weight_grad(), axes[1].of_weight_grad()
+    as_conv = weight_grad_axes(axes)
     if _is_narrow(axes[::-1]) and not (is_sequence and _is_fast_as_input_grad(as_conv, input.dtype)):
         grad, input, weight = (tensor.transpose(2, 3) for tensor in (grad, input, weight))
         if not is_nchw or is_sequence:
@@ -133,7 +143,7 @@ def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Ten
     if input.numel() == 0:
         return torch.zeros_like(weight)
     trimmed = trim(axes)
-    axes = trimmed.axes[0].of_weight_grad(), trimmed.axes[1].of_weight_grad()
+    axes = weight_grad_axes(trimmed.axes)
     map_bytes = max(math.prod(input.shape[2:]), math.prod(grad.shape[2:])) * input.itemsize
     folded = min(_CACHED_BYTES // map_bytes, _channels_a_call(axes))
     at_once = _balanced_chunk(len(weight), folded, _CHANNELS_A_VECTOR)
@@ -151,6 +161,7 @@ def _narrow_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes)
         dilation=(axes[0].dilation, axes[1].dilation), groups=len(weight))
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_narrow(axes: Axes) -> bool:
     """Return whether PyTorch's own kernels are fast in every layout."""
     height, width = axes
@@ -252,20 +263,35 @@ def skip_reason(problem: ConvProblem) -> Optional[str]:
 
 def _depthwise(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
     """Convolve by PyTorch, in the layout and by the operation that has the fastest kernel."""
-    input = padded(input, axes[0].uneven_padding, axes[1].uneven_padding)
-    axes = axes[0].evenly_padded(), axes[1].evenly_padded()
-    in_nchw = _is_fast_in_nchw(axes)
-    is_nchw = memory_format_of(input) == torch.contiguous_format
-    if _is_fast_as_input_grad(axes, input.dtype) and not (in_nchw and is_nchw):
-        return _conv_as_input_grad(input, weight, bias, axes)
-    return (_conv if in_nchw else _conv_by_channels)(input, weight, bias, axes)
+    plan = _plan(axes, input.dtype, memory_format_of(input) == torch.contiguous_format)
+    return plan.convolve(padded(input, *plan.padding), weight, bias, plan.axes)
 
 
+class _Plan(NamedTuple):
+    """How to convolve: what to pad first, the axes of the padded input, and by which function."""
+    padding: Tuple[Tuple[int, int], Tuple[int, int]]
+    axes: Axes
+    convolve: Callable[[Tensor, Tensor, Optional[Tensor], Axes], Tensor]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(axes: Axes, dtype: torch.dtype, is_nchw: bool) -> _Plan:
+    height, width = axes
+    even = height.evenly_padded(), width.evenly_padded()
+    in_nchw = _is_fast_in_nchw(even)
+    convolve = _conv if in_nchw else _conv_by_channels
+    if _is_fast_as_input_grad(even, dtype) and not (in_nchw and is_nchw):
+        convolve = _conv_as_input_grad
+    return _Plan((height.uneven_padding, width.uneven_padding), even, convolve)
+
+
+@functools.lru_cache(maxsize=1024)
 def _is_fast_in_nchw(axes: Axes) -> bool:
     return _is_narrow(axes) or (
         max(axis.kernel for axis in axes) <= _LARGEST_FAST_NCHW_KERNEL and _is_half_padded(axes))
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_fast_as_input_grad(axes: Axes, dtype: torch.dtype) -> bool:
     kernel, output = (math.prod(sizes) for sizes in zip(*((axis.kernel, axis.output) for axis in axes)))
     return (

@@ -199,10 +199,17 @@ _backward.register_autograd(_backward_grads, setup_context=_save_backward)
 
 
 class _ConvFunction(torch.autograd.Function):
-    """The operator for plain tensors that no dispatch mode watches: 30 instead of 100 microseconds of Python."""
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save)
-    backward = staticmethod(_conv_grads)
+    """The operator for plain tensors that no dispatch mode watches, which takes less Python than the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:     # PyTorch inspects the signatures of a separate setup_context
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        return _conv_grads(ctx, grad)
 
 
 @register_flop_formula(torch.ops.smpconv_models.depthwise_conv2d)

@@ -2,6 +2,7 @@
 
 Along an axis, ``y[o] = sum over i of x[o * stride + i * dilation - left] * w[i]``; x is zero outside of the input.
 """
+import functools
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -52,15 +53,6 @@ class Axis(NamedTuple):
         read = (output - 1) * self.stride + self.dilation * (self.kernel - 1) + 1
         return self._replace(right=read - self.size - self.left)
 
-    def of_input_grad(self) -> 'Axis':
-        """Return the convolution of the output's gradient by the flipped kernel, for stride 1."""
-        left = self.dilation * (self.kernel - 1) - self.left
-        return self._replace(size=self.output, left=left).with_output(self.size)
-
-    def of_weight_grad(self) -> 'Axis':
-        """Return the convolution of the input by the output's gradient, for stride 1 without dilation."""
-        return self._replace(kernel=self.output)
-
 
 Axes = Tuple[Axis, Axis]
 # Gradients of input and weight, None for one that is not wanted.
@@ -74,6 +66,22 @@ class ConvProblem(NamedTuple):
     axes: Axes
     dtype: torch.dtype
     needs_weight_grad: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def input_grad_axes(axes: Axes) -> Axes:
+    """Return the convolution of the output's gradient by the flipped kernel, for stride 1."""
+    height, width = (
+        axis._replace(size=axis.output, left=axis.dilation * (axis.kernel - 1) - axis.left).with_output(axis.size)
+        for axis in axes)
+    return height, width
+
+
+@functools.lru_cache(maxsize=1024)
+def weight_grad_axes(axes: Axes) -> Axes:
+    """Return the convolution of the input by the output's gradient, for stride 1 without dilation."""
+    height, width = axes
+    return height._replace(kernel=height.output), width._replace(kernel=width.output)
 
 
 def make_axes(

@@ -2,6 +2,7 @@
 
 The functions take a backend's own ``forward`` or ``backward``, of the signature in _backends.py.
 """
+import functools
 from typing import Any, Callable, NamedTuple, Sequence, Tuple
 
 from torch import Tensor
@@ -71,6 +72,7 @@ class Trim(NamedTuple):
         return padded(weight_grad, *self.cut)
 
 
+@functools.lru_cache(maxsize=1024)
 def trim(axes: Axes) -> Trim:
     """Cut off kernel elements that see no pixel, so that neither memory nor time grows with them."""
     (height, *rows), (width, *columns) = map(_trim_axis, axes)

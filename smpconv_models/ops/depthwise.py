@@ -215,10 +215,11 @@ def validate_options(
 
 
 def _validate_numbers(name: str, given: Any, least: int, count: int) -> None:
-    numbers = (given,) * count if type(given) is int else given
-    is_sequence = isinstance(numbers, Sequence) and (type(given) is int or count > 1)
-    if not is_sequence or len(numbers) != count or not all(type(number) is int for number in numbers):
-        raise ValueError(f"{name} must be one integer{' or two' if count > 1 else ''}, got {given!r}")
+    numbers = [given] if type(given) is int else given
+    if type(given) is not int:
+        is_right = count > 1 and isinstance(given, Sequence) and len(given) == count
+        if not is_right or not all(type(number) is int for number in given):
+            raise ValueError(f"{name} must be one integer{' or two' if count > 1 else ''}, got {given!r}")
     if min(numbers) < least:
         raise ValueError(f'{name} must be at least {least}, got {given!r}')
     if max(numbers) > _LARGEST_SIZE:
