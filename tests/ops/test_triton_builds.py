@@ -23,19 +23,21 @@ OTHER = {
     'convnext_56': (64, 96, 56, 56, 7), 'convnext_7': (64, 768, 7, 7, 7),
     'detection_200x304': (2, 96, 200, 304, 31), 'detection_100x152': (2, 192, 100, 152, 29),
     'one_image': (1, 96, 56, 56, 31), 'small': (1, 8, 9, 9, 3),
+    'sequence': (8, 256, 1, 1000, 1, 31), 'long_sequence': (2, 64, 1, 100000, 1, 255),
 }
 
 
 def launches(monkeypatch, capability, layer, dtype):
     """Return what the forward pass and the weight gradient of a layer launch."""
     monkeypatch.setattr(tuning, '_capability', lambda device: capability)
-    n, c, h, w, k = layer
+    n, c, h, w, *k = layer
+    kh, kw = k if len(k) == 2 else k * 2
     x = torch.empty(n, c, h, w, dtype=dtype, device='meta')
-    weight = torch.empty(c, 1, k, k, dtype=dtype, device='meta')
+    weight = torch.empty(c, 1, kh, kw, dtype=dtype, device='meta')
     bias = torch.empty(c, dtype=dtype, device='meta')
     return [
         *ahead_of_time.launches(monkeypatch, launch.forward, x, weight, bias),
-        *ahead_of_time.launches(monkeypatch, launch.weight_grad, x, x, [k, k]),
+        *ahead_of_time.launches(monkeypatch, launch.weight_grad, x, x, [kh, kw]),
     ]
 
 

@@ -128,12 +128,13 @@ class BlockTile(_Program):
 
     @classmethod
     def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'BlockTile':
-        s = _block_width(w, precision)
+        s = _block_width(h, w, precision)
         chunks = window(s, 16, w, kernel_size[1])[1]
         one_wide = precision == 'half' and window(s, 32, w, kernel_size[1])[1] == 1
         tc = 32 if s == 32 or one_wide or chunks > _MOST_UNROLLED else 16
         r = _between(1, h, 4 if precision == 'ieee' else 8)
-        bp = _between(16, n * -(-w // s), {'half': 128, 'tf32': 64, 'ieee': 32}[precision] * 16 // s)
+        most = {'half': 128, 'tf32': 64, 'ieee': 32}[precision]
+        bp = _between(16, n * -(-w // s), most if h == 1 else most * 16 // s)
         return cls(r=r, s=s, tc=tc, bp=bp, num_warps=8 if r * s * bp > 8192 else 4)
 
     def step(self, width: int, kernel_width: int) -> Step:
@@ -164,11 +165,13 @@ class BlockGradTile(_Program):
 
     @classmethod
     def default(cls, n: int, h: int, w: int, kernel_size: Sequence[int], precision: str) -> 'BlockGradTile':
-        s = _block_width(w, precision)
-        d = {'half': 8, 'tf32': 8, 'ieee': 4}[precision] * 16 // s
+        s = min(_block_width(h, w, precision), 32)
+        d = 1 if h == 1 else {'half': 8, 'tf32': 8, 'ieee': 4}[precision] * 16 // s
         step = {'half': 64, 'tf32': 32, 'ieee': 16}[precision]
         bn = _between(1, n, step)
-        return cls(r=_between(1, h, d), s=s, d=d, tc=s, bn=bn, bj=step // bn, num_warps=4 if precision == 'ieee' else 8)
+        num_warps = 4 if precision == 'ieee' or h == 1 else 8
+        tc = 64 if h == 1 and precision != 'ieee' else s    # 64 rows of a product, which wgmma takes
+        return cls(r=_between(1, h, d), s=s, d=d, tc=tc, bn=bn, bj=step // bn, num_warps=num_warps)
 
     def step(self, width: int, kernel_width: int) -> Step:
         return Step(self.d * self.tc, self.r * self.s, self.bn * self.bj)
@@ -481,8 +484,10 @@ def _ladder(
         tile = tile.smaller()
 
 
-def _block_width(w: int, precision: str) -> int:
-    """Return 32 if the map then has one block across, and no neighbours."""
+def _block_width(h: int, w: int, precision: str) -> int:
+    """Return the columns of a block: 64 of a sequence, whose blocks have one row; 32 if a map then has no neighbours."""
+    if h == 1 and precision != 'ieee':
+        return _between(16, w, 64)
     return 32 if 16 < w <= 32 and precision != 'ieee' else 16
 
 
