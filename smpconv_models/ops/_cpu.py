@@ -65,9 +65,14 @@ _LARGEST_BLOCK = 128    # pixels a side; 200x304 keeps 13 MB in one piece
 # Dilated by 2, 28x28, 192 channels: 13x13 65 ms, and 4 ms as four maps of 14x14; 5x5 1.4 ms, and 9 ms as four maps.
 _LARGEST_FAST_DILATED_KERNEL = 5
 
-# PyTorch has no fast convolution of this dtype, which is computed in float32. 28x28, 96 channels, batch 2, 7x7: 0.8 ms
-# in place of 38 ms in NCHW, 1.1 in place of 159 ms in channels_last.
-_SLOW_DTYPE = torch.float16
+# With stride 2, PyTorch's gradient of the input is always fast, and that of the weight with small kernels: 56x56, 96
+# channels, batch 2, channels_last, 9x9 3.3 ms, as phases 3.9 ms; 13x13 6.3 and 5.0 ms.
+_LARGEST_STRIDED_KERNEL = 9
+
+# PyTorch has no fast convolution of these dtypes, which are computed in float32. 96 channels, batch 2: float16, 7x7 on
+# 28x28, 0.8 ms in place of 38 ms in NCHW, 1.1 in place of 159 ms in channels_last; bfloat16 with AVX2, 31x31 on 56x56,
+# 16 in place of 704 and 1511 ms.
+_SLOW_DTYPES = (torch.float16, torch.bfloat16) if _AVX2_ALONE else (torch.float16,)
 _GROUP_BYTES = 2 ** 23      # of float32 images at a time
 
 # oneDNN's channels_last kernel for bfloat16 never returns for 2 to 16 channels, from 15x15 on maps of about 30 pixels a
@@ -76,7 +81,7 @@ _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 
 
 def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
-    if input.dtype == _SLOW_DTYPE:
+    if input.dtype in _SLOW_DTYPES:
         output = empty_maps(input, axes[0].output, axes[1].output)
         weight, bias = weight.float(), None if bias is None else bias.float()
         for images, results in _by_groups(input, output):
@@ -89,7 +94,7 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -
 
 def backward(
         grad: Tensor, input: Tensor, weight: Tensor, axes: Axes, wanted: Sequence[bool]) -> Gradients:
-    if input.dtype == _SLOW_DTYPE:
+    if input.dtype in _SLOW_DTYPES:
         dx, weight = empty_maps(grad, *input.shape[2:]), weight.float()
         dw = torch.zeros_like(weight)
         for grads, images, results in _by_groups(grad, input, dx):
@@ -98,9 +103,11 @@ def backward(
                 results.copy_(some_dx)
             if some_dw is not None:
                 dw += some_dw
-        return dx if wanted[0] else None, dw.to(_SLOW_DTYPE) if wanted[1] else None
+        return dx if wanted[0] else None, dw.to(input.dtype) if wanted[1] else None
     if max(axis.stride for axis in axes) > 1:
-        return strided_backward(backward, grad, input, weight, axes, wanted)
+        return (
+            _strided_input_grad(grad, input, weight, axes) if wanted[0] else None,
+            strided_backward(backward, grad, input, weight, axes, [False, True])[1] if wanted[1] else None)
     if _is_slow_dilated(axes):
         return dilated_backward(backward, grad, input, weight, axes, wanted)
     return (
@@ -118,6 +125,15 @@ def _is_slow_dilated(axes: Axes) -> bool:
 def _input_grad(grad: Tensor, weight: Tensor, axes: Axes) -> Tensor:
     """Convolve the output's gradient by the flipped kernel."""
     return _depthwise(grad, weight.flip(2, 3), None, input_grad_axes(axes))
+
+
+def _strided_input_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
+    uneven = [axis.uneven_padding for axis in axes]
+    shape_giver = padded(input, *uneven)    # an expanded tensor, as conv_grad.conv2d_input makes one, is slow
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        grad, shape_giver, weight, None, [axis.stride for axis in axes], [axis.even_padding for axis in axes],
+        [axis.dilation for axis in axes], False, [0, 0], len(weight), [True, False, False])
+    return padded(dx, *((-before, -after) for before, after in uneven))
 
 
 def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
@@ -254,8 +270,11 @@ def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None
 
 def skip_reason(problem: ConvProblem) -> Optional[str]:
     """Skip what would call conv2d's kernels anyway: a direct call saves the operator's overhead."""
-    if problem.dtype == _SLOW_DTYPE or _is_slow_dilated(problem.axes):
+    if problem.dtype in _SLOW_DTYPES or _is_slow_dilated(problem.axes):
         return None
+    is_strided = max(axis.stride for axis in problem.axes) > 1
+    if is_strided and max(axis.kernel for axis in problem.axes) <= _LARGEST_STRIDED_KERNEL:
+        return "conv2d's gradients are faster with a stride"
     if (_is_narrow if problem.needs_weight_grad else _is_fast_in_nchw)(problem.axes):
         return "it calls conv2d's own kernels for such a kernel"
     return None
@@ -279,7 +298,9 @@ def _plan(axes: Axes, dtype: torch.dtype, is_nchw: bool) -> _Plan:
     height, width = axes
     even = height.evenly_padded(), width.evenly_padded()
     in_nchw = _is_fast_in_nchw(even)
-    convolve = _conv if in_nchw else _conv_by_channels
+    # without padding, 15x15 on 56x56: NCHW 3.0 ms, channels_last 6.3 ms
+    is_unpadded = _AVX2_ALONE and is_nchw and not any(axis.even_padding for axis in even)
+    convolve = _conv if in_nchw or is_unpadded else _conv_by_channels
     if _is_fast_as_input_grad(even, dtype) and not (in_nchw and is_nchw):
         convolve = _conv_as_input_grad
     return _Plan((height.uneven_padding, width.uneven_padding), even, convolve)
@@ -302,9 +323,9 @@ def _is_fast_as_input_grad(axes: Axes, dtype: torch.dtype) -> bool:
 
 def _conv_as_input_grad(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
     """Convolve as PyTorch computes the gradient of the input of a convolution by the flipped kernel."""
-    n, c, h, w = input.shape
+    c, h, w = input.shape[1:]
     size = [axis.output for axis in axes]
-    shape_giver = input if size == [h, w] else input.new_empty(n, c, *size)    # an expanded one is slow
+    shape_giver = input if size == [h, w] else empty_maps(input, *size)     # an expanded one is slow
     output, _, _ = torch.ops.aten.convolution_backward(
         input, shape_giver, weight.flip(2, 3), None, [1, 1], [axis.kernel - 1 - axis.left for axis in axes], [1, 1],
         False, [0, 0], c, [True, False, False])

@@ -10,8 +10,9 @@ from smpconv_models.ops import available_backends, depthwise_conv1d
 BACKENDS = ('auto', *available_backends())
 OPTIONS = [
     {}, dict(kernel_size=6), dict(kernel_size=1), dict(kernel_size=57), dict(padding='causal'), dict(padding='valid'),
-    dict(padding=4, stride=3), dict(kernel_size=15, padding=(9, 2), dilation=2), dict(padding='causal', dilation=5, stride=2),
-    dict(padding=(0, 30), kernel_size=2), dict(length=1), dict(batch=0), dict(kernel_size=3, padding=(1, 0), stride=40),
+    dict(padding=4, stride=3), dict(kernel_size=15, padding=(9, 2), dilation=2),
+    dict(padding='causal', dilation=5, stride=2), dict(padding=(0, 30), kernel_size=2), dict(length=1), dict(batch=0),
+    dict(kernel_size=3, padding=(1, 0), stride=40),
 ]
 
 

@@ -485,7 +485,7 @@ def _ladder(
 
 
 def _block_width(h: int, w: int, precision: str) -> int:
-    """Return the columns of a block: 64 of a sequence, whose blocks have one row; 32 if a map then has no neighbours."""
+    """Return the columns of a block: 64 of a sequence, which is one row; 32 if there are no neighbours then."""
     if h == 1 and precision != 'ieee':
         return _between(16, w, 64)
     return 32 if 16 < w <= 32 and precision != 'ieee' else 16
