@@ -61,8 +61,8 @@ def convolve(
 
 
 def _is_watched(tensors: Tuple[Tensor, ...]) -> bool:
-    """Return whether a dispatch mode or a tensor's own type has to see the operator."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
+    """Return whether a dispatch mode, a tensor's own type or the profiler has to see the operator."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled() or any(
         type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
