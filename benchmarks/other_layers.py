@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare the operation with PyTorch's for sequences, strides, paddings, even kernels and half precision.
 
-    python benchmarks/other_layers.py [--cases conformer stride2] [--rounds 11]
+    python benchmarks/other_layers.py [--cases conformer stride2_k31] [--rounds 11]
 
 Each case runs in PyTorch's own layout and with the channels last. First the results y, dx and dw are compared with
 PyTorch's in float64; then the forward pass alone, and the forward pass with both gradients, are timed in turn with

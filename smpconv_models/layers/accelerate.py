@@ -42,7 +42,7 @@ def accelerate_depthwise(model: nn.Module, *, min_kernel_size: int = 7, backend:
     nothing.
 
     Depthwise means one group for each of at least two channels; a convolution of one channel is an ordinary one. It is
-    replaced if it has zero padding, as many outputs as inputs, and nothing that a replacement would lose: hooks, a
+    replaced if it pads by zeros, has as many outputs as inputs, and nothing that a replacement would lose: hooks, a
     method or state of its own, a weight that is no plain floating ``nn.Parameter``, a subclass's behaviour. So
     parametrized and lazy convolutions stay; run a lazy model once first.
     ScriptModules cannot be changed from within: accelerate before scripting. References to a replaced module other than

@@ -81,7 +81,7 @@ _COUNTER_TABLES = {
 
 
 class _DepthwiseConvNd(CountedConv):
-    """What the depthwise layers share: when they use the operation."""
+    """Base of the layers that use the operation for depthwise convolutions."""
 
     @torch.jit.unused
     def _takes_operation(self: Any) -> bool:
@@ -140,7 +140,7 @@ class DepthwiseConv2d(_DepthwiseConvNd, nn.Conv2d):
 class DepthwiseConv1d(_DepthwiseConvNd, nn.Conv1d):
     """``nn.Conv1d`` that computes depthwise convolutions by :func:`smpconv_models.depthwise_conv1d`.
 
-    As :class:`DepthwiseConv2d`, for sequences.
+    Same arguments, same parameters, same state dict, same function; see :class:`DepthwiseConv2d`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: As
@@ -157,7 +157,10 @@ class DepthwiseConv1d(_DepthwiseConvNd, nn.Conv1d):
             padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros', device: Any = None,
             dtype: Any = None, backend: str = 'auto') -> None:
         check_counts(in_channels=in_channels, out_channels=out_channels, groups=groups)
-        validate_options(backend=backend)
+        stride, padding, dilation = _number(stride), _number(padding), _number(dilation)
+        if not isinstance(padding, str) and type(padding) is not int:
+            raise ValueError(f'padding must be one integer or a word, got {padding!r}')
+        validate_options(stride=stride, padding=padding, dilation=dilation, backend=backend, dims=1)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype)
@@ -167,10 +170,14 @@ class DepthwiseConv1d(_DepthwiseConvNd, nn.Conv1d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or not self._takes_operation():
             return self._conv_forward(input, self.weight, self.bias)
-        padding = self.padding if isinstance(self.padding, str) else to_2tuple(self.padding)[0]
         return depthwise_conv1d(
-            input, self.weight, self.bias, stride=to_2tuple(self.stride)[0], padding=padding,
-            dilation=to_2tuple(self.dilation)[0], backend=self.backend)
+            input, self.weight, self.bias, stride=_number(self.stride), padding=_number(self.padding),
+            dilation=_number(self.dilation), backend=self.backend)
+
+
+def _number(value: Any) -> Any:
+    """Return the number of a tuple of one, as ``nn.Conv1d`` stores it, and anything else as it is."""
+    return value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
 
 
 def unsupported_arguments(conv: Union[nn.Conv1d, nn.Conv2d]) -> List[str]:

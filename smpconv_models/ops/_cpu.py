@@ -6,8 +6,8 @@ NCHW depthwise kernels of more than 13 elements a side run in a slow loop (28x28
 of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
 convolution it takes 13 ms.
 
-With AVX2 alone (EPYC, Zen 3, one core, torch 2.14, November 2026) the NCHW kernel is slow from 11x11 on, but PyTorch's
-gradient of the input is not, and is a convolution by the flipped kernel as well. Batch 4: 56x56, 96 channels, 11x11:
+With AVX2 alone (EPYC, Zen 3, one core, torch 2.14, November 2026) the NCHW kernel with padding is slow from 11x11 on, but
+PyTorch's gradient of the input is not, and is a convolution by the flipped kernel as well. Batch 4: 56x56, 96 channels, 11x11:
 6.5 ms, and 12 through channels_last; 8 sequences of 1000, 256 channels, 31 elements: 3.6 and 7.3 ms.
 """
 import functools
@@ -76,7 +76,7 @@ _SLOW_DTYPES = (torch.float16, torch.bfloat16) if _AVX2_ALONE else (torch.float1
 _GROUP_BYTES = 2 ** 23      # of float32 images at a time
 
 # oneDNN's channels_last kernel for bfloat16 never returns for 2 to 16 channels, from 15x15 on maps of about 30 pixels a
-# side (torch 2.15 with AVX512-BF16); so few channels are computed in float32, and no more are split into so few.
+# side (torch 2.15 with AVX512-BF16); so few channels are computed in float32.
 _MOST_UNSAFE_BFLOAT16_CHANNELS = 16
 
 
@@ -165,7 +165,7 @@ def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Ten
     at_once = _balanced_chunk(len(weight), folded, _CHANNELS_A_VECTOR)
     images = _balanced_chunk(len(input), folded // len(weight), 1)
     return trimmed.weight_grad(torch.cat([
-        _weight_grad_as_conv(some_grad, some_input, axes, images)
+        _weight_grad_as_conv(some_grad, some_input, axes, images, is_nchw)
         for some_grad, some_input in zip(grad.split(at_once, 1), input.split(at_once, 1))
     ]))
 
@@ -193,7 +193,8 @@ def _is_half_padded(axes: Axes) -> bool:
 
 def _by_groups(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
     """Yield the same groups of images of tensors (N, C, H, W), whose copies in float32 take little memory."""
-    images = max(_GROUP_BYTES // max(4 * tensors[0][:1].numel(), 1), 1)
+    elements = max(tensor[:1].numel() for tensor in tensors)
+    images = max(_GROUP_BYTES // max(4 * elements, 1), 1)
     return zip(*(tensor.split(images) for tensor in tensors))
 
 
@@ -203,9 +204,8 @@ def _balanced_chunk(total: int, most: int, multiple: int) -> int:
     return -(-total // (parts * multiple)) * multiple
 
 
-def _weight_grad_as_conv(grad: Tensor, input: Tensor, axes: Axes, images: int) -> Tensor:
+def _weight_grad_as_conv(grad: Tensor, input: Tensor, axes: Axes, images: int, is_nchw: bool) -> Tensor:
     """Convolve the input by the gradient, with ``images`` at a time folded into the channels."""
-    is_nchw = memory_format_of(input) == memory_format_of(grad) == torch.contiguous_format
     in_nchw = _is_fast_in_nchw(axes) or (is_nchw and _is_fast_as_input_grad(axes, input.dtype))
     folded = _weight_grad_as_conv_nchw if in_nchw else _weight_grad_as_conv_channels_last
     parts = (folded(*some, axes) for some in zip(grad.split(images), input.split(images)))
@@ -274,7 +274,7 @@ def skip_reason(problem: ConvProblem) -> Optional[str]:
         return None
     is_strided = max(axis.stride for axis in problem.axes) > 1
     if is_strided and max(axis.kernel for axis in problem.axes) <= _LARGEST_STRIDED_KERNEL:
-        return "conv2d's gradients are faster with a stride"
+        return "conv2d is as fast for so small a kernel with a stride"
     if (_is_narrow if problem.needs_weight_grad else _is_fast_in_nchw)(problem.axes):
         return "it calls conv2d's own kernels for such a kernel"
     return None
@@ -349,7 +349,8 @@ def _conv_by_channels(input: Tensor, weight: Tensor, bias: Optional[Tensor], axe
 
 
 def _conv_in_channels_last(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -> Tensor:
-    input = _channels_last(input)
+    if len(weight) > 1:     # of one channel, oneDNN has no depthwise kernel, and ends the process with some strides
+        input = _channels_last(input)
     if input.dtype == torch.bfloat16 and len(weight) <= _MOST_UNSAFE_BFLOAT16_CHANNELS:
         bias = None if bias is None else bias.float()
         return _conv(input.float(), weight.float(), bias, axes).to(torch.bfloat16)

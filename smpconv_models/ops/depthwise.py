@@ -40,7 +40,7 @@ def depthwise_conv2d(
             kernel if the padding makes up for it.
         weight: ``(C, 1, kh, kw)``.
         bias: ``(C,)`` or None.
-        stride: Distance of outputs in pixels, one number or (height, width).
+        stride: Step between outputs in input pixels, one number or (height, width).
         padding: Zeros on both sides, one number or (height, width); 'valid' for none; or 'same' for as many as keep
             the map's size, which takes stride 1, and of an odd total has one more at the end.
         dilation: Spacing between kernel elements in pixels, one number or (height, width).
@@ -56,13 +56,13 @@ def depthwise_conv2d(
 
     Numerics:
         'cpu' and 'triton' accumulate in float32 for half precision and in the input's dtype otherwise. 'cpu' computes
-        float16 in float32; in the weight gradient of bfloat16 it rounds each image's share first. With a stride above
-        1, 'triton' rounds the share of each of the stride's phases first. 'reference' is PyTorch's, which on CPUs may
-        accumulate float16 in float16. 'cpu' and 'triton' are deterministic, 'cpu' for a fixed number of threads;
-        'reference' is as deterministic as PyTorch is set to be. float32 on CUDA follows
-        ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton', and
-        'cpu' in gradients, multiply zeros too: an infinite or NaN element may affect results beyond the kernel, of its
-        own map (or, in the weight and in the weight gradient, of its own channel).
+        float16 in float32, and bfloat16 too with AVX2 alone; elsewhere it rounds each image's share of bfloat16's weight
+        gradient first. With a stride above 1, 'triton' rounds the share of each of the stride's phases first.
+        'reference' is PyTorch's, which on CPUs may accumulate float16 in float16. 'cpu' and 'triton' are deterministic,
+        'cpu' for a fixed number of threads; 'reference' is as deterministic as PyTorch is set to be. float32 on CUDA
+        follows ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton',
+        and 'cpu' in gradients, multiply zeros too: an infinite or NaN element may affect results beyond the kernel, of
+        its own map (or, in the weight and in the weight gradient, of its own channel).
     """
     validate_options(stride=stride, padding=padding, dilation=dilation, backend=backend)
     return _depthwise_conv2d(input, weight, bias, stride, padding, dilation, backend)
@@ -98,24 +98,25 @@ def depthwise_conv1d(
     """Compute a depthwise convolution of sequences with zero padding, made for long kernels.
 
     Equal in meaning to ``F.conv1d(input, weight, bias, stride, padding, dilation, groups=C)``; only the default padding
-    differs, and there are more paddings. Otherwise as :func:`depthwise_conv2d`, with ``conv1d`` in place of ``conv2d``.
+    differs, and there are more paddings. Dtypes, layouts, gradients, and the calls that PyTorch's convolution computes
+    are those of :func:`depthwise_conv2d`; that convolution is ``conv1d``, or ``conv2d`` of height 1.
 
     Args:
         input: ``(N, C, L)`` or ``(C, L)``, floating point, any layout; N may be 0. A transposed ``(N, L, C)`` is read
             and returned without copies, as channels_last.
         weight: ``(C, 1, k)``.
         bias: ``(C,)`` or None.
-        stride: Distance of outputs in elements.
+        stride: Step between outputs in input elements.
         padding: Zeros on both sides, one number or (left, right); 'valid' for none; 'same' for as many as keep the
             length, which takes stride 1, and of an odd total has one more at the end; or 'causal' for ``dilation * (k -
             1)`` on the left, so that no output depends on later elements.
         dilation: Spacing between kernel elements.
-        backend: As in :func:`depthwise_conv2d`.
+        backend: 'auto' or a name, see :func:`depthwise_conv2d`.
 
     Raises:
         ValueError: The shapes, dtypes, devices, options or the backend's name are invalid, or the padded sequence is
             shorter than the kernel.
-        RuntimeError: As in :func:`depthwise_conv2d`.
+        RuntimeError: The named backend cannot run on this device, or memory runs out.
 
     Numerics:
         Those of :func:`depthwise_conv2d`.

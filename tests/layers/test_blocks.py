@@ -1,5 +1,6 @@
 """Convolution-norm-activation, the large kernel with its parallel, the residual blocks, and their folding."""
 import copy
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from smpconv_models.layers import (
     ConvFFN,
     ConvNormActBlock,
+    DepthwiseConv1d,
     DepthwiseConv2d,
     LargeKernelBlock,
     ReparamLargeKernelConv,
@@ -42,6 +44,17 @@ def test_depthwise_conv_refuses_invalid_arguments(arguments, message):
     with pytest.raises(ValueError) as error:
         depthwise(**arguments)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(stride=0), 'stride must be at least 1, got 0'), (dict(stride=1.5), 'stride must be one integer, got 1.5'),
+    (dict(dilation=(1, 2)), 'dilation must be one integer, got (1, 2)'),
+    (dict(padding=(1, 2)), 'padding must be one integer or a word, got (1, 2)'),
+    (dict(padding=-1), 'padding must be at least 0, got -1'), (dict(padding='causal'), 'causal'),
+], ids=str)
+def test_depthwise_conv_of_sequences_refuses_invalid_arguments(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DepthwiseConv1d(4, 4, 7, groups=4, **arguments)
 
 
 NOT_THE_OPERATION = [

@@ -157,8 +157,11 @@ def test_the_gradients_of_the_backward_operator_keep_their_layouts(name, layout)
     x, weight, _, grad = make(shape, torch.float32, layout)
     padding = [3] * 4 if name == 'strided' else [d * (k // 2) for d, k in zip(
         shape.dilation, (shape.kh, shape.kw)) for _ in range(2)]
-    dx, dw = torch.ops.smpconv_models.depthwise_conv2d_backward(
-        grad, x, weight, [True, True], list(shape.stride), padding, list(shape.dilation), 'cpu', '')
+    (dx, dw), expected = (torch.ops.smpconv_models.depthwise_conv2d_backward(
+        grad, x, weight, [True, True], list(shape.stride), padding, list(shape.dilation), backend, '')
+        for backend in ('cpu', 'reference'))
+    for got, plain in zip((dx, dw), expected):
+        torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)     # sums of at most 408 products
     assert dx.is_contiguous(memory_format=memory_format_of(grad)) and dw.is_contiguous()
 
 
@@ -293,6 +296,36 @@ def test_out_of_memory_is_pytorchs_own_error():
     with pytest.raises(RuntimeError, match='alloc'):
         depthwise_conv2d(x, weight)
     assert depthwise_conv2d(x[:1, :3], weight[:3]).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize('stride', [1000, 2 ** 40])
+def test_stride_beyond_the_map(stride):
+    """There is one output, and no memory grows with the stride."""
+    x, weight = torch.randn(2, 3, 32, 32), torch.randn(3, 1, 31, 31)
+
+    def results(function, stride):
+        return with_gradients(
+            lambda *args: function(*args, stride=stride, padding=0), x, weight, torch.zeros(3), torch.ones(2, 3, 1, 1))
+    got, expected = results(functools.partial(depthwise_conv2d, backend='cpu'), stride), results(plain_conv, 2)
+    for key in ('y', 'dx', 'dw'):
+        torch.testing.assert_close(got[key], expected[key])
+
+
+ONE_CHANNEL = """
+import torch
+from smpconv_models.ops import depthwise_conv2d
+for backend in ('auto', 'cpu'):
+    x, weight = torch.randn(1, 1, 5, 1, requires_grad=True), torch.randn(1, 1, 12, 4, requires_grad=True)
+    y = depthwise_conv2d(x, weight, stride=2, dilation=(1, 2), padding=(12, 13), backend=backend)
+    expected = torch.nn.functional.conv2d(x, weight, stride=2, dilation=(1, 2), padding=(12, 13))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+"""
+
+
+def test_one_channel_with_a_stride_returns():
+    """In a separate process, which oneDNN ended."""
+    subprocess.run([sys.executable, '-c', ONE_CHANNEL], check=True, timeout=60)
 
 
 FEW_CHANNELS = """

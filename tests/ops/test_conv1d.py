@@ -52,6 +52,15 @@ def test_equals_conv1d(backend, options, transposed):
         assert got[0].transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.skipif('triton' not in BACKENDS, reason='see test_triton_interpreted.py')
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_equals_conv1d_on_triton(options):
+    *tensors, options = make(options, torch.float32)
+    got = with_gradients(lambda *args: depthwise_conv1d(*args, **options, backend='triton'), *tensors)
+    for each, expected in zip(got, with_gradients(lambda *args: plain(*args, **options), *tensors)):
+        torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)     # sums of at most 80 products
+
+
 def test_causal_outputs_do_not_depend_on_later_elements():
     x, weight, bias, _ = make({})
     changed = torch.cat([x[:, :, :25], torch.full_like(x[:, :, 25:], torch.nan)], 2)
@@ -83,7 +92,7 @@ class Causal(nn.Module):
     torch.jit.script, torch.fx.symbolic_trace, lambda module: torch.jit.trace(module, torch.randn(1, 3, 20)),
     lambda module: torch.compile(module, fullgraph=True, backend='aot_eager'),
     lambda module: torch.export.export(module, (torch.randn(2, 3, 33),), dynamic_shapes=(
-        {0: torch.export.Dim('batch', min=1), 2: torch.export.Dim('length', min=2)},)).module(),
+        {0: torch.export.Dim('batch', min=1, max=64), 2: torch.export.Dim('length', min=2, max=4096)},)).module(),
 ], ids=['script', 'fx', 'trace', 'compile', 'export'])
 @pytest.mark.filterwarnings('error::torch.jit.TracerWarning')
 def test_converted(convert):

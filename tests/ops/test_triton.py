@@ -338,7 +338,7 @@ class TestKernels:
         shape = {**SHAPES, **WIDE}[name]
         x, weight, bias, grad = make(shape, mode, layout, device=DEVICE)
         got = with_gradients(
-            lambda *args: depthwise_conv2d(*args, dilation=shape.dilation, backend='triton'), x, weight, bias, grad)
+            lambda *args: depthwise_conv2d(*args, **shape.options, backend='triton'), x, weight, bias, grad)
         plain, exact = expected(shape, x, weight, bias, grad)
         for key, num_terms in terms(shape).items():
             assert got[key].dtype == mode

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(('file', 'which'), [
     ('test_triton.py', 'triton and not public_function and not every_form and not tuned_tiles'),
+    ('test_conv1d.py', 'on_triton'),
     # half a minute, and minutes, of interpreting, on every shape:
     pytest.param('test_depthwise.py', 'triton', marks=pytest.mark.slow),
     pytest.param('test_triton.py', 'public_function or every_form or tuned_tiles', marks=pytest.mark.slow),
