@@ -6,8 +6,8 @@ NCHW depthwise kernels of more than 13 elements a side run in a slow loop (28x28
 of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 370 ms); written as a forward
 convolution it takes 13 ms.
 
-With AVX2 alone (EPYC, Zen 3, one core, torch 2.14, November 2026) the NCHW kernel with padding is slow from 11x11 on, but
-PyTorch's gradient of the input is not, and is a convolution by the flipped kernel as well. Batch 4: 56x56, 96 channels, 11x11:
+With AVX2 alone (EPYC, Zen 3, one core, torch 2.14, November 2026) the NCHW kernel with padding is slow from 11x11 on.
+PyTorch's gradient of the input, a convolution by the flipped kernel as well, is not. Batch 4: 56x56, 96 channels, 11x11:
 6.5 ms, and 12 through channels_last; 8 sequences of 1000, 256 channels, 31 elements: 3.6 and 7.3 ms.
 """
 import functools
@@ -29,7 +29,7 @@ from ._problem import (
     padded,
     weight_grad_axes,
 )
-from ._transforms import dilated_backward, dilated_forward, strided_backward, trim
+from ._transforms import dilated_backward, dilated_forward, strided_backward, trim, without_idle_strides
 
 _AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == 'AVX2'
 _LARGEST_FAST_NCHW_KERNEL = 9 if _AVX2_ALONE else 13
@@ -87,6 +87,7 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -
         for images, results in _by_groups(input, output):
             results.copy_(forward(images.float(), weight, bias, axes))
         return output
+    axes = without_idle_strides(axes)
     if _is_slow_dilated(axes):
         return dilated_forward(_depthwise, input, weight, bias, axes)
     return _depthwise(input, weight, bias, axes)
@@ -104,6 +105,7 @@ def backward(
             if some_dw is not None:
                 dw += some_dw
         return dx if wanted[0] else None, dw.to(input.dtype) if wanted[1] else None
+    axes = without_idle_strides(axes)
     if max(axis.stride for axis in axes) > 1:
         return (
             _strided_input_grad(grad, input, weight, axes) if wanted[0] else None,

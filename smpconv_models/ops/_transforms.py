@@ -142,7 +142,7 @@ def _to_maps(images: Tensor, period: Tuple[int, int], before: Sequence[int], siz
 
 def strided_forward(forward: Step, input: Tensor, weight: Tensor, bias: Any, axes: Axes) -> Tensor:
     """Compute a convolution with a stride."""
-    axes = _without_idle_strides(axes)
+    axes = without_idle_strides(axes)
     if max(axis.stride for axis in axes) == 1:
         return forward(input, weight, bias, axes)
     if max(axis.dilation for axis in axes) > 1:
@@ -158,7 +158,7 @@ def strided_forward(forward: Step, input: Tensor, weight: Tensor, bias: Any, axe
 def strided_backward(
         backward: Step, grad: Tensor, input: Tensor, weight: Tensor, axes: Axes, wanted: Sequence[bool]) -> Gradients:
     """Compute the gradients of a convolution with a stride."""
-    axes = _without_idle_strides(axes)
+    axes = without_idle_strides(axes)
     if max(axis.stride for axis in axes) == 1:
         return backward(grad, input, weight, axes, wanted)
     if max(axis.dilation for axis in axes) > 1:
@@ -175,7 +175,8 @@ def strided_backward(
         None if dw is None else _from_channels(dw.transpose(0, 1), period, before, weight.shape[2:]).transpose(0, 1))
 
 
-def _without_idle_strides(axes: Axes) -> Axes:
+@functools.lru_cache(maxsize=1024)
+def without_idle_strides(axes: Axes) -> Axes:
     """Return stride 1 for an axis of one output, so that no memory grows with a stride beyond the map."""
     height, width = (axis._replace(stride=1).with_output(1) if axis.output == 1 else axis for axis in axes)
     return height, width

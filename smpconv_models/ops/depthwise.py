@@ -56,8 +56,8 @@ def depthwise_conv2d(
 
     Numerics:
         'cpu' and 'triton' accumulate in float32 for half precision and in the input's dtype otherwise. 'cpu' computes
-        float16 in float32, and bfloat16 too with AVX2 alone; elsewhere it rounds each image's share of bfloat16's weight
-        gradient first. With a stride above 1, 'triton' rounds the share of each of the stride's phases first.
+        float16 in float32, and bfloat16 too with AVX2 alone; elsewhere each image's share of a weight gradient is
+        rounded to bfloat16. With a stride above 1, 'triton' rounds the share of each of the stride's phases first.
         'reference' is PyTorch's, which on CPUs may accumulate float16 in float16. 'cpu' and 'triton' are deterministic,
         'cpu' for a fixed number of threads; 'reference' is as deterministic as PyTorch is set to be. float32 on CUDA
         follows ``torch.backends.cudnn.conv.fp32_precision``: products of TF32 on tensor cores, or exact ones. 'triton',
