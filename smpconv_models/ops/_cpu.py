@@ -7,8 +7,8 @@ of the two or equal. PyTorch's weight gradient is slow in both layouts (29x29: 3
 convolution it takes 13 ms.
 
 With AVX2 alone (EPYC, Zen 3, one core, torch 2.14, November 2026) the NCHW kernel with padding is slow from 11x11 on.
-PyTorch's gradient of the input, a convolution by the flipped kernel as well, is not. Batch 4: 56x56, 96 channels, 11x11:
-6.5 ms, and 12 through channels_last; 8 sequences of 1000, 256 channels, 31 elements: 3.6 and 7.3 ms.
+PyTorch's gradient of the input, a convolution by the flipped kernel as well, is not. Batch 4, 56x56, 96 channels,
+11x11: 6.5 ms, and 12 through channels_last; 8 sequences of 1000, 256 channels, 31 elements: 3.6 and 7.3 ms.
 """
 import functools
 import math
