@@ -42,6 +42,7 @@ _TALLEST_FAST_NARROW_KERNEL = 31
 
 # The largest kernel, or output if that is smaller, for which the gradient of the input is the faster way.
 _LARGEST_FAST_INPUT_GRAD = 200      # elements: 31x31 on 56x56 takes 63 ms, and 38 in channels_last
+_LARGEST_FAST_INPUT_GRAD_NHWC = 128     # elements of the kernel: in channels_last 27x27 on 14x14 9.4 ms, otherwise 7.0
 _LARGEST_FAST_INPUT_GRAD_KERNEL = 4096      # as weight gradient, 5x5: 56x56 0.7 and 1.2 ms, 80x80 4.5 and 1.8 ms
 
 # oneDNN's channels_last kernels are fastest if the rows under a kernel stay in a core's cache, so with as few channels
@@ -303,7 +304,8 @@ def _plan(axes: Axes, dtype: torch.dtype, is_nchw: bool) -> _Plan:
     # without padding, 15x15 on 56x56: NCHW 3.0 ms, channels_last 6.3 ms
     is_unpadded = _AVX2_ALONE and is_nchw and not any(axis.even_padding for axis in even)
     convolve = _conv if in_nchw or is_unpadded else _conv_by_channels
-    if _is_fast_as_input_grad(even, dtype) and not (in_nchw and is_nchw):
+    is_small = math.prod(axis.kernel for axis in even) <= _LARGEST_FAST_INPUT_GRAD_NHWC
+    if _is_fast_as_input_grad(even, dtype) and (not in_nchw if is_nchw else is_small):
         convolve = _conv_as_input_grad
     return _Plan((height.uneven_padding, width.uneven_padding), even, convolve)
 
