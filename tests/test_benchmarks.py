@@ -257,6 +257,10 @@ def test_a_run_of_one_case_stores_its_row(tmp_path):
     ('cifar_step', ['--device', 'cuda'], 'finds no such device'),
     ('cifar_step', ['--rounds', '0'], 'must be above 0'),
     ('cifar_step', ['--results', __file__], '--results cannot be written'),
+    ('acceleration', ['--networks', 'nothing'], "invalid choice: 'nothing'"),
+    ('acceleration', ['--device', 'cuda'], 'finds no such device'),
+    ('acceleration', ['--seconds', '0'], 'must be above 0'),
+    ('acceleration', ['--results', __file__], '--results cannot be written'),
 ])
 def test_errors_are_one_line(load, monkeypatch, capsys, script, arguments, message):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -306,6 +310,105 @@ def test_a_wrong_network_for_cifar_is_not_timed(load, monkeypatch, tmp_path, cap
     monkeypatch.setattr(smpconv_models.layers.fft_conv, '_fft_conv', lambda *args: 1.001 * fft(*args))
     assert script.main([*arguments, 'SMPConv']) == 1
     assert 'error: SMPConv by fft is wrong' in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# --- accelerated networks ---
+
+
+SMALL_NETWORKS = ['--batch-size', '2', '--img-size', '32', '--frames', '16', '--rounds', '1', '--layer-rounds', '1']
+
+
+def test_timm_has_the_networks_of_the_acceleration(load):
+    networks = load('networks')
+    assert all(timm.is_model(name) for name in networks.TIMM) and len(networks.NETWORKS) >= 20
+
+
+@pytest.mark.slow  # 18 networks are created
+def test_networks_of_the_acceleration_have_depthwise_layers(load):
+    networks = load('networks')
+    for name in networks.TIMM:
+        with torch.device('meta'):
+            model = networks.NETWORKS[name].create()
+        assert smpconv_models.accelerate_depthwise(model, min_kernel_size=3).replaced, name
+
+
+@pytest.mark.slow  # transformers is imported for seconds, and its networks are wide
+@pytest.mark.parametrize('name', ['wav2vec2_conformer', 'wav2vec2_bert', 'seamless_m4t', 'parakeet'])
+def test_an_encoder_of_transformers_is_accelerated(load, tmp_path, name):
+    pytest.importorskip('transformers')
+    assert name in load('networks').TRANSFORMERS
+    assert load('acceleration').main([*SMALL_NETWORKS, '--results', str(tmp_path), '--networks', name]) == 0
+    row = json.loads((tmp_path / 'acceleration.jsonl').read_text())
+    assert row['min_kernel_size']['7']['replaced'] == 2 and row['seconds']['nchw']['training']['7'] > 0
+
+
+def test_transformers_must_be_installed_for_its_networks(load, monkeypatch, tmp_path, capsys):
+    acceleration = load('acceleration')
+    monkeypatch.setattr(acceleration.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit) as exit:
+        acceleration.main(['--networks', 'vocos', 'parakeet', '--results', str(tmp_path)])
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.endswith('--networks parakeet: transformers is not installed\n')
+
+
+@pytest.mark.slow  # 20 s of measuring
+def test_acceleration_stores_rows_and_prints_tables(load, tmp_path, capsys):
+    arguments = [*SMALL_NETWORKS, '--results', str(tmp_path), '--networks', 'lcnet_100', 'f5_tts_text']
+    assert load('acceleration').main(arguments) == 0
+    images, sequences = (json.loads(line) for line in (tmp_path / 'acceleration.jsonl').read_text().splitlines())
+    assert images['input'] == [2, 3, 32, 32] and sequences['input'] == [2, 512, 16]
+    assert {size: (found['replaced'], found['copy']) for size, found in images['min_kernel_size'].items()} \
+        == {'7': (0, 'before'), '5': (7, '5'), '3': (13, '3')}
+    assert images['min_kernel_size']['5']['skipped'] == {'kernel 3x3 below 5': 6}
+    assert list(images['seconds']) == ['nchw', 'nhwc'] and list(sequences['seconds']) == ['nchw']
+    for modes in images['seconds'].values():
+        assert all(list(seconds) == ['before', 'control', '5', '3'] for seconds in modes.values())
+    assert sum(layer['times'] for layer in images['layers']) == 2 * 13
+    layer, = sequences['layers']
+    assert (layer['times'], layer['kernel'], layer['shape']) == (4, [7], [2, 512, 16])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith('| lcnet_100 | nchw | 0, 7, 13 | ') and ' | 1.00 | ' in lines[2]
+    assert lines[4].startswith('| f5_tts_text | nchw | 4, 4, 4 | ')
+
+
+@pytest.mark.parametrize(('wrong', 'result'), [
+    (lambda right, x, weight, **options: right(x, 1.001 * weight, **options), 'output in inference, nchw is wrong'),
+    (lambda right, x, weight, **options: right(x.detach() + 0 * x, weight, **options), 'gradient of the input'),
+    (lambda right, x, weight, **options: right(x, weight.detach() + 0 * weight, **options), 'gradient of all param'),
+])
+def test_a_wrong_acceleration_is_not_timed(load, monkeypatch, tmp_path, capsys, wrong, result):
+    right = smpconv_models.depthwise_conv1d
+    monkeypatch.setattr(
+        smpconv_models.layers.conv_norm, 'depthwise_conv1d',
+        lambda x, weight, bias, **options: wrong(right, x, weight, bias=bias, **options))
+    monkeypatch.setattr(load('measure'), 'interleaved', lambda *args: pytest.fail('it was timed'))
+    arguments = [*SMALL_NETWORKS, '--results', str(tmp_path), '--networks', 'f5_tts_text']
+    assert load('acceleration').main(arguments) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f'acceleration.py: error: f5_tts_text: {result}') and not list(tmp_path.iterdir())
+
+
+def test_slower_networks_and_layers_are_listed(load):
+    report = load('acceleration_report')
+    seconds = {'before': 1., 'control': 1.05, '5': 0.5, '3': 1.25}
+    layers = [{
+        'layout': 'nchw', 'times': times, 'kernel': [kernel, kernel], 'stride': [1, 1], 'shape': [2, 8, 7, 7],
+        'seconds': {'training': {'before': 1e-3, 'after': after}, 'inference': {'before': 1e-3, 'after': 1e-3}}}
+        for times, kernel, after in ((10, 3, 3e-3), (10, 5, 0.5e-3), (10, 9, 1.02e-3), (1, 11, 3e-3))]
+    rows = [{
+        'network': 'net', 'seconds': {'nchw': {'training': seconds, 'inference': seconds}}, 'layers': layers,
+        'min_kernel_size': {
+            '7': {'replaced': 0, 'skipped': {'kernel': 20}, 'copy': 'before'},
+            '5': {'replaced': 10, 'skipped': {}, 'copy': '5'},
+            '3': {'replaced': 20, 'skipped': {'a ScriptModule': 1}, 'copy': '3'}}}]
+    assert report.networks(rows).splitlines()[2] \
+        == '| net | nchw | 0, 10, 20 | 1000.0 | 1.00 | 2.00 | 0.80 | 0.95 | 1000.0 | 1.00 | 2.00 | 0.80 | 0.95 |'
+    assert report.verdict(rows).splitlines() == [
+        '7: none', '5: none', '3: net (training, nchw) 0.80, net (inference, nchw) 0.80',
+        'control: net (training, nchw) 0.95, net (inference, nchw) 0.95']
+    assert report.reasons(rows) == 'net: 1 × a ScriptModule'
+    line, = report.slower_layers(rows).splitlines()[2:]
+    assert line == '| net | nchw | training | 3x3 | 1x1 | 2x8x7x7 | 10 | 1.000 | 3.000 | 3.00 | 2.0 % |'
 
 
 # --- latency ---
