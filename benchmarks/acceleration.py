@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measure accelerate_depthwise on public networks: training step and inference, before and after.
 
-    python benchmarks/acceleration.py --batch-size 2 --frames 200 --seconds 1       all networks
+    python benchmarks/acceleration.py
     python benchmarks/acceleration.py --networks convnext_tiny vocos --rounds 11
+    python benchmarks/acceleration.py --threads 1 --clock process      on a machine that others use
 
 The networks have random weights and need no download; see networks.py. Each is copied: unchanged, unchanged once more
 as a control, and accelerated with `min_kernel_size` 7 (the default), 5 and 3, unless that replaces no more layers than
@@ -25,6 +26,7 @@ import argparse
 import copy
 import importlib.util
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -46,6 +48,7 @@ LAYOUTS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
 CHECKED_SAMPLES = 2
 FLOAT32_ERROR = 1e-5  # limit of the other benchmarks for whole networks in float32
 LAYER_SECONDS = 0.5  # after which a layer drops out
+CLOCKS: Dict[str, Callable[[], float]] = {'wall': time.perf_counter, 'process': time.process_time}
 
 Row = Dict[str, Any]
 
@@ -176,13 +179,13 @@ MAKERS: Dict[str, Callable[[nn.Module, Tensor], Callable[[], object]]] = {
 
 
 def time_network(
-        copies: Dict[str, nn.Module], x: Tensor, layouts: List[str], rounds: int, seconds: float,
-        device: str) -> Dict[str, Dict[str, Dict[str, float]]]:
+        copies: Dict[str, nn.Module], x: Tensor, layouts: List[str], rounds: int, seconds: float, device: str,
+        clock: str) -> Dict[str, Dict[str, Dict[str, float]]]:
     """Return the median seconds by layout, mode and copy; all are measured in turn."""
     functions = {
         (layout, mode, name): MAKERS[mode](*laid_out(network, x, layout))
         for layout in layouts for mode in MODES for name, network in copies.items()}
-    medians = measure.interleaved(functions, rounds, seconds, device)
+    medians = measure.interleaved(functions, rounds, seconds, device, CLOCKS[clock])
     return {
         layout: {mode: {name: medians[layout, mode, name] for name in copies} for mode in MODES} for layout in layouts}
 
@@ -224,7 +227,8 @@ def layers_of(network: nn.Module, x: Tensor, layout: str) -> Counter[Layer]:
     return found
 
 
-def time_layers(network: nn.Module, x: Tensor, layouts: List[str], rounds: int, device: str) -> Iterator[Row]:
+def time_layers(
+        network: nn.Module, x: Tensor, layouts: List[str], rounds: int, device: str, clock: str) -> Iterator[Row]:
     """Measure each layer before and after, and yield a row by layer and layout in the network."""
     for layout in layouts:
         for layer, times in layers_of(network, x, layout).items():
@@ -236,7 +240,7 @@ def time_layers(network: nn.Module, x: Tensor, layouts: List[str], rounds: int, 
             functions = {
                 (mode, name): MAKERS[mode](copy.deepcopy(conv), maps.clone().requires_grad_(mode == 'training'))
                 for mode in MODES for name, conv in ((BEFORE, before), (AFTER, after))}
-            medians = measure.interleaved(functions, rounds, LAYER_SECONDS, device)
+            medians = measure.interleaved(functions, rounds, LAYER_SECONDS, device, CLOCKS[clock])
             yield {
                 'layout': layout, 'times': times, 'kernel': layer.kernel, 'stride': layer.stride,
                 'dilation': layer.dilation, 'shape': layer.shape, 'strides': layer.strides,
@@ -257,10 +261,10 @@ def measure_network(name: str, args: argparse.Namespace) -> Row:
     errors = check(network, x[:CHECKED_SAMPLES], layouts)
     copies, reports = make_copies(network)
     return {
-        'network': name, 'input': list(x.shape), 'dtype': 'float32', 'rounds': args.rounds, 'errors': errors,
-        'min_kernel_size': reports,
-        'seconds': time_network(copies, x, layouts, args.rounds, args.seconds, args.device),
-        'layers': list(time_layers(network, x, layouts, args.layer_rounds, args.device)),
+        'network': name, 'input': list(x.shape), 'dtype': 'float32', 'rounds': args.rounds, 'clock': args.clock,
+        'errors': errors, 'min_kernel_size': reports,
+        'seconds': time_network(copies, x, layouts, args.rounds, args.seconds, args.device, args.clock),
+        'layers': list(time_layers(network, x, layouts, args.layer_rounds, args.device, args.clock)),
     }
 
 
@@ -285,11 +289,17 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
                         help='total time after which a copy drops out, after three calls (%(default)s)')
     parser.add_argument('--layer-rounds', type=positive(int), default=21, metavar='N',
                         help='timed calls of each layer (%(default)s)')
+    parser.add_argument('--threads', type=positive(int), metavar='N', help="PyTorch's threads (its choice)")
+    parser.add_argument('--clock', choices=CLOCKS, default='wall',
+                        help="time on the wall, or the process's on the CPU, for one thread (%(default)s)")
     parser.add_argument('--results', type=Path, metavar='DIR', default=measure.RESULTS,
                         help='folder to write to (benchmarks/results)')
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: PyTorch finds no such device')
+    args.threads = args.threads or torch.get_num_threads()
+    if args.clock == 'process' and (args.device == 'cuda' or args.threads > 1):
+        parser.error('--clock process takes one thread on the CPU: add --threads 1')
     needing = [name for name in args.networks if name in TRANSFORMERS]
     if needing and importlib.util.find_spec('transformers') is None:
         parser.error(f'--networks {" ".join(needing)}: transformers is not installed')
@@ -302,6 +312,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
+    torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.conv.fp32_precision = 'ieee'
     rows = []

@@ -28,6 +28,7 @@ def interleaved(
         rounds: int,
         seconds: float = math.inf,
         device: Device = 'cpu',
+        clock: Callable[[], float] = time.perf_counter,
 ) -> Dict[Name, float]:
     """Return the median seconds of each function; they are called in turn, so that disturbances affect all equally.
 
@@ -40,8 +41,10 @@ def interleaved(
         rounds: Number of timed calls of each function, after one that is not timed.
         seconds: Total time after which a function drops out, but not before it was timed three times.
         device: Device of the functions. On CUDA this is the time on the device, with a cold L2 cache.
+        clock: Clock for a CPU, in seconds. On a machine that others use, ``time.process_time`` leaves out the time in
+            which the process waits; PyTorch must have one thread then, as threads that wait for others count.
     """
-    stopwatch = _stopwatch(torch.device(device))
+    stopwatch = _stopwatch(torch.device(device), clock)
     times: Dict[Name, List[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -52,15 +55,17 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _stopwatch(device: torch.device) -> Callable[[Function], float]:
+def _stopwatch(device: torch.device, clock: Callable[[], float]) -> Callable[[Function], float]:
     """Return a function that measures the seconds of one call on ``device``."""
-    return _cuda_stopwatch(device) if device.type == 'cuda' else _cpu_seconds
+    if device.type == 'cuda':
+        return _cuda_stopwatch(device)
 
+    def seconds(function: Function) -> float:
+        start = clock()
+        function()
+        return clock() - start
 
-def _cpu_seconds(function: Function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return seconds
 
 
 def _cuda_stopwatch(device: torch.device) -> Callable[[Function], float]:

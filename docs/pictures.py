@@ -2,11 +2,12 @@
 
     python docs/pictures.py hero --checkpoint output/digits       points, sampled kernels, and the receptive field
     python docs/pictures.py speed                                 the last rows of one machine in benchmarks/results
+    python docs/pictures.py networks                              public networks, from benchmarks/results too
     python docs/pictures.py fields --runs RUN ...                 receptive fields of several runs on the digits
     python docs/pictures.py block                                 the block of SMPConv-T
     python docs/pictures.py layers                                the parts of the package, and who imports whom
 
-hero and speed write docs/NAME.png and docs/NAME-dark.png, both transparent; the others write docs/NAME.png.
+hero, speed and networks write docs/NAME.png and docs/NAME-dark.png, both transparent; the others docs/NAME.png.
 """
 import argparse
 import copy
@@ -32,6 +33,7 @@ from smpconv_models.utils.errors import unreadable_file
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / 'benchmarks' / 'results' / 'depthwise.jsonl'
+ACCELERATION = RESULTS.with_name('acceleration.jsonl')
 DEVICE = 'x86_64 AVX512, 2 cores'
 INK, DARK_INK = '#1f2328', '#e6edf3'  # on light and on dark pages
 BLUE, ORANGE, GRAY = '#2f6fb7', '#d97706', '#8b949e'
@@ -132,6 +134,48 @@ def _speed_up(rows: List[Dict[str, Any]], network: str, layout: str) -> float:
         sum(row['times'] * row['seconds'][f'{path}/{layout}']['all'] for row in rows if row['network'] == network)
         for path in ('plain', 'auto'))
     return plain / fast
+
+
+# --- networks ---
+
+
+def draw_networks() -> None:
+    """Draw how many times as fast public networks are with the operation, by layout, of the last rows."""
+    rows = {row['network']: row for row in map(json.loads, ACCELERATION.read_text().splitlines())}
+    names = list(rows)[::-1]
+    figure = Figure(figsize=(9, 1.6 + 0.27 * len(names)), layout='constrained')
+    panels = figure.subplots(1, len(LAYOUTS), sharex=True, sharey=True, subplot_kw={'facecolor': 'none'})
+    for axes, (layout, (title, _)) in zip(panels, LAYOUTS.items()):
+        for mode, color in (('training', BLUE), ('inference', ORANGE)):
+            for size, face, offset in (('7', color, 0.15), ('3', 'none', -0.15)):
+                points = [
+                    (_acceleration(rows[name], layout, mode, size), y + offset) for y, name in enumerate(names)
+                    if layout in rows[name]['seconds'] and rows[name]['min_kernel_size'][size]['replaced']]
+                axes.scatter(
+                    *zip(*points), s=42, facecolors=face, edgecolors=color, zorder=3,
+                    label=f'{mode}, kernels from {size}')
+        inked(axes.axvline(1, color=INK, linewidth=1))
+        axes.set_xscale('log')
+        axes.xaxis.set_major_formatter('{x:g}×')
+        axes.xaxis.set_minor_formatter('{x:g}×')
+        axes.grid(axis='y', color=GRAY, alpha=0.3)
+        axes.tick_params(which='both', labelsize=12, length=0)
+        axes.set_yticks(range(len(names)), names)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        texts = (*axes.get_xticklabels(which='both'), *axes.get_yticklabels(), axes.set_title(title, fontsize=13))
+        for text in texts:
+            inked(text).set_color(INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc='outside lower center', ncols=2, fontsize=12, frameon=False)
+    for text in legend.get_texts():
+        inked(text).set_color(INK)
+    save_both(figure, 'networks')
+
+
+def _acceleration(row: Dict[str, Any], layout: str, mode: str, size: str) -> float:
+    seconds = row['seconds'][layout][mode]
+    return seconds['before'] / seconds[row['min_kernel_size'][size]['copy']]
 
 
 # --- receptive fields ---
@@ -271,7 +315,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     fields.add_argument(
         '--runs', nargs='+', default=['output/digits', 'output/resnet', 'output/convnext'],
         help='folders of runs on the digits (default: %(default)s)')
-    for name in ('speed', 'block', 'layers'):
+    for name in ('speed', 'networks', 'block', 'layers'):
         commands.add_parser(name)
     args = parser.parse_args(argv)
     try:
@@ -280,7 +324,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         elif args.command == 'fields':
             draw_fields(args.runs)
         else:
-            {'speed': draw_speed, 'block': draw_block, 'layers': draw_layers}[args.command]()
+            {'speed': draw_speed, 'networks': draw_networks, 'block': draw_block, 'layers': draw_layers}[args.command]()
     except ValueError as error:
         parser.error(str(error))
     return 0

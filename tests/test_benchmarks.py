@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections import Counter
 from pathlib import Path
@@ -30,10 +31,11 @@ def load(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def settings():
-    """Restore the settings of cuDNN that a benchmark changes."""
+    """Restore the settings of PyTorch that a benchmark changes."""
     cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.conv.fp32_precision
+    before, threads = (cudnn.benchmark, cudnn.conv.fp32_precision), torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     cudnn.benchmark, cudnn.conv.fp32_precision = before
 
 
@@ -212,10 +214,17 @@ def test_a_slow_function_drops_out_after_three_rounds(load, monkeypatch):
     def stopwatch(function):
         function()
         return 1. if function is slow else 1e-3
-    monkeypatch.setattr(measure, '_stopwatch', lambda device: stopwatch)
+    monkeypatch.setattr(measure, '_stopwatch', lambda device, clock: stopwatch)
     medians = measure.interleaved({'slow': slow, 'fast': fast}, rounds=50, seconds=0.1)
     assert medians == {'slow': 1., 'fast': 1e-3}
     assert calls == {'slow': 1 + 3, 'fast': 1 + 50}
+
+
+def test_the_clock_of_the_process_leaves_out_waiting(load):
+    measure = load('measure')
+    functions = {'waiting': lambda: time.sleep(0.1)}
+    assert measure.interleaved(functions, rounds=3)['waiting'] >= 0.1
+    assert measure.interleaved(functions, rounds=3, clock=time.process_time)['waiting'] < 0.05
 
 
 # --- the command line ---
@@ -260,6 +269,7 @@ def test_a_run_of_one_case_stores_its_row(tmp_path):
     ('acceleration', ['--networks', 'nothing'], "invalid choice: 'nothing'"),
     ('acceleration', ['--device', 'cuda'], 'finds no such device'),
     ('acceleration', ['--seconds', '0'], 'must be above 0'),
+    ('acceleration', ['--threads', '2', '--clock', 'process'], '--clock process takes one thread'),
     ('acceleration', ['--results', __file__], '--results cannot be written'),
 ])
 def test_errors_are_one_line(load, monkeypatch, capsys, script, arguments, message):

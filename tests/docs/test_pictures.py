@@ -9,7 +9,8 @@ pictures = load('docs/pictures')
 
 
 @pytest.mark.parametrize('name', [
-    'speed', 'block', 'layers', 'hero', pytest.param('fields', marks=pytest.mark.slow)])    # 20 s, of three networks
+    'speed', 'networks', 'block', 'layers', 'hero',
+    pytest.param('fields', marks=pytest.mark.slow)])    # 20 s, of three networks
 def test_pictures_are_drawn_as_they_are_in_the_repository(name, folder, monkeypatch):
     monkeypatch.setattr(pictures, 'FOLDER', folder)
     for run in ('resnet', 'convnext'):
@@ -23,7 +24,7 @@ def test_pictures_are_drawn_as_they_are_in_the_repository(name, folder, monkeypa
             colors = np.asarray(picture.convert('RGBA'))
             assert colors[..., :3][colors[..., 3] > 0].std() > 20
             is_transparent = colors[..., 3].min() == 0
-            assert is_transparent == (name in ('hero', 'speed'))
+            assert is_transparent == (name in ('hero', 'speed', 'networks'))
 
 
 def test_fields_of_one_run(folder, monkeypatch):
