@@ -29,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import acceleration_report as report
 import measure
@@ -37,7 +37,7 @@ import torch
 from acceleration_report import AFTER, BEFORE, CONTROL, MIN_KERNEL_SIZES, MODES
 from arguments import Parser, positive
 from check import WrongResultError, relative_error
-from networks import NETWORKS, TRANSFORMERS, Network, Sizes
+from networks import NETWORKS, TRANSFORMERS, Sizes
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -76,10 +76,6 @@ def make_copies(network: nn.Module) -> Tuple[Dict[str, nn.Module], Dict[str, Row
     return copies, reports
 
 
-def layouts_of(network: Network) -> List[str]:
-    return list(LAYOUTS) if network.takes_images else ['nchw']
-
-
 def laid_out(network: nn.Module, x: Tensor, layout: str) -> Tuple[nn.Module, Tensor]:
     """Return a copy of a network and its input in a layout; sequences have one only."""
     network = copy.deepcopy(network)
@@ -114,7 +110,7 @@ class Results(NamedTuple):
             dict(zip(trained, found)))
 
 
-def check(network: nn.Module, x: Tensor, layouts: List[str]) -> Dict[str, Dict[str, float]]:
+def check(network: nn.Module, x: Tensor, layouts: Sequence[str]) -> Dict[str, Dict[str, float]]:
     """Compare a network before and after with float64.
 
     Returns:
@@ -179,7 +175,7 @@ MAKERS: Dict[str, Callable[[nn.Module, Tensor], Callable[[], object]]] = {
 
 
 def time_network(
-        copies: Dict[str, nn.Module], x: Tensor, layouts: List[str], rounds: int, seconds: float, device: str,
+        copies: Dict[str, nn.Module], x: Tensor, layouts: Sequence[str], rounds: int, seconds: float, device: str,
         clock: str) -> Dict[str, Dict[str, Dict[str, float]]]:
     """Return the median seconds by layout, mode and copy; all are measured in turn."""
     functions = {
@@ -228,7 +224,7 @@ def layers_of(network: nn.Module, x: Tensor, layout: str) -> Counter[Layer]:
 
 
 def time_layers(
-        network: nn.Module, x: Tensor, layouts: List[str], rounds: int, device: str, clock: str) -> Iterator[Row]:
+        network: nn.Module, x: Tensor, layouts: Sequence[str], rounds: int, device: str, clock: str) -> Iterator[Row]:
     """Measure each layer before and after, and yield a row by layer and layout in the network."""
     for layout in layouts:
         for layer, times in layers_of(network, x, layout).items():
@@ -257,7 +253,7 @@ def measure_network(name: str, args: argparse.Namespace) -> Row:
     sizes = Sizes(args.batch_size, args.img_size, args.frames)
     network = NETWORKS[name].create().to(args.device)
     x = torch.randn(NETWORKS[name].shape(sizes), device=args.device)
-    layouts = layouts_of(NETWORKS[name])
+    layouts = NETWORKS[name].layouts
     errors = check(network, x[:CHECKED_SAMPLES], layouts)
     copies, reports = make_copies(network)
     return {
