@@ -41,8 +41,7 @@ from networks import NETWORKS, TRANSFORMERS, Sizes
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from smpconv_models import accelerate_depthwise
-from smpconv_models.layers.accelerate import DepthwiseReport
+import smpconv_models
 
 LAYOUTS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
 CHECKED_SAMPLES = 2
@@ -56,10 +55,10 @@ Row = Dict[str, Any]
 # --- the networks ---
 
 
-def with_replacements(network: nn.Module, min_kernel_size: int) -> Tuple[nn.Module, DepthwiseReport]:
+def with_replacements(network: nn.Module, min_kernel_size: int) -> Tuple[nn.Module, Any]:
     """Return an accelerated copy, and what was replaced."""
     network = copy.deepcopy(network)
-    return network, accelerate_depthwise(network, min_kernel_size=min_kernel_size)
+    return network, smpconv_models.accelerate_depthwise(network, min_kernel_size=min_kernel_size)
 
 
 def make_copies(network: nn.Module) -> Tuple[Dict[str, nn.Module], Dict[str, Row]]:

@@ -122,6 +122,7 @@ MAY_IMPORT = {
         'smpconv_models', LAYERS, CHECKPOINT, DETECTION, UTILS, *PUBLIC_TRAINING, *BENCHMARKS),
     **{f'benchmarks/{name}.py': ('torch', 'triton', 'tqdm', 'smpconv_models', f'{OPS}._triton', UTILS, *BENCHMARKS)
        for name in ('gpu_check', 'gpu_tiles', 'tile_configs')},
+    'benchmarks/networks.py': ('torch', 'timm', 'transformers'),
 }
 
 
