@@ -148,7 +148,8 @@ class DepthwiseConv1d(_DepthwiseConvNd, nn.Conv1d):
         backend: Name of a backend, see :func:`smpconv_models.depthwise_conv2d`.
 
     Raises:
-        ValueError: As for :class:`DepthwiseConv2d`.
+        ValueError: The backend is unknown, ``nn.Conv1d`` refuses the arguments, or the backend is not ``'auto'`` and
+            the operation cannot compute the convolution.
     """
 
     def __init__(

@@ -25,12 +25,12 @@ class Axis(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether stride and dilation are 1."""
+        """Return whether stride and dilation are 1."""
         return self.stride == 1 and self.dilation == 1
 
     @property
     def is_same(self) -> bool:
-        """Whether an odd kernel is centred on each output."""
+        """Return whether an odd kernel is centred on each output."""
         return self.is_plain and self.left == self.right == self.kernel // 2 and self.kernel % 2 == 1
 
     @property

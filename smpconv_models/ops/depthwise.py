@@ -179,19 +179,23 @@ def _dispatch(
     """Check the tensors, and leave to PyTorch's convolution what custom operators do not support."""
     dims = len(stride)
     _check_tensors(dims, input, weight, bias)
-    if input.ndim == dims + 1:
-        return _dispatch(input[None], weight, bias, stride, padding, dilation, backend)[0]
+    is_unbatched = input.ndim == dims + 1
+    if is_unbatched:
+        input = input[None]
     paddings = _paddings(padding, list(weight.shape[2:]), dilation)
     _check_sizes(input, weight, stride, paddings, dilation)
+    # PyTorch's custom operators do not support torch.func's transforms and forward-mode differentiation
     is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if is_transformed or _custom_op.is_exporting() or torch.onnx.is_in_onnx_export():
         plain = _reference.conv1d if dims == 1 else _reference.conv2d
-        return plain(input, weight, bias, stride, paddings, dilation)
-    if dims == 1:
-        input, weight, stride, paddings, dilation = (
-            input[:, :, None], weight[:, :, None], [1, *stride], [0, 0, *paddings], [1, *dilation])
-        return _custom_op.convolve(input, weight, bias, stride, paddings, dilation, backend)[:, :, 0]
-    return _custom_op.convolve(input, weight, bias, stride, paddings, dilation, backend)
+        output = plain(input, weight, bias, stride, paddings, dilation)
+    elif dims == 1:
+        output = _custom_op.convolve(
+            input[:, :, None], weight[:, :, None], bias, [1, *stride], [0, 0, *paddings], [1, *dilation], backend)
+        output = output[:, :, 0]
+    else:
+        output = _custom_op.convolve(input, weight, bias, stride, paddings, dilation, backend)
+    return output[0] if is_unbatched else output
 
 
 def validate_options(

@@ -24,7 +24,7 @@ class Shape:
 
     @property
     def is_same(self):
-        """Whether an odd kernel is centred on each pixel."""
+        """Return whether an odd kernel is centred on each pixel."""
         return self.options == dict(stride=(1, 1), padding='same', dilation=(1, 1)) and self.kh * self.kw % 2 == 1
 
     @property

@@ -208,7 +208,7 @@ def test_text_of_a_terminal_is_escaped(run_folder, photos, tmp_path, capsys, mon
 
 @pytest.mark.skipif(os.name == 'nt', reason='folders have no such permissions')
 def test_a_folder_that_cannot_be_read_is_named(monkeypatch, run_folder, photos, tmp_path, capsys):
-    """As root may read every folder, the refusal of the system is put in its place."""
+    """The system's error is simulated, as it never occurs for root."""
     (tmp_path / 'photos/closed').mkdir(parents=True)
     (tmp_path / 'photos/a.png').write_bytes((photos / 'a.png').read_bytes())
     scandir = os.scandir
