@@ -17,7 +17,6 @@ from typing import Callable, Iterator, NamedTuple, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import grad as conv_grad
 
 from ._problem import (
     Axes,
@@ -27,6 +26,7 @@ from ._problem import (
     input_grad_axes,
     memory_format_of,
     padded,
+    plain_backward,
     weight_grad_axes,
 )
 from ._transforms import dilated_backward, dilated_forward, strided_backward, trim, without_idle_strides
@@ -109,7 +109,7 @@ def backward(
     axes = without_idle_strides(axes)
     if max(axis.stride for axis in axes) > 1:
         return (
-            _strided_input_grad(grad, input, weight, axes) if wanted[0] else None,
+            plain_backward(grad, input, weight, axes, [True, False])[0] if wanted[0] else None,
             strided_backward(backward, grad, input, weight, axes, [False, True])[1] if wanted[1] else None)
     if _is_slow_dilated(axes):
         return dilated_backward(backward, grad, input, weight, axes, wanted)
@@ -130,15 +130,6 @@ def _input_grad(grad: Tensor, weight: Tensor, axes: Axes) -> Tensor:
     return _depthwise(grad, weight.flip(2, 3), None, input_grad_axes(axes))
 
 
-def _strided_input_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
-    uneven = [axis.uneven_padding for axis in axes]
-    shape_giver = padded(input, *uneven)    # an expanded tensor, as conv_grad.conv2d_input makes one, is slow
-    dx, _, _ = torch.ops.aten.convolution_backward(
-        grad, shape_giver, weight, None, [axis.stride for axis in axes], [axis.even_padding for axis in axes],
-        [axis.dilation for axis in axes], False, [0, 0], len(weight), [True, False, False])
-    return padded(dx, *((-before, -after) for before, after in uneven))
-
-
 def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
     """Compute ``dw[c, i, j] = sum over n, h, w of grad[n, c, h, w] * input[n, c, h + i - top, w + j - left]``.
 
@@ -148,13 +139,13 @@ def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Ten
     is_nchw = memory_format_of(input) == memory_format_of(grad) == torch.contiguous_format
     is_sequence = input.shape[2] == 1 and is_nchw
     if _is_narrow(axes):
-        return _narrow_weight_grad(grad, input, weight, axes)
+        return _plain_weight_grad(grad, input, weight, axes)
     as_conv = weight_grad_axes(axes)
     if _is_narrow(axes[::-1]) and not (is_sequence and _is_fast_as_input_grad(as_conv, input.dtype)):
         grad, input, weight = (tensor.transpose(2, 3) for tensor in (grad, input, weight))
         if not is_nchw or is_sequence:
             grad, input = _channels_last(grad), _channels_last(input)
-        return _narrow_weight_grad(grad, input, weight, axes[::-1]).transpose(2, 3)
+        return _plain_weight_grad(grad, input, weight, axes[::-1]).transpose(2, 3)
     if max(axis.dilation for axis in axes) > 1:
         _, weight_grad = dilated_backward(backward, grad, input, weight, axes, [False, True])
         assert weight_grad is not None, 'it is wanted'
@@ -173,11 +164,10 @@ def _weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Ten
     ]))
 
 
-def _narrow_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
-    input = padded(input, axes[0].uneven_padding, axes[1].uneven_padding)
-    return conv_grad.conv2d_weight(
-        input, weight.shape, grad, padding=(axes[0].even_padding, axes[1].even_padding),
-        dilation=(axes[0].dilation, axes[1].dilation), groups=len(weight))
+def _plain_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes) -> Tensor:
+    _, dw = plain_backward(grad, input, weight, axes, [False, True])
+    assert dw is not None, 'it is wanted'
+    return dw
 
 
 @functools.lru_cache(maxsize=1024)

@@ -111,3 +111,14 @@ def padded(maps: Tensor, height: Tuple[int, int], width: Tuple[int, int]) -> Ten
     cut = [max(-number, 0) for number in (*width, *height)]
     left, right, top, bottom = cut
     return maps[:, :, top:maps.shape[2] - bottom, left:maps.shape[3] - right] if any(cut) else maps
+
+
+def plain_backward(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes, wanted: Sequence[bool]) -> Gradients:
+    """Return PyTorch's own gradients of a convolution, None for one that is not wanted."""
+    height, width = axes
+    uneven = height.uneven_padding, width.uneven_padding
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        grad, padded(input, *uneven), weight, None, [height.stride, width.stride],
+        [height.even_padding, width.even_padding], [height.dilation, width.dilation], False, [0, 0], len(weight),
+        [*wanted, False])
+    return None if dx is None else padded(dx, *((-before, -after) for before, after in uneven)), dw

@@ -2,13 +2,13 @@
 
 Its speed and its faults are PyTorch's; see _cpu.py for one that never returns.
 """
-from typing import List, Optional, Sequence
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._problem import Axes, ConvProblem, Gradients, padded
+from ._problem import Axes, ConvProblem, plain_backward
 
 
 def conv2d(
@@ -42,15 +42,7 @@ def forward(input: Tensor, weight: Tensor, bias: Optional[Tensor], axes: Axes) -
         input, weight, bias, [h.stride, w.stride], [h.left, h.right, w.left, w.right], [h.dilation, w.dilation])
 
 
-def backward(grad: Tensor, input: Tensor, weight: Tensor, axes: Axes, wanted: Sequence[bool]) -> Gradients:
-    height, width = axes
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        grad, padded(input, height.uneven_padding, width.uneven_padding), weight, None, [height.stride, width.stride],
-        [height.even_padding, width.even_padding], [height.dilation, width.dilation], False, [0, 0], len(weight),
-        [*wanted, False])
-    if dx is not None:
-        dx = padded(dx, *((-before, -after) for before, after in (height.uneven_padding, width.uneven_padding)))
-    return dx, dw
+backward = plain_backward
 
 
 def unsupported_reason(device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[str]:
